@@ -1,0 +1,110 @@
+"""argv → exit code: the group of verbs, settings from flags, environment and TOML, and the one error handler."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from batch_client import __version__
+from batch_client.errors import BatchClientError, StoppedError, UsageError
+
+__all__ = ["main"]
+
+# Verb → its one-line help: shown without importing what the verb needs.
+VERBS = {
+    "run": "Score an array in order, or go on with a run that was stopped.",
+    "plan": "Show what a run would do; sends no record and writes nothing.",
+    "predict": "Score one query and print the answer.",
+    "show": "Draw sample records with their predictions; with labels, how many are right.",
+    "pack": "Make an archive of a trained model.",
+    "serve": "Serve an archive in the foreground.",
+}
+CONFIG = "batch-client.toml"
+ENVIRONMENT = "BATCH_CLIENT"
+
+
+class _Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
+        if cmd_name not in VERBS:
+            return None
+        command = import_module(f"batch_client.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)  # noqa: S101 - each verb's module ends with it
+        # One prefix for all verbs: BATCH_CLIENT_IN_FLIGHT, not BATCH_CLIENT_RUN_IN_FLIGHT.
+        command.context_settings["auto_envvar_prefix"] = ENVIRONMENT
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), envvar=f"{ENVIRONMENT}_CONFIG",
+              help=f"TOML file with a table for each verb.  [default: {CONFIG}, if there is one]")
+@click.version_option(__version__, prog_name="batch-client")
+@click.pass_context
+def batch_client(context: click.Context, config: Path | None) -> None:
+    """Score every record of a Zarr array with a PyTorch model: ordered, complete, provable.
+
+    Settings come from flags, then BATCH_CLIENT_* variables, then the TOML file, then defaults.
+    """
+    context.default_map = _settings(config)
+
+
+def _settings(config: Path | None) -> dict[str, Any]:
+    path = config or Path(CONFIG)
+    if config is None and not path.is_file():
+        return {}
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: can't be read as TOML: {error}") from error
+    for verb, table in tables.items():
+        if verb not in VERBS or not isinstance(table, dict):
+            raise UsageError(f"{path}: {verb!r} is no table of a verb; wanted [run], [plan], …")
+    return {verb: {name.replace("-", "_"): value for name, value in table.items()}
+            for verb, table in tables.items()}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line and return its exit code; errors are one line on stderr."""
+    try:
+        batch_client.main(list(argv), prog_name="batch-client", standalone_mode=False)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except BrokenPipeError:
+        # Whoever read our standard output has left; nobody is there to be told.
+        sys.stderr.close()
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last handler: nothing may leave as a traceback
+        return _report(error)
+    return 0
+
+
+def _report(error: BaseException) -> int:
+    """Print what went wrong in one line; a bug of ours also with its traceback. Returns the exit code."""
+    code = BatchClientError.exit_code
+    match error:
+        case BatchClientError():
+            message, code = str(error), error.exit_code
+        case click.exceptions.NoArgsIsHelpError():
+            click.echo(error.format_message(), err=True)
+            return UsageError.exit_code
+        case click.ClickException():
+            message, code = f"{error.format_message()} (see batch-client --help)", UsageError.exit_code
+        case click.Abort() | KeyboardInterrupt():
+            message, code = "stopped; the same command goes on from here", StoppedError.exit_code
+        case _:
+            traceback.print_exception(error)
+            message = f"a bug in batch-client, please report it with the lines above: {type(error).__name__}: {error}"
+    click.echo(f"batch-client: {' '.join(message.split())}", err=True)
+    return code

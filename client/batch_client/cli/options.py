@@ -1,0 +1,86 @@
+"""Flags that several verbs share, and how they become a `RunSpec`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from batch_client.spec import RunSpec
+
+__all__ = ["BYTES", "ByteSize", "array_options", "run_options", "server_options", "spec_of"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class ByteSize(click.ParamType[int]):
+    """A number of bytes, with K, M or G (of 1,024) if wanted: `64M`, `67108864`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+)\s*([KMG]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
+        if found is None:
+            self.fail(f"{value!r}: wanted a number of bytes such as 64M", param, ctx)
+        return int(found[1]) * _UNITS[found[2].upper()]
+
+
+BYTES = ByteSize()
+
+
+def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+    return decorate
+
+
+server_options = _stack(
+    click.option("--endpoint", "endpoints", multiple=True, metavar="URL",
+                 help="A server to use, such as http://host:8080; repeat it for several."),
+    click.option("--archive", metavar="MODEL.mar",
+                 help="Serve this archive here for the length of the command (a path, s3:// or https://)."),
+    click.option("--model", metavar="NAME", help="The model's name at the endpoints."),
+    click.option("--token-file", metavar="FILE", help="File with the endpoints' token; read again when refused."),
+    click.option("--workers", type=int, help="Worker processes of the embedded server.  [default: GPUs, else cores]"),
+    click.option("--threads", type=int, help="Threads of each worker.  [default: cores / workers]"),
+)
+array_options = _stack(
+    click.option("--array", metavar="NAME", help="The array to score, when INPUT is a group."),
+    click.option("--records", metavar="A:B", help="Score only records A to B-1; their bits are those of a full run."),
+    click.option("--anonymous", is_flag=True, help="Use storage without credentials: public buckets."),
+)
+run_options = _stack(
+    server_options,
+    array_options,
+    click.option("--chunk-records", type=int,
+                 help="Records in an output chunk, whole input chunks.  [default: up to 8192 and 8 MiB]"),
+    click.option("--request-records", type=int,
+                 help="Records in a request, whole micro-batches. Raise it for tiny records, lower it when online "
+                      "queries must stay quick.  [default: about 1 MiB]"),
+    click.option("--in-flight", type=int, default=8, show_default=True,
+                 help="The most requests at one endpoint at a time. Raise it for servers with many workers."),
+    click.option("--max-bytes-in-flight", type=BYTES, default="64M", show_default=True,
+                 help="Bytes of records held in memory. Raise it for large input chunks or a distant store."),
+    click.option("--codec", type=click.Choice(["none", "zstd"]), default="none", show_default=True,
+                 help="Compression of the output."),
+    click.option("--patience", type=float, default=600.0, show_default=True, metavar="SECONDS",
+                 help="Stop, resumable, when no request was answered for this long."),
+    click.option("--allow-missing", is_flag=True, help="Take the fill value for input chunks that are not there."),
+)
+
+
+def spec_of(input_url: str, output_url: str, options: dict[str, Any]) -> RunSpec:
+    """The RunSpec of a command's flags. Raises UsageError for flags that can't work."""
+    from batch_client.spec import Records, RunSpec  # noqa: PLC0415 - keeps --help quick
+
+    records = options.pop("records")
+    return RunSpec(input=input_url, output=output_url,
+                   records=Records.parse(records) if records else Records(), **options)

@@ -1,0 +1,147 @@
+"""`batch-client predict`: one query, one answer, printed."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batch_client.cli.options import array_options, server_options
+from batch_client.errors import BatchClientError, CredentialsError, DataError, ServingError, UsageError
+
+if TYPE_CHECKING:
+    from batch_client.serving import Servers
+    from batch_client.spec import Records, ServerSpec
+
+# A query is a handful of records; whole arrays are what `run` is for.
+MOST_BYTES = 32 << 20
+IMAGES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".bmp": "image/bmp",
+          ".gif": "image/gif", ".tif": "image/tiff", ".tiff": "image/tiff"}
+NPY, JSON = "application/x-npy", "application/json"
+SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class _Query:
+    content_type: str
+    body: bytes
+
+
+@click.command("predict")
+@click.argument("query", metavar="QUERY")
+@server_options
+@array_options
+def command(query: str, **options: Any) -> None:
+    """Score QUERY and print the answer as JSON on stdout.
+
+    QUERY is an image file, an .npy or .json file, - for standard input, or a Zarr array with --records A:B.
+    """
+    from batch_client.api import run_until_complete  # noqa: PLC0415 - keeps --help quick
+    from batch_client.spec import Records, ServerSpec  # noqa: PLC0415
+
+    text, array = options.pop("records"), options.pop("array")
+    spec = ServerSpec(**options)
+    records = Records.parse(text) if text else None
+    click.echo(run_until_complete(_predict(query, records, array, spec)))
+
+
+async def _predict(query: str, records: Records | None, array: str | None, spec: ServerSpec) -> str:
+    from batch_client.serving import open_servers  # noqa: PLC0415 - keeps --help quick
+
+    prepared = _read_query(query) if records is None else await _read_records(query, records, array, spec.anonymous)
+    async with open_servers(spec) as servers:
+        return await _send(servers, prepared)
+
+
+def _read_query(query: str) -> _Query:
+    if query == "-":
+        body = sys.stdin.buffer.read(MOST_BYTES + 1)
+        content_type = _sniff(body)
+    else:
+        path = Path(query)
+        if path.is_dir():
+            raise UsageError(f"{query}: a folder; for records of a Zarr array add --records A:B")
+        content_type = IMAGES.get(path.suffix.lower()) or {".npy": NPY, ".json": JSON}.get(path.suffix.lower(), "")
+        try:
+            with path.open("rb") as file:
+                body = file.read(MOST_BYTES + 1)
+        except OSError as error:
+            hint = "; for records of a Zarr array add --records A:B" if "://" in query else ""
+            raise UsageError(f"{query}: {error.strerror}{hint}") from error
+        content_type = content_type or _sniff(body)
+    if len(body) > MOST_BYTES:
+        raise UsageError(f"{query}: more than {MOST_BYTES:,} bytes; score it with batch-client run")
+    return _Query(content_type, body)
+
+
+def _sniff(body: bytes) -> str:
+    """The content type of a body without a name, by its first bytes."""
+    signatures = ((b"\x93NUMPY", NPY), (b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"),
+                  (b"GIF8", "image/gif"), (b"BM", "image/bmp"))
+    for start, content_type in signatures:
+        if body.startswith(start):
+            return content_type
+    if body.lstrip()[:1] in (b"[", b"{"):
+        return JSON
+    raise UsageError("the query is none of npy, JSON, PNG, JPEG, GIF or BMP")
+
+
+async def _read_records(url: str, records: Records, array: str | None, anonymous: bool) -> _Query:  # noqa: FBT001
+    import numpy as np  # noqa: PLC0415 - keeps --help quick
+
+    from batch_client.reader import open_source  # noqa: PLC0415
+    from batch_client.storage import open_store  # noqa: PLC0415
+
+    source = await open_source(open_store(url, anonymous=anonymous), array)
+    start, stop = records.resolve(source.geometry.count)
+    nbytes = (stop - start) * source.geometry.record_bytes
+    if nbytes > MOST_BYTES:
+        raise UsageError(f"--records {start}:{stop}: {nbytes:,} bytes, a query has at most {MOST_BYTES:,}; "
+                         "score them with batch-client run")
+    rows = await source.read(start, stop)
+    file = io.BytesIO()
+    np.save(file, rows.data, allow_pickle=False)
+    return _Query(NPY, file.getvalue())
+
+
+async def _send(servers: Servers, query: _Query) -> str:
+    from batch_client.dialect import Outcome, read_reply  # noqa: PLC0415 - keeps --help quick
+    from batch_client.tokens import authorization  # noqa: PLC0415
+    from batch_client.transport import TransportError  # noqa: PLC0415
+
+    url = servers.urls[0].rstrip("/")
+    headers = {"Content-Type": query.content_type, "Accept": JSON}
+    refused: str | None = None
+    for _ in range(2):
+        token = await servers.tokens.token(refused)
+        try:
+            reply = await servers.transport.send("POST", f"{url}/predictions/{servers.model}",
+                                                 {**headers, **authorization(token)}, (query.body,), SECONDS)
+        except TransportError as error:
+            raise ServingError(f"{url}: can't be reached ({error})") from error
+        verdict = read_reply(reply.status, reply.body)
+        if verdict.outcome is not Outcome.TOKEN:
+            break
+        refused = token
+    if verdict.outcome is Outcome.RESULT:
+        return _pretty(reply.body)
+    blame: dict[Outcome, type[BatchClientError]] = {
+        Outcome.REFUSED: DataError, Outcome.TOO_LARGE: DataError, Outcome.TOKEN: CredentialsError}
+    raise blame.get(verdict.outcome, ServingError)(f"{url}: {verdict.outcome.value}: {verdict.reason}")
+
+
+def _pretty(body: bytes) -> str:
+    """One record's prediction a line."""
+    try:
+        value = json.loads(body)
+    except ValueError:
+        return body.decode("utf-8", "replace")
+    if isinstance(value, dict) and isinstance(value.get("predictions"), list):
+        lines = ",\n  ".join(json.dumps(prediction) for prediction in value["predictions"])
+        return f'{{"predictions": [\n  {lines}]}}'
+    return json.dumps(value)

@@ -1,0 +1,47 @@
+"""`batch-client serve`: one archive, in the foreground, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from batch_client.server import EmbeddedServer
+
+__all__ = ["command"]
+
+
+@click.command(name="serve")
+@click.argument("archive", type=click.Path(path_type=Path))
+@click.option("--workers", type=click.IntRange(1), help="Processes with the model. Default: one a GPU, or else a core.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of each worker. Default: its share of the cores.")
+@click.option("--micro-batch", type=click.IntRange(1), help="Records in one run of the model. Default: the archive's.")
+@click.option("--address", default="127.0.0.1", show_default=True,
+              help="Where to take requests. Any other than the loopback needs a TLS proxy in front.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Where to take requests. Default: a free one.")
+@click.option("--metrics-port", type=click.IntRange(1, 65535),
+              help="Prometheus metrics (no token) at ADDRESS. Default: a free one of the loopback.")
+@click.option("--token-file", type=click.Path(path_type=Path),
+              help="Keep the current token in this file, for `run --token-file`; it is replaced when it is renewed.")
+@click.option("--log-dir", type=click.Path(path_type=Path),
+              help="Write the server's log here instead of to stderr.")
+def command(
+    archive: Path, workers: int | None, threads: int | None, micro_batch: int | None,
+    address: str, port: int | None, metrics_port: int | None, token_file: Path | None, log_dir: Path | None,
+) -> None:
+    """Serve ARCHIVE, a file made by `pack`, until Ctrl-C."""
+    # aiohttp is slow to import, and `batch-client --help` imports this module.
+    from batch_client.server import ServerSettings, serve_forever  # noqa: PLC0415
+
+    def announce(server: EmbeddedServer) -> None:
+        click.echo(f"serving {server.model_name} at {server.url}")
+        click.echo(f"metrics at {server.metrics_url}")
+        click.echo(f"token in {token_file}" if token_file else "requests need a token: start with --token-file PATH")
+
+    settings = ServerSettings(archive=archive, workers=workers, threads=threads, micro_batch=micro_batch,
+                              address=address, port=port, metrics_port=metrics_port, log_dir=log_dir)
+    echo = None if log_dir else lambda text: click.echo(text, nl=False, err=True)
+    asyncio.run(serve_forever(settings, announce, token_file=token_file, echo=echo))

@@ -1,0 +1,274 @@
+"""`batch-client show`: a picture of some records with what the model said; with labels, how many are right."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import click
+
+from batch_client.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from batch_client.picture import Panel
+    from batch_client.reader import Source
+
+__all__ = ["command"]
+
+MOST_RECORDS = 10_000_000
+EVENLY, NOTABLE = 24, 16
+_BLOCK_BYTES = 32 << 20
+
+
+@click.command("show")
+@click.argument("output_url", metavar="OUTPUT")
+@click.option("--labels", metavar="FILE.npy", help="The true classes (a .npy file or a Zarr array, path or URL): one "
+                                                   "for each record of the source, or of the range.")
+@click.option("--records", metavar="A:B", help="Only records A to B-1, counted as in the source.")
+@click.option("--source", metavar="URL", help="Where the scored array is now.  [default: where the run read it]")
+@click.option("--anonymous", is_flag=True, help="Use storage without credentials: public buckets.")
+@click.option("-o", "--output", "picture", metavar="FILE.png", type=click.Path(dir_okay=False, path_type=Path),
+              help="The picture.  [default: the output's name with .png]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def command(output_url: str, *, picture: Path | None, as_json: bool, **options: Any) -> None:
+    """Draw records of a published OUTPUT with their predictions: some evenly spaced, and the most doubtful ones.
+
+    With --labels the wrong ones are marked and the accuracy is printed.
+    """
+    from batch_client.api import run_until_complete  # noqa: PLC0415 - keeps --help quick
+
+    path = picture or Path(PurePosixPath(urlsplit(output_url).path).stem + ".png")
+    png, figures = run_until_complete(_show(output_url, **options))
+    try:
+        path.write_bytes(png)
+    except OSError as error:
+        raise UsageError(f"{path}: can't write the picture there: {error.strerror}") from error
+    if as_json:
+        click.echo(json.dumps({**figures, "picture": str(path)}))
+        return
+    click.echo(_sentence(figures))
+    click.echo(f"picture: {path}")
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What the model said of records [start, stop): class and its score, -1 and NaN where there is none; labels."""
+
+    start: int
+    stop: int
+    classes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray | None
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def right(self) -> int | None:
+        return None if self.labels is None else int((self.classes == self.labels).sum())
+
+
+async def _show(output_url: str, *, labels: str | None, records: str | None, source: str | None,
+                anonymous: bool) -> tuple[bytes, dict[str, Any]]:
+    from batch_client.picture import draw  # noqa: PLC0415 - keeps --help quick
+    from batch_client.reader import open_source  # noqa: PLC0415
+    from batch_client.spec import Records  # noqa: PLC0415
+    from batch_client.storage import open_store  # noqa: PLC0415
+
+    scores, status, attributes = await _open_output(output_url, anonymous=anonymous)
+    origin = int(attributes.get("origin", 0))
+    start, stop = _range(Records.parse(records) if records else Records(), origin, scores.geometry.count)
+    truth = None if labels is None else _cut(await _labels(labels, anonymous=anonymous), start, stop, labels)
+    answers = await _answers(scores, status, origin, start, stop, truth)
+    place = source or attributes.get("source")
+    if not place:
+        raise UsageError(f"{output_url}: it does not say what was scored; name it with --source URL")
+    inputs = await open_source(open_store(place, anonymous=anonymous), attributes.get("source_array"))
+    if inputs.geometry.count < stop:
+        raise UsageError(f"{place}: found {inputs.geometry.count:,} records, wanted at least {stop:,}; "
+                         "is it the array that was scored?")
+    panels = [await _panel(title, picks, inputs, scores, origin, answers) for title, picks in _choose(answers)]
+    figures = _figures(output_url, answers)
+    heading = PurePosixPath(urlsplit(output_url).path).name + ": " + _sentence(figures)
+    return draw(heading, panels), figures
+
+
+async def _open_output(url: str, *, anonymous: bool) -> tuple[Source, Source | None, dict[str, Any]]:
+    """The output's scores, its record_status and its attributes."""
+    from zarr.api import asynchronous as zarr_async  # noqa: PLC0415 - keeps --help quick
+    from zarr.errors import ContainsArrayError, GroupNotFoundError  # noqa: PLC0415
+
+    from batch_client.reader import open_source  # noqa: PLC0415
+    from batch_client.storage import open_store  # noqa: PLC0415
+    from batch_client.zarrstore import SourceStore  # noqa: PLC0415
+
+    store = open_store(url, anonymous=anonymous)
+    try:
+        group = await zarr_async.open_group(SourceStore(store), mode="r")
+    except (FileNotFoundError, GroupNotFoundError, ContainsArrayError) as error:
+        raise DataError(f"{url}: no published output there; a run that goes on or was stopped shows nothing yet "
+                        "(finish it with the same batch-client run)") from error
+    shapes = {name: array.shape async for name, array in group.arrays()}
+    names = [name for name, shape in shapes.items() if name != "record_status" and len(shape) <= 2]
+    if not names:
+        raise DataError(f"{url}: found arrays {shapes}, wanted one with a row of scores for each record")
+    scores = await open_source(store, max(names, key=lambda name: len(shapes[name])))
+    status = await open_source(store, "record_status") if "record_status" in shapes else None
+    return scores, status, dict(group.attrs)
+
+
+def _range(records: Any, origin: int, count: int) -> tuple[int, int]:
+    """The asked range [start, stop) in the source's numbering; the output holds [origin, origin + count)."""
+    start = origin if records.start is None else records.start
+    stop = origin + count if records.stop is None else records.stop
+    if not origin <= start < stop <= origin + count:
+        raise UsageError(f"--records {start}:{stop}: wanted A < B within {origin}:{origin + count}, which were scored")
+    if stop - start > MOST_RECORDS:
+        raise UsageError(f"{stop - start:,} records are more than the {MOST_RECORDS:,} that are looked at together; "
+                         "name a range with --records A:B")
+    return start, stop
+
+
+async def _labels(where: str, *, anonymous: bool) -> np.ndarray:
+    """All of a .npy file, local or in a store, or of a Zarr array."""
+    import numpy as np  # noqa: PLC0415 - keeps --help quick
+
+    from batch_client.reader import open_source  # noqa: PLC0415
+    from batch_client.storage import open_store  # noqa: PLC0415
+
+    if not where.endswith(".npy"):
+        source = await open_source(open_store(where, anonymous=anonymous), None)
+        return (await source.read(0, source.geometry.count, allow_missing=True)).data
+    folder, slash, name = where.rpartition("/")
+    blob = await open_store(folder or (slash or "."), anonymous=anonymous).get(name)
+    if blob is None:
+        raise UsageError(f"{where}: no such file")
+    try:
+        labels = np.load(io.BytesIO(blob.data), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UsageError(f"{where}: not a .npy file of numbers ({error})") from error
+    if not isinstance(labels, np.ndarray):
+        raise UsageError(f"{where}: found an archive of arrays (.npz), wanted one array (.npy)")
+    return labels
+
+
+def _cut(labels: np.ndarray, start: int, stop: int, where: str) -> np.ndarray:
+    """The labels of records [start, stop), from one for each record of the source or of the range."""
+    if labels.ndim != 1 or labels.dtype.kind not in "iub":
+        raise UsageError(f"{where}: found {labels.dtype} of shape {labels.shape}, wanted one whole number a record")
+    if len(labels) == stop - start:
+        return labels
+    if len(labels) < stop:
+        raise UsageError(f"{where}: found {len(labels):,} labels, wanted {stop - start:,} (one for each record of "
+                         f"{start}:{stop}) or at least {stop:,} (one for each record of the source)")
+    return labels[start:stop]
+
+
+async def _answers(scores: Source, status: Source | None, origin: int, start: int, stop: int,
+                   labels: np.ndarray | None) -> _Answers:
+    """Reduce the scores of a range block by block."""
+    import numpy as np  # noqa: PLC0415 - keeps --help quick
+
+    geometry = scores.geometry
+    rows = max(_BLOCK_BYTES // max(geometry.record_bytes, 1), 1)
+    step = -(-rows // geometry.chunk_records) * geometry.chunk_records
+    classes = np.empty(stop - start, np.int64)
+    best = np.empty(stop - start, np.float32)
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        values = _rows((await scores.read(first - origin, last - origin)).data)
+        unusable = ~np.isfinite(values).all(axis=1)
+        if status is not None:
+            unusable |= (await status.read(first - origin, last - origin)).data != 0
+        chosen = np.where(unusable[:, None], 0, values).argmax(axis=1)
+        part = slice(first - start, last - start)
+        classes[part] = np.where(unusable, -1, chosen)
+        best[part] = np.where(unusable, np.nan, values[np.arange(len(values)), chosen])
+    # A single number a record has no classes, so there is no right or wrong to count.
+    comparable = len(geometry.record_shape) == 1 and geometry.record_shape[0] > 1
+    return _Answers(start, stop, classes, best, labels if comparable else None)
+
+
+def _rows(scores: np.ndarray) -> np.ndarray:
+    return scores.reshape(len(scores), -1).astype("float64")
+
+
+def _choose(answers: _Answers) -> list[tuple[str, list[int]]]:
+    """Titles and places (within the range) of the records to draw."""
+    import numpy as np  # noqa: PLC0415 - keeps --help quick
+
+    count = answers.count
+    if count <= EVENLY + NOTABLE:
+        return [("", list(range(count)))]
+    evenly = np.linspace(0, count - 1, EVENLY).round().astype(int).tolist()
+    panels = [(f"{EVENLY} of {count:,} records, evenly spaced", evenly)]
+    if answers.labels is None:
+        doubtful = np.argsort(np.nan_to_num(answers.scores, nan=-np.inf), kind="stable")[:NOTABLE]
+        panels.append((f"the {NOTABLE} with the lowest best score", doubtful.tolist()))
+        return panels
+    wrong = np.flatnonzero(answers.classes != answers.labels)
+    surest = wrong[np.argsort(-np.nan_to_num(answers.scores[wrong], nan=-np.inf), kind="stable")][:NOTABLE]
+    title = "the one that is wrong" if len(wrong) == 1 else f"all {len(wrong):,} that are wrong, the surest first"
+    if len(wrong) > NOTABLE:
+        title = f"of {len(wrong):,} that are wrong the {NOTABLE} that the model was surest of"
+    return [*panels, (title, surest.tolist())] if len(wrong) else panels
+
+
+async def _panel(title: str, picks: list[int], inputs: Source, scores: Source, origin: int,
+                 answers: _Answers) -> Panel:
+    """Read the picked records and their scores, each chunk of the source once."""
+    import numpy as np  # noqa: PLC0415 - keeps --help quick
+
+    from batch_client.picture import Panel  # noqa: PLC0415
+
+    numbers = [answers.start + pick for pick in picks]
+    records = await _read_rows(inputs, numbers)
+    values = _rows(await _read_rows(scores, [number - origin for number in numbers]))
+    values[answers.classes[picks] < 0] = np.nan
+    labels = None if answers.labels is None else answers.labels[picks]
+    return Panel(title, records, values, labels, numbers)
+
+
+async def _read_rows(source: Source, numbers: list[int]) -> np.ndarray:
+    """Single records of a source, in the order of `numbers`, reading each chunk once."""
+    import numpy as np  # noqa: PLC0415 - keeps --help quick
+
+    geometry = source.geometry
+    found = np.empty((len(numbers), *geometry.record_shape), geometry.dtype)
+    chunks: dict[int, list[int]] = {}
+    for place, number in enumerate(numbers):
+        chunks.setdefault(number // geometry.chunk_records, []).append(place)
+    for places in chunks.values():
+        wanted = [numbers[place] for place in places]
+        first = min(wanted)
+        data = (await source.read(first, max(wanted) + 1, allow_missing=True)).data
+        found[places] = data[[number - first for number in wanted]]
+    return found
+
+
+def _figures(url: str, answers: _Answers) -> dict[str, Any]:
+    right = answers.right
+    return {
+        "output": url,
+        "range": f"{answers.start}:{answers.stop}",
+        "records": answers.count,
+        "without_score": int((answers.classes < 0).sum()),
+        "right": right,
+        "accuracy": None if right is None else right / answers.count,
+    }
+
+
+def _sentence(figures: dict[str, Any]) -> str:
+    text = f"{figures['records']:,} records"
+    if figures["right"] is not None:
+        text = f"{figures['right']:,} of {text} right, {figures['accuracy'] * 100:.1f} %"
+    if figures["without_score"]:
+        text += f", {figures['without_score']:,} without a score"
+    return text

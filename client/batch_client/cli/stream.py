@@ -1,0 +1,55 @@
+"""Standard error that never blocks the run: a reader that stops reading loses log lines, not predictions."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import sys
+import threading
+from typing import TextIO
+
+__all__ = ["PatientStream"]
+
+MOST_WAITING = 2048
+CLOSE_SECONDS = 1.0
+
+
+class PatientStream:
+    """A text stream written by a thread of its own; what does not fit its bounded queue is dropped."""
+
+    def __init__(self, target: TextIO | None = None) -> None:
+        self._target = target or sys.stderr
+        self._queue: queue.Queue[str | None] = queue.Queue(MOST_WAITING)
+        self._thread = threading.Thread(target=self._drain, name="stderr", daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing to do: the thread flushes after each piece."""
+
+    def isatty(self) -> bool:
+        return self._target.isatty()
+
+    @property
+    def encoding(self) -> str:
+        return self._target.encoding or "utf-8"
+
+    def fileno(self) -> int:
+        return self._target.fileno()
+
+    def close(self) -> None:
+        """Wait a moment for what is still queued."""
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(None)
+        self._thread.join(CLOSE_SECONDS)
+
+    def _drain(self) -> None:
+        while (text := self._queue.get()) is not None:
+            # Nobody listens any more; the run goes on.
+            with contextlib.suppress(OSError, ValueError):
+                self._target.write(text)
+                self._target.flush()

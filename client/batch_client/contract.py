@@ -1,0 +1,102 @@
+"""What a model is and takes, as a server says: asked once, and every reply is checked against it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from batch_handler.oip import ModelMetadata, OipError
+
+from batch_client.dialect import Outcome, read_reply
+from batch_client.errors import CredentialsError, ServingError
+from batch_client.plan import OutputGeometry
+from batch_client.serving import Servers
+from batch_client.tokens import authorization
+from batch_client.transport import HttpReply, Transport, TransportError
+
+__all__ = ["ModelContract", "fetch_contract"]
+
+METADATA_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class ModelContract:
+    """What a model is and takes, as its server says: what every reply is checked against."""
+
+    name: str
+    version: str
+    digest: str
+    fingerprint: str
+    micro_batch: int
+    input_name: str
+    input_dtype: np.dtype[np.generic]
+    input_shape: tuple[int, ...]
+    outputs: tuple[OutputGeometry, ...]
+
+
+async def fetch_contract(servers: Servers, url: str) -> ModelContract:
+    """What the server at `url` says of its model: OIP metadata, asked for where the protocol has it and, as TorchServe
+    has none, of the handler itself.
+
+    Raises ServingError (unreachable, no such model, unusable metadata) or CredentialsError.
+    """
+    model = servers.model
+    for path in (f"/v2/models/{model}", f"/predictions/{model}"):
+        reply = await _get_with_token(servers, url, path)
+        verdict = read_reply(reply.status, reply.body)
+        if verdict.outcome is Outcome.RESULT:
+            return _contract_of(url, reply.body)
+        if verdict.outcome is not Outcome.NO_MODEL:
+            break
+    if verdict.outcome is Outcome.TOKEN:
+        raise CredentialsError(f"{url}: the server refuses the token ({verdict.reason}): "
+                               "give a valid one with --token-file")
+    if verdict.outcome is Outcome.NO_MODEL:
+        raise ServingError(f"{url}: has no model {model!r} ({verdict.reason}): check --model and the server's models")
+    raise ServingError(f"{url}: can't describe model {model!r}: {verdict.outcome.value} ({verdict.reason})")
+
+
+async def _get_with_token(servers: Servers, url: str, path: str) -> HttpReply:
+    token = await servers.tokens.token()
+    reply = await _get(servers.transport, url, path, token)
+    if read_reply(reply.status, reply.body).outcome is Outcome.TOKEN:
+        reply = await _get(servers.transport, url, path, await servers.tokens.token(refused=token))
+    return reply
+
+
+async def _get(transport: Transport, url: str, path: str, token: str | None) -> HttpReply:
+    try:
+        return await transport.send("GET", url.rstrip("/") + path, authorization(token), (), METADATA_SECONDS)
+    except TransportError as error:
+        raise ServingError(f"{url}: can't be reached ({error}): check --endpoint and that the server runs") from error
+
+
+def _contract_of(url: str, body: bytes) -> ModelContract:
+    try:
+        metadata = ModelMetadata.from_json(json.loads(body))
+    except (OipError, ValueError) as error:
+        raise ServingError(f"{url}: its model metadata is not Open Inference Protocol v2: {error}") from error
+    if len(metadata.inputs) != 1:
+        raise ServingError(f"{url}: model {metadata.name} takes {len(metadata.inputs)} inputs, wanted one")
+    one = metadata.inputs[0]
+    outputs = tuple(OutputGeometry(spec.name, spec.dtype, spec.shape) for spec in metadata.outputs)
+    free = [spec.name for spec in metadata.outputs if min(spec.shape, default=1) < 1]
+    if free or not outputs:
+        raise ServingError(f"{url}: model {metadata.name} does not say how large its output "
+                           f"{', '.join(free) or '(none named)'} is for one record")
+    version = metadata.versions[-1] if metadata.versions else ""
+    parameters: Mapping[str, object] = metadata.parameters
+    micro_batch = parameters.get("micro_batch", 1)
+    return ModelContract(
+        name=metadata.name,
+        version=version,
+        digest=str(parameters.get("model_digest", f"unverified:{metadata.name}:{version}")),
+        fingerprint=str(parameters.get("fingerprint", "unverified")),
+        micro_batch=micro_batch if isinstance(micro_batch, int) and micro_batch >= 1 else 1,
+        input_name=one.name,
+        input_dtype=one.dtype,
+        input_shape=one.shape,
+        outputs=outputs,
+    )

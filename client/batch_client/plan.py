@@ -1,0 +1,227 @@
+"""Geometry of a run: records → output chunks, read blocks and requests. Pure; nothing here is materialised.
+
+Three grids lie over the source's axis 0, all of them from record 0 of the whole source, so that a range, a part or a
+resumed run computes each record in the same place as a full run would:
+
+- the *grid*: output chunks of the full run, `grid_records` each, whole input chunks;
+- *requests*: within a grid chunk, from its first record, `request_records` each, a multiple of the micro-batch B;
+- *places*: record i of a grid chunk sits at i mod B of its micro-batch.
+
+The chunks that are stored, *units*, begin at the range's first record; they equal the grid when the range begins on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from batch_client.errors import DataError, UsageError
+from batch_client.spec import MIB, RunSpec
+
+__all__ = ["Geometry", "OutputGeometry", "Plan", "Span", "Unit", "make_plan"]
+
+MAX_CHUNK_RECORDS = 8192
+MAX_CHUNK_BYTES_IN = 64 * MIB
+MAX_CHUNK_BYTES_OUT = 8 * MIB
+REQUEST_BYTES = 1 * MIB
+# The server's own bound on one body (serve_config/config.properties) leaves room for the header.
+MAX_REQUEST_BYTES = 60 * MIB
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The source array as far as planning needs it.
+
+    shape: records along axis 0, then the record's shape. chunk_records: records in one chunk (shard, if sharded) of the
+    source along axis 0.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    chunk_records: int
+
+    @property
+    def count(self) -> int:
+        return self.shape[0]
+
+    @property
+    def record_shape(self) -> tuple[int, ...]:
+        return self.shape[1:]
+
+    @property
+    def record_bytes(self) -> int:
+        return math.prod(self.record_shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class OutputGeometry:
+    """One model output: its name, dtype and the shape of one record's value."""
+
+    name: str
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+
+    @property
+    def record_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One output chunk: `index` in the output, records [start, stop) of the source."""
+
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Span:
+    """Records [start, stop) that travel together; `first_row` is the place in their grid chunk."""
+
+    start: int
+    stop: int
+    first_row: int
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions about sizes for one run; units, blocks and requests are computed when asked for."""
+
+    source: Geometry
+    wire_dtype: np.dtype[np.generic]
+    outputs: tuple[OutputGeometry, ...]
+    start: int
+    stop: int
+    grid_records: int
+    chunk_records: int
+    micro_batch: int
+    request_records: int
+    block_records: int
+    max_bytes_in_flight: int
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def unit_count(self) -> int:
+        return -(-self.count // self.chunk_records)
+
+    @property
+    def unit_bytes_out(self) -> int:
+        """Bytes of one assembled output chunk, its status row included."""
+        return self.chunk_records * (1 + sum(output.record_bytes for output in self.outputs))
+
+    @property
+    def wire_record_bytes(self) -> int:
+        return math.prod(self.source.record_shape) * self.wire_dtype.itemsize
+
+    @property
+    def request_count(self) -> int:
+        """Requests of an undisturbed run: cells of the request grid, and those that a chunk's end cuts in two."""
+        cells = self._cell(self.stop - 1) - self._cell(self.start) + 1
+        end_row = (self.start + self.chunk_records) % self.grid_records
+        return cells + (self.unit_count - 1 if end_row % self.request_records else 0)
+
+    def _cell(self, record: int) -> int:
+        cells_a_chunk = -(-self.grid_records // self.request_records)
+        return record // self.grid_records * cells_a_chunk + record % self.grid_records // self.request_records
+
+    def unit(self, index: int) -> Unit:
+        start = self.start + index * self.chunk_records
+        return Unit(index, start, min(start + self.chunk_records, self.stop))
+
+    def units(self) -> Iterator[Unit]:
+        return (self.unit(index) for index in range(self.unit_count))
+
+    def blocks(self, unit: Unit) -> Iterator[tuple[int, int]]:
+        """Record ranges to read one after another: whole input chunks, a share of the byte budget each."""
+        start = unit.start
+        while start < unit.stop:
+            stop = min((start // self.block_records + 1) * self.block_records, unit.stop)
+            yield start, stop
+            start = stop
+
+    def requests(self, start: int, stop: int) -> Iterator[Span]:
+        """Records [start, stop) cut at the request grid."""
+        while start < stop:
+            grid_start = start - start % self.grid_records
+            first_row = start - grid_start
+            cut = grid_start + (first_row // self.request_records + 1) * self.request_records
+            end = min(cut, grid_start + self.grid_records, stop)
+            yield Span(start, end, first_row)
+            start = end
+
+
+def make_plan(
+    spec: RunSpec,
+    source: Geometry,
+    wire_dtype: np.dtype[np.generic],
+    outputs: tuple[OutputGeometry, ...],
+    micro_batch: int,
+) -> Plan:
+    """Choose every size of a run.
+
+    An output chunk is as many whole input chunks as fit 8 MiB out, 64 MiB in and 8,192 records, at least one. A request
+    is as many micro-batches as fit 1 MiB, at least one.
+
+    Raises DataError for a source without records, UsageError for sizes that can't be met; both numbers are in the text.
+    """
+    if source.count == 0:
+        raise DataError("the source has no records: its axis 0 has length 0")
+    start, stop = spec.records.resolve(source.count)
+    chunk_bytes = source.chunk_records * max(source.record_bytes, 1)
+    if chunk_bytes > spec.max_bytes_in_flight:
+        raise UsageError(
+            f"one input chunk is {chunk_bytes:,} bytes ({source.chunk_records:,} records of {source.record_bytes:,}), "
+            f"over --max-bytes-in-flight {spec.max_bytes_in_flight:,}: raise that to at least {chunk_bytes}")
+    grid = spec.chunk_records or _default_chunk(source, outputs)
+    if grid % source.chunk_records and grid < source.count:
+        nearest = max(1, round(grid / source.chunk_records)) * source.chunk_records
+        raise UsageError(f"--chunk-records {grid}: wanted a multiple of the source's {source.chunk_records} records a "
+                         f"chunk, such as {nearest}")
+    wire_bytes = max(1, math.prod(source.record_shape) * wire_dtype.itemsize)
+    request = spec.request_records or _default_request(wire_bytes, micro_batch, grid)
+    if request % micro_batch:
+        raise UsageError(f"--request-records {request}: wanted a multiple of the server's micro-batch, {micro_batch}")
+    if request > micro_batch and request * wire_bytes > MAX_REQUEST_BYTES:
+        raise UsageError(f"--request-records {request}: a request would be {request * wire_bytes:,} bytes, the most is "
+                         f"{MAX_REQUEST_BYTES:,}")
+    share = max(1, spec.max_bytes_in_flight // 8 // max(chunk_bytes, 1))
+    return Plan(
+        source=source,
+        wire_dtype=wire_dtype,
+        outputs=outputs,
+        start=start,
+        stop=stop,
+        grid_records=grid,
+        chunk_records=min(grid, stop - start),
+        micro_batch=micro_batch,
+        request_records=request,
+        block_records=source.chunk_records * share,
+        max_bytes_in_flight=spec.max_bytes_in_flight,
+    )
+
+
+def _default_chunk(source: Geometry, outputs: tuple[OutputGeometry, ...]) -> int:
+    bytes_out = max([1, *(output.record_bytes for output in outputs)])
+    records = min(MAX_CHUNK_RECORDS, MAX_CHUNK_BYTES_OUT // bytes_out,
+                  MAX_CHUNK_BYTES_IN // max(source.record_bytes, 1))
+    return max(1, records // source.chunk_records) * source.chunk_records
+
+
+def _default_request(wire_bytes: int, micro_batch: int, grid: int) -> int:
+    micro_batches = max(1, REQUEST_BYTES // (wire_bytes * micro_batch))
+    return min(micro_batches, -(-grid // micro_batch)) * micro_batch

@@ -1,0 +1,129 @@
+"""Record range → ndarray, whole chunks or shards, with what was read written down.
+
+A source is any Zarr v2 or v3 array: sharded or not, chunked along any axis. zarr decodes; its CPU-heavy codecs run in
+threads. How many bytes may be held is the caller's business (`budget.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from zarr.api import asynchronous as zarr_async
+from zarr.core.array import AsyncArray
+from zarr.core.group import AsyncGroup
+from zarr.errors import ContainsGroupError, GroupNotFoundError
+
+from batch_client.errors import BatchClientError, DataError, StorageError
+from batch_client.plan import Geometry
+from batch_client.storage import Store, child_url
+from batch_client.zarrstore import SourceStore, recording
+
+__all__ = ["Rows", "Source", "open_source"]
+
+# What zarr, numcodecs and numpy raise for metadata or chunks that can't be understood.
+_UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, NotImplementedError, EOFError)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Records [start, stop) of a source: `data` is (stop - start, *record shape), C order, native bytes.
+
+    etags: ETag of each chunk object that was read, by key. nbytes: bytes moved from the store.
+    """
+
+    start: int
+    stop: int
+    data: np.ndarray
+    etags: Mapping[str, str | None]
+    nbytes: int
+
+
+class Source:
+    """An open source array."""
+
+    def __init__(self, url: str, array: AsyncArray, metadata_digest: str) -> None:
+        self.url = url
+        self.metadata_digest = metadata_digest
+        self._array = array
+        grid = array.shards or array.chunks
+        self.geometry = Geometry(shape=array.shape, dtype=np.dtype(array.dtype), chunk_records=grid[0])
+
+    async def read(self, start: int, stop: int, *, allow_missing: bool = False) -> Rows:
+        """Records [start, stop).
+
+        Raises DataError when a chunk object is absent (unless `allow_missing`, which takes the array's fill value) or
+        can't be decoded, StorageError when the store fails.
+        """
+        with recording() as record:
+            try:
+                data = await self._array.getitem(slice(start, stop))
+            except BatchClientError:
+                raise
+            except _UNREADABLE as error:
+                raise DataError(f"{self.url}: records {start} to {stop - 1} can't be decoded "
+                                f"({_one_line(error)}); restore the chunk or leave it out with --records") from error
+        if record.missing and not allow_missing:
+            raise DataError(
+                f"{self.url}: chunk {record.missing[0]} (among records {start} to {stop - 1}) is missing from the "
+                "store; restore it, or take the fill value for missing chunks with --allow-missing")
+        return Rows(start, stop, _native(np.asarray(data)), record.etags, record.nbytes)
+
+
+async def open_source(store: Store, array: str | None) -> Source:
+    """Open the array at a store's root, or the one named `array` in the group there.
+
+    Raises DataError when there is none, or it can't be scored (no record axis, a dtype that is no plain number).
+    """
+    where = child_url(store.url, array or "")
+    zarr_store = SourceStore(store)
+    with recording() as record:
+        try:
+            node = await zarr_async.open_array(store=zarr_store, path=array or "", mode="r")
+        except (FileNotFoundError, GroupNotFoundError, ContainsGroupError) as error:
+            raise DataError(await _nothing_there(zarr_store, where, array)) from error
+        except BatchClientError:
+            raise
+        except _UNREADABLE as error:
+            raise DataError(f"{where}: its Zarr metadata can't be read ({_one_line(error)})") from error
+    if not node.shape:
+        raise DataError(f"{where}: a single value; wanted an array with records along axis 0")
+    dtype = np.dtype(node.dtype)
+    if dtype.kind not in "biuf" or dtype.itemsize > 8:
+        raise DataError(f"{where}: dtype {dtype} can't be scored; wanted bool, integers or floats up to 64 bits")
+    return Source(where, node, await _metadata_digest(store, list(record.etags)))
+
+
+async def _metadata_digest(store: Store, keys: list[str]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(key for key in keys if key.endswith(("zarr.json", ".zarray"))):
+        blob = await store.get(key)
+        if blob is None:
+            raise StorageError(f"{child_url(store.url, key)}: vanished while it was being read")
+        digest.update(blob.data)
+    return "sha256:" + digest.hexdigest()
+
+
+async def _nothing_there(store: SourceStore, where: str, array: str | None) -> str:
+    try:
+        group: AsyncGroup = await zarr_async.open_group(store=store, mode="r")
+        names = sorted([name async for name, _ in group.arrays()])[:20]
+    except BatchClientError:
+        raise
+    except (FileNotFoundError, GroupNotFoundError, *_UNREADABLE):
+        names = []
+    if names:
+        found = f"the group has {', '.join(names)}"
+        return f"{where}: no such array; {found}: name one with --array" if array else (
+            f"{where}: this is a group; {found}: name one with --array")
+    return f"{where}: no Zarr array there (no zarr.json and no .zarray)"
+
+
+def _native(data: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("="))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

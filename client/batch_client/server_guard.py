@@ -1,0 +1,90 @@
+"""Holds a server's life to its client's: `python server_guard.py LIFELINE GRACE COMMAND…`.
+
+LIFELINE is the read end of a pipe whose write end only the client has. When it closes, because the client stopped the
+server or was killed, the command gets SIGTERM, after GRACE seconds SIGKILL, and then whatever is left of its process
+group: TorchServe's Java does not end with its parent, and a worker in the middle of a batch not with its Java.
+
+Run as a file, not as a module, so that starting it imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+__all__ = ["main"]
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+POLL_SECONDS = 1.0
+
+
+def die_with(parent: int) -> Callable[[], None] | None:
+    """What the command's process does before it becomes the command: on Linux, asks to be killed with its parent."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def ask() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died in between
+            os._exit(1)
+
+    return ask
+
+
+def wakeups() -> int:
+    """A descriptor that becomes readable when the command ends or this process is asked to."""
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return readable
+
+
+def wait(command: subprocess.Popen[bytes], lifeline: int, woken: int) -> None:
+    """Returns when the command has ended, the lifeline is closed, the parent is gone or a signal asks for the end."""
+    parent = os.getppid()
+    while command.poll() is None:
+        ready, _, _ = select.select([lifeline, woken], [], [], POLL_SECONDS)
+        # A forked child of the client may hold the lifeline open; who our parent is can't be held.
+        if lifeline in ready or os.getppid() != parent:
+            return
+        if woken in ready and set(os.read(woken, 64)) - {signal.SIGCHLD}:
+            return
+
+
+def end(command: subprocess.Popen[bytes], grace: float) -> None:
+    if command.poll() is None:
+        command.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            command.wait(grace)
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left (macOS says EPERM)
+        os.killpg(command.pid, signal.SIGKILL)
+    command.wait()
+
+
+def main(arguments: list[str]) -> int:
+    lifeline, grace = int(arguments[0]), float(arguments[1])
+    woken = wakeups()
+    command = subprocess.Popen(
+        arguments[2:],
+        stdin=subprocess.DEVNULL,
+        process_group=0,
+        preexec_fn=die_with(os.getpid()),  # noqa: PLW1509 - this process has one thread
+    )
+    try:
+        wait(command, lifeline, woken)
+    finally:
+        end(command, grace)
+    return command.returncode if command.returncode >= 0 else 128 - command.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,45 @@
+"""What scores the records, open: servers that run already, or one started here for an archive."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from batch_client.spec import ServerSpec
+from batch_client.tokens import FileTokens, NoTokens, TokenSource
+from batch_client.transport import HttpTransport, Transport
+
+__all__ = ["Servers", "open_servers"]
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The way to a model: a transport, a source of tokens, the servers' base URLs, the model's name there."""
+
+    transport: Transport
+    tokens: TokenSource
+    urls: tuple[str, ...]
+    model: str
+
+
+@asynccontextmanager
+async def open_servers(spec: ServerSpec) -> AsyncIterator[Servers]:
+    """The servers that `spec` names; an embedded one ends with the block.
+
+    Raises ServingError when an archive can't be served here.
+    """
+    async with HttpTransport() as transport:
+        if spec.archive is None:
+            tokens: TokenSource = NoTokens() if spec.token_file is None else FileTokens(Path(spec.token_file))
+            yield Servers(transport, tokens, spec.endpoints, spec.model or "")
+            return
+        # Whoever names endpoints needs nothing of this.
+        from batch_client.archives import local_archive  # noqa: PLC0415
+        from batch_client.server import EmbeddedServer, ServerSettings  # noqa: PLC0415
+
+        async with local_archive(spec.archive, anonymous=spec.anonymous) as archive:
+            settings = ServerSettings(archive=archive, workers=spec.workers, threads=spec.threads)
+            async with EmbeddedServer(settings) as server:
+                yield Servers(transport, server, (server.url,), server.model_name)

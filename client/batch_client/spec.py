@@ -1,0 +1,172 @@
+"""What a run is: the request of a person (`RunSpec`) and the identity that an output keeps for ever (`RunIdentity`).
+
+Both are frozen and validated when made, so that nothing later has to doubt them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from batch_client.errors import MismatchError, UsageError
+
+__all__ = ["CODECS", "MIB", "Records", "RunIdentity", "RunSpec", "ServerSpec", "canonical_json"]
+
+MIB = 1 << 20
+CODECS = ("none", "zstd")
+
+
+def canonical_json(value: object) -> bytes:
+    """One value, one spelling: sorted keys, no spaces, UTF-8; what digests are taken over."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+@dataclass(frozen=True)
+class Records:
+    """A half-open range of records, as a person types it (`A:B`, `A:`, `:B`); None is an open end."""
+
+    start: int | None = None
+    stop: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `A:B`. Raises UsageError for anything else."""
+        start, colon, stop = text.partition(":")
+        if not colon or not all(end == "" or end.isdecimal() for end in (start, stop)):
+            raise UsageError(f"--records {text!r}: wanted A:B, A: or :B with whole numbers, such as 0:1000")
+        return cls(int(start) if start else None, int(stop) if stop else None)
+
+    def resolve(self, count: int) -> tuple[int, int]:
+        """The range's two ends in an array of `count` records. Raises UsageError if it is empty or outside."""
+        start = 0 if self.start is None else self.start
+        stop = count if self.stop is None else self.stop
+        if not 0 <= start < stop <= count:
+            raise UsageError(f"--records {start}:{stop}: wanted 0 <= A < B <= {count}, the source's record count")
+        return start, stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSpec:
+    """What scores the records: servers that run already, or an archive to serve here.
+
+    endpoints: base URLs of servers, such as `http://host:8080`; empty when `archive` is given.
+    archive: path or URL of a `.mar` to serve here for the length of the command.
+    model: the model's name at the endpoints; known from the archive otherwise.
+    token_file: file with the endpoints' bearer token, read again when the token is refused.
+    workers, threads: of the embedded server; None is its default.
+    anonymous: read and write storage without credentials.
+    """
+
+    endpoints: tuple[str, ...] = ()
+    archive: str | None = None
+    model: str | None = None
+    token_file: str | None = None
+    workers: int | None = None
+    threads: int | None = None
+    anonymous: bool = False
+
+    def __post_init__(self) -> None:
+        if bool(self.endpoints) == bool(self.archive):
+            raise UsageError("name what scores the records: --endpoint URL (repeatable) or --archive MODEL.mar, "
+                             f"{'not both' if self.archive else 'found neither'}")
+        for endpoint in self.endpoints:
+            if not endpoint.startswith(("http://", "https://")):
+                raise UsageError(f"--endpoint {endpoint}: wanted a URL such as http://host:8080")
+        if self.endpoints and not self.model:
+            raise UsageError("--endpoint also needs --model NAME, the name under which the server has the model")
+        self._at_least("workers", "threads")
+
+    def _at_least(self, *names: str, least: int = 1) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: wanted at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec(ServerSpec):
+    """What a person asks for: score `input`, write to `output`.
+
+    input, output: URLs (`s3://bucket/path`, `file:///…`) or paths.
+    array: name of the array when `input` is a group.
+    records: the range to score; the default is all.
+    chunk_records: records in an output chunk; None follows the rule in `plan.py`.
+    request_records: records in a request, a multiple of the server's micro-batch; None aims at 1 MiB.
+    in_flight: the most requests at one endpoint at a time.
+    max_bytes_in_flight: bytes of source records held at a time.
+    codec: how output chunks are compressed, one of CODECS.
+    patience: seconds without any answer after which the run stops, resumable.
+    allow_missing: take the fill value for source chunks that are not there.
+    """
+
+    input: str
+    output: str
+    array: str | None = None
+    records: Records = Records()
+    chunk_records: int | None = None
+    request_records: int | None = None
+    in_flight: int = 8
+    max_bytes_in_flight: int = 64 * MIB
+    codec: str = "none"
+    patience: float = 600.0
+    allow_missing: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.codec not in CODECS:
+            raise UsageError(f"--codec {self.codec!r}: wanted one of {', '.join(CODECS)}")
+        self._at_least("chunk_records", "request_records", "in_flight", "max_bytes_in_flight")
+        self._at_least("patience", least=0)
+        if self.input.rstrip("/") == self.output.rstrip("/"):
+            raise UsageError(f"INPUT and OUTPUT are both {self.input}: the output needs a place of its own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """What an output is, for as long as it exists: two runs with equal identities write equal bytes.
+
+    Stored as `_run/spec.json` by the first client, compared by every later one.
+    """
+
+    source: str
+    source_metadata: str
+    source_shape: tuple[int, ...]
+    source_dtype: str
+    start: int
+    stop: int
+    grid_records: int
+    chunk_records: int
+    micro_batch: int
+    codec: str
+    model: str
+    model_digest: str
+    fingerprint: str
+    outputs: tuple[tuple[str, str, tuple[int, ...]], ...]
+    allow_missing: bool
+    format: int = 1
+
+    def to_json(self) -> bytes:
+        return canonical_json(asdict(self))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, as `sha256:<hex>`."""
+        return "sha256:" + hashlib.sha256(self.to_json()).hexdigest()
+
+    def require_same(self, stored: bytes, where: str) -> None:
+        """Raises MismatchError naming each field in which `stored` (a spec.json) differs from this run."""
+        try:
+            other: Mapping[str, Any] = json.loads(stored)
+            names = [field.name for field in fields(self)]
+            mine = json.loads(self.to_json())
+            differing = [f"{name} (there {other.get(name)!r}, now {mine[name]!r})"
+                         for name in names if other.get(name) != mine[name]]
+        except (ValueError, AttributeError) as error:
+            raise MismatchError(f"{where} holds a _run/spec.json that can't be read ({error}): "
+                                "it is not an output of batch-client; choose another OUTPUT") from error
+        if differing:
+            raise MismatchError(f"{where} belongs to another run: {'; '.join(differing)}; "
+                                "choose another OUTPUT, or use the same settings to go on with it")

@@ -1,0 +1,290 @@
+"""URL → `Store`: create-only put, get with ETag, head, list, delete. Foreign errors are mapped here, once.
+
+`ObjectStore` is any place that obstore reaches (S3, GCS, Azure, files); `MemoryStore` is the same promise in a dict.
+Only create-only writes exist: nothing that a store holds is ever replaced through this module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore import exceptions as foreign
+from obstore import store as obstores
+
+from batch_client.errors import BatchClientError, CredentialsError, StorageError, UsageError
+
+__all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "open_store"]
+
+# obstore repeats 5xx, resets and cut bodies itself; after this long the run is better stopped and resumed.
+RETRY_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Blob:
+    """An object's bytes (or a range of them) and the ETag it had."""
+
+    data: memoryview
+    etag: str | None
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a listing or a head says of an object; `size` in bytes."""
+
+    key: str
+    size: int
+    etag: str | None
+
+
+class Store(Protocol):
+    """A place for objects. Keys are relative to `url`. Every method may raise StorageError or CredentialsError."""
+
+    url: str
+
+    async def get(self, key: str, start: int | None = None, stop: int | None = None) -> Blob | None:
+        """An object's bytes [start, stop), None if there is no such object; a negative `start` counts from the end."""
+
+    async def head(self, key: str) -> Meta | None:
+        """An object's size and ETag, None if there is no such object."""
+
+    async def create(self, key: str, data: bytes | memoryview) -> bool:
+        """Write an object that does not exist yet; False (and nothing written) if it does."""
+
+    async def delete(self, key: str) -> None:
+        """Remove an object; no error if there is none."""
+
+    def list(self, prefix: str) -> AsyncIterator[Meta]:
+        """All objects whose key begins with `prefix`, which ends with a slash or is empty."""
+
+
+class MemoryStore:
+    """A Store in a dict, for simulations."""
+
+    def __init__(self, url: str = "memory://") -> None:
+        self.url = url
+        self.objects: dict[str, bytes] = {}
+
+    async def get(self, key: str, start: int | None = None, stop: int | None = None) -> Blob | None:
+        data = self.objects.get(key)
+        return None if data is None else Blob(memoryview(data)[start:stop], self._etag(data))
+
+    async def head(self, key: str) -> Meta | None:
+        data = self.objects.get(key)
+        return None if data is None else Meta(key, len(data), self._etag(data))
+
+    async def create(self, key: str, data: bytes | memoryview) -> bool:
+        if key in self.objects:
+            return False
+        self.objects[key] = bytes(data)
+        return True
+
+    async def delete(self, key: str) -> None:
+        self.objects.pop(key, None)
+
+    async def list(self, prefix: str) -> AsyncIterator[Meta]:
+        for key in sorted(self.objects):
+            if key.startswith(prefix):
+                yield Meta(key, len(self.objects[key]), self._etag(self.objects[key]))
+
+    @staticmethod
+    def _etag(data: bytes) -> str:
+        return f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+
+
+class ObjectStore:
+    """A Store through obstore."""
+
+    def __init__(self, url: str, inner: obstores.ObjectStore, prefix: str = "") -> None:
+        self.url = url
+        self._inner = inner
+        self._prefix = prefix
+
+    async def get(self, key: str, start: int | None = None, stop: int | None = None) -> Blob | None:
+        options = _range_options(start, stop)
+        with self._mapped("reading", key):
+            try:
+                result = await obstore.get_async(self._inner, self._prefix + key, options=options)
+                data = await result.bytes_async()
+            except (FileNotFoundError, foreign.NotFoundError) as error:
+                if _NO_BUCKET.search(str(error)):
+                    raise
+                return None
+            return Blob(memoryview(data), result.meta.get("e_tag"))
+
+    async def head(self, key: str) -> Meta | None:
+        with self._mapped("looking at", key):
+            try:
+                meta = await obstore.head_async(self._inner, self._prefix + key)
+            except (FileNotFoundError, foreign.NotFoundError):
+                return None
+            return Meta(key, meta["size"], meta.get("e_tag"))
+
+    async def create(self, key: str, data: bytes | memoryview) -> bool:
+        with self._mapped("writing", key):
+            try:
+                await obstore.put_async(self._inner, self._prefix + key, data, mode="create", use_multipart=False)
+            except (FileExistsError, foreign.AlreadyExistsError, foreign.PreconditionError):
+                return False
+            return True
+
+    async def delete(self, key: str) -> None:
+        with self._mapped("deleting", key):
+            try:
+                await obstore.delete_async(self._inner, self._prefix + key)
+            except (FileNotFoundError, foreign.NotFoundError):
+                return
+
+    async def list(self, prefix: str) -> AsyncIterator[Meta]:
+        with self._mapped("listing", prefix):
+            async for batch in obstore.list(self._inner, prefix=self._prefix + prefix or None):
+                for meta in batch:
+                    yield Meta(meta["path"][len(self._prefix):], meta["size"], meta.get("e_tag"))
+
+    @contextmanager
+    def _mapped(self, doing: str, key: str) -> Any:
+        try:
+            yield
+        except BatchClientError:
+            raise
+        except (foreign.BaseError, OSError, ValueError) as error:
+            raise _translate(error, f"{doing} {child_url(self.url, key)}") from error
+
+
+def child_url(url: str, key: str) -> str:
+    """The URL of an object below a store's URL."""
+    return f"{url.rstrip('/')}/{key}" if key else url
+
+
+def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] = os.environ) -> Store:
+    """The store at a URL or a path.
+
+    `s3://bucket/path` takes its settings from the usual AWS variables (`AWS_ENDPOINT_URL`, `AWS_PROFILE`, …); with
+    `anonymous` requests are not signed. A local folder is made by the first write.
+
+    Raises UsageError for a URL that no store understands, CredentialsError where none can be found.
+    """
+    scheme = urlsplit(url).scheme
+    if len(scheme) <= 1 or scheme == "file":
+        return _local_store(url)
+    config: dict[str, Any] = {}
+    if scheme in ("s3", "s3a"):
+        config = _s3_config(environ, anonymous=anonymous)
+    elif anonymous:
+        config = {"skip_signature": True}
+    try:
+        inner = obstores.from_url(
+            url.rstrip("/"),
+            client_options={"allow_http": _plain_http(environ), "timeout": timedelta(seconds=RETRY_SECONDS)},
+            retry_config={"max_retries": 10, "retry_timeout": timedelta(seconds=RETRY_SECONDS),
+                          "backoff": {"init_backoff": timedelta(milliseconds=50),
+                                      "max_backoff": timedelta(seconds=5), "base": 2}},
+            **config,
+        )
+    except (foreign.BaseError, ValueError, TypeError) as error:
+        raise UsageError(f"{url}: not a place that can be read or written ({_first_line(error)}): "
+                         "wanted s3://bucket/path, gs://…, az://…, file:///path or a path") from error
+    return ObjectStore(url.rstrip("/"), inner)
+
+
+def _local_store(url: str) -> Store:
+    path = Path(unquote(urlsplit(url).path) if url.startswith("file:") else url).expanduser().absolute()
+    # obstore wants its root to exist, and a refused run must not leave an empty folder: so the root is the nearest
+    # folder that exists, and the rest is part of each key; the first write makes the folders.
+    root = path
+    while not root.is_dir():
+        if root.exists():
+            raise UsageError(f"{root}: this is a file; wanted a folder")
+        root = root.parent
+    prefix = path.relative_to(root).as_posix()
+    return ObjectStore(path.as_uri(), obstores.LocalStore(prefix=root), "" if prefix == "." else prefix + "/")
+
+
+def _plain_http(environ: Mapping[str, str]) -> bool:
+    names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+    return any(environ.get(name, "").startswith("http://") for name in names)
+
+
+def _s3_config(environ: Mapping[str, str], *, anonymous: bool) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    if "AWS_REGION" not in environ and "AWS_DEFAULT_REGION" not in environ:
+        config["region"] = "us-east-1"
+    endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        config["endpoint"] = endpoint
+    if anonymous:
+        config["skip_signature"] = True
+    elif environ.get("AWS_PROFILE"):
+        config["credential_provider"] = _profile_credentials(environ["AWS_PROFILE"])
+    return config
+
+
+def _profile_credentials(profile: str) -> Callable[[], Any]:
+    # obstore does not read AWS profiles; boto3 knows profiles, roles and single sign-on.
+    try:
+        import boto3  # noqa: PLC0415 - an optional dependency, wanted only here
+        from botocore.exceptions import BotoCoreError  # noqa: PLC0415 - comes with boto3
+        from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: PLC0415 - needs boto3
+    except ImportError as error:
+        raise CredentialsError(f'AWS_PROFILE is {profile!r} and boto3 is not here to read it: '
+                               'pip install "batch-client[aws]", or unset it') from error
+    try:
+        return Boto3CredentialProvider(boto3.Session(profile_name=profile))
+    except (BotoCoreError, ValueError) as error:
+        raise CredentialsError(f"AWS_PROFILE {profile!r}: {_first_line(error)}") from error
+
+
+def _range_options(start: int | None, stop: int | None) -> obstore.GetOptions | None:
+    if start is None and stop is None:
+        return None
+    if start is not None and start < 0:
+        return {"range": {"suffix": -start}}
+    if stop is None:
+        return {"range": {"offset": start or 0}}
+    return {"range": (start or 0, stop)}
+
+
+_SKEW = re.compile(r"RequestTimeTooSkewed|RequestExpired|time.{0,20}skew", re.IGNORECASE)
+_BAD_KEY = re.compile(
+    r"InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|AccessDenied|InvalidClientTokenId|"
+    r"\b40[13]\b|Forbidden|Unauthorized", re.IGNORECASE)
+_NO_CREDENTIALS = re.compile(r"169\.254\.169\.254|instance metadata|credential|MissingCredentials", re.IGNORECASE)
+_NO_BUCKET = re.compile(r"NoSuchBucket|bucket.{0,40}not (found|exist)", re.IGNORECASE)
+
+
+def _translate(error: Exception, doing: str) -> BatchClientError:
+    text = str(error)
+    if _SKEW.search(text):
+        return StorageError(f"{doing}: the store says that this machine's clock is wrong: set the clock and try again")
+    if _NO_BUCKET.search(text):
+        return StorageError(f"{doing}: there is no such bucket")
+    if _NO_CREDENTIALS.search(text):
+        return CredentialsError(f"{doing}: found no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
+                                "AWS_PROFILE, or use --anonymous for a public bucket")
+    if isinstance(error, foreign.PermissionDeniedError | foreign.UnauthenticatedError) or _BAD_KEY.search(text):
+        return CredentialsError(f"{doing}: the store refused the credentials ({_code_of(text)}): check the keys "
+                                "and their rights to this place")
+    if isinstance(error, PermissionError):
+        return StorageError(f"{doing}: permission denied")
+    return StorageError(f"{doing}: {_first_line(error)}")
+
+
+def _code_of(text: str) -> str:
+    found = re.search(r"<Code>([A-Za-z]+)</Code>", text)
+    return found.group(1) if found else "access denied"
+
+
+def _first_line(error: BaseException) -> str:
+    """The foreign message's essence: obstore appends a debug dump after the first lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = " ".join((lines or [type(error).__name__])[0].split())
+    return re.sub(r" in [\d.]+\S?s(, after \d+ retries, max_retries: \d+, retry_timeout: \S+)?(?= -)", "", line)[:300]

@@ -1,0 +1,86 @@
+"""What a run was, in numbers: an observer that counts, and the summary that `--json` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from batch_client.contract import ModelContract
+from batch_client.events import ChunkWritten, Event, Published, RequestDone, RequestRetried, RunStarted
+from batch_client.plan import Plan
+from batch_client.spec import RunSpec
+
+__all__ = ["RunSummary", "Tally"]
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A finished run. `records` is the size of the output, `scored` what this run computed of it; seconds are from the
+    first read to publication, bytes are of records read from and chunks written to storage.
+    """
+
+    records: int
+    scored: int
+    failed: int
+    seconds: float
+    records_per_s: float
+    output: str
+    root: str
+    already_published: bool
+    model: str
+    model_digest: str
+    fingerprint: str
+    requests: int
+    retries: int
+    bytes_read: int
+    bytes_written: int
+
+    def to_value(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Tally:
+    """Counts events."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._started = clock()
+        self._scored = self._failed = self._requests = self._retries = self._read = self._written = 0
+        self._published = Published("", "")
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                self._started = self._clock()
+            case RequestDone():
+                self._requests += 1
+            case RequestRetried():
+                self._retries += 1
+            case ChunkWritten():
+                self._scored += event.records
+                self._failed += event.failed
+                self._read += event.bytes_read
+                self._written += event.bytes_written
+            case Published():
+                self._published = event
+
+    def summary(self, spec: RunSpec, contract: ModelContract, plan: Plan) -> RunSummary:
+        seconds = self._clock() - self._started
+        return RunSummary(
+            records=plan.count,
+            scored=self._scored,
+            failed=self._failed,
+            seconds=round(seconds, 3),
+            records_per_s=round(self._scored / seconds, 1) if seconds > 0 else 0.0,
+            output=spec.output,
+            root=self._published.root,
+            already_published=self._published.already,
+            model=contract.name,
+            model_digest=contract.digest,
+            fingerprint=contract.fingerprint,
+            requests=self._requests,
+            retries=self._retries,
+            bytes_read=self._read,
+            bytes_written=self._written,
+        )

@@ -1,0 +1,133 @@
+"""Our `Store` as a zarr store: zarr reads through it, and what it read (keys, ETags, absences) is written down.
+
+Reading only: chunks and metadata of an output are written by `writer.py` and `publish.py`, create-only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from zarr.abc.store import (
+    ByteRequest,
+    OffsetByteRequest,
+    RangeByteRequest,
+    SuffixByteRequest,
+)
+from zarr.abc.store import (
+    Store as ZarrStore,
+)
+from zarr.core.buffer import Buffer, BufferPrototype
+
+from batch_client.storage import Store
+
+__all__ = ["ReadRecord", "SourceStore", "recording"]
+
+
+@dataclass
+class ReadRecord:
+    """What one read touched: ETag by key (None where the store gives none), keys that were absent, bytes moved."""
+
+    etags: dict[str, str | None] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    nbytes: int = 0
+
+
+# zarr fetches the chunks of one selection in tasks of its own; a context variable follows it there.
+_RECORD: ContextVar[ReadRecord | None] = ContextVar("record", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[ReadRecord]:
+    """Collect what zarr reads through any SourceStore inside this block, its own tasks included."""
+    record = ReadRecord()
+    token = _RECORD.set(record)
+    try:
+        yield record
+    finally:
+        _RECORD.reset(token)
+
+
+class SourceStore(ZarrStore):
+    """A read-only zarr store over a `Store`."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(read_only=True)
+        self.store = store
+
+    def __eq__(self, value: object) -> bool:
+        return isinstance(value, SourceStore) and value.store is self.store
+
+    def __hash__(self) -> int:
+        return id(self.store)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        blob = await self.store.get(key, *_bounds(byte_range))
+        record = _RECORD.get()
+        if blob is None:
+            if record is not None:
+                record.missing.append(key)
+            return None
+        if record is not None:
+            record.etags[key] = blob.etag
+            record.nbytes += blob.data.nbytes
+        # zarr wants bytes that it can slice; this is the one copy between the socket and the codec.
+        return prototype.buffer.from_bytes(bytes(blob.data))
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+
+    async def exists(self, key: str) -> bool:
+        return await self.store.head(key) is not None
+
+    @property
+    def supports_writes(self) -> bool:
+        return False
+
+    @property
+    def supports_deletes(self) -> bool:
+        return False
+
+    @property
+    def supports_listing(self) -> bool:
+        return True
+
+    async def set(self, key: str, value: Buffer) -> None:
+        raise PermissionError(f"{key}: this store is read-only")
+
+    async def delete(self, key: str) -> None:
+        raise PermissionError(f"{key}: this store is read-only")
+
+    async def list(self) -> AsyncIterator[str]:
+        async for meta in self.store.list(""):
+            yield meta.key
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        async for meta in self.store.list(prefix):
+            yield meta.key
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        base = f"{prefix.rstrip('/')}/" if prefix else ""
+        seen: set[str] = set()
+        async for meta in self.store.list(base):
+            name = meta.key[len(base):].partition("/")[0]
+            if name not in seen:
+                seen.add(name)
+                yield name
+
+
+def _bounds(request: ByteRequest | None) -> tuple[int | None, int | None]:
+    match request:
+        case None:
+            return None, None
+        case RangeByteRequest(start=start, end=end):
+            return start, end
+        case OffsetByteRequest(offset=offset):
+            return offset, None
+        case SuffixByteRequest(suffix=suffix):
+            return -suffix, None
+    raise TypeError(f"unknown byte request {request!r}")
