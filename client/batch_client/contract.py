@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from batch_handler.oip import ModelMetadata, OipError
 
 from batch_client.dialect import Outcome, read_reply
 from batch_client.errors import CredentialsError, ServingError
@@ -15,6 +14,7 @@ from batch_client.plan import OutputGeometry
 from batch_client.serving import Servers
 from batch_client.tokens import authorization
 from batch_client.transport import HttpReply, Transport, TransportError
+from batch_handler.oip import ModelMetadata, OipError
 
 __all__ = ["ModelContract", "fetch_contract"]
 

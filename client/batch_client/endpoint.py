@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-
 from batch_client.errors import ServingError
 from batch_client.limiter import Limiter
 

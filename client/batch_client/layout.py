@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from zarr.api import asynchronous as zarr_async
@@ -42,7 +42,14 @@ class OutputLayout:
         self._plan = plan
         self._codec = codec
         self._store = MemoryStore()
-        self._arrays: dict[str, AsyncArray] = {}
+        self._arrays: dict[str, AsyncArray[Any]] = {}
+
+    @classmethod
+    async def open(cls, plan: Plan, codec: str) -> Self:
+        """A layout whose arrays exist, so that chunks can be encoded."""
+        layout = cls(plan, codec)
+        layout._arrays = await layout._create(layout._store, {})
+        return layout
 
     @property
     def array_names(self) -> tuple[str, ...]:
@@ -51,8 +58,6 @@ class OutputLayout:
 
     async def encode(self, name: str, unit_index: int, values: np.ndarray) -> tuple[str, bytes]:
         """The key and the bytes of one array's chunk number `unit_index`; `values` is (records, *shape)."""
-        if not self._arrays:
-            _, self._arrays = await self._create(self._store, {})
         array = self._arrays[name]
         start = unit_index * self._plan.chunk_records
         await array.setitem(slice(start, start + len(values)), values)
@@ -84,8 +89,7 @@ class OutputLayout:
             documents.append((key, buffer.to_bytes()))
         return documents
 
-    async def _create(self, store: MemoryStore,
-                      attributes: Mapping[str, Any]) -> tuple[AsyncGroup, dict[str, AsyncArray]]:
+    async def _create(self, store: MemoryStore, attributes: Mapping[str, Any]) -> dict[str, AsyncArray[Any]]:
         group: AsyncGroup = await zarr_async.open_group(
             store=store, mode="w", zarr_format=3, attributes=dict(attributes))
         arrays = {}
@@ -101,4 +105,4 @@ class OutputLayout:
                 dimension_names=["record", *(f"{output.name}_{axis}" for axis in range(1, len(output.shape) + 1))],
                 config={"write_empty_chunks": True},
             )
-        return group, arrays
+        return arrays

@@ -102,7 +102,8 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     if root is not None:
         emit(Published(spec.output, root, already=True))
         return tally.summary(spec, prepared.contract, prepared.plan)
-    run = _Run(spec, services, prepared, emit, stop or asyncio.Event())
+    layout = await OutputLayout.open(prepared.plan, spec.codec)
+    run = _Run(spec, services, prepared, layout, emit, stop or asyncio.Event())
     root = await run.to_the_end()
     emit(Published(spec.output, root))
     return tally.summary(spec, prepared.contract, prepared.plan)
@@ -181,8 +182,8 @@ def _identity(spec: RunSpec, source: Source, contract: ModelContract, plan: Plan
 class _Run:
     """One execution: the tasks and what they share."""
 
-    def __init__(self, spec: RunSpec, services: Services, prepared: _Prepared, emit: Callable[[Event], None],
-                 stop: asyncio.Event) -> None:
+    def __init__(self, spec: RunSpec, services: Services, prepared: _Prepared, layout: OutputLayout,
+                 emit: Callable[[Event], None], stop: asyncio.Event) -> None:
         self._spec = spec
         self._store = services.output_store
         self._source = prepared.source
@@ -191,8 +192,8 @@ class _Run:
         self._identity = prepared.identity
         self._emit = emit
         self._stop = stop
-        self._layout = OutputLayout(prepared.plan, spec.codec)
-        self._writer = ChunkWriter(self._store, self._layout)
+        self._writer = ChunkWriter(self._store, layout)
+        self._layout = layout
         self._ledger = Ledger(self._store, f"{services.rng.getrandbits(64):016x}", services.clock)
         self._budget = ByteBudget(spec.max_bytes_in_flight)
         self._scorer = Scorer(

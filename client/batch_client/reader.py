@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from zarr.api import asynchronous as zarr_async
 from zarr.core.array import AsyncArray
 from zarr.core.group import AsyncGroup
-from zarr.errors import ContainsGroupError, GroupNotFoundError
+from zarr.errors import ContainsGroupError, GroupNotFoundError, NodeTypeValidationError
 
 from batch_client.errors import BatchClientError, DataError, StorageError
 from batch_client.plan import Geometry
@@ -44,7 +45,7 @@ class Rows:
 class Source:
     """An open source array."""
 
-    def __init__(self, url: str, array: AsyncArray, metadata_digest: str) -> None:
+    def __init__(self, url: str, array: AsyncArray[Any], metadata_digest: str) -> None:
         self.url = url
         self.metadata_digest = metadata_digest
         self._array = array
@@ -82,7 +83,7 @@ async def open_source(store: Store, array: str | None) -> Source:
     with recording() as record:
         try:
             node = await zarr_async.open_array(store=zarr_store, path=array or "", mode="r")
-        except (FileNotFoundError, GroupNotFoundError, ContainsGroupError) as error:
+        except (FileNotFoundError, GroupNotFoundError, ContainsGroupError, NodeTypeValidationError) as error:
             raise DataError(await _nothing_there(zarr_store, where, array)) from error
         except BatchClientError:
             raise

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.contract import ModelContract
+from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.endpoint import Endpoint, Pool
-from batch_client.tokens import TokenSource, authorization
 from batch_client.errors import CredentialsError, DataError, StoppedError
 from batch_client.events import Event, RequestDone, RequestRetried, RequestSent
 from batch_client.plan import Span
 from batch_client.retry import RetryBucket, full_jitter
+from batch_client.tokens import TokenSource, authorization
 from batch_client.transport import HttpReply, Transport, TransportError
 from batch_handler.oip import (
     CONTENT_TYPE,

@@ -35,7 +35,8 @@ from batch_client.resources import serve_config_dir
 __all__ = ["EmbeddedServer", "ServerSettings", "find_java", "serve_forever"]
 
 MIN_JAVA = 11
-JAVA_GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
+# Between SIGTERM and SIGKILL. Java resets requests in flight at once, and then waits 3 s for nothing.
+JAVA_GRACE_SECONDS = 0.2
 POLL_SECONDS = 0.1  # between looks at a server that is starting
 LOG_SETTLE_SECONDS = 0.5  # a dying worker's traceback comes in many lines
 WATCH_SECONDS = 2.0  # between looks at a server that serves

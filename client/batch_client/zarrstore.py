@@ -96,7 +96,7 @@ class SourceStore(ZarrStore):
     def supports_listing(self) -> bool:
         return True
 
-    async def set(self, key: str, value: Buffer) -> None:
+    async def set(self, key: str, value: Buffer) -> None:  # noqa: ARG002 - zarr's signature
         raise PermissionError(f"{key}: this store is read-only")
 
     async def delete(self, key: str) -> None:

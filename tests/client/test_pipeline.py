@@ -1,0 +1,361 @@
+"""Whole runs of the real client against a simulated server and real stores on disk and in memory."""
+
+import asyncio
+import json
+import random
+import warnings
+
+import numpy as np
+import pytest
+import xarray
+import zarr
+from batch_client.errors import DataError, MismatchError, ServingError, StoppedError, UsageError
+from batch_client.events import ChunkWritten, Published, RunStarted
+from batch_client.pipeline import Services, execute, plan_run
+from batch_client.spec import Records, RunSpec
+from batch_client.storage import MemoryStore, open_store
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.simulated import URL, SimulatedServer
+from zarr.storage import MemoryStore as ZarrMemory
+
+
+def records_of(count, shape=(3,), dtype=np.uint8, seed=0):
+    rng = np.random.default_rng(seed)
+    if np.dtype(dtype).kind == "f":
+        return rng.standard_normal((count, *shape)).astype(dtype)
+    return rng.integers(0, 100, (count, *shape)).astype(dtype)
+
+
+async def source_of(records, chunks, **options):
+    """A source in memory, written by zarr."""
+    zarr_store = ZarrMemory()
+    array = await zarr.api.asynchronous.create_array(
+        store=zarr_store, shape=records.shape, chunks=chunks, dtype=records.dtype,
+        config={"write_empty_chunks": True}, **options)
+    await array.setitem(slice(None), records)
+    store = MemoryStore("memory://source")
+    async for key in zarr_store.list():
+        buffer = await zarr_store.get(key, zarr.core.buffer.default_buffer_prototype())
+        store.objects[key] = buffer.to_bytes()
+    return store
+
+
+def spec(**options):
+    return RunSpec(**{"input": "memory://source", "output": "memory://out", "endpoints": (URL,), "model": "toy",
+                      "in_flight": 4, **options})
+
+
+def services(server, source, output=None, seed=1):
+    return Services(server.servers(), source, output or MemoryStore("memory://out"), rng=random.Random(seed))
+
+
+async def opened(store):
+    """What a user finds in an output."""
+    target = ZarrMemory()
+    for key, data in store.objects.items():
+        if key.endswith(("zarr.json",)) or "/c/" in key:
+            await target.set(key, zarr.core.buffer.default_buffer_prototype().buffer.from_bytes(data))
+    return zarr.open_group(target, mode="r")
+
+
+async def score(records, chunks=(10, 3), server=None, **options):
+    server = server or SimulatedServer(records.shape[1:], records.dtype)
+    output = MemoryStore("memory://out")
+    source = await source_of(records, chunks)
+    summary = await execute(spec(**options), services(server, source, output))
+    return summary, output
+
+
+async def test_predictions_are_in_order_and_every_record_has_a_status():
+    records = records_of(95)
+    server = SimulatedServer()
+    summary, output = await score(records, server=server, chunk_records=30, request_records=8)
+    group = await opened(output)
+    np.testing.assert_array_equal(group["y"][:], server.expected(records, 30))
+    assert (group["record_status"][:] == 0).all()
+    assert (summary.records, summary.scored, summary.failed) == (95, 95, 0)
+    assert summary.requests == server.requests == 4 + 4 + 4 + 1
+    assert group.attrs["source"] == "memory://source"
+    assert group.attrs["root"] == summary.root
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_geometry_gives_each_record_its_own_prediction_in_its_own_place(data):
+    count = data.draw(st.integers(1, 60))
+    chunk = data.draw(st.integers(1, 25))
+    start = data.draw(st.integers(0, count - 1))
+    stop = data.draw(st.integers(start + 1, count))
+    micro_batch = data.draw(st.integers(1, 7))
+    options = {"records": Records(start, stop), "max_bytes_in_flight": data.draw(st.integers(3 * chunk, 9 * chunk)),
+               "in_flight": data.draw(st.integers(1, 5))}
+    if data.draw(st.booleans()):
+        options["chunk_records"] = chunk * data.draw(st.integers(1, 3))
+    if data.draw(st.booleans()):
+        options["request_records"] = micro_batch * data.draw(st.integers(1, 3))
+
+    async def go():
+        records = records_of(count, seed=count)
+        server = SimulatedServer(micro_batch=micro_batch)
+        source = await source_of(records, (chunk, data.draw(st.sampled_from([1, 2, 3]))))
+        output = MemoryStore("memory://out")
+        parts = services(server, source, output)
+        plan = await plan_run(spec(**options), parts)
+        summary = await execute(spec(**options), parts)
+        assert summary.requests == plan.request_count
+        group = await opened(output)
+        np.testing.assert_array_equal(group["y"][:], server.expected(records[start:stop], plan.grid_records, start))
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("options", [
+    {"shards": (20, 4), "chunks": (5, 2)}, {"chunks": (7, 4)}, {"chunks": (100, 1)},
+    {"chunks": (6, 4), "zarr_format": 2}, {"chunks": (6, 4), "zarr_format": 2, "order": "F"},
+])
+@pytest.mark.parametrize("dtype", ["uint8", "float32", ">f4", "int16", "bool"])
+async def test_sources_of_every_layout_are_read_the_same(options, dtype):
+    records = records_of(50, (4,)).astype(dtype)
+    server = SimulatedServer((4,), np.float32)
+    source = await source_of(records, **options)
+    output = MemoryStore("memory://out")
+    summary = await execute(spec(request_records=8), services(server, source, output))
+    assert summary.records == 50
+    grid = json.loads(output.objects["_run/spec.json"])["grid_records"]
+    group = await opened(output)
+    np.testing.assert_array_equal(group["y"][:], server.expected(records.astype(np.float32), grid))
+
+
+async def test_metadata_comes_last_and_the_groups_after_the_arrays():
+    order = []
+
+    class Recording(MemoryStore):
+        async def create(self, key, data):
+            order.append(key)
+            return await super().create(key, data)
+
+    source = await source_of(records_of(40), (10, 3))
+    await execute(spec(chunk_records=10), services(SimulatedServer(), source, Recording("memory://out")))
+    chunks = [index for index, key in enumerate(order) if "/c/" in key]
+    manifest = order.index("_run/manifest.json")
+    assert order[0] == "_run/spec.json"
+    assert max(chunks) < manifest
+    assert order[-4:] == ["y/zarr.json", "record_status/zarr.json", "zarr.json", "_SUCCESS"]
+    assert len(order) == len(set(order))
+
+
+async def test_xarray_opens_the_output_without_a_warning(tmp_path):
+    records = records_of(40)
+    source = await source_of(records, (10, 3))
+    await execute(spec(output=str(tmp_path / "o")), services(SimulatedServer(), source, open_store(str(tmp_path / "o"))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = xarray.open_zarr(tmp_path / "o")
+    assert found["y"].dims == ("record", "y_1")
+    assert found["y"].shape == (40, 2)
+    assert found["record_status"].dtype == np.uint8
+
+
+async def test_in_flight_is_bounded_and_reached():
+    server = SimulatedServer(seconds=0.002)
+    await score(records_of(400), server=server, request_records=4, in_flight=5)
+    assert server.most_at_once == 5
+
+
+async def test_nothing_opens_before_the_end_and_the_same_command_goes_on(tmp_path):
+    records = records_of(200)
+    server = SimulatedServer(seconds=0.005)
+    source = await source_of(records, (10, 3))
+    output = MemoryStore("memory://out")
+    stop = asyncio.Event()
+    seen = []
+
+    def observe(event):
+        seen.append(event)
+        if sum(isinstance(event, ChunkWritten) for event in seen) == 3:
+            stop.set()
+
+    with pytest.raises(StoppedError, match="goes on from there"):
+        await execute(spec(chunk_records=10, in_flight=2), services(server, source, output), (observe,), stop)
+    assert not [key for key in output.objects if key.endswith("zarr.json")]
+    done = [event.index for event in seen if isinstance(event, ChunkWritten)]
+    assert 3 <= len(done) < 20
+    summary = await execute(spec(chunk_records=10, in_flight=2), services(server, source, output, seed=2))
+    assert summary.scored == 200 - 10 * len(done)
+    whole, fresh = await score(records, chunk_records=10)
+    assert summary.root == whole.root
+    np.testing.assert_array_equal((await opened(output))["y"][:], (await opened(fresh))["y"][:])
+
+
+async def test_a_published_run_is_found_done():
+    records = records_of(20)
+    source = await source_of(records, (10, 3))
+    output = MemoryStore("memory://out")
+    first = await execute(spec(), services(SimulatedServer(), source, output))
+    before = dict(output.objects)
+    events = []
+    again = await execute(spec(), services(SimulatedServer(), source, output), (events.append,))
+    assert again.already_published
+    assert again.root == first.root
+    assert output.objects == before
+    assert events == [Published("memory://out", first.root, already=True)]
+
+
+@pytest.mark.parametrize(("options", "field"), [
+    ({"codec": "zstd"}, "codec"), ({"records": Records(0, 10)}, "stop"), ({"chunk_records": 10}, "grid_records"),
+])
+async def test_another_run_at_the_same_place_is_refused(options, field):
+    source = await source_of(records_of(20), (10, 3))
+    output = MemoryStore("memory://out")
+    await execute(spec(), services(SimulatedServer(), source, output))
+    with pytest.raises(MismatchError, match=field):
+        await execute(spec(**options), services(SimulatedServer(), source, output))
+
+
+async def test_another_model_at_the_same_place_is_refused():
+    source = await source_of(records_of(20), (10, 3))
+    output = MemoryStore("memory://out")
+    await execute(spec(), services(SimulatedServer(), source, output))
+    with pytest.raises(MismatchError, match="model_digest"):
+        await execute(spec(), services(SimulatedServer(digest="sha256:new"), source, output))
+
+
+async def test_a_place_with_something_else_is_refused_and_left_alone():
+    source = await source_of(records_of(20), (10, 3))
+    output = MemoryStore("memory://out")
+    output.objects["zarr.json"] = b"{}"
+    with pytest.raises(MismatchError, match="is no output of batch-client"):
+        await execute(spec(), services(SimulatedServer(), source, output))
+    assert output.objects == {"zarr.json": b"{}"}
+
+
+async def refused(kind, wanted, source, server=None, **options):
+    output = MemoryStore("memory://out")
+    with pytest.raises(kind) as error:
+        await execute(spec(**options), services(server or SimulatedServer(), source, output))
+    assert wanted in str(error.value)
+    assert "\n" not in str(error.value)
+    return output
+
+
+async def test_sources_that_can_not_be_scored_are_refused_before_anything_is_written():
+    good = await source_of(records_of(20), (10, 3))
+    for kind, wanted, source, options in [
+        (DataError, "no Zarr array there", MemoryStore("memory://source"), {}),
+        (DataError, "a record has shape (4,), model toy takes (3,)", await source_of(records_of(20, (4,)), (10, 4)), {}),
+        (DataError, "records are float64", await source_of(records_of(20, dtype=np.float64), (10, 3)), {}),
+        (DataError, "complex64 can't be scored", await source_of(records_of(20).astype(np.complex64), (10, 3)), {}),
+        (UsageError, "over --max-bytes-in-flight", good, {"max_bytes_in_flight": 8}),
+    ]:
+        assert (await refused(kind, wanted, source, **options)).objects == {}
+
+
+async def test_a_group_names_its_arrays():
+    store = ZarrMemory()
+    group = await zarr.api.asynchronous.open_group(store=store, mode="w")
+    await group.create_array(name="images", shape=(4, 3), chunks=(2, 3), dtype="uint8")
+    source = MemoryStore("memory://source")
+    async for key in store.list():
+        source.objects[key] = (await store.get(key, zarr.core.buffer.default_buffer_prototype())).to_bytes()
+    await refused(DataError, "the group has images: name one with --array", source)
+    await refused(DataError, "no such array; the group has images", source, array="pictures")
+
+
+async def test_a_missing_chunk_is_no_data_unless_the_user_says_so():
+    records = records_of(40)
+    source = await source_of(records, (10, 3))
+    del source.objects["c/2/0"]
+    output = await refused(DataError, "chunk c/2/0 (among records", source)
+    assert not [key for key in output.objects if key.endswith("zarr.json")]
+    summary = await execute(spec(allow_missing=True), services(SimulatedServer(), source))
+    assert summary.records == 40
+
+
+async def test_a_chunk_that_can_not_be_decoded_is_named_by_its_records():
+    source = await source_of(records_of(40), (10, 3))
+    source.objects["c/1/0"] = source.objects["c/1/0"][:5]
+    await refused(DataError, "can't be decoded", source)
+
+
+class Answering(SimulatedServer):
+    """A server that alters its first answers."""
+
+    def __init__(self, *changes):
+        super().__init__()
+        self.changes = list(changes)
+        self.before = None
+
+    def answer(self, body, header_length):
+        reply = super().answer(body, header_length)
+        return self.changes.pop(0)(self, body, reply) if self.changes else reply
+
+
+def swapped(server, body, reply):
+    """The reply to the request before, of equal shape; the first reply has none before it."""
+    reply, server.before = server.before or reply, reply
+    return reply
+
+
+def flipped(position):
+    def change(server, body, reply):
+        data = bytearray(reply.body)
+        data[position] ^= 1
+        return type(reply)(200, reply.headers, bytes(data))
+    return change
+
+
+def cut(server, body, reply):
+    return type(reply)(200, reply.headers, reply.body[:-3])
+
+
+def failed(server, body, reply):
+    return type(reply)(503, {}, b'{"code": 503, "type": "InternalServerException", "message": "Prediction failed"}')
+
+
+def busy(server, body, reply):
+    return type(reply)(503, {}, b'{"code": 503, "type": "ServiceUnavailableException", "message": "no room"}')
+
+
+def refuses(server, body, reply):
+    return type(reply)(400, {}, b'{"error": "image is 3, wanted 4"}')
+
+
+@pytest.mark.parametrize("changes", [
+    [flipped(-1)], [flipped(-20)], [cut], [failed, failed], [busy] * 5, [swapped] * 2,
+    [cut, busy, failed, flipped(-2)],
+])
+async def test_a_bad_answer_is_asked_again_and_never_taken(changes):
+    records = records_of(40)
+    server = Answering(*changes)
+    summary, output = await score(records, server=server, request_records=8)
+    np.testing.assert_array_equal((await opened(output))["y"][:], server.expected(records, 40))
+    assert summary.retries >= 1
+
+
+async def test_a_request_that_the_server_refuses_ends_the_run_with_its_reason():
+    source = await source_of(records_of(40), (10, 3))
+    await refused(DataError, "refuses records 0 to 7: 400: image is 3, wanted 4", source, Answering(refuses),
+                  request_records=8, in_flight=1)
+
+
+async def test_a_model_that_changes_under_the_run_is_never_mixed_in():
+    source = await source_of(records_of(80), (10, 3))
+
+    class Exchanged(SimulatedServer):
+        def answer(self, body, header_length):
+            if self.requests == 3:
+                self.digest = "sha256:other"
+            return super().answer(body, header_length)
+
+    output = await refused(ServingError, "its model is sha256:other", source, Exchanged(), chunk_records=10,
+                           in_flight=1)
+    assert not [key for key in output.objects if key.endswith("zarr.json")]
+
+
+async def test_the_first_event_says_what_is_coming():
+    events = []
+    source = await source_of(records_of(20), (10, 3))
+    await execute(spec(), services(SimulatedServer(), source), (events.append,))
+    assert isinstance(events[0], RunStarted)
+    assert events[0].plan.count == 20

@@ -1,0 +1,125 @@
+"""Limiter, retry bucket, jitter, dialect, spec: decisions without I/O."""
+
+import json
+import random
+
+import pytest
+from batch_client.dialect import Outcome, read_reply
+from batch_client.errors import MismatchError, UsageError
+from batch_client.limiter import Limiter
+from batch_client.retry import RetryBucket, full_jitter
+from batch_client.spec import Records, RunIdentity, RunSpec
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def test_a_burst_of_refusals_cuts_once_and_answers_grow_it_back():
+    limiter = Limiter(16)
+    for _ in range(10):
+        limiter.overloaded(now=1.0, sent_at=0.5)
+    assert limiter.limit == 11
+    limiter.overloaded(now=2.0, sent_at=1.5)
+    assert limiter.limit == 7
+    for _ in range(400):
+        limiter.succeeded()
+    assert limiter.limit == 16
+
+
+@given(st.lists(st.booleans(), max_size=200), st.integers(1, 64))
+def test_the_limit_stays_between_one_and_the_most(answers, most):
+    limiter = Limiter(most)
+    for now, good in enumerate(answers):
+        limiter.succeeded() if good else limiter.overloaded(now=now + 0.5, sent_at=now)
+        assert 1 <= limiter.limit <= most
+
+
+def test_an_empty_bucket_leaves_one_probe_a_second():
+    bucket = RetryBucket(reserve=2)
+    assert [bucket.delay(0.0) for _ in range(5)] == [0, 0, 0, 1, 2]
+    assert bucket.delay(10.0) == 0
+
+
+def test_successes_pay_for_retries():
+    bucket = RetryBucket(reserve=20)
+    for _ in range(20):
+        bucket.delay(0.0)
+    for _ in range(11):
+        bucket.succeeded()
+    assert bucket.delay(0.0) == 0
+    assert bucket.delay(0.0) == 0  # the second's probe
+    assert bucket.delay(0.0) == 1
+
+
+@given(st.integers(0, 10_000), st.integers())
+def test_jitter_is_bounded(attempt, seed):
+    assert 0 <= full_jitter(attempt, random.Random(seed)) <= 10
+
+
+TORCHSERVE = [
+    (503, "ServiceUnavailableException", Outcome.BUSY),
+    (503, "InternalServerException", Outcome.FAILED),
+    (500, "InternalServerException", Outcome.FAILED),
+    (507, "InternalServerException", Outcome.FAILED),
+    (400, "InvalidKeyException", Outcome.TOKEN),
+    (404, "ModelNotFoundException", Outcome.NO_MODEL),
+    (413, "", Outcome.TOO_LARGE),
+]
+
+
+@pytest.mark.parametrize(("status", "kind", "wanted"), TORCHSERVE)
+def test_torchserves_answers_mean_what_the_table_says(status, kind, wanted):
+    body = json.dumps({"code": status, "type": kind, "message": "a\nb"}).encode()
+    verdict = read_reply(status, body)
+    assert verdict.outcome is wanted
+    assert "\n" not in verdict.reason
+
+
+@pytest.mark.parametrize(("status", "body", "wanted"), [
+    (200, b"", Outcome.RESULT),
+    (400, b'{"error": "dtype int8, wanted uint8"}', Outcome.REFUSED),
+    (415, b'{"error": "x"}', Outcome.REFUSED),
+    (401, b"no", Outcome.TOKEN),
+    (429, b"", Outcome.BUSY),
+    (502, b"<html>", Outcome.BROKEN),
+    (500, b"\xff\xfe", Outcome.FAILED),
+    (302, b"", Outcome.REFUSED),
+    (500, b"[" * 100_000, Outcome.FAILED),
+])
+def test_other_servers_answers_go_by_status(status, body, wanted):
+    assert read_reply(status, body).outcome is wanted
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"archive": "m", "endpoints": ("http://h",), "model": "m"}, {"endpoints": ("http://h",)},
+    {"endpoints": ("h:80",), "model": "m"}, {"archive": "m", "in_flight": 0}, {"archive": "m", "codec": "lz4"},
+    {"archive": "m", "output": "in"}, {"archive": "m", "workers": 0},
+])
+def test_specs_that_can_not_work_are_refused_when_made(options):
+    with pytest.raises(UsageError):
+        RunSpec(**{"input": "in", "output": "out", **options})
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("3:7", (3, 7)), (":7", (0, 7)), ("3:", (3, 9)), (":", (0, 9))])
+def test_ranges_as_people_type_them(text, wanted):
+    assert Records.parse(text).resolve(9) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "3", "-1:4", "a:b", "1:2:3", "1.5:2"])
+def test_ranges_that_are_none(text):
+    with pytest.raises(UsageError, match="wanted A:B"):
+        Records.parse(text)
+
+
+def identity(**changes):
+    return RunIdentity(**{
+        "source": "s", "source_metadata": "m", "source_shape": (3, 2), "source_dtype": "uint8", "start": 0, "stop": 3,
+        "grid_records": 3, "chunk_records": 3, "micro_batch": 4, "codec": "none", "model": "toy", "model_digest": "d",
+        "fingerprint": "f", "outputs": (("y", "float32", (2,)),), "allow_missing": False, **changes})
+
+
+def test_another_run_is_told_apart_by_each_differing_field():
+    identity().require_same(identity().to_json(), "out")
+    with pytest.raises(MismatchError, match=r"codec \(there 'zstd', now 'none'\); model_digest"):
+        identity().require_same(identity(codec="zstd", model_digest="e").to_json(), "out")
+    with pytest.raises(MismatchError, match="can't be read"):
+        identity().require_same(b"not json", "out")

@@ -1,0 +1,95 @@
+"""A model server without a network: the wire protocol, the place law and a model whose bits depend on the place."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import numpy as np
+from batch_client.serving import Servers
+from batch_client.tokens import NoTokens
+from batch_client.transport import HttpReply
+from batch_handler.oip import (
+    HEADER_LENGTH,
+    InferReply,
+    ModelMetadata,
+    OipError,
+    Tensor,
+    TensorSpec,
+    crc32c,
+    decode_request,
+    encode_reply,
+)
+
+URL = "http://simulated"
+
+
+class SimulatedServer:
+    """A `Transport` that answers as the handler does.
+
+    The model: sum and maximum of a record in float32, plus the record's place times one ulp-sized step, so that a
+    record computed in the wrong place has other bits.
+    """
+
+    def __init__(self, record_shape=(3,), dtype=np.uint8, micro_batch=4, digest="sha256:model", seconds=0.0):
+        self.record_shape = record_shape
+        self.dtype = np.dtype(dtype)
+        self.micro_batch = micro_batch
+        self.digest = digest
+        self.fingerprint = "numerics"
+        self.seconds = seconds
+        self.requests = 0
+        self.at_once = 0
+        self.most_at_once = 0
+
+    def metadata(self):
+        return ModelMetadata(
+            name="toy", versions=("1",), platform="simulated",
+            inputs=(TensorSpec("x", self.dtype, self.record_shape),),
+            outputs=(TensorSpec("y", np.dtype(np.float32), (2,)),),
+            parameters={"model_digest": self.digest, "fingerprint": self.fingerprint,
+                        "micro_batch": self.micro_batch})
+
+    def predict(self, records, first_row):
+        flat = records.reshape(len(records), -1).astype(np.float32)
+        place = (first_row + np.arange(len(records))) % self.micro_batch
+        y = np.stack([flat.sum(1), flat.max(1, initial=0)], 1) / np.float32(7)
+        return (y + place[:, None].astype(np.float32) * np.float32(2**-10)).astype(np.float32)
+
+    async def send(self, method, url, headers, parts, deadline):
+        if method == "GET":
+            if url.endswith("/predictions/toy"):
+                return HttpReply(200, {}, json.dumps(self.metadata().to_json()).encode())
+            return HttpReply(404, {}, b'{"code": 404, "type": "ModelNotFoundException", "message": "no"}')
+        self.requests += 1
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            await asyncio.sleep(self.seconds)
+            return self.answer(b"".join(parts), int(headers[HEADER_LENGTH]))
+        finally:
+            self.at_once -= 1
+
+    def answer(self, body, header_length):
+        try:
+            request = decode_request(body, header_length, max_tensor_bytes=1 << 24)
+        except OipError as error:
+            return HttpReply(400, {}, json.dumps({"error": str(error)}).encode())
+        y = self.predict(request.inputs[0].data, request.first_row)
+        status = np.where(np.isfinite(y).all(1), 0, 2).astype(np.uint8)
+        reply = InferReply(request.id, "toy", "1", (Tensor("y", y), Tensor("record_status", status)),
+                           {"request_crc32c": crc32c(body), "model_digest": self.digest,
+                            "fingerprint": self.fingerprint, "compute_ms": 1.0})
+        message = encode_reply(reply, binary={"y": True, "record_status": True})
+        return HttpReply(200, {HEADER_LENGTH.lower(): str(message.header_length)}, message.join())
+
+    def servers(self, urls=(URL,)):
+        return Servers(self, NoTokens(), urls, "toy")
+
+    def expected(self, records, grid_records, start=0):
+        """What a run must write for source records from number `start` on."""
+        rows = np.arange(start, start + len(records))
+        out = np.empty((len(records), 2), np.float32)
+        for row, at in zip(rows, range(len(records)), strict=True):
+            out[at] = self.predict(records[at:at + 1], int(row % grid_records))[0]
+        return out
