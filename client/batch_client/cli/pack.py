@@ -1,0 +1,124 @@
+"""`batch-client pack`: a trained model's file → an archive that TorchServe serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batch_client.errors import DataError, ServingError, UsageError
+
+if TYPE_CHECKING:
+    from batch_handler.signature import SignatureDraft
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command("pack")
+@click.argument("model", type=FILE)
+@click.option("-o", "--output", type=FILE, help="The archive to write.  [default: NAME.mar]")
+@click.option("--name", help="The model's name for servers and clients.  [default: the file's]")
+@click.option("--version", help="The model's version.  [default: 1.0]")
+@click.option("--arch", metavar="MODULE:CALLABLE", help="What builds the module for weights: FILE.py:callable is packed "
+              "with them, module:callable must be installed where the model is served.")
+@click.option("--trust-pickle", is_flag=True, help="Load MODEL although it is a pickle, which can run any code.")
+@click.option("--signature", type=FILE, help="TOML file with [model], [[inputs]] and [[outputs]]; or use the flags below.")
+@click.option("--input", "input_text", metavar="NAME:DTYPE:SHAPE", help="A record as it travels, such as "
+              "image:uint8:28x28.  [default: that of the golden records]")
+@click.option("--model-shape", metavar="SHAPE", help="A record as the model takes it, such as 1x28x28.  "
+              "[default: as it travels]")
+@click.option("--scale", help="Multiply the input, such as 1/255.")
+@click.option("--output-name", default="scores", show_default=True, help="The output's name.")
+@click.option("--softmax", is_flag=True, help="Softmax over the output's last axis.")
+@click.option("--golden", type=FILE, help="Sample records (.npy or .npz) that every worker must reproduce before it "
+              "serves.  [default: a few random ones]")
+@click.option("--micro-batch", type=int, help="Records in one run of the model.  [default: 128]")
+def command(model: Path, **options: Any) -> None:
+    """Pack MODEL: .safetensors or a state_dict with --arch, a TorchScript file, or a whole pickled module."""
+    try:
+        # Packing needs torch, which is slow to import and not part of the bare client.
+        from batch_handler import archive  # noqa: PLC0415
+    except ImportError as error:
+        raise ServingError(f'packing needs {error.name}: pip install "batch-client[serve]"') from error
+    from batch_handler.fields import SignatureError  # noqa: PLC0415
+
+    from batch_client.resources import serve_config_dir  # noqa: PLC0415
+
+    config = (serve_config_dir() / "model-config.yaml").read_bytes()
+    try:
+        draft = _draft(options)
+        name = options["name"] or draft.name or model.stem
+        request = archive.PackRequest(
+            model=model,
+            output=options["output"] or Path(f"{name}.mar"),
+            name=name,
+            version=options["version"] or draft.version or "1.0",
+            inputs=draft.inputs,
+            outputs=draft.outputs,
+            model_config=config,
+            arch=options["arch"],
+            trust_pickle=options["trust_pickle"],
+            micro_batch=options["micro_batch"] or draft.micro_batch or archive.DEFAULT_MICRO_BATCH,
+            golden=options["golden"],
+        )
+        path = archive.pack(request)
+        description = archive.read_description(path)
+    except (SignatureError, archive.ArchiveError) as error:
+        raise DataError(str(error)) from error
+    for spec in description.inputs:
+        click.echo(f"takes {spec.name}: {spec.dtype} {spec.shape}", err=True)
+    for output in description.outputs:
+        click.echo(f"gives {output.name}: {output.dtype} {output.shape}", err=True)
+    click.echo(f"{path}  {description.name} {description.version}  {description.digest}")
+
+
+def _draft(options: dict[str, Any]) -> SignatureDraft:
+    from batch_handler.signature import InputSpec, OutputDraft, SignatureDraft, parse_signature  # noqa: PLC0415
+
+    signature: Path | None = options["signature"]
+    flags = [flag for flag in ("input_text", "model_shape", "scale", "softmax") if options[flag]]
+    if signature is not None:
+        if flags:
+            raise UsageError(f"--signature and --{flags[0].replace('_text', '').replace('_', '-')}: wanted one or the other")
+        try:
+            draft = parse_signature(signature.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{signature}: can't be read: {error}") from error
+        if draft.inputs:
+            return draft
+        raise DataError(f"{signature}: has no [[inputs]]")
+    name, dtype, shape = _input_of(options)
+    value = {"name": name, "dtype": dtype, "shape": shape, "scale": options["scale"],
+             "model_shape": _shape_of("--model-shape", options["model_shape"]) if options["model_shape"] else None}
+    output = OutputDraft(options["output_name"], softmax=options["softmax"])
+    return SignatureDraft(None, None, None, (InputSpec.from_json(value),), (output,))
+
+
+def _input_of(options: dict[str, Any]) -> tuple[str, str, list[int]]:
+    """Name, dtype and record shape of the input, from the flag or the golden records."""
+    text: str | None = options["input_text"]
+    if text is not None:
+        name, dtype, shape = (text.split(":") + ["", ""])[:3]
+        if text.count(":") != 2:
+            raise UsageError(f"--input {text!r}: wanted NAME:DTYPE:SHAPE, such as image:uint8:28x28")
+        return name, dtype, _shape_of("--input", shape)
+    golden: Path | None = options["golden"]
+    if golden is None:
+        raise UsageError("say what a record looks like: --input NAME:DTYPE:SHAPE, --signature FILE, or --golden FILE")
+    import numpy as np  # noqa: PLC0415 - keeps --help quick
+
+    try:
+        array = np.load(golden, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"--golden {golden}: can't be read as .npy: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise UsageError(f"--golden {golden}: an .npz does not say which array is the input: add --input or --signature")
+    return "input", array.dtype.name, list(array.shape[1:])
+
+
+def _shape_of(flag: str, text: str) -> list[int]:
+    sizes = text.lower().replace(",", "x").split("x") if text else []
+    if not all(size.strip().isdecimal() for size in sizes):
+        raise UsageError(f"{flag} {text!r}: wanted a shape such as 1x28x28")
+    return [int(size) for size in sizes]
