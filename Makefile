@@ -1,0 +1,42 @@
+# make demo    the whole job on real data, in under four minutes
+# make test    linters, types and all tests
+# make bench   this client against the same model in one process
+# All of them make the environment first, in .venv; nothing else on the machine is changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.serve
+	$(BIN)/python -m batch_client.demo --dir .demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/end_to_end.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "batch-client needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "making the environment in $(VENV) (torch and TorchServe: about a minute with a warm cache)"
+	$(PIP) --editable '.[serve,demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.serve
+	$(PIP) --editable '.[serve,demo,aws,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .demo dist

@@ -1,0 +1,104 @@
+"""Real parts that several test folders share; each is started once, ended by its own process id."""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from batch_client.demo.objectstore import SeaweedServer
+from support.cli import ServeProcess, run_cli
+
+SEED = Path(__file__).parents[2] / "shared" / "seed"
+# One worker is enough for what is right; how fast it is, benchmarks/ say.
+NETWORK = '''
+"""A small image model for tests: quick to load, with a convolution, so that its bits depend on how it is run."""
+
+import torch
+
+
+def make_model() -> torch.nn.Module:
+    torch.manual_seed(7)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(4), torch.nn.Flatten(), torch.nn.Linear(16, 10))
+'''
+
+
+@pytest.fixture(scope="session")
+def seed_folder():
+    if not (SEED / "fmnist.pyt").is_file():
+        pytest.skip("the seed's model and images are not beside this checkout (../shared/seed)")
+    return SEED
+
+
+@pytest.fixture(scope="session")
+def s3():
+    with SeaweedServer() as server:
+        server.create_bucket("data")
+        yield server
+
+
+@pytest.fixture(scope="session")
+def clean_environ():
+    """The environment of a user who has set nothing: what tests add is all there is."""
+    names = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+@pytest.fixture(scope="session")
+def s3_environ(s3, clean_environ):
+    return {**clean_environ, **s3.environ()}
+
+
+@pytest.fixture(scope="session")
+def toy_archive(tmp_path_factory, clean_environ):
+    """The small image model, packed by the command that users type."""
+    import safetensors.torch
+
+    folder = tmp_path_factory.mktemp("toy")
+    (folder / "network.py").write_text(NETWORK)
+    scope = {}
+    exec(NETWORK, scope)  # noqa: S102 - the text above
+    safetensors.torch.save_file(scope["make_model"]().state_dict(), folder / "toy.safetensors")
+    run_cli(["pack", "toy.safetensors", "--arch", "network.py:make_model", "--input", "image:uint8:12x12",
+             "--model-shape", "1x12x12", "--scale", "1/255", "--softmax", "--micro-batch", "16", "-o", "toy.mar"],
+            clean_environ, cwd=folder, check=True)
+    return folder / "toy.mar"
+
+
+@pytest.fixture(scope="session")
+def toy_server(toy_archive, clean_environ, tmp_path_factory):
+    """`batch-client serve` with the small model, as an operator starts it."""
+    folder = tmp_path_factory.mktemp("served")
+    with ServeProcess(toy_archive, folder, clean_environ, "--workers", "1", "--threads", "1") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def toy_images():
+    return np.random.default_rng(3).integers(0, 256, (1000, 12, 12), dtype=np.uint8)
+
+
+@pytest.fixture
+def no_leftovers():
+    """Fails a test that leaves a process of its own behind."""
+    import psutil
+
+    before = {process.pid for process in psutil.process_iter()}
+    yield
+    new = [process for process in psutil.process_iter() if process.pid not in before]
+    mine = []
+    for process in new:
+        with contextlib.suppress(psutil.Error):
+            if "java" in process.name() or "model_service_worker" in " ".join(process.cmdline()):
+                mine.append(process.cmdline()[:3])
+    assert mine == []
+
+
+@pytest.fixture(scope="session")
+def have_compiler():
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler here to build a library that shifts a process's clock")
+
+
