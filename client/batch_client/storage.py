@@ -257,7 +257,7 @@ _SKEW = re.compile(r"RequestTimeTooSkewed|RequestExpired|time.{0,20}skew", re.IG
 _BAD_KEY = re.compile(
     r"InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|AccessDenied|InvalidClientTokenId|"
     r"\b40[13]\b|Forbidden|Unauthorized", re.IGNORECASE)
-_NO_CREDENTIALS = re.compile(r"169\.254\.169\.254|instance metadata|credential|MissingCredentials", re.IGNORECASE)
+_NO_CREDENTIALS = re.compile(r"169\.254\.169\.254|/latest/api/token|instance metadata|credential|MissingCredentials", re.IGNORECASE)
 _NO_BUCKET = re.compile(r"NoSuchBucket|bucket.{0,40}not (found|exist)", re.IGNORECASE)
 
 

