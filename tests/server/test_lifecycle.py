@@ -1,7 +1,9 @@
 """How a server starts, fails to start, and ends: with nothing left, whoever dies."""
 
 import asyncio
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
+
 from batch_client.errors import ServingError, UsageError
 from batch_client.server import EmbeddedServer, ServerSettings, find_java, load_failure
 
@@ -117,13 +120,10 @@ async def test_a_model_that_does_not_load_fails_with_its_reason(make_archive, fa
     with pytest.raises(ServingError, match="does not load") as caught:
         async with asyncio.timeout(120):
             await server.start()
-    assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
-    log = Path(str(caught.value).split("(log: ")[1].split("): ")[0])
-    assert "Traceback" in log.read_text() or "os._exit" in handler
-    assert [entry.name for entry in log.parent.iterdir()] == [log.name]
-    log.unlink()
-    log.parent.rmdir()
+    said, log = reason_of(caught.value)
+    assert reason in said
+    assert "Traceback" in log or "os._exit" in handler
     assert family(psutil.Process()).named("ModelServer") == []
 
 
@@ -157,9 +157,7 @@ async def test_a_port_that_is_taken_is_named(make_archive):
     finally:
         taken.close()
         await taken.wait_closed()
-    log = Path(str(caught.value).split("(log: ")[1].split("): ")[0])
-    log.unlink()
-    log.parent.rmdir()
+    assert str(port) in reason_of(caught.value)[1]
 
 
 async def test_no_java_says_what_to_install(make_archive):
@@ -167,6 +165,16 @@ async def test_no_java_says_what_to_install(make_archive):
     with pytest.raises(ServingError, match=r"Java 11 or later.*batch-client\[serve\]") as caught:
         await server.start()
     assert caught.value.exit_code == 69
+
+
+def reason_of(refusal):
+    """The log and the reason that a refused start names; the log is removed, after a look that it is all that is left."""
+    where, reason = str(refusal).split("(log: ")[1].split("): ", 1)
+    log = Path(where)
+    text = log.read_text()
+    assert [entry.name for entry in log.parent.iterdir()] == [log.name]
+    shutil.rmtree(log.parent)
+    return reason, text
 
 
 def java_that_says(folder, version):
@@ -232,6 +240,13 @@ def test_the_reason_is_the_handlers_not_torchserves():
     assert load_failure(no_torch) == "ModuleNotFoundError: No module named 'torch'"
 
 
+def health(token_file, port):
+    """The exit status of the Dockerfile's HEALTHCHECK, for this token file and port."""
+    line = re.search(r"^ +CMD (\[.*)$", (CLIENT.parent / "Dockerfile").read_text(), re.MULTILINE)[1]
+    code = json.loads(line)[2].replace("/run/batch-client/token", str(token_file)).replace("8080", port)
+    return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_serve_runs_until_it_is_asked_to_stop(make_archive, family, tmp_path, number):
     token_file = tmp_path / "token"
@@ -250,6 +265,8 @@ async def test_serve_runs_until_it_is_asked_to_stop(make_archive, family, tmp_pa
         async with (aiohttp.ClientSession() as session,
                     session.post(f"{announced[0].split()[-1]}/predictions/echo", data=b"x", headers=headers) as reply):
             assert reply.status == 200
+        assert health(token_file, announced[0].rsplit(":", 1)[1]) == 0
+        assert health(__file__, announced[0].rsplit(":", 1)[1]) != 0  # that is not the token
         everyone = family(psutil.Process(serve.pid))
         serve.send_signal(number)
         _, errors = await serve.communicate()

@@ -9,6 +9,7 @@ import aiohttp
 import psutil
 import pytest
 import pytest_asyncio
+
 from batch_client.server import EmbeddedServer, ServerSettings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -1,0 +1,89 @@
+"""The guard alone, with a shell in the place of Java."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+GUARD = Path(__file__).parents[2] / "client" / "batch_client" / "server_guard.py"
+# A command with a child of its own; it says the child's pid.
+STUBBORN = "trap '' TERM; sleep 600 & echo $!; wait; wait"
+OBEDIENT = "sleep 600 & echo $!; wait"
+
+
+@pytest.fixture
+def guarded(tmp_path):
+    """A function: shell script → the guard, the lifeline and the pid of the script's child."""
+    started = []
+
+    def start(script, grace="0.2"):
+        lifeline, ours = os.pipe()
+        guard = subprocess.Popen([sys.executable, "-I", "-S", str(GUARD), str(lifeline), grace, str(tmp_path),
+                                  "/bin/sh", "-c", script], pass_fds=(lifeline,), stdout=subprocess.PIPE)
+        os.close(lifeline)
+        child = psutil.Process(int(guard.stdout.readline()))
+        started.append((guard, ours, child))
+        return started[-1]
+
+    yield start
+    for guard, ours, child in started:
+        for process in (guard, child):
+            if process.poll() is None if process is guard else process.is_running():
+                process.kill()
+        guard.wait()
+        guard.stdout.close()
+        if ours in open_descriptors():
+            os.close(ours)
+
+
+def open_descriptors():
+    return {int(name) for name in os.listdir("/proc/self/fd")} if sys.platform == "linux" else set()
+
+
+@pytest.mark.parametrize("script", [OBEDIENT, STUBBORN])
+def test_the_end_of_the_lifeline_ends_the_whole_group(guarded, script):
+    guard, ours, child = guarded(script)
+    os.close(ours)
+    guard.wait(30)
+    psutil.wait_procs([child], timeout=30)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_signal_to_the_guard_ends_the_group(guarded):
+    guard, _, child = guarded(OBEDIENT)
+    guard.send_signal(signal.SIGTERM)
+    guard.wait(30)
+    psutil.wait_procs([child], timeout=30)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_the_guard_ends_with_its_command_and_its_status(guarded):
+    guard, _, child = guarded("sleep 600 & echo $!; exit 7")
+    assert guard.wait(30) == 7
+    psutil.wait_procs([child], timeout=30)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_keys_and_the_unpacked_model_go_the_log_stays(guarded, tmp_path):
+    (tmp_path / "tmp" / "models").mkdir(parents=True)
+    for name in ("key_file.json", "server-1.log"):
+        (tmp_path / name).write_text("")
+    guard, ours, _ = guarded(OBEDIENT)
+    os.close(ours)
+    guard.wait(30)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["server-1.log"]
+
+
+def test_children_of_the_client_do_not_hold_the_lifeline(guarded):
+    guard, ours, _ = guarded(OBEDIENT)
+    bystander = subprocess.Popen(["/bin/sleep", "600"])
+    try:
+        os.close(ours)
+        guard.wait(30)
+    finally:
+        bystander.kill()
+        bystander.wait()

@@ -1,0 +1,115 @@
+"""serve_config/ is found wherever the package lives, and the Dockerfile's lines fit what they copy and start."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from batch_client.cli.serve import command
+from batch_client.errors import ServingError
+from batch_client.resources import REQUIRED, serve_config_dir
+
+ROOT = Path(__file__).parents[2]
+
+
+def stages():
+    """The Dockerfile's instructions, (NAME, rest), by the name of their stage."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    found, current = {}, None
+    for line in text.splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, rest = line.strip().split(maxsplit=1)
+        if name == "FROM":
+            current = found.setdefault(rest.split(" AS ")[1], [])
+        elif current is not None:
+            current.append((name, rest))
+    return found
+
+
+def instruction(stage, name):
+    return next(rest for one, rest in stages()[stage] if one == name)
+
+
+def copy_like_docker(target):
+    """Follows the COPY lines of the stage that holds the sources."""
+    for name, rest in stages()["source"]:
+        if name == "COPY":
+            *sources, destination = shlex.split(rest)
+            for source in sources:
+                if (ROOT / source).is_dir():
+                    shutil.copytree(ROOT / source, target / destination, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    shutil.copy(ROOT / source, target / destination)
+
+
+@pytest.fixture(scope="module")
+def docker_source(tmp_path_factory):
+    target = tmp_path_factory.mktemp("src")
+    copy_like_docker(target)
+    return target
+
+
+def installed_from(source, tmp_path):
+    """A folder with a wheel of `source` installed in it."""
+    for arguments in (
+        ["-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source)],
+        ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(tmp_path / "site")],
+    ):
+        wheels = [str(wheel) for wheel in (tmp_path / "dist").glob("*.whl")] if "pip" in arguments else []
+        done = subprocess.run([sys.executable, *arguments, *wheels], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return tmp_path / "site"
+
+
+def found_by(site, folder):
+    """What serve_config_dir says in a process that sees only `site`."""
+    code = "from batch_client.resources import serve_config_dir; print(serve_config_dir())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder,
+                          env={"PYTHONPATH": str(site), "PATH": os.environ["PATH"]})
+    return Path(done.stdout.strip())
+
+
+def test_a_checkout_uses_its_own_folder():
+    assert serve_config_dir({}) == ROOT / "serve_config"
+
+
+@pytest.mark.parametrize("origin", ["checkout", "dockerfile"])
+def test_a_wheel_carries_it(tmp_path, origin, docker_source):
+    site = installed_from(ROOT if origin == "checkout" else docker_source, tmp_path)
+    assert found_by(site, tmp_path) == site / "batch_client" / "_serve_config"
+    for name in REQUIRED:
+        assert (site / "batch_client" / "_serve_config" / name).read_bytes() == (ROOT / "serve_config" / name).read_bytes()
+    # The guard is started as a file, so it has to be one.
+    assert (site / "batch_client" / "server_guard.py").is_file()
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ServingError, match=str(tmp_path)):
+        serve_config_dir({"BATCH_CLIENT_SERVE_CONFIG": str(tmp_path)})
+
+
+def test_the_image_starts_what_the_command_line_understands():
+    words = json.loads(instruction("server", "ENTRYPOINT")) + json.loads(instruction("server", "CMD"))
+    assert words[:2] == ["batch-client", "serve"]
+    context = command.make_context("serve", words[2:])
+    assert context.params["archive"] == Path("/models/model.mar")
+    assert context.params["address"] == "127.0.0.1"
+    assert str(context.params["port"]) in instruction("server", "HEALTHCHECK")
+    assert str(context.params["token_file"]) in instruction("server", "HEALTHCHECK")
+
+
+@pytest.mark.parametrize("stage", ["client", "server"])
+def test_the_images_run_as_somebody_without_rights(stage):
+    assert instruction(stage, "USER").split(":")[0] not in ("root", "0")
+    assert isinstance(json.loads(instruction(stage, "ENTRYPOINT")), list)
+
+
+def test_what_is_installed_is_pinned():
+    for stage in ("client-environment", "server-environment"):
+        assert "--constraint constraints.txt" in instruction(stage, "RUN")
