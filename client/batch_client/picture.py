@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 __all__ = ["MOST_RECORDS", "Panel", "draw", "sample_picture"]
 
 MOST_RECORDS = 200
-_IMAGE_COLUMNS, _BAR_COLUMNS = 8, 4
+_IMAGE_COLUMNS, _STACKED_COLUMNS, _BAR_COLUMNS = 8, 6, 4
 _BARS = 5
 _DPI = 110
-# Inches: above the first panel, above a panel's first row, above each tile, and a page that holds a heading.
-_HEADING, _TITLE, _CAPTION, _NARROWEST = 0.55, 0.32, 0.5, 5.0
+# Inches: above the first panel, above a panel's first row, a page that holds a heading.
+_HEADING, _TITLE, _NARROWEST = 0.55, 0.32, 5.0
+# Characters of a class's name that are shown; names longer than the second number get a line to themselves.
+_NAME, _SHORT_NAME = 14, 3
 _SMALLEST_IMAGE = 8
 # Blue and vermillion of Okabe and Ito's palette, https://jfly.uni-koeln.de/color/
 _RIGHT, _WRONG, _PLAIN, _QUIET = "#0072B2", "#D55E00", "#333333", "#777777"
@@ -89,7 +91,7 @@ def draw(heading: str, panels: Sequence[Panel], names: Sequence[str] | None = No
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise UsageError('pictures need matplotlib: pip install "batch-client[demo]"') from error
-    layout = _layout(panels)
+    layout = _layout(panels, names)
     heights = [layout.height(panel) for panel in panels]
     figure = Figure(figsize=(layout.width, _HEADING + sum(heights)), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
@@ -104,7 +106,10 @@ def draw(heading: str, panels: Sequence[Panel], names: Sequence[str] | None = No
 
 @dataclass(frozen=True)
 class _Layout:
-    """Sizes in inches; `limits` is the one scale that all bars share, None for images."""
+    """Sizes in inches; `limits` is the one scale that all bars share, None for images.
+
+    `stacked`: class, score and label each have a line, for names that do not fit beside the score.
+    """
 
     columns: int
     tile_width: float
@@ -112,6 +117,11 @@ class _Layout:
     between: float
     left: float
     limits: tuple[float, float] | None
+    stacked: bool = False
+
+    @property
+    def caption(self) -> float:
+        return 0.68 if self.stacked else 0.5
 
     @property
     def width(self) -> float:
@@ -121,16 +131,17 @@ class _Layout:
         return -(-len(panel.records) // self.columns)
 
     def height(self, panel: Panel) -> float:
-        return _TITLE * bool(panel.title) + self.rows(panel) * (_CAPTION + self.tile_height) + 0.1
+        return _TITLE * bool(panel.title) + self.rows(panel) * (self.caption + self.tile_height) + 0.1
 
 
-def _layout(panels: Sequence[Panel]) -> _Layout:
+def _layout(panels: Sequence[Panel], names: Sequence[str] | None) -> _Layout:
     most = max(len(panel.records) for panel in panels)
     images = _as_images(panels[0].records)
+    stacked = names is not None and max(map(len, names), default=0) > _SHORT_NAME
     if images is not None:
-        columns = min(most, _IMAGE_COLUMNS)
+        columns, width = (_STACKED_COLUMNS, 1.6) if stacked else (_IMAGE_COLUMNS, 1.15)
         aspect = min(max(images.shape[1] / images.shape[2], 0.4), 2.0)
-        return _Layout(columns, 1.15, 1.15 * aspect, 0.16, 0.2, None)
+        return _Layout(min(most, columns), width, width * aspect, 0.16, 0.2, None, stacked)
     scores = np.concatenate([panel.scores.ravel() for panel in panels])
     scores = scores[np.isfinite(scores)]
     low, high = min(0.0, scores.min(initial=0.0)), max(0.0, scores.max(initial=0.0))
@@ -139,7 +150,7 @@ def _layout(panels: Sequence[Panel]) -> _Layout:
     limits = (low - margin * (low < 0), 1.0 if likely else high + margin)
     classes = panels[0].scores.shape[1]
     between, left = (0.3, 0.2) if classes == 1 else (1.15, 1.15)
-    return _Layout(min(most, _BAR_COLUMNS), 1.5, 0.1 + 0.2 * min(classes, _BARS), between, left, limits)
+    return _Layout(min(most, _BAR_COLUMNS), 1.5, 0.1 + 0.2 * min(classes, _BARS), between, left, limits, stacked)
 
 
 def _draw_panel(part: SubFigure, panel: Panel, names: Sequence[str] | None, layout: _Layout) -> None:
@@ -151,9 +162,9 @@ def _draw_panel(part: SubFigure, panel: Panel, names: Sequence[str] | None, layo
         left=layout.left / layout.width,
         right=right_edge / layout.width,
         bottom=0.1 / height,
-        top=1 - (_TITLE * bool(panel.title) + _CAPTION) / height,
+        top=1 - (_TITLE * bool(panel.title) + layout.caption) / height,
         wspace=layout.between / layout.tile_width,
-        hspace=_CAPTION / layout.tile_height,
+        hspace=layout.caption / layout.tile_height,
     )
     if panel.title:
         part.text(0.2 / layout.width, 1 - 0.2 / height, panel.title, ha="left", va="center", fontsize=11)
@@ -169,7 +180,7 @@ def _draw_panel(part: SubFigure, panel: Panel, names: Sequence[str] | None, layo
             axes.imshow(images[i], cmap="gray", interpolation="nearest" if images.shape[1] < 64 else None)
             axes.set_yticks([])
         _frame(axes, colour, wide=right is not None and not right[i])
-        _caption(axes, panel, i, names, colour)
+        _caption(axes, _lines(panel, i, names, right, stacked=layout.stacked), colour)
 
 
 def _frame(axes: Axes, colour: str, *, wide: bool) -> None:
@@ -179,45 +190,43 @@ def _frame(axes: Axes, colour: str, *, wide: bool) -> None:
         spine.set_linewidth(3.0 if wide else 1.0)
 
 
-def _caption(axes: Axes, panel: Panel, i: int, names: Sequence[str] | None, colour: str) -> None:
-    number = f"#{panel.numbers[i]}" if panel.numbers is not None else ""
-    label = panel.labels[i] if panel.labels is not None else None
-    wrong = colour == _WRONG
-    second = f"is {_name(int(label), names)}" if wrong and label is not None else ""
-    axes.annotate(
-        _said(panel.scores[i], names, right=None if colour == _PLAIN else not wrong),
-        (0.5, 1),
-        xytext=(0, 15),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        ha="center",
-        va="bottom",
-        fontsize=10.5,
-        color=colour,
-        fontweight="bold" if wrong else "normal",
-    )
-    axes.annotate(
-        "   ".join(text for text in (number, second) if text),
-        (0.5, 1),
-        xytext=(0, 4),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        ha="center",
-        va="bottom",
-        fontsize=8,
-        color=_QUIET if not wrong else colour,
-    )
-
-
-def _said(scores: np.ndarray, names: Sequence[str] | None, *, right: bool | None) -> str:
-    """What the model said, in a few characters: a sign, the class, its score."""
-    sign = {None: "", True: "✓ ", False: "✗ "}[right]
+def _lines(
+    panel: Panel, i: int, names: Sequence[str] | None, right: np.ndarray | None, *, stacked: bool
+) -> list[str]:
+    """What is written above a tile, the prediction first."""
+    scores = panel.scores[i]
+    sign = "" if right is None else ("✓ " if right[i] else "✗ ")
+    number = [f"#{panel.numbers[i]}"] if panel.numbers is not None else []
+    label = panel.labels[i] if panel.labels is not None and right is not None and not right[i] else None
+    truth = [f"is {_name(int(label), names)}"] if label is not None else []
     if not np.isfinite(scores).all():
-        return f"{sign}no score"
-    if len(scores) == 1:
-        return f"{sign}{scores[0]:.4g}"
-    best = int(scores.argmax())
-    return f"{sign}{_name(best, names)}  {_score(scores[best], percent=_is_probability(scores))}"
+        said = ["no score"]
+    elif len(scores) == 1:
+        said = [f"{scores[0]:.4g}"]
+    else:
+        best = int(scores.argmax())
+        said = [_name(best, names), _score(scores[best], percent=_is_probability(scores))]
+    if stacked:
+        return [sign + said[0], "   ".join([*said[1:], *number]), "".join(truth)]
+    return [sign + "  ".join(said), "   ".join([*number, *truth])]
+
+
+def _caption(axes: Axes, lines: Sequence[str], colour: str) -> None:
+    bold = colour == _WRONG
+    below = 4 + 11 * (len(lines) - 2)
+    for line, text in enumerate(lines):
+        axes.annotate(
+            text,
+            (0.5, 1),
+            xytext=(0, below + 11 if line == 0 else below - 11 * (line - 1)),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=10.5 if line == 0 else 8,
+            color=colour if line == 0 or bold else _QUIET,
+            fontweight="bold" if bold and line == 0 else "normal",
+        )
 
 
 def _bars(
@@ -227,7 +236,8 @@ def _bars(
     order = np.argsort(-values, kind="stable")[:_BARS]
     axes.barh(range(len(order)), values[order], height=0.7, color=colour)
     axes.axvline(0, color=_QUIET, linewidth=0.8)
-    axes.set_yticks(range(len(order)), [_name(int(k), names) if len(scores) > 1 else "" for k in order])
+    named = len(scores) > 1 and bool(np.isfinite(scores).all())
+    axes.set_yticks(range(len(order)), [_name(int(k), names) if named else "" for k in order])
     axes.tick_params(length=0, labelsize=8)
     axes.set_ylim(len(order) - 0.4, -0.6)
     axes.set_xlim(*(limits if limits[0] < limits[1] else (0.0, 1.0)))
@@ -273,4 +283,4 @@ def _name(index: int, names: Sequence[str] | None) -> str:
     if names is None or not 0 <= index < len(names):
         return str(index)
     name = names[index]
-    return name if len(name) <= 14 else f"{name[:13]}…"
+    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"

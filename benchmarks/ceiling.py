@@ -1,0 +1,93 @@
+"""The ceiling: the same model, micro-batch, precision and allocator in plain processes, records already in memory.
+
+    python benchmarks/ceiling.py ARCHIVE RECORDS.npy COUNT THREADS
+
+Prints one JSON line with the records scored and the seconds. No server, no storage, no code of the handler but the one
+that builds the module: what is left is the model itself. `measure` starts it as one process of all cores and as one
+process a core, and the better of the two is the ceiling.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+# What the embedded server sets for its workers: batch_client/server.py.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_ARENA_MAX": "1"}
+
+
+def worker(archive: str, records: str, count: int, threads: int) -> None:
+    import numpy as np
+    import torch
+    from batch_handler.archive import read_description
+    from batch_handler.runtimes.eager import load_module
+    from batch_handler.runtimes.torchscript import load_script
+
+    torch.set_num_threads(threads)
+    description = read_description(Path(archive))
+    with tempfile.TemporaryDirectory() as folder:
+        zipfile.ZipFile(archive).extractall(folder)
+        if description.weights.kind == "torchscript":
+            module = torch.jit.optimize_for_inference(
+                torch.jit.freeze(load_script(Path(folder) / "model.ts", torch.device("cpu")).eval()))
+        else:
+            module, _ = load_module(description.weights, Path(folder), torch.device("cpu"))
+    spec = description.inputs[0]
+    size = description.micro_batch
+    images = np.load(records)
+
+    def score(start: int) -> None:
+        batch = torch.from_numpy(images[start:start + size])
+        prepared = batch.to(torch.float32).mul_(spec.scale or 1.0).reshape(len(batch), *spec.model_shape)
+        torch.softmax(module(prepared), -1).numpy()
+
+    whole = len(images) - len(images) % size
+    with torch.inference_mode():
+        for start in range(0, min(whole, 20 * size), size):
+            score(start)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        cpu, began = time.process_time(), time.perf_counter()
+        done = 0
+        while done < count:
+            score(done % whole)
+            done += size
+        print(json.dumps({"records": done, "seconds": time.perf_counter() - began,
+                          "cpu": time.process_time() - cpu}), flush=True)
+
+
+def rate(archive: Path, records: Path, count: int, processes: int, threads: int) -> tuple[float, float]:
+    """Records a second over all processes, and CPU seconds per million records."""
+    environ = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(threads)}
+    arguments = [sys.executable, __file__, str(archive), str(records), str(count // processes), str(threads)]
+    running = [subprocess.Popen(arguments, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                stderr=subprocess.DEVNULL, text=True) for _ in range(processes)]
+    for process in running:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    began = time.perf_counter()
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    results = [json.loads(process.communicate()[0]) for process in running]
+    seconds = max(result["seconds"] for result in results)
+    assert seconds <= time.perf_counter() - began
+    total = sum(result["records"] for result in results)
+    return total / seconds, sum(result["cpu"] for result in results) / total * 1e6
+
+
+def measure(archive: Path, records: Path, count: int) -> tuple[float, float]:
+    """The better of one process with all cores and one process a core: records/s, CPU seconds per million."""
+    cores = os.cpu_count() or 1
+    return max(rate(archive, records, count, 1, cores), rate(archive, records, count, cores, 1))
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
