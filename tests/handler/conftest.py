@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,8 +16,6 @@ from batch_handler.archive import PackRequest, pack
 from batch_handler.model import Model
 from batch_handler.signature import InputSpec, OutputDraft
 
-SEED = Path("/work/shared/seed")
-
 ARCH = '''
 import torch
 
@@ -25,7 +24,8 @@ class Fragile(torch.nn.Module):
     """Raises on a record whose first pixel is 13 and whose second is 7; otherwise passes pixels on."""
 
     def forward(self, pixels):
-        bad = (pixels[:, 0, 0, 0] == 13 / 255) & (pixels[:, 0, 0, 1] == 7 / 255)
+        first = (pixels[:, 0, 0, :2] * 255).round()
+        bad = (first[:, 0] == 13) & (first[:, 1] == 7)
         if bool(bad.any()):
             raise ValueError("a record that this model does not like")
         return pixels
@@ -120,7 +120,10 @@ class Counters:
 
 @pytest.fixture
 def make_context() -> Callable[..., Any]:
-    from ts.context import Context, RequestProcessor
+    with warnings.catch_warnings():
+        # ts/__init__.py reads its version from a file that it leaves open.
+        warnings.simplefilter("ignore", ResourceWarning)
+        from ts.context import Context, RequestProcessor
 
     def make(directory: Path, *headers: Mapping[str, Any]) -> Any:
         context = Context("tiny", str(directory), None, len(headers), None, "0.12.0", metrics=Counters())

@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 
 from batch_handler.batching import Load, MicroBatch, Span, gather, plan, scatter
 
-loads = st.lists(
-    st.builds(Load, st.integers(0, 40), st.none() | st.integers(0, 1000)), min_size=0, max_size=8
-)
+loads = st.lists(st.builds(Load, st.integers(0, 40), st.none() | st.integers(0, 1000)), min_size=0, max_size=8)
 
 
 @given(loads, st.integers(1, 17))
@@ -58,9 +56,7 @@ def test_places_do_not_depend_on_how_a_run_is_cut_into_requests(records, cut, mi
 
 @given(loads, st.integers(1, 17))
 def test_gathered_and_scattered_records_come_back(given_loads, micro_batch):
-    sources = [
-        np.arange(load.records, dtype=np.int64) + 1000 * (index + 1) for index, load in enumerate(given_loads)
-    ]
+    sources = [np.arange(load.records, dtype=np.int64) + 1000 * (index + 1) for index, load in enumerate(given_loads)]
     targets = [np.zeros_like(source) for source in sources]
     slot = np.full(micro_batch, -1, np.int64)
     for batch in plan(given_loads, micro_batch):

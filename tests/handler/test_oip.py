@@ -267,9 +267,7 @@ def test_tritonclient_writes_what_we_read_and_reads_what_we_write():
         asked = oip.decode_request(body, length, max_tensor_bytes=LIMIT)
         np.testing.assert_array_equal(asked.inputs[0].data, data)
         message = oip.encode_reply(InferReply("t", "m", "1", (Tensor("y", data),)), binary={"y": binary})
-        result = http.InferenceServerClient.parse_response_body(
-            message.join(), header_length=message.header_length
-        )
+        result = http.InferenceServerClient.parse_response_body(message.join(), header_length=message.header_length)
         np.testing.assert_array_equal(result.as_numpy("y"), data)
 
 

@@ -1,0 +1,171 @@
+"""The simple bodies of `/predictions/{name}` ⇄ arrays: npy, JSON and pictures.
+
+Rule: what a body claims (a header's length, a shape, a picture's size) is compared with the signature before
+anything of that size is allocated or decoded, and nothing is unpickled. Refusals are `OipError`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from batch_handler.oip import Array, OipError, Tensor, TensorSpec, datatype_of
+from batch_handler.tensors import Buffer, from_json_numbers, shown, to_json_numbers
+
+__all__ = [
+    "decode_image",
+    "decode_json",
+    "decode_npy",
+    "encode_npy",
+    "encode_predictions",
+    "parse_json",
+]
+
+_NPY_MAGIC = b"\x93NUMPY"
+# numpy writes 118 bytes for a plain array; structured dtypes, the only long headers, are refused anyway.
+_MAX_NPY_HEADER = 4096
+_NPY_READERS: Mapping[tuple[int, int], Callable[..., Any]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+# Formats that people send; each further one is a parser that strangers' bytes reach.
+_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+
+
+def decode_npy(body: Buffer, spec: TensorSpec, max_records: int) -> tuple[Array, bool]:
+    """Records of an npy body as (n, *shape), and whether it was one record without the axis in front."""
+    shape, fortran, dtype, start = _npy_header(body)
+    if dtype.hasobject or dtype.newbyteorder("<") != spec.dtype.newbyteorder("<"):
+        raise OipError(f"npy has dtype {dtype}, wanted {spec.dtype}")
+    single = shape == spec.shape
+    if not single and shape[1:] != spec.shape:
+        raise OipError(f"npy has shape {list(shape)}, wanted {list(spec.shape)} or {['n', *spec.shape]}")
+    _check_records(1 if single else shape[0], max_records)
+    wanted = math.prod(shape) * dtype.itemsize
+    found = len(body) - start
+    if found != wanted:
+        raise OipError(f"npy has {found} bytes after its header, wanted {wanted} for shape {list(shape)}")
+    raw = np.frombuffer(body, dtype, offset=start)
+    array = raw.reshape(shape, order="F" if fortran else "C")
+    if dtype.kind == "b" and raw.size and raw.view(np.uint8).max() > 1:
+        raise OipError("npy has a byte that is neither 0 nor 1, wanted bool")
+    return np.ascontiguousarray(array[None] if single else array, spec.dtype), single
+
+
+def parse_json(body: Buffer) -> Any:
+    """Any JSON value; raises `OipError`."""
+    try:
+        return json.loads(bytes(body))
+    except RecursionError as error:
+        raise OipError("the JSON body is nested too deeply") from error
+    except ValueError as error:
+        raise OipError(f"the JSON body can't be parsed: {str(error).splitlines()[0][:120]}") from error
+
+
+def decode_json(value: Any, specs: Sequence[TensorSpec], max_records: int) -> tuple[Array, ...]:
+    """Records of `[...]` or `{"instances": [...]}`, one array an input; raises `OipError`.
+
+    A record is a nested list, or an object by input name, which models of several inputs need.
+    """
+    records = value.get("instances") if isinstance(value, dict) else value
+    if not isinstance(records, list):
+        raise OipError('the JSON body has no records, wanted a list or {"instances": [...]}')
+    _check_records(len(records), max_records)
+    return tuple(_json_column(records, spec, alone=len(specs) == 1) for spec in specs)
+
+
+def decode_image(body: Buffer, spec: TensorSpec) -> Array:
+    """One picture as (1, *shape); its size is compared before its pixels are decoded."""
+    mode, height, width = _picture_of(spec)
+    try:
+        picture = Image.open(io.BytesIO(body), formats=_IMAGE_FORMATS)
+        if picture.size != (width, height):
+            raise OipError(f"the picture is {picture.width} x {picture.height}, wanted {width} x {height}")
+        pixels = np.asarray(picture.convert(mode))
+    except UnidentifiedImageError as error:
+        raise OipError(f"the picture can't be read, wanted {', '.join(_IMAGE_FORMATS)}") from error
+    # The bomb warning is raised where warnings are errors; elsewhere the size, wrong anyway, is refused above.
+    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise OipError(f"the picture can't be decoded: {str(error)[:120]}") from error
+    if mode == "RGB" and spec.shape[0] == 3 and spec.shape[-1] != 3:
+        pixels = np.moveaxis(pixels, -1, 0)
+    return np.ascontiguousarray(pixels).reshape(1, *spec.shape)
+
+
+def encode_npy(array: Array) -> bytes:
+    """An array as npy, version 1.0."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def encode_predictions(outputs: Sequence[Tensor]) -> bytes:
+    """`{"predictions": [...]}` in the order of the records; not finite becomes null."""
+    columns = [to_json_numbers(tensor.data) for tensor in outputs]
+    predictions: list[Any]
+    if len(columns) == 1:
+        predictions = columns[0]
+    else:
+        names = [tensor.name for tensor in outputs]
+        predictions = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    return json.dumps({"predictions": predictions}, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _npy_header(body: Buffer) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    head = io.BytesIO(bytes(memoryview(body)[: _MAX_NPY_HEADER + 16]))
+    if head.getvalue()[:6] != _NPY_MAGIC:
+        raise OipError("the body does not start as npy")
+    try:
+        version = np.lib.format.read_magic(head)
+        read = _NPY_READERS.get(version)
+        shape, fortran, dtype = ((), False, None) if read is None else read(head, _MAX_NPY_HEADER)
+    # numpy evaluates the header as a literal; what that raises on nonsense is more than ValueError.
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise OipError(f"the npy header can't be read: {str(error).splitlines()[0][:120]}") from error
+    if dtype is None:
+        raise OipError(f"npy has version {version[0]}.{version[1]}, wanted 1.0 or 2.0")
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise OipError(f"npy has shape {shape}, wanted sizes of at least 0")
+    return shape, fortran, dtype, head.tell()
+
+
+def _check_records(records: int, max_records: int) -> None:
+    if records > max_records:
+        raise OipError(f"the request has {records} records, wanted at most {max_records}", 413)
+
+
+def _json_column(records: list[Any], spec: TensorSpec, *, alone: bool) -> Array:
+    column = []
+    for record in records:
+        if isinstance(record, Mapping):
+            if spec.name not in record:
+                raise OipError(f"a record has {shown(sorted(record))}, wanted {spec.name}")
+            column.append(record[spec.name])
+        elif alone:
+            column.append(record)
+        else:
+            raise OipError(f"a record is {shown(record)}, wanted an object by input name")
+    if spec.shape and not all(isinstance(record, list) for record in column):
+        raise OipError(f"a record of {spec.name} is not a list, wanted shape {list(spec.shape)}")
+    return from_json_numbers(column, spec.dtype, (len(records), *spec.shape), spec.name)
+
+
+def _picture_of(spec: TensorSpec) -> tuple[str, int, int]:
+    """The mode, height and width of the picture that a record is."""
+    shape = spec.shape
+    if datatype_of(spec.dtype) == "UINT8":
+        if len(shape) == 2:
+            return "L", shape[0], shape[1]
+        if len(shape) == 3 and shape[-1] in (1, 3):
+            return ("L" if shape[-1] == 1 else "RGB"), shape[0], shape[1]
+        if len(shape) == 3 and shape[0] in (1, 3):
+            return ("L" if shape[0] == 1 else "RGB"), shape[1], shape[2]
+    raise OipError(
+        f"the model takes {spec.name} as {spec.dtype} {list(shape)}, which is no picture; send npy or JSON", 415
+    )

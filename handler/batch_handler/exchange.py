@@ -1,0 +1,264 @@
+"""One HTTP request → a query for the model, and its score → one HTTP reply; TorchServe is not known here.
+
+Rule: reading a request either gives a query that fits the signature or a reply that says why not; no request
+makes another fail.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from batch_handler import content, oip
+from batch_handler.model import Model
+from batch_handler.oip import Array, InferRequest, OipError, Tensor, TensorSpec
+from batch_handler.scoring import Failure, Query, Score
+
+__all__ = ["MAX_RECORDS", "RECORD_STATUS", "Exchange", "Pending", "Reply", "Request", "failed", "refused"]
+
+MAX_RECORDS = 65_536
+RECORD_STATUS = "record_status"
+_JSON = "application/json"
+_NPY = "application/x-npy"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A body and its headers, whose names are in lower case.
+
+    `body` is bytes, or the JSON value or text that the server decoded on its own.
+    """
+
+    body: Any
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A body with what goes before it."""
+
+    body: bytes
+    content_type: str = _JSON
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A query, and what makes a reply of its score and of how many requests the server batch had."""
+
+    query: Query
+    encode: Callable[[Score, int], Reply]
+
+
+class Exchange:
+    """The bodies that a model understands."""
+
+    def __init__(self, model: Model, max_records: int = MAX_RECORDS) -> None:
+        self._model = model
+        self._max_records = max_records
+        self._inputs: tuple[TensorSpec, ...] = tuple(spec.tensor() for spec in model.description.inputs)
+        self._outputs = tuple(spec.name for spec in model.description.outputs)
+        self._max_tensor_bytes = max_records * max(
+            spec.dtype.itemsize * functools.reduce(int.__mul__, spec.shape, 1) for spec in self._inputs
+        )
+
+    def read(self, request: Request) -> Pending | Reply:
+        """What to score for a request, or the reply that it gets without the model."""
+        try:
+            return self._read(request)
+        except OipError as error:
+            return refused(error)
+
+    def _read(self, request: Request) -> Pending | Reply:
+        headers = request.headers
+        encoding = headers.get("content-encoding", "identity")
+        if encoding.strip().lower() not in ("", "identity"):
+            raise OipError(f"Content-Encoding is {encoding[:40]!r}, wanted none", 415)
+        length = headers.get(oip.HEADER_LENGTH.lower())
+        if length is not None:
+            return self._read_oip(request.body, _header_length(length))
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == oip.CONTENT_TYPE:
+            kind = ""  # what clients say who know no better: look at the body instead
+        if request.body is None or (not kind and not request.body):
+            return Reply(json.dumps(self._model.metadata().to_json(), separators=(",", ":")).encode())
+        return self._read_simple(request, kind or _sniff(request.body))
+
+    def _read_simple(self, request: Request, kind: str) -> Pending | Reply:
+        body = request.body
+        if kind == _JSON or isinstance(body, dict | list):
+            value = body if isinstance(body, dict | list) else content.parse_json(_raw(body))
+            if isinstance(value, dict) and "inputs" in value:
+                return self._read_oip(body, None)
+            records = content.decode_json(value, self._inputs, self._max_records)
+            return Pending(self._query(records), self._encode_predictions)
+        if kind == _NPY:
+            array, single = content.decode_npy(_raw(body), self._one_input(), self._max_records)
+            if _wants_json(request.headers):
+                return Pending(self._query((array,)), self._encode_predictions)
+            self._one_output()
+            return Pending(self._query((array,)), functools.partial(self._encode_npy, single))
+        if kind.startswith("image/"):
+            picture = content.decode_image(_raw(body), self._one_input())
+            return Pending(self._query((picture,)), self._encode_predictions)
+        raise OipError(
+            f"content type is {kind[:60]!r}, wanted {_NPY}, {_JSON}, image/* or a body with {oip.HEADER_LENGTH}",
+            415,
+        )
+
+    def _read_oip(self, body: Any, header_length: int | None) -> Pending:
+        # A body that the server decoded has lost its bytes, so its checksum can't be echoed.
+        decoded = isinstance(body, dict | list)
+        raw = json.dumps(body).encode() if decoded else _raw(body)
+        asked = oip.decode_request(raw, header_length, max_tensor_bytes=self._max_tensor_bytes)
+        arrays = self._arrays(asked)
+        binary = self._binary_by_output(asked)
+        echo = {} if decoded else {"request_crc32c": oip.crc32c(raw)}
+        encode = functools.partial(self._encode_oip, asked.id, binary, echo)
+        return Pending(self._query(arrays, asked.first_row if asked.exact else None), encode)
+
+    def _arrays(self, asked: InferRequest) -> tuple[Array, ...]:
+        given = {tensor.name: tensor.data for tensor in asked.inputs}
+        names = [spec.name for spec in self._inputs]
+        for name in given:
+            if name not in names:
+                raise OipError(f"input {name[:60]!r} is not one of the model's, wanted {', '.join(names)}")
+        for spec in self._inputs:
+            _check_input(given.get(spec.name), spec)
+        arrays = tuple(given[name] for name in names)
+        counts = [len(array) for array in arrays]
+        if len(set(counts)) > 1:
+            raise OipError(f"inputs {', '.join(names)} have {counts} records, wanted equally many")
+        return arrays
+
+    def _query(self, arrays: tuple[Array, ...], first_row: int | None = None) -> Query:
+        query = Query(arrays, first_row)
+        if query.records > self._max_records:
+            raise OipError(f"the request has {query.records} records, wanted at most {self._max_records}", 413)
+        return query
+
+    def _binary_by_output(self, asked: InferRequest) -> dict[str, bool]:
+        """The outputs of the reply in order, and which of them are binary."""
+        known = (*self._outputs, RECORD_STATUS)
+        default = asked.binary_output
+        chosen = {output.name: default if output.binary is None else output.binary for output in asked.outputs}
+        for name in chosen:
+            if name not in known:
+                raise OipError(f"output {name[:60]!r} is not one of the model's, wanted {', '.join(known)}")
+        if not chosen:
+            chosen = dict.fromkeys(self._outputs, default)
+        if asked.exact:
+            chosen.setdefault(RECORD_STATUS, default)
+        return chosen
+
+    def _encode_oip(
+        self,
+        request_id: str,
+        binary: Mapping[str, bool],
+        echo: Mapping[str, Any],
+        score: Score,
+        batch_requests: int,
+    ) -> Reply:
+        arrays = dict(zip(self._outputs, score.outputs, strict=True))
+        arrays[RECORD_STATUS] = score.status
+        described = self._model.description
+        message = oip.encode_reply(
+            oip.InferReply(
+                id=request_id,
+                model_name=described.name,
+                model_version=described.version,
+                outputs=tuple(Tensor(name, arrays[name]) for name in binary),
+                parameters={
+                    **echo,
+                    "model_digest": self._model.digest,
+                    "fingerprint": self._model.fingerprint,
+                    "queue_ms": score.queue_ms,
+                    "compute_ms": score.compute_ms,
+                    "batch_requests": batch_requests,
+                },
+            ),
+            binary=binary,
+        )
+        if message.header_length is None:
+            return Reply(message.join())
+        headers = {oip.HEADER_LENGTH: str(message.header_length)}
+        return Reply(message.join(), oip.CONTENT_TYPE, headers=headers)
+
+    def _encode_npy(self, single: bool, score: Score, batch_requests: int) -> Reply:  # noqa: FBT001 - partial
+        del batch_requests
+        (array,) = score.outputs
+        return Reply(content.encode_npy(array[0] if single else array), _NPY, headers=self._simple_headers())
+
+    def _encode_predictions(self, score: Score, batch_requests: int) -> Reply:
+        del batch_requests
+        outputs: Sequence[Tensor] = [
+            Tensor(name, array) for name, array in zip(self._outputs, score.outputs, strict=True)
+        ]
+        return Reply(content.encode_predictions(outputs), headers=self._simple_headers())
+
+    def _simple_headers(self) -> dict[str, str]:
+        return {"X-Model-Digest": self._model.digest}
+
+    def _one_input(self) -> TensorSpec:
+        if len(self._inputs) != 1:
+            raise OipError(f"the model has {len(self._inputs)} inputs, wanted JSON by input name or OIP", 415)
+        return self._inputs[0]
+
+    def _one_output(self) -> None:
+        if len(self._outputs) != 1:
+            raise OipError(f"the model has {len(self._outputs)} outputs, wanted Accept: {_JSON} or OIP", 415)
+
+
+def refused(error: OipError) -> Reply:
+    """The reply to a request that can't be scored."""
+    return Reply(json.dumps({"error": str(error)}).encode(), status=error.status)
+
+
+def failed(failure: Failure) -> Reply:
+    """The reply to a request that the model failed on."""
+    _log.error("a request failed: %s", failure.message)
+    return Reply(json.dumps({"error": failure.message}).encode(), status=failure.status)
+
+
+def _check_input(array: Array | None, spec: TensorSpec) -> None:
+    if array is None:
+        raise OipError(f"the request has no input {spec.name}")
+    if array.dtype != spec.dtype:
+        found, wanted = oip.datatype_of(array.dtype), oip.datatype_of(spec.dtype)
+        raise OipError(f"input {spec.name} is {found}, wanted {wanted}")
+    if array.shape[1:] != spec.shape:
+        found_shape, wanted_shape = list(array.shape), ["n", *spec.shape]
+        raise OipError(f"input {spec.name} has shape {found_shape}, wanted {wanted_shape}")
+
+
+def _header_length(value: str) -> int:
+    if not (value.isascii() and value.isdigit() and len(value) < 19):
+        raise OipError(f"{oip.HEADER_LENGTH} is {value[:40]!r}, wanted a number of bytes")
+    return int(value)
+
+
+def _raw(body: Any) -> bytes | bytearray:
+    if isinstance(body, bytes | bytearray):
+        return body
+    if isinstance(body, str):
+        return body.encode()
+    raise OipError("the body was decoded on its way, wanted its bytes", 415)
+
+
+def _sniff(body: Any) -> str:
+    """The kind of a body without a content type, as tritonclient and `curl -T` send it."""
+    start = bytes(_raw(body)[:16]) if not isinstance(body, dict | list) else b"{"
+    if start.startswith(b"\x93NUMPY"):
+        return _NPY
+    return _JSON if start.lstrip()[:1] in (b"{", b"[") else "unknown"
+
+
+def _wants_json(headers: Mapping[str, str]) -> bool:
+    return any(part.partition(";")[0].strip().lower() == _JSON for part in headers.get("accept", "").split(","))

@@ -1,0 +1,229 @@
+"""A model's directory → checked files, a loaded runtime, and a proof that it computes what it should.
+
+Rule: a worker is ready only when every file has the size and SHA-256 that `model.json` says and the golden
+records come out as they did when the archive was packed.
+
+    ModelLoadError (RuntimeError)    the worker must not become ready; the message is one line
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from batch_handler.oip import Array, ModelMetadata
+from batch_handler.runtimes import Runtime, open_runtime
+from batch_handler.runtimes.device import Device, DeviceError, open_device
+from batch_handler.runtimes.transform import ModelError
+from batch_handler.scoring import Failure, Query, Score, Scorer, exit_process
+from batch_handler.signature import FileEntry, ModelDescription, SignatureError, canonical_json
+
+__all__ = [
+    "DESCRIPTION_FILE",
+    "Model",
+    "ModelLoadError",
+    "Tuning",
+    "check_files",
+    "fingerprint_of",
+    "parse_description",
+    "read_description",
+    "read_golden",
+]
+
+DESCRIPTION_FILE = "model.json"
+_MAX_DESCRIPTION_BYTES = 1 << 20
+_FINGERPRINT_DIGITS = 16
+
+# How far lower precision may be from the golden outputs, which were made in float32: the unit roundoff of the
+# format (8, 11 and 11 bits of significand) times a handful of layers.
+_PRECISION_TOLERANCE = {"float32": 0.0, "tf32": 5e-3, "bfloat16": 5e-2, "float16": 5e-3}
+
+
+class ModelLoadError(RuntimeError):
+    """The model can't be served."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a worker runs a model; `micro_batch` None takes the archive's."""
+
+    threads: int = 1
+    micro_batch: int | None = None
+    precision: str = "float32"
+    gpu_id: int | None = None
+
+
+class Model:
+    """A description and a scorer that reproduced its golden outputs."""
+
+    def __init__(
+        self, description: ModelDescription, scorer: Scorer, micro_batch: int, numerics: Mapping[str, Any]
+    ) -> None:
+        self.description = description
+        self.digest = description.digest
+        self.micro_batch = micro_batch
+        self.numerics = numerics
+        self.fingerprint = fingerprint_of(numerics)
+        self._scorer = scorer
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path,
+        tuning: Tuning | None = None,
+        *,
+        device: Device | None = None,
+        on_lost: Callable[[BaseException], None] = exit_process,
+    ) -> Model:
+        """Check, load, warm up and self-test the model in `directory`; raises `ModelLoadError`."""
+        tuning = tuning or Tuning()
+        try:
+            description = read_description(directory)
+            check_files(directory, description.files)
+            if device is None:
+                device = open_device(tuning.gpu_id, threads=tuning.threads, precision=tuning.precision)
+            runtime = open_runtime(description, directory, device, precision=tuning.precision)
+            return cls._ready(description, directory, runtime, tuning, on_lost)
+        except (SignatureError, ModelError, DeviceError) as error:
+            raise ModelLoadError(f"model in {directory}: {error}") from error
+
+    @classmethod
+    def _ready(
+        cls,
+        description: ModelDescription,
+        directory: Path,
+        runtime: Runtime,
+        tuning: Tuning,
+        on_lost: Callable[[BaseException], None],
+    ) -> Model:
+        micro_batch = tuning.micro_batch or description.micro_batch
+        scorer = Scorer(runtime, description.outputs, micro_batch, on_lost=on_lost)
+        # How many workers there are is not in it: that changes no bit.
+        numerics = {**runtime.numerics, "micro_batch": micro_batch}
+        model = cls(description, scorer, micro_batch, numerics)
+        model.check_golden(directory, max(description.golden.tolerance, _PRECISION_TOLERANCE[tuning.precision]))
+        return model
+
+    @property
+    def micro_batches(self) -> int:
+        """How many micro-batches were computed so far."""
+        return self._scorer.micro_batches
+
+    def score(self, queries: Sequence[Query]) -> list[Score | Failure]:
+        """Score the queries of a server batch."""
+        return self._scorer.score(queries)
+
+    def score_bulk(self, inputs: Sequence[Array], first_row: int = 0) -> tuple[Array, ...]:
+        """Score records in their places, one array an input, (n, *shape) each; raises `ModelError`."""
+        (answer,) = self._scorer.score([Query(tuple(inputs), first_row)])
+        if isinstance(answer, Failure):
+            raise ModelError(answer.message)
+        return answer.outputs
+
+    def metadata(self) -> ModelMetadata:
+        """What `GET /predictions/{name}` answers."""
+        described = self.description
+        return ModelMetadata(
+            name=described.name,
+            versions=(described.version,),
+            platform=f"pytorch_{described.runtime}",
+            inputs=tuple(spec.tensor() for spec in described.inputs),
+            outputs=tuple(spec.tensor() for spec in described.outputs),
+            parameters={
+                "model_digest": self.digest,
+                "fingerprint": self.fingerprint,
+                "micro_batch": self.micro_batch,
+                "numerics": dict(self.numerics),
+            },
+        )
+
+    def check_golden(self, directory: Path, tolerance: float) -> None:
+        """Raise `ModelLoadError` unless the golden records give the golden outputs."""
+        inputs, outputs = read_golden(directory / self.description.golden.file, self.description)
+        scored = self.score_bulk(inputs)
+        for spec, found, wanted in zip(self.description.outputs, scored, outputs, strict=True):
+            worst = _difference(found, wanted)
+            if not worst <= tolerance:
+                raise ModelLoadError(
+                    f"golden records of {self.description.name} {self.description.version}: "
+                    f"output {spec.name} differs by {worst:.3g}, wanted at most {tolerance:.3g}"
+                )
+
+
+def read_description(directory: Path) -> ModelDescription:
+    """The `model.json` of a directory, read within a size bound."""
+    path = directory / DESCRIPTION_FILE
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MAX_DESCRIPTION_BYTES + 1)
+    except OSError as error:
+        raise ModelLoadError(f"{path} can't be read: {error.strerror}") from error
+    return parse_description(text)
+
+
+def parse_description(text: bytes) -> ModelDescription:
+    """`model.json` from its bytes; raises `SignatureError`."""
+    if len(text) > _MAX_DESCRIPTION_BYTES:
+        raise SignatureError(f"{DESCRIPTION_FILE} is over {_MAX_DESCRIPTION_BYTES} bytes")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SignatureError(f"{DESCRIPTION_FILE} is not JSON: {error}") from error
+    return ModelDescription.from_json(value)
+
+
+def check_files(directory: Path, files: Mapping[str, FileEntry]) -> None:
+    """Compare each file's size, then its SHA-256; raises `ModelLoadError` for the first that differs."""
+    for name, entry in files.items():
+        path = directory / name
+        try:
+            found = path.stat().st_size
+            if found != entry.nbytes:
+                raise ModelLoadError(f"{path} has {found} bytes, wanted {entry.nbytes}")
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ModelLoadError(f"{path} can't be read: {error.strerror}") from error
+        if digest != entry.sha256:
+            raise ModelLoadError(f"{path} has SHA-256 {digest}, wanted {entry.sha256}")
+
+
+def read_golden(path: Path, description: ModelDescription) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """The golden records and their outputs, checked against the signature."""
+    wanted = description.golden.records
+    try:
+        with np.load(path, allow_pickle=False) as golden:
+            inputs = tuple(golden[f"input.{spec.name}"] for spec in description.inputs)
+            outputs = tuple(golden[f"output.{spec.name}"] for spec in description.outputs)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(f"{path} can't be read: {error}") from error
+    specs = [spec.tensor() for spec in description.inputs]
+    specs += [spec.tensor() for spec in description.outputs]
+    for spec, array in zip(specs, (*inputs, *outputs), strict=True):
+        if array.shape != (wanted, *spec.shape) or array.dtype != spec.dtype:
+            raise ModelLoadError(
+                f"{path.name} holds {spec.name} as {array.dtype} {list(array.shape)}, "
+                f"wanted {spec.dtype} {[wanted, *spec.shape]}"
+            )
+    return inputs, outputs
+
+
+def fingerprint_of(numerics: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits of SHA-256 over the canonical JSON."""
+    return hashlib.sha256(canonical_json(dict(numerics))).hexdigest()[:_FINGERPRINT_DIGITS]
+
+
+def _difference(found: Array, wanted: Array) -> float:
+    """The largest difference, relative where the wanted number is over 1; equal infinities and NaNs are 0."""
+    a, b = found.astype(np.float64), wanted.astype(np.float64)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    with np.errstate(invalid="ignore"):
+        scaled = np.abs(a - b) / np.maximum(1.0, np.abs(b))
+    scaled = np.where(same, 0.0, np.where(np.isnan(scaled), np.inf, scaled))
+    return float(scaled.max(initial=0.0))

@@ -1,0 +1,323 @@
+"""Open Inference Protocol v2 messages ⇄ bytes, with the binary tensor extension.
+
+Rule: pure and strict. A body is bounded before anything is allocated for it, nothing is guessed, and every
+refusal is an `OipError` whose message is one sentence with what was found and what was wanted. Binary tensors
+are views: decoding copies no array and encoding copies none that is already little-endian and contiguous.
+
+The protocol: https://github.com/kserve/open-inference-protocol; the binary extension is Triton's:
+https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/protocol/extension_binary_data.html
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import numpy as np
+
+from batch_handler.tensors import (
+    DATATYPES,
+    Array,
+    Buffer,
+    Fields,
+    OipError,
+    Tensor,
+    crc32c,
+    datatype_of,
+    decode_tensors,
+    dtype_named,
+    encode_tensors,
+    refuse_duplicates,
+    shown,
+)
+
+__all__ = [
+    "CONTENT_TYPE",
+    "DATATYPES",
+    "HEADER_LENGTH",
+    "Array",
+    "InferReply",
+    "InferRequest",
+    "Message",
+    "ModelMetadata",
+    "OipError",
+    "RequestedOutput",
+    "Tensor",
+    "TensorSpec",
+    "crc32c",
+    "datatype_of",
+    "decode_reply",
+    "decode_request",
+    "encode_reply",
+    "encode_request",
+]
+
+CONTENT_TYPE = "application/octet-stream"
+HEADER_LENGTH = "Inference-Header-Content-Length"
+
+# The JSON header is padded with spaces to this many bytes, so that the first tensor of a body is aligned.
+_ALIGNMENT = 64
+
+_Parameters = Mapping[str, Any]
+
+
+def _nothing() -> _Parameters:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class RequestedOutput:
+    """An output asked for by name; `binary` is None where the request's default holds."""
+
+    name: str
+    binary: bool | None = None
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """An inference request; `outputs` empty means all of the model's."""
+
+    id: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[RequestedOutput, ...] = ()
+    parameters: _Parameters = field(default_factory=_nothing)
+
+    @property
+    def exact(self) -> bool:
+        """Whether this is a bulk request, whose records have fixed places."""
+        return bool(self.parameters.get("exact", False))
+
+    @property
+    def first_row(self) -> int:
+        """The place of the first record in its output chunk."""
+        return int(self.parameters.get("first_row", 0))
+
+    @property
+    def binary_output(self) -> bool:
+        """Whether outputs are binary unless they say otherwise."""
+        return bool(self.parameters.get("binary_data_output", False))
+
+
+@dataclass(frozen=True)
+class InferReply:
+    """The answer to one `InferRequest`."""
+
+    id: str
+    model_name: str
+    model_version: str
+    outputs: tuple[Tensor, ...]
+    parameters: _Parameters = field(default_factory=_nothing)
+
+
+@dataclass(frozen=True)
+class Message:
+    """A body to send: the JSON header, then views of the tensors; `crc32c` is of the whole body.
+
+    `header_length` is None for a body that is only JSON.
+    """
+
+    parts: tuple[bytes | memoryview, ...]
+    header_length: int | None
+    crc32c: int
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the body in bytes."""
+        return sum(len(part) for part in self.parts)
+
+    def join(self) -> bytes:
+        """The body in one piece (a copy, unless it has one part)."""
+        return b"".join(self.parts)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of the model: `shape` is that of one record, without the axis that counts records."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelMetadata:
+    """What a server says about a model."""
+
+    name: str
+    versions: tuple[str, ...]
+    platform: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parameters: _Parameters = field(default_factory=_nothing)
+
+    def to_json(self) -> dict[str, Any]:
+        """The metadata as a JSON object, shapes with a leading -1."""
+        return {
+            "name": self.name,
+            "versions": list(self.versions),
+            "platform": self.platform,
+            "inputs": [_spec_to_json(spec) for spec in self.inputs],
+            "outputs": [_spec_to_json(spec) for spec in self.outputs],
+            "parameters": dict(self.parameters),
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> ModelMetadata:
+        """Read metadata of any OIP server; raises `OipError` where it does not say what the model takes."""
+        fields = Fields(value, "model metadata")
+        parameters = fields.get("parameters", dict, {})
+        return cls(
+            name=fields.get("name", str),
+            versions=tuple(str(version) for version in fields.get("versions", list, [])),
+            platform=fields.get("platform", str, ""),
+            inputs=tuple(_spec_from_json(item) for item in fields.get("inputs", list, [])),
+            outputs=tuple(_spec_from_json(item) for item in fields.get("outputs", list, [])),
+            parameters=MappingProxyType(parameters),
+        )
+
+
+def encode_request(request: InferRequest, *, binary: bool = True) -> Message:
+    """A request as a body; `binary` sends every input raw, else all of it is JSON."""
+    header: dict[str, Any] = {"id": request.id}
+    if request.parameters:
+        header["parameters"] = dict(request.parameters)
+    header["inputs"], tail = encode_tensors(request.inputs, lambda _: binary)
+    if request.outputs:
+        header["outputs"] = [_requested_to_json(output) for output in request.outputs]
+    return _message(header, tail)
+
+
+def decode_request(body: Buffer, header_length: int | None, *, max_tensor_bytes: int) -> InferRequest:
+    """Read a request; its binary inputs are views of `body`, at most `max_tensor_bytes` each.
+
+    `header_length` is the value of the `Inference-Header-Content-Length` header, None for a JSON body.
+    """
+    header, tail = _split(body, header_length)
+    fields = Fields(header, "request")
+    fields.only("id", "parameters", "inputs", "outputs")
+    inputs = decode_tensors(fields.get("inputs", list), tail, "input", max_tensor_bytes)
+    if not inputs:
+        raise OipError("inputs is empty, wanted at least one tensor")
+    outputs = tuple(_requested_from_json(item) for item in fields.get("outputs", list, []))
+    refuse_duplicates("output", [output.name for output in outputs])
+    parameters = fields.get("parameters", dict, {})
+    _check_parameters(parameters)
+    return InferRequest(fields.get("id", str, ""), inputs, outputs, MappingProxyType(parameters))
+
+
+def encode_reply(reply: InferReply, *, binary: Mapping[str, bool]) -> Message:
+    """A reply as a body; outputs that `binary` does not name are JSON.
+
+    With any binary output the parameters get `crc32c`, that of all bytes after the JSON header.
+    """
+    outputs, tail = encode_tensors(reply.outputs, lambda name: binary.get(name, False))
+    parameters = dict(reply.parameters)
+    if tail:
+        parameters["crc32c"] = crc32c(*tail)
+    header = {
+        "model_name": reply.model_name,
+        "model_version": reply.model_version,
+        "id": reply.id,
+        "parameters": parameters,
+        "outputs": outputs,
+    }
+    return _message(header, tail)
+
+
+def decode_reply(body: Buffer, header_length: int | None, *, max_tensor_bytes: int | None = None) -> InferReply:
+    """Read a reply of any OIP server; its binary outputs are views of `body`.
+
+    The `crc32c` of the binary bytes is verified where the reply carries one.
+    """
+    header, tail = _split(body, header_length)
+    fields = Fields(header, "reply")
+    parameters = fields.get("parameters", dict, {})
+    wanted = parameters.get("crc32c")
+    if wanted is not None:
+        found = crc32c(tail)
+        if found != wanted:
+            raise OipError(f"binary outputs have CRC-32C {found}, the reply says {wanted}")
+    limit = len(body) * 8 if max_tensor_bytes is None else max_tensor_bytes
+    outputs = decode_tensors(fields.get("outputs", list), tail, "output", limit)
+    return InferReply(
+        id=fields.get("id", str, ""),
+        model_name=fields.get("model_name", str, ""),
+        model_version=fields.get("model_version", str, ""),
+        outputs=outputs,
+        parameters=MappingProxyType(parameters),
+    )
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise OipError(f"{name} is not JSON, wanted null for a number that is not finite")
+
+
+def _split(body: Buffer, header_length: int | None) -> tuple[Any, memoryview]:
+    """The parsed JSON header and the bytes after it."""
+    view = memoryview(body).cast("B") if len(body) else memoryview(b"")
+    length = len(view) if header_length is None else header_length
+    if not 0 < length <= len(view):
+        raise OipError(f"the JSON header is said to be {length} bytes of a body of {len(view)}")
+    try:
+        header = json.loads(bytes(view[:length]), parse_constant=_refuse_constant)
+    except OipError:
+        raise
+    except RecursionError as error:
+        raise OipError("the JSON header is nested too deeply") from error
+    except ValueError as error:
+        # UnicodeDecodeError and JSONDecodeError both; the text may quote the body, so only its first line.
+        raise OipError(f"the JSON header can't be parsed: {str(error).splitlines()[0][:120]}") from error
+    return header, view[length:]
+
+
+def _message(header: Mapping[str, Any], tail: Sequence[memoryview]) -> Message:
+    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+    if not tail:
+        return Message((text,), None, crc32c(text))
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return Message((text, *tail), len(text), crc32c(text, *tail))
+
+
+def _check_parameters(parameters: Mapping[str, Any]) -> None:
+    for name in ("exact", "binary_data_output"):
+        if not isinstance(parameters.get(name, False), bool):
+            raise OipError(f"parameter {name} is {shown(parameters[name])}, wanted true or false")
+    first_row = parameters.get("first_row", 0)
+    if not isinstance(first_row, int) or isinstance(first_row, bool) or first_row < 0:
+        raise OipError(f"parameter first_row is {shown(first_row)}, wanted an integer of at least 0")
+    if parameters.get("exact") and "first_row" not in parameters:
+        raise OipError("an exact request has no parameter first_row, the place of its first record")
+
+
+def _requested_to_json(output: RequestedOutput) -> dict[str, Any]:
+    if output.binary is None:
+        return {"name": output.name}
+    return {"name": output.name, "parameters": {"binary_data": output.binary}}
+
+
+def _requested_from_json(value: Any) -> RequestedOutput:
+    fields = Fields(value, "a requested output")
+    fields.only("name", "parameters")
+    name = fields.get("name", str)
+    binary = fields.get("parameters", dict, {}).get("binary_data")
+    if binary is not None and not isinstance(binary, bool):
+        raise OipError(f"binary_data of output {name} is {shown(binary)}, wanted true or false")
+    return RequestedOutput(name, binary)
+
+
+def _spec_to_json(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": datatype_of(spec.dtype), "shape": [-1, *spec.shape]}
+
+
+def _spec_from_json(value: Any) -> TensorSpec:
+    fields = Fields(value, "a tensor of the metadata")
+    name = fields.get("name", str)
+    dtype = dtype_named(fields.get("datatype", str), name)
+    shape = fields.get("shape", list)
+    if not shape or not all(type(size) is int and size >= -1 for size in shape):
+        raise OipError(f"shape of {name} is {shown(shape)}, wanted integers with -1 in front")
+    # Triton and MLServer leave -1 for free axes; axis 0 counts records whatever it says.
+    return TensorSpec(name, dtype, tuple(shape[1:]))

@@ -1,0 +1,253 @@
+"""The seam to what computes: the CPU, a CUDA GPU, or (in `scripted.py`) a device whose copies are late.
+
+Rule: work is issued, not done. A caller may read or rewrite a buffer only after it waited for the event of
+the last operation that touches it. On the CPU everything is done when the call returns, which hides such
+mistakes; that is why the scripted device exists.
+
+    DeviceError (RuntimeError)
+    ├── CapacityError    the device's memory is full; the context is fine and smaller work may fit
+    └── LostDeviceError  the context is poisoned: every later result would be wrong, the process must go
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+__all__ = [
+    "PRECISIONS",
+    "CapacityError",
+    "CpuDevice",
+    "CudaDevice",
+    "Device",
+    "DeviceError",
+    "Event",
+    "LostDeviceError",
+    "classify",
+    "open_device",
+]
+
+Tensor = torch.Tensor
+
+PRECISIONS: Mapping[str, torch.dtype | None] = {
+    "float32": None,
+    "tf32": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+# How the engines say that memory is full where they have no class for it.
+_MEMORY_TEXTS = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+)
+
+# What cuBLAS needs to give equal bits from one run to the next:
+# https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+_CUBLAS_WORKSPACE = ":4096:8"
+
+
+class DeviceError(RuntimeError):
+    """The device, not the model, failed."""
+
+
+class CapacityError(DeviceError):
+    """The device's memory is full."""
+
+
+class LostDeviceError(DeviceError):
+    """The device's context is poisoned."""
+
+
+class Event(Protocol):
+    """Something issued to a device."""
+
+    def wait(self) -> None:
+        """Block the host until it is done; raises what the work raised."""
+
+
+class Device(Protocol):
+    """Where a runtime computes: buffers, and the three operations of a micro-batch.
+
+    `numerics` says what of the device decides bits; `torch_device` is where tensors live.
+    """
+
+    torch_device: torch.device
+    numerics: Mapping[str, Any]
+
+    def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory of the host that copies can start from without another copy."""
+
+    def mirror(self, host: Tensor) -> Tensor:
+        """Memory of the device for what is in `host`; on the CPU the same memory."""
+
+    def settle(self) -> None:
+        """Block until everything that was issued outside these operations, such as loading, is done."""
+
+    def upload(self, hosts: Sequence[Tensor], targets: Sequence[Tensor]) -> Event:
+        """Copy to the device."""
+
+    def compute(self, work: Callable[[], tuple[Tensor, ...]], after: Event) -> tuple[list[Tensor], Event]:
+        """Run the model once `after` is done; the list is filled with its tensors by then."""
+
+    def download(self, sources: list[Tensor], hosts: Sequence[Tensor], after: Event) -> tuple[Sequence[Tensor], Event]:
+        """Copy back; returns where on the host the bytes will be, which on the CPU is where they are."""
+
+
+class _Done:
+    def wait(self) -> None:
+        """Nothing was left to do when the call returned."""
+
+
+_DONE = _Done()
+
+
+class CpuDevice:
+    """The host itself: nothing is copied and everything is done at once."""
+
+    def __init__(self, threads: int = 1) -> None:
+        torch.set_num_threads(threads)
+        self.torch_device = torch.device("cpu")
+        self.numerics: Mapping[str, Any] = {
+            "device": "cpu",
+            "isa": torch.backends.cpu.get_cpu_capability(),
+            "threads": threads,
+        }
+
+    def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(tuple(shape), dtype=dtype)
+
+    def mirror(self, host: Tensor) -> Tensor:
+        return host
+
+    def settle(self) -> None:
+        """Nothing is ever pending."""
+
+    def upload(self, hosts: Sequence[Tensor], targets: Sequence[Tensor]) -> Event:
+        del hosts, targets
+        return _DONE
+
+    def compute(self, work: Callable[[], tuple[Tensor, ...]], after: Event) -> tuple[list[Tensor], Event]:
+        del after
+        return list(work()), _DONE
+
+    def download(self, sources: list[Tensor], hosts: Sequence[Tensor], after: Event) -> tuple[Sequence[Tensor], Event]:
+        del hosts, after
+        return sources, _DONE
+
+
+@dataclass(frozen=True)
+class _CudaEvent:
+    event: Any
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+class CudaDevice:
+    """A GPU with a stream for uploads and one for the model and its downloads.
+
+    Downloads are small after the reductions and follow on the compute stream: on the upload stream, a
+    download that waits for this micro-batch would hold up the upload of the next, which two slots are for.
+    """
+
+    def __init__(self, index: int, *, threads: int = 1, precision: str = "float32") -> None:
+        torch.set_num_threads(threads)
+        _set_exact(precision)
+        torch.cuda.set_device(index)
+        self.torch_device = torch.device("cuda", index)
+        # torch ships no types for these constructors.
+        self._uploads: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._work: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self.numerics: Mapping[str, Any] = {
+            "device": "cuda",
+            "gpu": torch.cuda.get_device_name(index),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call] # torch ships none
+            "threads": threads,
+        }
+
+    def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)
+
+    def mirror(self, host: Tensor) -> Tensor:
+        return torch.empty_like(host, device=self.torch_device)
+
+    def settle(self) -> None:
+        """The two streams do not wait for the default one, on which weights were moved and laid out."""
+        torch.cuda.synchronize(self.torch_device)
+
+    def upload(self, hosts: Sequence[Tensor], targets: Sequence[Tensor]) -> Event:
+        with torch.cuda.stream(self._uploads):
+            for host, target in zip(hosts, targets, strict=True):
+                target.copy_(host, non_blocking=True)
+        return self._record(self._uploads)
+
+    def compute(self, work: Callable[[], tuple[Tensor, ...]], after: Event) -> tuple[list[Tensor], Event]:
+        self._follow(after)
+        with torch.cuda.stream(self._work):
+            results = list(work())
+        return results, self._record(self._work)
+
+    def download(self, sources: list[Tensor], hosts: Sequence[Tensor], after: Event) -> tuple[Sequence[Tensor], Event]:
+        self._follow(after)
+        with torch.cuda.stream(self._work):
+            for source, host in zip(sources, hosts, strict=True):
+                host.copy_(source, non_blocking=True)
+        return hosts, self._record(self._work)
+
+    def _follow(self, after: Event) -> None:
+        if isinstance(after, _CudaEvent):
+            self._work.wait_event(after.event)
+
+    def _record(self, stream: Any) -> Event:
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch ships none
+        event.record(stream)
+        return _CudaEvent(event)
+
+
+def open_device(gpu_id: int | None, *, threads: int = 1, precision: str = "float32") -> Device:
+    """The GPU that TorchServe gave this worker, or the CPU. Apple's MPS is never chosen by itself."""
+    if precision not in PRECISIONS:
+        raise DeviceError(f"precision is {precision!r}, wanted one of {', '.join(PRECISIONS)}")
+    if gpu_id is None or gpu_id < 0 or not torch.cuda.is_available():
+        return CpuDevice(threads)
+    return CudaDevice(gpu_id, threads=threads, precision=precision)
+
+
+def classify(error: BaseException) -> BaseException:
+    """Map an engine's error to `CapacityError` or `LostDeviceError`; any other is the model's and stays."""
+    if not isinstance(error, RuntimeError):
+        return error
+    message = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or any(text in message for text in _MEMORY_TEXTS):
+        return CapacityError(f"the device's memory is full: {_first_line(error)}")
+    # AcceleratorError is what newer versions raise for errors that CUDA calls sticky; older ones raise
+    # RuntimeError with the text alone.
+    sticky = getattr(torch, "AcceleratorError", None)
+    if message.startswith("CUDA error") or (sticky is not None and isinstance(error, sticky)):
+        return LostDeviceError(f"the device's context is lost: {_first_line(error)}")
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _set_exact(precision: str) -> None:
+    """Equal bits for equal input: no autotuning, deterministic algorithms, TF32 only where chosen."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _CUBLAS_WORKSPACE)
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(mode=True)
+    # Otherwise deterministic mode fills every fresh tensor with NaN, which costs a pass over memory.
+    vars(torch.utils)["deterministic"].fill_uninitialized_memory = False
+    tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32

@@ -1,0 +1,102 @@
+"""A module run as it was written: state_dict, safetensors or a whole pickle.
+
+Rule: nothing is unpickled unless the archive says that whoever packed it trusted it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from batch_handler.runtimes.device import Device
+from batch_handler.runtimes.slots import SlotRuntime
+from batch_handler.runtimes.transform import ModelError
+from batch_handler.signature import ModelDescription, Weights
+
+__all__ = ["build_module", "load_module", "open_eager"]
+
+
+def open_eager(description: ModelDescription, directory: Path, device: Device, precision: str) -> SlotRuntime:
+    """The module of an archive on a device, with channels_last weights where it has 2-d convolutions."""
+    module, layout = load_module(description.weights, directory, device.torch_device)
+    return SlotRuntime(
+        module,
+        device,
+        description.inputs,
+        description.outputs,
+        numerics={"runtime": "eager", "layout": layout},
+        precision=precision,
+    )
+
+
+def load_module(weights: Weights, directory: Path, device: torch.device) -> tuple[torch.nn.Module, str]:
+    """The module in eval mode on `device`, and its memory layout.
+
+    Weights in channels_last make the convolutions choose that layout, whatever the input has: 1.3 times the
+    speed on the CPU here, with bits that do not change with a record's place.
+    """
+    module = build_module(weights, directory).eval().to(device)
+    module.requires_grad_(requires_grad=False)
+    if any(isinstance(part, torch.nn.Conv2d) for part in module.modules()):
+        # mypy: torch's stub of Module.to has no overload for memory_format alone.
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return module, "channels_last"
+    return module, "contiguous"
+
+
+def build_module(weights: Weights, directory: Path) -> torch.nn.Module:
+    """The module of a weights file, on the CPU; raises `ModelError` with one line."""
+    path = directory / weights.file
+    if weights.kind == "pickle":
+        return _unpickle(path)
+    module = _call_arch(weights.arch or "", directory)
+    try:
+        if weights.kind == "safetensors":
+            state = load_file(path, device="cpu")
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        module.load_state_dict(state)
+    except (RuntimeError, OSError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ModelError(f"{weights.file} does not fit {weights.arch}: {' '.join(lines)[:300]}") from error
+    return module
+
+
+def _unpickle(path: Path) -> torch.nn.Module:
+    try:
+        module = torch.load(path, map_location="cpu", weights_only=False)
+    except (AttributeError, ImportError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ModelError(f"{path.name} can't be unpickled: {error}") from error
+    if not isinstance(module, torch.nn.Module):
+        raise ModelError(f"{path.name} holds {type(module).__name__}, wanted a torch.nn.Module")
+    return module
+
+
+def _call_arch(arch: str, directory: Path) -> torch.nn.Module:
+    source, _, name = arch.partition(":")
+    try:
+        maker = getattr(_import(source, directory), name)
+    except (ImportError, AttributeError, OSError, SyntaxError) as error:
+        raise ModelError(f"arch {arch} can't be imported: {error}") from error
+    module = maker()
+    if not isinstance(module, torch.nn.Module):
+        raise ModelError(f"arch {arch} returned {type(module).__name__}, wanted a torch.nn.Module")
+    return module
+
+
+def _import(source: str, directory: Path) -> Any:
+    if not source.endswith(".py"):
+        return importlib.import_module(source)
+    path = directory / source
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ImportError(f"no file {source}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

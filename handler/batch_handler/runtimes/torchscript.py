@@ -1,0 +1,91 @@
+"""A TorchScript file, or a module that is traced at load, frozen and optimised for inference.
+
+Rule: if the graph can't be frozen or optimised it is served as it is, and the fingerprint says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batch_handler.runtimes.device import Device
+from batch_handler.runtimes.eager import load_module
+from batch_handler.runtimes.slots import SlotRuntime
+from batch_handler.runtimes.transform import ModelError, Preprocess, torch_dtype
+from batch_handler.signature import InputSpec, ModelDescription
+
+__all__ = ["load_script", "open_torchscript"]
+
+_log = logging.getLogger(__name__)
+
+
+def open_torchscript(description: ModelDescription, directory: Path, device: Device, precision: str) -> SlotRuntime:
+    """The graph of an archive on a device."""
+    where = device.torch_device
+    if description.weights.kind == "torchscript":
+        script = load_script(directory / description.weights.file, where)
+        layout = "contiguous"
+    else:
+        module, layout = load_module(description.weights, directory, where)
+        script = _trace(module, description.inputs, description.micro_batch, where)
+    script, optimised = _optimise(script.eval())
+    return SlotRuntime(
+        script,
+        device,
+        description.inputs,
+        description.outputs,
+        numerics={"runtime": "torchscript", "layout": layout, "optimised": optimised},
+        precision=precision,
+    )
+
+
+def load_script(path: Path, device: torch.device) -> Any:
+    """A saved TorchScript module; raises `ModelError` where the file is another thing."""
+    try:
+        with _deprecated_but_served():
+            return torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call] # torch ships none
+    except (RuntimeError, ValueError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ModelError(f"{path.name} is not TorchScript: {first}") from error
+
+
+def _trace(module: Any, inputs: Sequence[InputSpec], micro_batch: int, device: torch.device) -> Any:
+    examples = []
+    for spec in inputs:
+        zeros = torch.zeros((micro_batch, *spec.shape), dtype=torch_dtype(spec.dtype), device=device)
+        examples.append(Preprocess(spec, device)(zeros))
+    # A graph that a tensor's values steer comes out wrong, and the golden self-test catches it.
+    with torch.inference_mode(), _deprecated_but_served():
+        # torch ships no types for it.
+        return torch.jit.trace(module, tuple(examples), check_trace=False)  # type: ignore[no-untyped-call]
+
+
+def _optimise(script: Any) -> tuple[Any, str]:
+    steps: tuple[tuple[str, Callable[[Any], Any]], ...] = (
+        ("frozen", torch.jit.freeze),
+        ("optimised", torch.jit.optimize_for_inference),
+    )
+    reached = "none"
+    for name, step in steps:
+        try:
+            with _deprecated_but_served():
+                script = step(script)
+        except RuntimeError as error:
+            _log.warning("TorchScript stays %s: %s", reached, (str(error).splitlines() or [""])[0])
+            return script, reached
+        reached = name
+    return script, reached
+
+
+@contextmanager
+def _deprecated_but_served() -> Iterator[None]:
+    """Silence one text: torch 2.9 and later warn that TorchScript is deprecated; people have such files."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is", category=DeprecationWarning)
+        yield

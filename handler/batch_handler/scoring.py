@@ -1,0 +1,230 @@
+"""Queries in, their outputs out: micro-batches through the slots of a runtime.
+
+Rule: a query's failure is its own. A micro-batch of several online requests that the model fails on is scored
+again request by request, so that only the one whose records are to blame is told so.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+
+from batch_handler.batching import Load, MicroBatch, gather, plan, scatter
+from batch_handler.oip import Array
+from batch_handler.runtimes import Runtime
+from batch_handler.runtimes.device import CapacityError, LostDeviceError
+from batch_handler.runtimes.slots import Slot
+from batch_handler.runtimes.transform import ModelError
+from batch_handler.signature import OutputSpec
+
+__all__ = ["STATUS_NOT_FINITE", "STATUS_OK", "Failure", "Query", "Score", "Scorer", "exit_process"]
+
+STATUS_OK = 0
+STATUS_NOT_FINITE = 2
+
+# sysexits' EX_OSERR; TorchServe only sees that the worker is gone, and starts another.
+_EXIT_LOST = 71
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """Records of one request, one array an input; `first_row` is None for an online request."""
+
+    inputs: tuple[Array, ...]
+    first_row: int | None = None
+
+    @property
+    def records(self) -> int:
+        """How many records it has."""
+        return int(self.inputs[0].shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """One array an output, a status a record, and the milliseconds it waited and computed."""
+
+    outputs: tuple[Array, ...]
+    status: Array
+    queue_ms: float
+    compute_ms: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a query has no outputs; `status` is that of its HTTP reply."""
+
+    message: str
+    status: int = 500
+
+
+@dataclass(eq=False)
+class _Work:
+    query: Query
+    outputs: tuple[Array, ...]
+    compute: float = 0.0
+    first_run: float | None = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Issued:
+    slot: Slot
+    batch: MicroBatch
+    at: float
+
+
+@dataclass
+class _Clock:
+    now: Callable[[], float]
+    finished: float = field(default=0.0)
+
+
+_Failed: TypeAlias = list[tuple[MicroBatch, Exception]]
+
+
+def exit_process(error: BaseException) -> None:
+    """Leave at once: with a poisoned context every later result is wrong, also those of clean-up code."""
+    _log.critical("the worker ends: %s", error)
+    logging.shutdown()
+    os._exit(_EXIT_LOST)
+
+
+class Scorer:
+    """A prepared runtime; not for several threads."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        outputs: Sequence[OutputSpec],
+        micro_batch: int,
+        *,
+        on_lost: Callable[[BaseException], None] = exit_process,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.micro_batches = 0
+        self._runtime = runtime
+        self._outputs = tuple(outputs)
+        self._micro_batch = micro_batch
+        self._on_lost = on_lost
+        self._clock = _Clock(now)
+        self._slots = runtime.prepare(micro_batch)
+
+    def score(self, queries: Sequence[Query]) -> list[Score | Failure]:
+        """Score a server batch; one answer a query, in order."""
+        begun = self._clock.now()
+        works = [_Work(query, self._allocate(query.records)) for query in queries]
+        loads = [Load(query.records, query.first_row) for query in queries]
+        for batch, error in self._stream(plan(loads, self._micro_batch), works):
+            self._isolate(batch, error, works)
+        return [self._answer(work, begun) for work in works]
+
+    def _allocate(self, records: int) -> tuple[Array, ...]:
+        return tuple(np.empty((records, *spec.shape), spec.dtype) for spec in self._outputs)
+
+    def _isolate(self, batch: MicroBatch, error: Exception, works: Sequence[_Work]) -> None:
+        """Score the requests of a failed micro-batch one by one, in smaller pieces where memory was full."""
+        full = isinstance(error, CapacityError)
+        for index in batch.requests:
+            work = works[index]
+            if work.failure is not None:
+                continue
+            online = work.query.first_row is None
+            if not online or (len(batch.requests) == 1 and not full):
+                work.failure = _failure(error)
+            else:
+                self._alone(work, batch.size // 2 if full else self._micro_batch, error)
+
+    def _alone(self, work: _Work, size: int, error: Exception) -> None:
+        while size >= 1:
+            failed = self._stream(plan([Load(work.query.records)], size), [work])
+            if not failed:
+                return
+            error = failed[0][1]
+            if not isinstance(error, CapacityError):
+                break
+            size //= 2
+        work.failure = _failure(error)
+
+    def _stream(self, batches: Sequence[MicroBatch], works: Sequence[_Work]) -> _Failed:
+        """Fill one slot while another computes; the micro-batches that failed."""
+        failed: _Failed = []
+        busy: deque[_Issued] = deque()
+        self._clock.finished = self._clock.now()
+        for number, batch in enumerate(batches):
+            slot = self._slots[number % len(self._slots)]
+            while any(issued.slot is slot for issued in busy):
+                self._finish(busy.popleft(), works, failed)
+            try:
+                busy.append(self._issue(slot, batch, works))
+            except (ModelError, CapacityError, MemoryError) as error:
+                failed.append((batch, error))
+            except LostDeviceError as error:
+                self._on_lost(error)
+                raise
+        while busy:
+            self._finish(busy.popleft(), works, failed)
+        return failed
+
+    def _issue(self, slot: Slot, batch: MicroBatch, works: Sequence[_Work]) -> _Issued:
+        at = self._clock.now()
+        for index in batch.requests:
+            if works[index].first_run is None:
+                works[index].first_run = at
+        for number, target in enumerate(slot.inputs):
+            gather(batch, [work.query.inputs[number] for work in works], target)
+        self.micro_batches += 1
+        self._runtime.run(slot, batch.size)
+        return _Issued(slot, batch, at)
+
+    def _finish(self, issued: _Issued, works: Sequence[_Work], failed: _Failed) -> None:
+        try:
+            results = issued.slot.wait()
+        except (ModelError, CapacityError, MemoryError) as error:
+            failed.append((issued.batch, error))
+            return
+        except LostDeviceError as error:
+            self._on_lost(error)
+            raise
+        for number, result in enumerate(results):
+            scatter(issued.batch, result, [work.outputs[number] for work in works])
+        done = self._clock.now()
+        # What overlaps with the micro-batch before is that one's time.
+        elapsed = done - max(issued.at, self._clock.finished)
+        self._clock.finished = done
+        for index in issued.batch.requests:
+            works[index].compute += elapsed
+
+    def _answer(self, work: _Work, begun: float) -> Score | Failure:
+        if work.failure is not None:
+            return work.failure
+        waited = 0.0 if work.first_run is None else work.first_run - begun
+        return Score(
+            outputs=work.outputs,
+            status=_status(work.outputs, work.query.records),
+            queue_ms=round(waited * 1e3, 3),
+            compute_ms=round(work.compute * 1e3, 3),
+        )
+
+
+def _failure(error: Exception) -> Failure:
+    message = str(error) or type(error).__name__
+    return Failure(message, 507 if isinstance(error, CapacityError | MemoryError) else 500)
+
+
+def _status(outputs: Sequence[Array], records: int) -> Array:
+    """0 ok, 2 where a record has a float that is not finite."""
+    status = np.zeros(records, np.uint8)
+    for output in outputs:
+        if output.dtype.kind == "f" and output.size:
+            finite = np.isfinite(output).reshape(records, -1).all(axis=1)
+            status[~finite] = STATUS_NOT_FINITE
+    return status

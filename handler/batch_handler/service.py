@@ -1,0 +1,156 @@
+"""The TorchServe adapter: rows and a context in, a list of bytes out, a status for each.
+
+Rule: `handle` never raises for one request, since TorchServe answers an exception with 503 to the whole server
+batch. The archive's `entry.py` imports `handle` from here and is all that TorchServe loads.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from batch_handler.exchange import MAX_RECORDS, Exchange, Pending, Reply, Request, failed, refused
+from batch_handler.model import Model, ModelLoadError, Tuning
+from batch_handler.oip import OipError
+from batch_handler.scoring import Failure, Score
+
+__all__ = ["METRICS", "Service", "handle", "initialize", "tuning_from"]
+
+# Counters that the server's metrics file must declare, with the dimensions ModelName and Level.
+METRICS = ("BatchRequests", "BatchRecords", "MicroBatches", "RejectedRequests")
+
+# TorchServe's worker reads this at each request. Without it JSON bodies arrive parsed, NaN and all, and their
+# checksum can't be echoed. Set here, it needs no line in the server's configuration.
+_DECODE = "TS_DECODE_INPUT_REQUEST"
+
+_log = logging.getLogger(__name__)
+
+
+class Service:
+    """A loaded model behind TorchServe's calling convention."""
+
+    def __init__(self, model: Model, max_records: int = MAX_RECORDS) -> None:
+        self._model = model
+        self._exchange = Exchange(model, max_records)
+
+    def handle(self, data: Sequence[Mapping[str, Any]], context: Any) -> list[bytes]:
+        """Answer a server batch: one body a row; status, content type and headers go into `context`."""
+        before = self._model.micro_batches
+        asked = [self._read(row, context, index) for index, row in enumerate(data)]
+        pending = [item for item in asked if isinstance(item, Pending)]
+        scores = self._model.score([item.query for item in pending])
+        answers = dict(zip(map(id, pending), scores, strict=True))
+        replies = [item if isinstance(item, Reply) else _reply(item, answers[id(item)], len(data)) for item in asked]
+        for index, reply in enumerate(replies):
+            _send(reply, context, index)
+        self._count(context, pending, replies, self._model.micro_batches - before)
+        return [reply.body for reply in replies]
+
+    def _read(self, row: Mapping[str, Any], context: Any, index: int) -> Pending | Reply:
+        try:
+            return self._exchange.read(_request(row, context.get_all_request_header(index)))
+        except Exception:  # noqa: BLE001 - a bug of ours; still only this request's
+            _log.exception("a request could not be read")
+            return refused(OipError("the request could not be read", 500))
+
+    def _count(self, context: Any, pending: Sequence[Pending], replies: Sequence[Reply], micro_batches: int) -> None:
+        metrics = context.metrics
+        if metrics is None:
+            return
+        values = (
+            len(replies),
+            sum(item.query.records for item in pending),
+            micro_batches,
+            sum(reply.status >= HTTPStatus.BAD_REQUEST for reply in replies),
+        )
+        for name, value in zip(METRICS, values, strict=True):
+            # A fresh list: TorchServe appends to its default argument.
+            metrics.add_counter(name, value, dimensions=[])
+
+
+# The one service of this worker process, by a constant name.
+_WORKER: dict[str, Service] = {}
+
+
+def initialize(context: Any, environ: Mapping[str, str] | None = None) -> Service:
+    """Load the model of `context`; raises `ModelLoadError`, with which the worker never becomes ready."""
+    environ = os.environ if environ is None else environ
+    properties = context.system_properties
+    try:
+        tuning, max_records = tuning_from(environ, properties.get("gpu_id"))
+        model = Model.open(Path(properties["model_dir"]), tuning)
+    except ModelLoadError as error:
+        _log.critical("not ready: %s", error)
+        raise
+    os.environ[_DECODE] = "false"
+    described = model.description
+    _log.info(
+        "ready: %s %s, %s, fingerprint %s, micro-batches of %d",
+        *(described.name, described.version, model.digest, model.fingerprint, model.micro_batch),
+    )
+    _WORKER["service"] = service = Service(model, max_records)
+    return service
+
+
+def handle(data: Sequence[Mapping[str, Any]] | None, context: Any) -> list[bytes]:
+    """TorchServe's way in: once with `data` None to load, then for each server batch."""
+    if data is None:
+        initialize(context)
+        return []
+    return _WORKER["service"].handle(data, context)
+
+
+def tuning_from(environ: Mapping[str, str], gpu_id: Any) -> tuple[Tuning, int]:
+    """The tuning and the limit of records a request in the environment's `BATCH_HANDLER_*`."""
+    micro_batch = _whole(environ, "BATCH_HANDLER_MICRO_BATCH", 0)
+    tuning = Tuning(
+        threads=_whole(environ, "BATCH_HANDLER_THREADS", 1) or 1,
+        micro_batch=micro_batch or None,
+        precision=environ.get("BATCH_HANDLER_PRECISION") or "float32",
+        gpu_id=None if gpu_id is None else int(gpu_id),
+    )
+    return tuning, _whole(environ, "BATCH_HANDLER_MAX_RECORDS", MAX_RECORDS) or MAX_RECORDS
+
+
+def _whole(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name, "").strip()
+    if not text:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ModelLoadError(f"{name} is {text[:40]!r}, wanted a whole number")
+    return int(text)
+
+
+def _request(row: Mapping[str, Any], properties: Mapping[str, Any]) -> Request:
+    """A row's body and its headers in lower case, whatever names the client and the form gave them."""
+    field = next((name for name in ("body", "data", *row) if name in row), None)
+    # Beside the request's headers TorchServe keeps one dict a form field, with that part's content type.
+    headers = {name.lower(): value for name, value in properties.items() if isinstance(value, str)}
+    part = properties.get(field) if field is not None else None
+    if isinstance(part, Mapping):
+        kind = str(part.get("content-type") or "")
+        if kind and (field != "body" or "content-type" not in headers):
+            headers["content-type"] = kind
+    return Request(None if field is None else row[field], headers)
+
+
+def _reply(item: Pending, answer: Score | Failure, batch_requests: int) -> Reply:
+    if isinstance(answer, Failure):
+        return failed(answer)
+    try:
+        return item.encode(answer, batch_requests)
+    except Exception:  # noqa: BLE001 - a bug of ours; still only this request's
+        _log.exception("a reply could not be written")
+        return refused(OipError("the reply could not be written", 500))
+
+
+def _send(reply: Reply, context: Any, index: int) -> None:
+    phrase = HTTPStatus(reply.status).phrase
+    context.set_response_status(code=reply.status, phrase=phrase, idx=index)
+    context.set_response_content_type(index, reply.content_type)
+    for name, value in reply.headers.items():
+        context.set_response_header(index, name, value)

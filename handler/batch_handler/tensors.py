@@ -1,0 +1,273 @@
+"""The tensors and JSON objects that Open Inference Protocol messages are made of ⇄ bytes and arrays.
+
+Rule: every size is checked before anything of that size is allocated, and every refusal is an `OipError`
+whose message is one sentence with what was found and what was wanted. `batch_handler.oip` is the public face.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "DATATYPES",
+    "Array",
+    "Buffer",
+    "Fields",
+    "OipError",
+    "Tensor",
+    "crc32c",
+    "datatype_of",
+    "decode_tensors",
+    "dtype_named",
+    "encode_tensors",
+    "from_json_numbers",
+    "refuse_duplicates",
+    "shown",
+    "to_json_numbers",
+]
+
+Array: TypeAlias = npt.NDArray[Any]
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+# numpy's own limit on dimensions.
+_MAX_RANK = 64
+# A rendered value in an error message is cut here: messages are one readable line.
+_SHOWN = 60
+
+DATATYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {
+        "BOOL": np.dtype("?"),
+        "INT8": np.dtype("i1"),
+        "INT16": np.dtype("<i2"),
+        "INT32": np.dtype("<i4"),
+        "INT64": np.dtype("<i8"),
+        "UINT8": np.dtype("u1"),
+        "UINT16": np.dtype("<u2"),
+        "UINT32": np.dtype("<u4"),
+        "UINT64": np.dtype("<u8"),
+        "FP16": np.dtype("<f2"),
+        "FP32": np.dtype("<f4"),
+        "FP64": np.dtype("<f8"),
+    }
+)
+_NAMES = {(dtype.kind, dtype.itemsize): name for name, dtype in DATATYPES.items()}
+
+
+class OipError(ValueError):
+    """A message that can't be read or written; the text is the one sentence of the error reply."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A named array; axis 0 of `data` counts records."""
+
+    name: str
+    data: Array
+
+
+def datatype_of(dtype: npt.DTypeLike) -> str:
+    """The protocol's name of a numpy dtype of any byte order."""
+    found = np.dtype(dtype)
+    name = _NAMES.get((found.kind, found.itemsize))
+    if name is None:
+        raise OipError(f"dtype {found} has no datatype in the protocol, wanted one of {', '.join(DATATYPES)}")
+    return name
+
+
+def crc32c(*buffers: Buffer) -> int:
+    """CRC-32C (Castagnoli) of the buffers, one after the other."""
+    crc = 0
+    for buffer in buffers:
+        # The C extension refuses writable buffers but takes an array over them: no copy either way.
+        readable = buffer if isinstance(buffer, bytes) else np.frombuffer(buffer, np.uint8)
+        crc = google_crc32c.extend(crc, readable) if len(buffer) else crc
+    return crc
+
+
+class _Absent:
+    """Marks a field that must be there."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """A JSON object whose fields are read by name and type, with errors that name both."""
+
+    value: Any
+    where: str
+    _kinds: Mapping[type, str] = field(
+        default_factory=lambda: {str: "a string", list: "an array", dict: "an object", int: "an integer"}
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.value, dict):
+            raise OipError(f"{self.where} is {shown(self.value)}, wanted an object")
+
+    def only(self, *names: str) -> None:
+        for name in self.value:
+            if name not in names:
+                raise OipError(f"{self.where} has an unknown field {shown(name)}, wanted {', '.join(names)}")
+
+    def get(self, name: str, kind: type, default: Any = _Absent) -> Any:
+        found = self.value.get(name)
+        if found is None and default is not _Absent:
+            return default
+        if name not in self.value:
+            raise OipError(f"{self.where} has no {name}")
+        if not isinstance(found, kind) or isinstance(found, bool):
+            raise OipError(f"{name} of {self.where} is {shown(found)}, wanted {self._kinds[kind]}")
+        return found
+
+
+def shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=True, default=repr)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+
+
+def refuse_duplicates(what: str, names: Sequence[str]) -> None:
+    for name in {name for name in names if names.count(name) > 1}:
+        raise OipError(f"{what} {shown(name)} is named twice")
+
+
+def dtype_named(datatype: str, name: str) -> np.dtype[Any]:
+    dtype = DATATYPES.get(datatype)
+    if dtype is None:
+        wanted = ", ".join(DATATYPES)
+        raise OipError(f"datatype of {name} is {shown(datatype)}, wanted one of {wanted}")
+    return dtype
+
+
+def encode_tensors(
+    tensors: Sequence[Tensor], is_binary: Callable[[str], bool]
+) -> tuple[list[dict[str, Any]], list[memoryview]]:
+    described: list[dict[str, Any]] = []
+    tail: list[memoryview] = []
+    for tensor in tensors:
+        datatype = datatype_of(tensor.data.dtype)
+        item: dict[str, Any] = {
+            "name": tensor.name,
+            "datatype": datatype,
+            "shape": list(tensor.data.shape),
+        }
+        data = np.ascontiguousarray(tensor.data, dtype=DATATYPES[datatype]).reshape(-1)
+        if is_binary(tensor.name):
+            item["parameters"] = {"binary_data_size": data.nbytes}
+            tail.append(data.view(np.uint8).data)
+        else:
+            item["data"] = to_json_numbers(data)
+        described.append(item)
+    return described, tail
+
+
+def to_json_numbers(data: Array) -> list[Any]:
+    """Nested lists of an array of at least one axis; what is not finite becomes None."""
+    numbers = data
+    if data.dtype.kind == "f":
+        finite = np.isfinite(data)
+        if not finite.all():
+            numbers = data.astype(object)
+            numbers[~finite] = None
+    return list(numbers.tolist())
+
+
+def decode_tensors(items: list[Any], tail: memoryview, what: str, limit: int) -> tuple[Tensor, ...]:
+    tensors: list[Tensor] = []
+    offset = 0
+    for item in items:
+        fields = Fields(item, f"an {what}")
+        if what == "input":  # other servers' replies may say more than we know
+            fields.only("name", "datatype", "shape", "parameters", "data")
+        name = fields.get("name", str)
+        dtype, shape, nbytes = _geometry(fields, name, limit)
+        size = fields.get("parameters", dict, {}).get("binary_data_size")
+        if size is None:
+            data = from_json_numbers(fields.get("data", list), dtype, shape, name)
+        else:
+            _check_size(size, nbytes, len(tail) - offset, name, dtype, shape)
+            data = _from_raw(tail[offset : offset + nbytes], dtype, shape, name)
+            offset += nbytes
+        tensors.append(Tensor(name, data))
+    if offset != len(tail):
+        raise OipError(f"{len(tail) - offset} bytes follow the last of the tensors, wanted none")
+    refuse_duplicates(what, [tensor.name for tensor in tensors])
+    return tuple(tensors)
+
+
+def _geometry(fields: Fields, name: str, limit: int) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+    dtype = dtype_named(fields.get("datatype", str), name)
+    shape = fields.get("shape", list)
+    if not 0 < len(shape) <= _MAX_RANK or not all(type(size) is int and size >= 0 for size in shape):
+        raise OipError(f"shape of {name} is {shown(shape)}, wanted sizes of at least 0, records first")
+    nbytes = math.prod(shape) * dtype.itemsize
+    # numpy multiplies the sizes before it looks for a zero among them.
+    if max(nbytes, *shape) > limit:
+        raise OipError(f"{name} of shape {shown(shape)} has {nbytes} bytes, wanted at most {limit}", 413)
+    return dtype, tuple(shape), nbytes
+
+
+def _check_size(size: Any, nbytes: int, left: int, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    if type(size) is not int or size != nbytes:
+        raise OipError(
+            f"binary_data_size of {name} is {shown(size)}, wanted {nbytes} for shape {list(shape)} of {dtype}"
+        )
+    if nbytes > left:
+        raise OipError(f"{name} has {left} bytes left in the body, wanted {nbytes}")
+
+
+def _from_raw(raw: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> Array:
+    if dtype.kind == "b" and len(raw) and np.frombuffer(raw, np.uint8).max() > 1:
+        raise OipError(f"{name} has a byte that is neither 0 nor 1, wanted BOOL")
+    return np.frombuffer(raw, dtype).reshape(shape)
+
+
+def from_json_numbers(data: list[Any], dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> Array:
+    """Numbers of a JSON tensor, nested by `shape` or flat; null is NaN where `dtype` has one."""
+    flat = data
+    if data and isinstance(data[0], list):
+        for size in shape[1:]:
+            if not all(isinstance(row, list) and len(row) == size for row in flat):
+                raise OipError(f"data of {name} is not nested by its shape {list(shape)}")
+            flat = list(chain.from_iterable(flat))
+    count = math.prod(shape)
+    if len(flat) != count:
+        raise OipError(f"data of {name} has {len(flat)} values, wanted {count} for shape {list(shape)}")
+    return _numbers(flat, dtype, name).reshape(shape)
+
+
+def _numbers(flat: list[Any], dtype: np.dtype[Any], name: str) -> Array:
+    kinds: Any = {"b": (bool,), "f": (int, float, type(None))}.get(dtype.kind, (int,))
+    for value in flat:
+        if type(value) not in kinds:
+            raise OipError(f"data of {name} holds {shown(value)}, wanted values of {dtype}")
+    if dtype.kind in "iu" and flat:
+        bounds = np.iinfo(dtype)
+        for value in (min(flat), max(flat)):
+            if not bounds.min <= value <= bounds.max:
+                raise OipError(f"data of {name} holds {shown(value)}, outside {dtype}")
+    if dtype.kind != "f":
+        return np.array(flat, dtype)
+    return _floats(flat, dtype, name)
+
+
+def _floats(flat: list[Any], dtype: np.dtype[Any], name: str) -> Array:
+    try:
+        with np.errstate(over="ignore"):
+            numbers = np.array([math.nan if v is None else v for v in flat], np.float64).astype(dtype)
+    except OverflowError as error:
+        raise OipError(f"data of {name} holds an integer outside {dtype}") from error
+    if np.isinf(numbers).any():
+        raise OipError(f"data of {name} holds a value outside {dtype}")
+    return numbers

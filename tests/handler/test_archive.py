@@ -1,0 +1,200 @@
+"""Pack, load, score: every kind of model file, and what pack refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from batch_handler.archive import ArchiveError, detect_kind, pack, read_description
+from batch_handler.model import Model
+from batch_handler.signature import OutputDraft
+
+
+def reference(module, images):
+    values = torch.from_numpy(images)[:, None].float() / 255
+    with torch.inference_mode():
+        return torch.softmax(module((values - 0.3) / 0.5), -1).numpy()
+
+
+def write(kind, module, folder):
+    path = folder / {"safetensors": "m.safetensors"}.get(kind, "m.pt")
+    if kind == "state_dict":
+        torch.save(module.state_dict(), path)
+    elif kind == "safetensors":
+        save_file(module.state_dict(), path)
+    elif kind == "torchscript":
+        with warnings.catch_warnings():
+            # torch 2.9 and later: people still have such files.
+            warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
+            torch.jit.save(torch.jit.trace(module, torch.zeros(2, 1, 6, 6)), path)
+    else:
+        torch.save(module, path)
+    return path
+
+
+KINDS = ["state_dict", "safetensors", "torchscript", "pickle"]
+
+
+@pytest.mark.parametrize("runtime", [None, "torchscript"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_packs_loads_and_scores(kind, runtime, pack_request, tiny_module, tmp_path, unpack, images):
+    path = write(kind, tiny_module, tmp_path)
+    assert detect_kind(path, trust_pickle=True) == kind
+    request = dataclasses.replace(
+        pack_request,
+        model=path,
+        output=tmp_path / "out" / "m.mar",
+        runtime=runtime,
+        arch=pack_request.arch if kind in ("state_dict", "safetensors") else None,
+        trust_pickle=kind == "pickle",
+    )
+    written = pack(request)
+    assert written == request.output
+    assert [p.name for p in written.parent.iterdir()] == ["m.mar"]
+    description = read_description(written)
+    assert description.weights.kind == kind
+    assert description.runtime == (runtime or ("torchscript" if kind == "torchscript" else "eager"))
+    assert description.outputs[0].shape == (3,)
+    model = Model.open(unpack(written))
+    np.testing.assert_allclose(model.score_bulk([images])[0], reference(tiny_module, images), atol=1e-5)
+
+
+def test_an_archive_has_the_members_that_the_reference_names(pack_request, tmp_path):
+    written = pack(dataclasses.replace(pack_request, output=tmp_path / "a.mar"))
+    with zipfile.ZipFile(written) as mar:
+        names = mar.namelist()
+        manifest = json.loads(mar.read("MAR-INF/MANIFEST.json"))
+        assert mar.read("model-config.yaml") == b"minWorkers: 1\n"
+        described = json.loads(mar.read("model.json"))
+    assert manifest["model"] == {
+        "modelName": "tiny",
+        "modelVersion": "1.2",
+        "handler": "entry.py",
+        "configFile": "model-config.yaml",
+    }
+    (arch,) = [name for name in names if name.startswith("arch_")]
+    assert sorted(names) == sorted(
+        ["MAR-INF/MANIFEST.json", "entry.py", "model-config.yaml", "model.json", "weights.pt", "golden.npz", arch]
+    )
+    assert described["weights"] == {"file": "weights.pt", "kind": "state_dict", "arch": f"{arch}:make_model"}
+    assert described["digest"] == read_description(written).digest
+
+
+def test_equal_input_gives_an_equal_archive(pack_request, tmp_path):
+    first, second = (pack(dataclasses.replace(pack_request, output=tmp_path / name)).read_bytes() for name in "ab")
+    assert first == second
+
+
+def test_a_pickle_is_not_loaded_unless_somebody_vouches_for_it(pack_request, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w').close()",))
+
+    torch.save(Bomb(), tmp_path / "bomb.pt")
+    for kind in (None, "pickle"):
+        request = dataclasses.replace(pack_request, model=tmp_path / "bomb.pt", kind=kind)
+        with pytest.raises(ArchiveError, match="pass --trust-pickle if you trust"):
+            pack(request)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_golden_records_and_several_outputs(pack_request, tmp_path, unpack, images):
+    source = tmp_path / "two.py"
+    source.write_text(
+        "import torch\n"
+        "class Two(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return {'mean': x.mean((1, 2, 3)), 'top': x.flatten(1).argmax(1)}\n"
+        "def make_model():\n    return Two()\n"
+    )
+    torch.save({"unused": torch.zeros(1)}, tmp_path / "w.pt")
+    np.save(tmp_path / "golden.npy", images[:3])
+    with pytest.raises(ArchiveError, match="does not fit"):
+        pack(dataclasses.replace(pack_request, model=tmp_path / "w.pt", arch=f"{source}:make_model"))
+    torch.save({}, tmp_path / "w.pt")
+    request = dataclasses.replace(
+        pack_request,
+        model=tmp_path / "w.pt",
+        kind="state_dict",
+        arch=f"{source}:make_model",
+        outputs=(),
+        golden=tmp_path / "golden.npy",
+        output=tmp_path / "two.mar",
+    )
+    described = read_description(pack(request))
+    assert [(o.name, o.dtype.name, o.shape) for o in described.outputs] == [
+        ("mean", "float32", ()),
+        ("top", "int64", ()),
+    ]
+    assert described.golden.records == 3
+    top = Model.open(unpack(request.output)).score_bulk([images])[1]
+    np.testing.assert_array_equal(top, images.reshape(50, -1).argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arch": None}, "holds weights only, wanted --arch"),
+        ({"arch": "nothing"}, "wanted module:callable or FILE.py:callable"),
+        ({"arch": "no_such_module:make"}, "can't be imported"),
+        ({"arch": "/no/such/file.py:make"}, "No such file"),
+        ({"arch": "torch.nn:Identity"}, "does not fit torch.nn:Identity"),
+        ({"inputs": ()}, "no inputs"),
+        ({"name": "a b"}, "name is 'a b'"),
+        ({"version": ""}, "version is ''"),
+        ({"outputs": (OutputDraft("a"), OutputDraft("b"))}, "gave 1 outputs, the signature names 2"),
+        ({"outputs": (OutputDraft("a", shape=(4,)),)}, "wanted [4, 4]"),
+        ({"golden": {"other": np.zeros((1, 6, 6), "u1")}}, "wanted image"),
+        ({"golden": {"image": np.zeros((1, 6, 6), "f4")}}, "wanted uint8"),
+        ({"kind": "torchscript"}, "is not TorchScript"),
+        ({"micro_batch": 0}, "micro_batch is 0"),
+        ({"runtime": "magic"}, "runtime is 'magic'"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_in_one_line(pack_request, tmp_path, change, message):
+    request = dataclasses.replace(pack_request, output=tmp_path / "x.mar", **change)
+    with pytest.raises(ArchiveError) as caught:
+        pack(request)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_shape_names_what_the_model_was_given(pack_request, tmp_path):
+    wrong = dataclasses.replace(pack_request.inputs[0], shape=(5, 5), model_shape=(1, 5, 5))
+    with pytest.raises(ArchiveError, match=r"raised RuntimeError on records of image \[1, 5, 5\]"):
+        pack(dataclasses.replace(pack_request, inputs=(wrong,), output=tmp_path / "x.mar"))
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04"])
+def test_what_is_no_model_file_or_archive_is_refused(content, tmp_path):
+    path = tmp_path / "m.pt"
+    path.write_bytes(content)
+    with pytest.raises(ArchiveError):
+        detect_kind(path)
+    with pytest.raises(ArchiveError):
+        read_description(path)
+    with pytest.raises(ArchiveError, match="is not a file"):
+        detect_kind(tmp_path / "none.pt")
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(ArchiveError, match="wanted a state_dict"):
+        detect_kind(path)
+
+
+def test_a_zip_that_is_not_ours_and_a_description_that_is_too_large(tmp_path):
+    path = tmp_path / "x.mar"
+    with zipfile.ZipFile(path, "w") as mar:
+        mar.writestr("other", b"")
+    with pytest.raises(ArchiveError, match=r"has no model\.json"):
+        read_description(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as mar:
+        mar.writestr("model.json", b" " * (1 << 26))
+    with pytest.raises(ArchiveError, match="is over"):
+        read_description(path)

@@ -1,0 +1,155 @@
+"""npy, JSON and pictures: what is taken, and what each refusal says."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from batch_handler import content
+from batch_handler.oip import OipError, Tensor, TensorSpec
+
+GREY = TensorSpec("image", np.dtype("u1"), (4, 5))
+FLOATS = TensorSpec("x", np.dtype("f4"), (2, 3))
+SCALAR = TensorSpec("n", np.dtype("i8"), ())
+MAX = 10
+
+
+def npy(array, **options):
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["<f4", ">f4"])
+def test_npy_records_of_any_order(order, dtype):
+    values = np.arange(24, dtype=dtype).reshape(4, 2, 3)
+    found, single = content.decode_npy(npy(np.asarray(values, order=order)), FLOATS, MAX)
+    np.testing.assert_array_equal(found, values)
+    assert not single
+    assert found.dtype == np.dtype("<f4")
+    found, single = content.decode_npy(npy(values[0]), FLOATS, MAX)
+    assert single
+    assert found.shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "does not start as npy"),
+        (npy(np.zeros((2, 3), "f8")), "dtype float64, wanted float32"),
+        (npy(np.zeros((3, 2), "f4")), "shape [3, 2], wanted [2, 3] or ['n', 2, 3]"),
+        (npy(np.zeros((1, 1, 2, 3), "f4")), "shape [1, 1, 2, 3]"),
+        (npy(np.zeros((11, 2, 3), "f4")), "11 records, wanted at most 10"),
+        (npy(np.zeros((2, 3), "f4"))[:-1], "has 23 bytes after its header, wanted 24"),
+        (npy(np.zeros((2, 3), "f4")) + b"\0", "has 25 bytes after its header, wanted 24"),
+        (npy(np.array([[{}]], object), allow_pickle=True), "dtype object"),
+        (b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535, "npy header can't be read"),
+        (b"\x93NUMPY\x01\x00\x10\x00" + b"{'a': 1}        ", "npy header can't be read"),
+        (b"\x93NUMPY\x03\x00\x10\x00", "version 3.0, wanted 1.0 or 2.0"),
+        (npy(np.zeros((2, 3), "f4")).replace(b"(2, 3)", b"(-2,3)"), "wanted"),
+    ],
+)
+def test_a_wrong_npy_is_told_what_is_wrong(body, message):
+    with pytest.raises(OipError) as caught:
+        content.decode_npy(body, FLOATS, MAX)
+    assert message in str(caught.value)
+
+
+@given(st.binary(max_size=60))
+def test_no_npy_header_raises_anything_else(tail):
+    with pytest.raises(OipError):
+        content.decode_npy(b"\x93NUMPY\x01\x00" + tail, FLOATS, MAX)
+
+
+def test_json_records():
+    value = [[[1, 2, None], [4, 5, 6]]]
+    for body in (value, {"instances": value}, [{"x": value[0]}]):
+        (found,) = content.decode_json(body, [FLOATS], MAX)
+        np.testing.assert_array_equal(found, np.array([[[1, 2, np.nan], [4, 5, 6]]], "f4"))
+    two = content.decode_json([{"x": value[0], "n": 3}], [FLOATS, SCALAR], MAX)
+    assert two[1].tolist() == [3]
+    assert content.decode_json([5, 6], [SCALAR], MAX)[0].tolist() == [5, 6]
+    assert content.decode_json([], [FLOATS], MAX)[0].shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("value", "specs", "message"),
+    [
+        (3, [FLOATS], "wanted a list"),
+        ({"x": []}, [FLOATS], "wanted a list"),
+        ([1] * 11, [SCALAR], "11 records, wanted at most 10"),
+        ([1, 2, 3, 4, 5, 6], [FLOATS], "is not a list, wanted shape [2, 3]"),
+        ([[[1, 2], [3, 4]]], [FLOATS], "not nested by its shape"),
+        ([[1, 2, 3, 4, 5, 6]], [FLOATS], "not nested by its shape"),
+        ([[["a", 2, 3], [4, 5, 6]]], [FLOATS], "wanted values of float32"),
+        ([{"y": 1}], [FLOATS], 'a record has ["y"], wanted x'),
+        ([[1]], [FLOATS, SCALAR], "wanted an object by input name"),
+        ([1.5], [SCALAR], "1.5, wanted values of int64"),
+        ([2**63], [SCALAR], "outside int64"),
+    ],
+)
+def test_wrong_json_records_are_told_what_is_wrong(value, specs, message):
+    with pytest.raises(OipError) as caught:
+        content.decode_json(value, specs, MAX)
+    assert message in str(caught.value)
+
+
+def picture(array, kind="PNG"):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_pictures():
+    grey = np.arange(20, dtype=np.uint8).reshape(4, 5)
+    np.testing.assert_array_equal(content.decode_image(picture(grey), GREY), grey[None])
+    colour = np.random.default_rng(0).integers(0, 256, (4, 5, 3)).astype(np.uint8)
+    last = TensorSpec("i", np.dtype("u1"), (4, 5, 3))
+    first = TensorSpec("i", np.dtype("u1"), (3, 4, 5))
+    np.testing.assert_array_equal(content.decode_image(picture(colour), last)[0], colour)
+    np.testing.assert_array_equal(content.decode_image(picture(colour), first)[0], np.moveaxis(colour, -1, 0))
+    assert content.decode_image(picture(colour, "JPEG"), GREY).shape == (1, 4, 5)
+    assert content.decode_image(picture(grey), TensorSpec("i", np.dtype("u1"), (1, 4, 5))).shape == (1, 1, 4, 5)
+
+
+def test_a_picture_of_another_size_is_refused_before_it_is_decoded():
+    whole = picture(np.zeros((5, 4), np.uint8))
+    # Cut after the header: decoding would fail with another message.
+    with pytest.raises(OipError, match="the picture is 4 x 5, wanted 5 x 4"):
+        content.decode_image(whole[:45], GREY)
+    import struct
+    import zlib
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    chunk = b"IHDR" + header
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    with pytest.raises(OipError, match="the picture"):
+        content.decode_image(bomb, GREY)
+
+
+@pytest.mark.parametrize("body", [b"", b"GIF89a", picture(np.zeros((4, 5), np.uint8))[:45]])
+def test_a_broken_picture_is_refused(body):
+    with pytest.raises(OipError, match="the picture can't be"):
+        content.decode_image(body, GREY)
+
+
+def test_a_model_that_takes_no_picture_says_what_to_send():
+    with pytest.raises(OipError, match="send npy or JSON") as caught:
+        content.decode_image(picture(np.zeros((2, 3), np.uint8)), FLOATS)
+    assert caught.value.status == 415
+
+
+def test_replies():
+    scores = np.array([[1.5, np.nan], [2.0, np.inf]], "f4")
+    np.testing.assert_array_equal(np.load(io.BytesIO(content.encode_npy(scores))), scores)
+    one = [Tensor("s", scores)]
+    assert json.loads(content.encode_predictions(one)) == {"predictions": [[1.5, None], [2.0, None]]}
+    two = [*one, Tensor("n", np.array([7, 8]))]
+    assert json.loads(content.encode_predictions(two))["predictions"][1] == {"s": [2.0, None], "n": 8}

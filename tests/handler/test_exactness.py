@@ -1,0 +1,149 @@
+"""A bulk record's bits depend on its place, the model and the fingerprint; on nobody else's records."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from batch_handler.archive import pack
+from batch_handler.model import Model, Tuning
+from batch_handler.scoring import STATUS_NOT_FINITE, STATUS_OK, Query
+from batch_handler.signature import InputSpec, OutputDraft
+
+WIDE = InputSpec("image", np.dtype("f4"), (6, 6), (1, 6, 6))
+HOSTILE = [np.nan, np.inf, -np.inf, 3e38, -3e38]
+
+
+@pytest.fixture(scope="module", params=["eager", "torchscript"])
+def floats(request, pack_request, unpack, tmp_path_factory):
+    """The tiny model on raw floats, so that NaN and infinities get in."""
+    output = tmp_path_factory.mktemp("floats") / "floats.mar"
+    return Model.open(
+        unpack(
+            pack(
+                dataclasses.replace(pack_request, inputs=(WIDE,), output=output, runtime=request.param, micro_batch=16)
+            )
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def values():
+    return np.random.default_rng(5).normal(size=(48, 6, 6)).astype(np.float32)
+
+
+def bits(array):
+    return array.view(np.uint32)
+
+
+def test_hostile_neighbours_change_no_bit_of_a_record(floats, values):
+    clean = floats.score_bulk([values])[0]
+    for poison in HOSTILE:
+        spoilt = values.copy()
+        spoilt[1::2] = poison
+        found = floats.score_bulk([spoilt])[0]
+        np.testing.assert_array_equal(bits(found[::2]), bits(clean[::2]))
+
+
+def test_online_requests_beside_a_bulk_request_change_no_bit(floats, values):
+    clean = floats.score_bulk([values])[0]
+    noise = np.full((7, 6, 6), np.inf, np.float32)
+    answers = floats.score([Query((noise,)), Query((values,), 0), Query((noise,)), Query((values[:5],), 0)])
+    np.testing.assert_array_equal(bits(answers[1].outputs[0]), bits(clean))
+    np.testing.assert_array_equal(bits(answers[3].outputs[0]), bits(clean[:5]))
+
+
+def test_bits_do_not_depend_on_how_a_run_is_cut(floats, values):
+    clean = floats.score_bulk([values])[0]
+    for cut in (1, 7, 16, 33):
+        parts = [floats.score_bulk([values[a : a + cut]], a)[0] for a in range(0, len(values), cut)]
+        np.testing.assert_array_equal(bits(np.concatenate(parts)), bits(clean))
+
+
+def test_a_restarted_worker_gives_the_same_bits(tiny_dir, tiny, images):
+    again = Model.open(tiny_dir)
+    assert again.fingerprint == tiny.fingerprint
+    np.testing.assert_array_equal(bits(again.score_bulk([images])[0]), bits(tiny.score_bulk([images])[0]))
+
+
+COUPLED = (
+    "import torch\n"
+    "class Coupled(torch.nn.Module):\n"
+    "    def forward(self, x):\n"
+    "        return x.flatten(1)[:, :3] + x.mean()\n"
+    "def make_model():\n    return Coupled()\n"
+)
+
+
+@pytest.fixture(scope="module")
+def coupled(pack_request, unpack, tmp_path_factory):
+    """A model whose rows touch each other plainly, as an unlucky kernel's do in the last bit."""
+    folder = tmp_path_factory.mktemp("coupled")
+    (folder / "coupled.py").write_text(COUPLED)
+    torch.save({}, folder / "none.pt")
+    request = dataclasses.replace(
+        pack_request,
+        model=folder / "none.pt",
+        kind="state_dict",
+        arch=f"{folder / 'coupled.py'}:make_model",
+        inputs=(WIDE,),
+        outputs=(OutputDraft("scores"),),
+        output=folder / "coupled.mar",
+        micro_batch=4,
+        # Rows that touch each other make the golden outputs depend on how many there are.
+        tolerance=10.0,
+    )
+    return Model.open(unpack(pack(request)))
+
+
+def neighbours_change_bits(score) -> bool:
+    """Whether a request of 8 records gets other bits beside other requests than alone."""
+    mine = np.random.default_rng(0).random((8, 6, 6)).astype(np.float32)
+    other = np.full((3, 6, 6), 5, np.float32)
+    alone = score([mine])[0]
+    beside = score([other, mine, other])[1]
+    return not np.array_equal(bits(alone), bits(beside))
+
+
+def test_bulk_requests_of_a_coupling_model_do_not_see_each_other(coupled):
+    def bulk(requests):
+        return [score.outputs[0] for score in coupled.score([Query((r,), 0) for r in requests])]
+
+    assert not neighbours_change_bits(bulk)
+
+
+def test_the_same_check_catches_a_handler_that_computes_whatever_batch_it_gets(coupled):
+    def naive(requests):
+        batch = torch.from_numpy(np.concatenate(requests))[:, None]
+        scores = (batch.flatten(1)[:, :3] + batch.mean()).numpy()
+        return np.split(scores, np.cumsum([len(r) for r in requests])[:-1])
+
+    def online(requests):
+        return [score.outputs[0] for score in coupled.score([Query((r,)) for r in requests])]
+
+    assert neighbours_change_bits(naive)
+    # Online requests share micro-batches; that is what bulk requests are for.
+    assert neighbours_change_bits(online)
+
+
+def test_status_tells_which_records_are_not_finite(floats, values):
+    spoilt = values[:5].copy()
+    spoilt[2] = np.nan
+    (score,) = floats.score([Query((spoilt,), 0)])
+    assert score.status.dtype == np.uint8
+    finite = np.isfinite(score.outputs[0]).all(axis=1)
+    np.testing.assert_array_equal(score.status, np.where(finite, STATUS_OK, STATUS_NOT_FINITE))
+    # An optimised TorchScript graph fuses convolution and ReLU into a kernel that turns NaN into 0.
+    if floats.description.runtime == "eager":
+        assert score.status.tolist() == [STATUS_OK, STATUS_OK, STATUS_NOT_FINITE, STATUS_OK, STATUS_OK]
+
+
+def test_micro_batch_and_threads_are_in_the_fingerprint_and_not_in_the_digest(tiny_dir, tiny):
+    other = Model.open(tiny_dir, Tuning(micro_batch=4))
+    assert other.micro_batch == 4
+    assert other.digest == tiny.digest
+    assert other.fingerprint != tiny.fingerprint
+    assert len(tiny.fingerprint) == 16

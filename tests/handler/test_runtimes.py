@@ -1,0 +1,216 @@
+"""Devices and slots: whatever order work lands in, and whatever the model does, the numbers are right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batch_handler.runtimes import device as devices
+from batch_handler.runtimes.device import CapacityError, CpuDevice, LostDeviceError, classify, open_device
+from batch_handler.runtimes.scripted import ScriptedDevice, ScriptedEvent
+from batch_handler.runtimes.slots import SlotRuntime
+from batch_handler.runtimes.transform import ModelError, Preprocess, collect
+from batch_handler.scoring import Failure, Query, Score, Scorer
+from batch_handler.signature import InputSpec, OutputSpec
+
+INPUT = InputSpec("x", np.dtype("i2"), (3,), (3,))
+OUTPUT = OutputSpec("y", np.dtype("f4"), (3,))
+B = 4
+
+
+def double(values: torch.Tensor) -> torch.Tensor:
+    return values * 2 + 1
+
+
+def scorer_on(device: Any, forward: Any = double, **options: Any) -> Scorer:
+    runtime = SlotRuntime(forward, device, [INPUT], [OUTPUT], numerics={})
+    return Scorer(runtime, [OUTPUT], B, **options)
+
+
+def records(count: int, start: int = 0) -> np.ndarray:
+    return (np.arange(count * 3).reshape(count, 3) + start).astype(np.int16)
+
+
+queries = st.lists(
+    st.builds(
+        lambda count, first: Query((records(count, count),), first),
+        st.integers(0, 20),
+        st.none() | st.integers(0, 9),
+    ),
+    max_size=4,
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=60), queries)
+def test_late_copies_change_no_number(script, asked):
+    for query, score in zip(asked, scorer_on(ScriptedDevice(script)).score(asked), strict=True):
+        assert isinstance(score, Score)
+        np.testing.assert_array_equal(score.outputs[0], query.inputs[0] * 2.0 + 1)
+
+
+class _Impatient(ScriptedDevice):
+    """The planted bug: waits for nothing, as code without events would."""
+
+    def download(self, sources, hosts, after):
+        landing, event = super().download(sources, hosts, after)
+        assert isinstance(event, ScriptedEvent)
+        event.wait = lambda: None  # type: ignore[method-assign] # the bug
+        return landing, event
+
+
+@pytest.mark.parametrize("script", [[], [0, 1, 0] * 40, [1, 0, 0] * 40])
+def test_reuse_before_the_event_is_caught(script):
+    asked = Query((records(20),), 0)
+    (score,) = scorer_on(_Impatient(script)).score([asked])
+    assert isinstance(score, Score)
+    assert not np.array_equal(score.outputs[0], asked.inputs[0] * 2.0 + 1)
+
+
+def picky(values: torch.Tensor) -> torch.Tensor:
+    if bool((values == 99).any()):
+        raise ValueError("99\nand more")
+    return double(values)
+
+
+@pytest.mark.parametrize("device", [CpuDevice, ScriptedDevice])
+def test_a_record_that_the_model_raises_on_fails_its_own_request_only(device):
+    guilty = records(6, 10).copy()
+    guilty[5, 0] = 99
+    asked = [
+        Query((records(6),)),
+        Query((guilty,)),
+        Query((records(1, 3),)),
+        Query((guilty,), 2),
+        Query((records(9),), 0),
+    ]
+    answers = scorer_on(device(), picky).score(asked)
+    assert [type(answer) for answer in answers] == [Score, Failure, Score, Failure, Score]
+    assert answers[1] == Failure("the model raised ValueError: 99", 500)
+    for index in (0, 2, 4):
+        np.testing.assert_array_equal(answers[index].outputs[0], asked[index].inputs[0] * 2.0 + 1)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=60), st.lists(st.integers(0, 19), max_size=3))
+def test_failures_between_micro_batches_leave_the_others_right(script, bad):
+    values = records(20)
+    values[bad, 1] = 99
+    good = Query((records(20, 200),), 0)
+    answers = scorer_on(ScriptedDevice(script), picky).score([Query((values,)), good])
+    assert isinstance(answers[0], Failure if bad else Score)
+    np.testing.assert_array_equal(answers[1].outputs[0], good.inputs[0] * 2.0 + 1)
+
+
+def test_full_memory_halves_online_micro_batches_and_fails_bulk():
+    def hungry(values: torch.Tensor) -> torch.Tensor:
+        if len(values) > 2 and bool(values.any()):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return double(values)
+
+    asked = [Query((records(7, 1),)), Query((records(2, 1),)), Query((records(4, 1),), 0)]
+    answers = scorer_on(CpuDevice(), hungry).score(asked)
+    for index in (0, 1):
+        np.testing.assert_array_equal(answers[index].outputs[0], asked[index].inputs[0] * 2.0 + 1)
+    assert isinstance(answers[2], Failure)
+    assert answers[2].status == 507
+
+
+def test_memory_that_is_full_at_load_refuses_the_model():
+    def never(values: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(CapacityError, match="memory is full"):
+        scorer_on(CpuDevice(), never)
+
+
+def test_a_lost_context_ends_the_worker_at_once():
+    seen: list[BaseException] = []
+
+    def lost(values: torch.Tensor) -> torch.Tensor:
+        if bool(values.any()):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return double(values)
+
+    scorer = scorer_on(CpuDevice(), lost, on_lost=seen.append)
+    with pytest.raises(LostDeviceError):
+        scorer.score([Query((records(3, 1),))])
+    assert isinstance(seen[0], LostDeviceError)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("x"), CapacityError),
+        (RuntimeError("CUDA error: out of memory"), CapacityError),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), CapacityError),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), CapacityError),
+        (RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel"), LostDeviceError),
+        (RuntimeError("shape mismatch"), RuntimeError),
+        (ValueError("CUDA error"), ValueError),
+    ],
+)
+def test_errors_are_told_apart(error, kind):
+    assert type(classify(error)) is kind
+    assert "\n" not in str(classify(error))
+
+
+def test_the_cpu_copies_nothing():
+    device = CpuDevice()
+    host = device.host_buffer((2, 3), torch.uint8)
+    assert device.mirror(host) is host
+    results, event = device.compute(lambda: (host,), device.upload([host], [host]))
+    landed, _ = device.download(results, [torch.empty(0)], event)
+    assert landed[0] is host
+
+
+def test_no_gpu_is_the_cpu_and_a_wrong_precision_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here, so it would be used")
+    assert isinstance(open_device(0), CpuDevice)
+    assert isinstance(open_device(None), CpuDevice)
+    with pytest.raises(devices.DeviceError, match="wanted one of float32"):
+        open_device(None, precision="int8")
+
+
+@pytest.mark.parametrize("dtype", ["u1", "f4", "f8", "?", "u2"])
+def test_preprocessing_is_the_formula_and_leaves_the_records_alone(dtype):
+    spec = InputSpec("x", np.dtype(dtype), (4, 6), (2, 3, 4), 0.5, (1.0, 2.0), (4.0, 8.0))
+    given_ = (np.arange(48).reshape(2, 4, 6) % 2).astype(dtype)
+    before = given_.copy()
+    found = Preprocess(spec, torch.device("cpu"))(torch.from_numpy(given_)).numpy()
+    mean, std = (np.array(v).reshape(1, 2, 1, 1) for v in (spec.mean, spec.std))
+    np.testing.assert_allclose(found, (given_.reshape(2, 2, 3, 4).astype("f8") * 0.5 - mean) / std, rtol=1e-6)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(given_, before)
+
+
+def test_integers_stay_integers_without_cast():
+    spec = InputSpec("ids", np.dtype("i8"), (5,), (5,), cast=False)
+    assert Preprocess(spec, torch.device("cpu"))(torch.zeros((2, 5), dtype=torch.int64)).dtype == torch.int64
+
+
+def test_outputs_are_taken_by_order_or_by_name_and_checked():
+    specs = [OutputSpec("a", np.dtype("f4"), (2,), softmax=True), OutputSpec("b", np.dtype("i8"), ())]
+    a, b = torch.tensor([[0.0, 0.0]]), torch.tensor([[3]])
+    for raw in ((a, b), [a, b], {"b": b, "a": a, "more": a}):
+        first, second = collect(raw, specs, 1)
+        assert first.tolist() == [[0.5, 0.5]]
+        assert second.tolist() == [3]
+    for raw in (a, (a,), {"a": a}, (a, 3), "x", (a, torch.zeros(2, 1)), (torch.zeros(1, 3), b)):
+        with pytest.raises(ModelError, match="wanted"):
+            collect(raw, specs, 1)
+
+
+def test_bfloat16_is_a_choice_and_in_the_numerics():
+    runtime = SlotRuntime(torch.nn.Linear(3, 3), CpuDevice(), [INPUT], [OUTPUT], numerics={}, precision="bfloat16")
+    slot, _ = runtime.prepare(B)
+    slot.inputs[0][:] = 1
+    runtime.run(slot, 2)
+    assert slot.wait()[0].shape == (2, 3)
+    assert runtime.numerics["precision"] == "bfloat16"

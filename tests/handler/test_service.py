@@ -1,0 +1,263 @@
+"""The handler as TorchServe calls it, with TorchServe's own Context and RequestProcessor."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import runpy
+
+import numpy as np
+import pytest
+
+from batch_handler import oip, service
+from batch_handler.archive import pack
+from batch_handler.model import Model, ModelLoadError
+from batch_handler.oip import InferRequest, ModelMetadata, RequestedOutput, Tensor
+from batch_handler.service import Service
+
+BINARY = {"exact": True, "first_row": 0, "binary_data_output": True}
+
+
+def infer(data, parameters=None, *, binary=True, outputs=(), name="image", **header):
+    """A row and its headers."""
+    request = InferRequest("id-1", (Tensor(name, data),), tuple(outputs), parameters or {})
+    message = oip.encode_request(request, binary=binary)
+    headers = {"Content-Type": "application/octet-stream" if binary else "application/json"}
+    if message.header_length is not None:
+        headers["inference-HEADER-content-length"] = str(message.header_length)
+    return {"body": bytearray(message.join())}, {**headers, **header}
+
+
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return bytearray(buffer.getvalue())
+
+
+@pytest.fixture
+def ask(tiny, tiny_dir, make_context):
+    """Send rows as one server batch; each answer is its status, response headers and body."""
+
+    def send(*asked, server=None):
+        context = make_context(tiny_dir, *(headers for _, headers in asked))
+        bodies = (server or Service(tiny)).handle([row for row, _ in asked], context)
+        assert all(isinstance(body, bytes) for body in bodies)
+        answers = [
+            (context.get_response_status(i)[0], context.get_response_headers(i), body) for i, body in enumerate(bodies)
+        ]
+        for status, headers, _ in answers:
+            assert str(context.get_response_status(0)[1]).isascii()
+            assert headers["content-type"].isascii()
+            assert isinstance(status, int)
+        send.counters = context.metrics.values
+        return answers
+
+    return send
+
+
+def reply_of(answer):
+    status, headers, body = answer
+    assert status == 200, body
+    length = headers.get(oip.HEADER_LENGTH)
+    return oip.decode_reply(body, None if length is None else int(length))
+
+
+def test_a_bulk_request(ask, tiny, images):
+    row, headers = infer(images, BINARY)
+    (answer,) = ask((row, headers))
+    reply = reply_of(answer)
+    assert [t.name for t in reply.outputs] == ["scores", "record_status"]
+    np.testing.assert_array_equal(reply.outputs[0].data, tiny.score_bulk([images])[0])
+    assert reply.outputs[1].data.tolist() == [0] * 50
+    said = reply.parameters
+    assert said["request_crc32c"] == oip.crc32c(row["body"])
+    assert said["model_digest"] == tiny.digest
+    assert said["fingerprint"] == tiny.fingerprint
+    assert said["batch_requests"] == 1
+    assert said["compute_ms"] > 0
+    assert said["queue_ms"] >= 0
+    assert (reply.id, reply.model_name, reply.model_version) == ("id-1", "tiny", "1.2")
+    assert answer[1]["content-type"] == "application/octet-stream"
+    assert ask.counters == {"BatchRequests": 1, "BatchRecords": 50, "MicroBatches": 7, "RejectedRequests": 0}
+
+
+def test_every_kind_of_request_in_one_server_batch_and_none_spoils_another(ask, tiny, images):
+    wanted = tiny.score_bulk([images])[0]
+    answers = ask(
+        infer(images[:3]),
+        ({"body": bytearray(b"{")}, {"content-type": "application/json"}),
+        ({"body": npy(images[:2])}, {"content-type": "application/x-npy"}),
+        infer(images.astype("f4"), BINARY),
+        ({"data": images[:2].tolist()}, {}),
+        infer(images, BINARY),
+        ({"body": npy(images[4])}, {"Content-Type": "application/x-npy"}),
+        ({"body": npy(images[4])}, {"content-type": "application/x-npy", "Accept": "application/json"}),
+        ({"body": bytearray(b"x")}, {"content-type": "text/csv"}),
+        infer(images[:1], **{"Content-Encoding": "gzip"}),
+        ({}, {}),
+    )
+    assert [status for status, *_ in answers] == [200, 400, 200, 400, 200, 200, 200, 200, 415, 415, 200]
+    np.testing.assert_array_equal(reply_of(answers[5]).outputs[0].data, wanted)
+    np.testing.assert_allclose(reply_of(answers[0]).outputs[0].data, wanted[:3], atol=1e-6)
+    np.testing.assert_allclose(np.load(io.BytesIO(answers[2][2])), wanted[:2], atol=1e-6)
+    assert answers[2][1]["X-Model-Digest"] == tiny.digest
+    np.testing.assert_allclose(json.loads(answers[4][2])["predictions"], wanted[:2], atol=1e-6)
+    np.testing.assert_allclose(np.load(io.BytesIO(answers[6][2])), wanted[4], atol=1e-6)
+    np.testing.assert_allclose(json.loads(answers[7][2])["predictions"], wanted[4:5], atol=1e-6)
+    for index in (1, 3, 8, 9):
+        assert set(json.loads(answers[index][2])) == {"error"}
+        assert answers[index][1]["content-type"] == "application/json"
+    assert ask.counters["RejectedRequests"] == 4
+    assert ask.counters["BatchRequests"] == 11
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (2, 6, 6)])
+def test_json_bodies_arrive_as_bytes_text_or_decoded(ask, images, shape):
+    records = images[: 1 if len(shape) == 2 else 2]
+    text = json.dumps({"instances": records.tolist()})
+    kind = {"content-type": "application/json; charset=utf-8"}
+    for body in (bytearray(text.encode()), text, json.loads(text)):
+        ((status, _, reply),) = ask(({"body": body}, kind))
+        assert status == 200
+        assert len(json.loads(reply)["predictions"]) == len(records)
+
+
+def test_oip_json_with_and_without_content_type_and_decoded(ask, tiny, images):
+    row, _ = infer(images[:2], binary=False)
+    wanted = tiny.score_bulk([images[:2]])[0]
+    for body, headers in ((row["body"], {}), (json.loads(row["body"]), {"content-type": "application/json"})):
+        (answer,) = ask(({"body": body}, headers))
+        reply = reply_of(answer)
+        np.testing.assert_allclose(reply.outputs[0].data, wanted, atol=1e-6)
+        assert ("request_crc32c" in reply.parameters) == isinstance(body, bytearray)
+        assert answer[1]["content-type"] == "application/json"
+
+
+def test_outputs_are_chosen_by_name_and_form(ask, images):
+    (answer,) = ask(
+        infer(images[:2], outputs=[RequestedOutput("record_status", True), RequestedOutput("scores", False)])
+    )
+    reply = reply_of(answer)
+    assert [t.name for t in reply.outputs] == ["record_status", "scores"]
+    assert len(answer[2]) - int(answer[1][oip.HEADER_LENGTH]) == 2
+    (answer,) = ask(infer(images[:2]))
+    assert [t.name for t in reply_of(answer).outputs] == ["scores"]
+    (answer,) = ask(infer(images[:2], BINARY, outputs=[RequestedOutput("scores")]))
+    assert [t.name for t in reply_of(answer).outputs] == ["scores", "record_status"]
+    ((status, _, body),) = ask(infer(images[:2], outputs=[RequestedOutput("logits")]))
+    assert status == 400
+    assert b"logits" in body
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "message"),
+    [
+        (infer(np.zeros((2, 6, 6), "u1"), name="picture"), 400, "wanted image"),
+        (infer(np.zeros((2, 6, 6), "f4")), 400, "is FP32, wanted UINT8"),
+        (infer(np.zeros((2, 6, 5), "u1")), 400, "wanted ['n', 6, 6]"),
+        (infer(np.zeros((101, 6, 6), "u1")), 413, "wanted at most"),
+        (infer(np.zeros((1, 6, 6), "u1"), **{"Inference-Header-Content-Length": "x"}), 400, "number of bytes"),
+        (({"body": bytearray(b"\x00\x01")}, {}), 415, "content type"),
+        (({"body": bytearray(b"GIF")}, {"content-type": "image/gif"}), 400, "the picture"),
+        (({"body": {"a": 1}}, {"content-type": "image/png"}), 400, "wanted a list"),
+        (({"file": bytearray(b"[1]"), "more": b""}, {"file": {"content-type": "text/x"}}), 415, "text/x"),
+    ],
+)
+def test_a_refusal_says_what_was_found_and_wanted(ask, tiny, asked, status, message):
+    row, headers = asked
+    headers = {k: v for k, v in headers.items() if not (k.startswith("inference-") and "Inference-Header-Content-Length" in headers)}  # fmt: skip # noqa: E501 - the table overrides one header
+    ((found, _, body),) = ask((row, headers), server=Service(tiny, max_records=100))
+    assert found == status, body
+    error = json.loads(body)["error"]
+    assert message in error
+    assert "\n" not in error
+
+
+def test_a_picture_in_a_form_field(ask, images):
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(images[0]).save(buffer, "PNG")
+    ((status, _, body),) = ask(({"upload": bytearray(buffer.getvalue())}, {"upload": {"content-type": "image/png"}}))
+    assert status == 200
+    assert len(json.loads(body)["predictions"]) == 1
+
+
+def test_metadata_of_an_empty_body(ask, tiny):
+    for row in ({}, {"body": bytearray()}):
+        ((status, _, body),) = ask((row, {}))
+        assert status == 200
+        metadata = ModelMetadata.from_json(json.loads(body))
+        assert metadata.to_json() == tiny.metadata().to_json()
+        assert metadata.parameters["micro_batch"] == 8
+        assert metadata.parameters["numerics"]["threads"] == 1
+        assert metadata.platform == "pytorch_eager"
+
+
+def test_a_request_without_records_is_answered(ask):
+    (answer,) = ask(infer(np.zeros((0, 6, 6), "u1"), BINARY))
+    assert reply_of(answer).outputs[0].data.shape == (0, 3)
+
+
+def test_a_record_that_the_model_raises_on_fails_its_request_only(
+    pack_request, arch_file, unpack, tmp_path, make_context, images
+):
+    import dataclasses
+
+    import torch
+
+    namespace = {}
+    exec(arch_file.read_text(), namespace)  # noqa: S102 - text of the tests
+    torch.save(namespace["make_fragile"]().state_dict(), tmp_path / "fragile.pt")
+    directory = unpack(
+        pack(
+            dataclasses.replace(
+                pack_request,
+                model=tmp_path / "fragile.pt",
+                arch=f"{arch_file}:make_fragile",
+                inputs=(dataclasses.replace(pack_request.inputs[0], mean=None, std=None),),
+                output=tmp_path / "fragile.mar",
+            )
+        )
+    )
+    guilty = images[:2].copy()
+    guilty[1, 0, :2] = 13, 7
+    asked = [infer(images[:3]), infer(guilty), infer(guilty, BINARY), infer(images, BINARY)]
+    context = make_context(directory, *(headers for _, headers in asked))
+    bodies = Service(Model.open(directory)).handle([row for row, _ in asked], context)
+    assert [context.get_response_status(i)[0] for i in range(4)] == [200, 500, 500, 200]
+    assert json.loads(bodies[1]) == {"error": "the model raised ValueError: a record that this model does not like"}
+
+
+def test_the_entry_of_an_archive_is_what_torchserve_loads(tiny_dir, make_context, images, monkeypatch):
+    monkeypatch.setattr(service, "_WORKER", {})
+    monkeypatch.setenv("TS_DECODE_INPUT_REQUEST", "true")
+    entry = runpy.run_path(str(tiny_dir / "entry.py"))
+    context = make_context(tiny_dir)
+    assert entry["handle"](None, context) == []
+    # Read by TorchServe's worker at each request; the checksum of a JSON body needs its bytes.
+    assert os.environ["TS_DECODE_INPUT_REQUEST"] == "false"
+    row, headers = infer(images, BINARY)
+    (body,) = entry["handle"]([row], make_context(tiny_dir, headers))
+    assert body[:1] == b"{"
+    classes = [value for value in entry.values() if isinstance(value, type)]
+    assert classes == []
+
+
+def test_a_model_that_is_not_right_never_becomes_ready(tmp_path, make_context, monkeypatch):
+    monkeypatch.setattr(service, "_WORKER", {})
+    with pytest.raises(ModelLoadError, match=r"model\.json can't be read"):
+        service.handle(None, make_context(tmp_path))
+    assert service._WORKER == {}
+
+
+def test_the_environment_tunes_a_worker():
+    tuning, most = service.tuning_from(
+        {"BATCH_HANDLER_THREADS": "3", "BATCH_HANDLER_MICRO_BATCH": "64", "BATCH_HANDLER_MAX_RECORDS": "9"}, 1
+    )
+    assert (tuning.threads, tuning.micro_batch, tuning.gpu_id, most) == (3, 64, 1, 9)
+    tuning, most = service.tuning_from({}, None)
+    assert (tuning.threads, tuning.micro_batch, tuning.gpu_id, most) == (1, None, None, 65_536)
+    with pytest.raises(ModelLoadError, match="BATCH_HANDLER_THREADS is '-1'"):
+        service.tuning_from({"BATCH_HANDLER_THREADS": "-1"}, None)
