@@ -8,8 +8,9 @@ from collections.abc import Coroutine
 from typing import TypeVar
 
 from batch_client.events import Observer
-from batch_client.pipeline import execute, plan_run, serving
+from batch_client.pipeline import execute, plan_run
 from batch_client.plan import Plan
+from batch_client.prepare import serving
 from batch_client.spec import RunSpec
 from batch_client.summary import RunSummary
 

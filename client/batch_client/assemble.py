@@ -45,6 +45,10 @@ class UnitAssembler:
     def complete(self) -> bool:
         return not (self.status == _UNPLACED).any()
 
+    def failures(self, *, require_finite: bool) -> int:
+        """Records that count as failed; those that are not finite only where that is required."""
+        return self.count(STATUS_FAILED) + (self.count(STATUS_NOT_FINITE) if require_finite else 0)
+
     def count(self, status: int) -> int:
         """Records with this status."""
         return int((self.status == status).sum())

@@ -19,6 +19,8 @@ from batch_handler.oip import ModelMetadata, OipError
 __all__ = ["ModelContract", "fetch_contract"]
 
 METADATA_SECONDS = 30
+# The fingerprint of a server that gives none: any Open Inference Protocol server but ours.
+UNVERIFIED = "unverified"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,20 @@ class ModelContract:
     input_dtype: np.dtype[np.generic]
     input_shape: tuple[int, ...]
     outputs: tuple[OutputGeometry, ...]
+
+    def on_the_wire(self, records: np.ndarray) -> np.ndarray:
+        """Records (n, *source's record shape) as they travel: the model's record shape and dtype, little-endian."""
+        shaped = records.reshape(len(records), *self.input_shape)
+        return np.ascontiguousarray(shaped, dtype=self.input_dtype.newbyteorder("<"))
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return tuple(output.name for output in self.outputs)
+
+    @property
+    def has_status(self) -> bool:
+        """Whether the server is our handler, which echoes checksums and gives each record a status."""
+        return self.fingerprint != UNVERIFIED
 
 
 async def fetch_contract(servers: Servers, url: str) -> ModelContract:
@@ -93,7 +109,7 @@ def _contract_of(url: str, body: bytes) -> ModelContract:
         name=metadata.name,
         version=version,
         digest=str(parameters.get("model_digest", f"unverified:{metadata.name}:{version}")),
-        fingerprint=str(parameters.get("fingerprint", "unverified")),
+        fingerprint=str(parameters.get("fingerprint", UNVERIFIED)),
         micro_batch=micro_batch if isinstance(micro_batch, int) and micro_batch >= 1 else 1,
         input_name=one.name,
         input_dtype=one.dtype,

@@ -2,7 +2,8 @@
 
 The names of TorchServe's error types stand here and nowhere else in the client. Its `InternalServerException` comes as
 500, 503 or 507 and means that the handler failed or the worker died with the batch; its `ServiceUnavailableException`
-means a full queue or no worker; its refusal of a token is a 400.
+means a full queue or no worker; its refusal of a token is a 400. Our handler's own error, `{"error": …}`, is about one
+request alone.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Outcome(Enum):
     RESULT = "a result"
     BUSY = "the server has no room"
     FAILED = "the server failed while it held the request"
+    RAISED = "the model failed on this request's records"
     REFUSED = "the server refuses this request"
     TOO_LARGE = "the request is too large for the server"
     TOKEN = "the token is wrong or expired"  # noqa: S105 - the text of an outcome
@@ -69,20 +71,25 @@ def read_reply(status: int, body: bytes) -> Verdict:
     """The meaning of one HTTP answer; `body` is looked at only when it is no success."""
     if status == 200:
         return Verdict(Outcome.RESULT)
-    kind, reason = _error_of(body)
+    kind, reason, own = _error_of(body)
+    if own and status == 507:
+        return Verdict(Outcome.BUSY, f"{status}: {reason}")
+    if own and status >= 500:
+        return Verdict(Outcome.RAISED, f"{status}: {reason}")
     by_status = _BY_STATUS.get(status, Outcome.FAILED if status >= 500 else Outcome.REFUSED)
     return Verdict(_BY_TYPE.get(kind, by_status), f"{status}: {reason}" if reason else f"status {status}")
 
 
-def _error_of(body: bytes) -> tuple[str, str]:
+def _error_of(body: bytes) -> tuple[str, str, bool]:
+    """The error's type, its text, and whether it is the handler's own `{"error": …}`, which is of one request."""
     try:
         value = json.loads(body[:65536])
     except (ValueError, RecursionError):
-        return "", _one_line(body[:LONGEST_REASON].decode("utf-8", "replace"))
+        return "", _one_line(body[:LONGEST_REASON].decode("utf-8", "replace")), False
     if not isinstance(value, dict):
-        return "", ""
-    reason = value.get("error") or value.get("message") or ""
-    return str(value.get("type", "")), _one_line(str(reason))
+        return "", "", False
+    own = isinstance(value.get("error"), str)
+    return str(value.get("type", "")), _one_line(str(value["error"] if own else value.get("message") or "")), own
 
 
 def _one_line(text: str) -> str:

@@ -1,51 +1,60 @@
 """The servers of a run: how many requests each one holds, and whether it is well.
 
-A request goes to the healthy server with the smallest share of its limit in use. A server that keeps breaking is
-ejected for a while that doubles, and tried again with one request; a server with another model never comes back.
+A request goes to the healthy server with the smallest share of its limit in use. A server without room rests for a
+moment; one that keeps breaking is ejected for a while that doubles, and tried again with one request; one with another
+model never comes back.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 
-from batch_client.errors import ServingError
+from batch_client.errors import BatchClientError
 from batch_client.limiter import Limiter
+from batch_client.retry import full_jitter
 
-__all__ = ["Endpoint", "Pool"]
+__all__ = ["Endpoint", "Pool", "Room"]
 
 EJECT_AFTER = 3
 EJECT_SECONDS = 1.0
 EJECT_MOST_SECONDS = 30.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Endpoint:
-    """One server and its state."""
+    """One server and its state; times are of the pool's clock."""
 
     url: str
     limiter: Limiter
     in_flight: int = 0
     broken: int = 0
-    ejected_until: float = float("-inf")
-    left_out: str | None = None
-    ejections: int = field(default=0)
+    ejections: int = 0
+    turned_away: int = 0
+    rests_until: float = float("-inf")
+    left_out: BatchClientError | None = None
 
     def has_room(self, now: float) -> bool:
-        if self.left_out is not None or now < self.ejected_until:
+        if self.left_out is not None or now < self.rests_until:
             return False
         # After an ejection one request at a time shows whether the server is back.
         return self.in_flight < (1 if self.broken >= EJECT_AFTER else self.limiter.limit)
 
 
+# Waits for room at a server and holds it for one attempt.
+Room = Callable[[], AbstractAsyncContextManager[Endpoint]]
+
+
 class Pool:
     """Hands out room for requests among the endpoints."""
 
-    def __init__(self, urls: tuple[str, ...], in_flight: int, clock: Callable[[], float]) -> None:
+    def __init__(self, urls: tuple[str, ...], in_flight: int, clock: Callable[[], float], rng: random.Random) -> None:
         self.endpoints = [Endpoint(url.rstrip("/"), Limiter(in_flight)) for url in urls]
         self._clock = clock
+        self._rng = rng
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
 
@@ -53,7 +62,7 @@ class Pool:
     async def room(self) -> AsyncIterator[Endpoint]:
         """Wait for room at a server, first come, first served, and hold it for one attempt.
 
-        Raises ServingError when every server has been left out.
+        Raises the first server's reason when every server has been left out.
         """
         async with self._turn:
             endpoint = await self._find()
@@ -61,8 +70,32 @@ class Pool:
         try:
             yield endpoint
         finally:
-            endpoint.in_flight -= 1
-            self._changed.set()
+            self._leave(endpoint)
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[Room]:
+        """Keep all other requests of this run off the servers: what fails in here failed by itself.
+
+        Gives what `room` is inside: it must be used for every attempt while the block lasts.
+        """
+        async with self._turn:
+            while any(endpoint.in_flight for endpoint in self.endpoints):
+                self._changed.clear()
+                await self._changed.wait()
+            yield self._room_alone
+
+    @asynccontextmanager
+    async def _room_alone(self) -> AsyncIterator[Endpoint]:
+        endpoint = await self._find()
+        endpoint.in_flight += 1
+        try:
+            yield endpoint
+        finally:
+            self._leave(endpoint)
+
+    def _leave(self, endpoint: Endpoint) -> None:
+        endpoint.in_flight -= 1
+        self._changed.set()
 
     async def _find(self) -> Endpoint:
         while True:
@@ -70,10 +103,10 @@ class Pool:
             free = [endpoint for endpoint in self.endpoints if endpoint.has_room(now)]
             if free:
                 return min(free, key=lambda endpoint: endpoint.in_flight / endpoint.limiter.limit)
-            if all(endpoint.left_out is not None for endpoint in self.endpoints):
-                raise ServingError("no server is left: " + "; ".join(
-                    f"{endpoint.url}: {endpoint.left_out}" for endpoint in self.endpoints))
-            waits = [endpoint.ejected_until - now for endpoint in self.endpoints if endpoint.ejected_until > now]
+            reasons = [endpoint.left_out for endpoint in self.endpoints if endpoint.left_out is not None]
+            if len(reasons) == len(self.endpoints):
+                raise type(reasons[0])("no server is left: " + "; ".join(map(str, reasons))) from reasons[0]
+            waits = [endpoint.rests_until - now for endpoint in self.endpoints if endpoint.rests_until > now]
             self._changed.clear()
             try:
                 async with asyncio.timeout(min(waits, default=None)):
@@ -82,12 +115,16 @@ class Pool:
                 continue
 
     def succeeded(self, endpoint: Endpoint) -> None:
-        endpoint.broken = 0
-        endpoint.ejections = 0
+        endpoint.broken = endpoint.ejections = endpoint.turned_away = 0
         endpoint.limiter.succeeded()
 
     def overloaded(self, endpoint: Endpoint, sent_at: float) -> None:
-        endpoint.limiter.overloaded(self._clock(), sent_at)
+        """It had no room for a request sent at `sent_at`: fewer at once, and a pause with full jitter for all."""
+        now = self._clock()
+        endpoint.limiter.overloaded(now, sent_at)
+        if sent_at >= endpoint.rests_until:
+            endpoint.rests_until = now + full_jitter(endpoint.turned_away, self._rng)
+            endpoint.turned_away += 1
 
     def broke(self, endpoint: Endpoint) -> None:
         """The connection failed, or the reply was not to be trusted."""
@@ -95,9 +132,9 @@ class Pool:
         if endpoint.broken >= EJECT_AFTER:
             pause = min(EJECT_MOST_SECONDS, EJECT_SECONDS * 2.0**endpoint.ejections)
             endpoint.ejections += 1
-            endpoint.ejected_until = self._clock() + pause
+            endpoint.rests_until = self._clock() + pause
 
-    def leave_out(self, endpoint: Endpoint, reason: str) -> None:
+    def leave_out(self, endpoint: Endpoint, reason: BatchClientError) -> None:
         """Never use this server again in this run."""
         endpoint.left_out = reason
         self._changed.set()

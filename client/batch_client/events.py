@@ -7,8 +7,19 @@ from typing import Protocol
 
 from batch_client.plan import Plan
 
-__all__ = ["ChunkWritten", "Event", "Observer", "Published", "RequestDone", "RequestRetried", "RequestSent",
-           "RunStarted", "Stopping"]
+__all__ = [
+    "ChunkHeld",
+    "ChunkWritten",
+    "Event",
+    "Observer",
+    "Published",
+    "RecordFailed",
+    "RequestDone",
+    "RequestRetried",
+    "RequestSent",
+    "RunStarted",
+    "Stopping",
+]
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,23 @@ class RequestRetried:
 
 
 @dataclass(frozen=True)
+class RecordFailed:
+    """A record that can't be predicted: its number in the source, the last reason, how often it failed alone."""
+
+    index: int
+    reason: str
+    attempts: int
+
+
+@dataclass(frozen=True)
+class ChunkHeld:
+    """A complete chunk with more failures than the run accepts: it is not written."""
+
+    index: int
+    failed: int
+
+
+@dataclass(frozen=True)
 class ChunkWritten:
     """An output chunk and its status row are in the store."""
 
@@ -79,7 +107,8 @@ class Published:
     already: bool = False
 
 
-Event = RunStarted | RequestSent | RequestDone | RequestRetried | ChunkWritten | Stopping | Published
+Event = (RunStarted | RequestSent | RequestDone | RequestRetried | RecordFailed | ChunkHeld | ChunkWritten | Stopping
+         | Published)
 
 
 class Observer(Protocol):

@@ -21,11 +21,12 @@ from zarr.storage import MemoryStore
 
 from batch_client.plan import OutputGeometry, Plan
 
-__all__ = ["LEDGER_PREFIX", "MANIFEST_KEY", "RUN_PREFIX", "SPEC_KEY", "SUCCESS_KEY", "OutputLayout"]
+__all__ = ["FAILED_PREFIX", "LEDGER_PREFIX", "MANIFEST_KEY", "RUN_PREFIX", "SPEC_KEY", "SUCCESS_KEY", "OutputLayout"]
 
 RUN_PREFIX = "_run/"
 SPEC_KEY = "_run/spec.json"
 LEDGER_PREFIX = "_run/ledger/"
+FAILED_PREFIX = "_run/failed/"
 MANIFEST_KEY = "_run/manifest.json"
 SUCCESS_KEY = "_SUCCESS"
 STATUS = OutputGeometry("record_status", np.dtype(np.uint8), ())

@@ -1,23 +1,25 @@
 """What is proven: one row for each output chunk that is in the store, in create-only segments.
 
-`_run/spec.json` says what the run is; `_run/ledger/<writer>/<seq>.json` hold rows. A row is written after its chunks,
-so what a row says is true; what no row says is scored again, and the create-only write of the chunk compares.
+`_run/spec.json` says what the run is; `_run/ledger/<writer>/<seq>.json` hold rows; `_run/failed/…` list the records
+that failed. A row is written after its chunks, so what a row says is true; what no row says is scored again, and the
+create-only write of the chunk compares.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from batch_client.errors import MismatchError, StorageError
-from batch_client.layout import LEDGER_PREFIX, SPEC_KEY
+from batch_client.events import RecordFailed
+from batch_client.layout import FAILED_PREFIX, LEDGER_PREFIX, SPEC_KEY
 from batch_client.spec import RunIdentity, canonical_json
 from batch_client.storage import Store, child_url
 
-__all__ = ["ChunkProof", "Ledger", "Row", "read_rows"]
+__all__ = ["ChunkProof", "Ledger", "LedgerView", "Row", "check_place"]
 
 FLUSH_ROWS = 64
 FLUSH_SECONDS = 10.0
@@ -36,7 +38,9 @@ class ChunkProof:
 
 @dataclass(frozen=True)
 class Row:
-    """What is proven of one unit: its objects, the ETags of the source chunks it was read from, counts by status."""
+    """What is proven of one unit: its objects, the ETags of the source chunks it was read from ("" where the store
+    gives none, None for an absent chunk), its records by status.
+    """
 
     unit: int
     chunks: tuple[ChunkProof, ...]
@@ -44,6 +48,10 @@ class Row:
     ok: int
     failed: int
     not_finite: int
+
+    @property
+    def records(self) -> int:
+        return self.ok + self.failed + self.not_finite
 
     def to_value(self) -> dict[str, Any]:
         return {
@@ -63,6 +71,37 @@ class Row:
                    int(value["not_finite"]))
 
 
+class LedgerView:
+    """All rows that have been read so far, of all writers; `refresh` reads the segments that are new."""
+
+    def __init__(self, store: Store) -> None:
+        self.rows: dict[int, Row] = {}
+        self._store = store
+        self._seen: set[str] = set()
+
+    async def refresh(self) -> None:
+        """Raises StorageError for a segment that can't be read, MismatchError for rows that contradict each other."""
+        fresh = []
+        async for meta in self._store.list(LEDGER_PREFIX):
+            if meta.key not in self._seen:
+                if meta.size > LARGEST_SEGMENT:
+                    raise StorageError(f"{child_url(self._store.url, meta.key)}: {meta.size} bytes, no ledger segment "
+                                       "is that large")
+                fresh.append(meta.key)
+        for start in range(0, len(fresh), READS_AT_ONCE):
+            keys = fresh[start:start + READS_AT_ONCE]
+            for row in await _read_segments(self._store, keys):
+                self.add(row)
+            self._seen.update(keys)
+
+    def add(self, row: Row) -> None:
+        """A unit with several rows (two clients, a lost answer) has one meaning: their objects are equal."""
+        known = self.rows.setdefault(row.unit, row)
+        if known.chunks != row.chunks:
+            raise MismatchError(f"{self._store.url}: two writers proved different bytes for output chunk {row.unit}: "
+                                "the output can't be trusted; score it again at another place")
+
+
 class Ledger:
     """One client's own segments of an output's ledger."""
 
@@ -75,14 +114,16 @@ class Ledger:
         self._flushed_at = clock()
         self._lock = asyncio.Lock()
 
-    async def pin(self, identity: RunIdentity) -> None:
-        """Make this output that of `identity`, or find that it is already.
+    async def pin(self, identity: RunIdentity) -> bool:
+        """Make this output that of `identity`; False if it was already.
 
         Raises MismatchError when it belongs to another run, or holds something that is no output of ours.
         """
         await check_place(self._store, identity)
-        if not await self._store.create(SPEC_KEY, identity.to_json()):
-            await check_place(self._store, identity)
+        if await self._store.create(SPEC_KEY, identity.to_json()):
+            return True
+        await check_place(self._store, identity)
+        return False
 
     async def add(self, row: Row) -> None:
         """Note that a unit's chunks are stored; written at once with others, or after a while."""
@@ -93,16 +134,20 @@ class Ledger:
     async def flush(self) -> None:
         """Write all rows that are not written yet."""
         async with self._lock:
-            rows, self._rows = self._rows, []
-            self._flushed_at = self._clock()
+            rows, self._flushed_at = list(self._rows), self._clock()
             if not rows:
                 return
-            key = f"{LEDGER_PREFIX}{self._writer}/{self._seq:06d}.json"
-            self._seq += 1
             body = canonical_json({"rows": [row.to_value() for row in rows]})
             # Only this writer writes under its name, so an object that exists already is this very write,
             # repeated by the storage library after a lost answer.
-            await self._store.create(key, body)
+            await self._store.create(f"{LEDGER_PREFIX}{self._writer}/{self._seq:06d}.json", body)
+            self._seq += 1
+            del self._rows[:len(rows)]
+
+    async def list_failures(self, unit: int, failures: Sequence[RecordFailed]) -> None:
+        """Write the dead letters of a unit: each record's number, reason and how often it failed alone."""
+        body = canonical_json({"unit": unit, "records": [asdict(failure) for failure in failures]})
+        await self._store.create(f"{FAILED_PREFIX}{unit:08d}-{self._writer}.json", body)
 
 
 async def check_place(store: Store, identity: RunIdentity) -> None:
@@ -114,23 +159,6 @@ async def check_place(store: Store, identity: RunIdentity) -> None:
     async for meta in store.list(""):
         raise MismatchError(f"{store.url} is not empty ({meta.key}) and is no output of batch-client: "
                             "choose another OUTPUT")
-
-
-async def read_rows(store: Store) -> dict[int, Row]:
-    """All proven units, of all writers. A unit with several rows (two clients, or a lost answer) has one meaning:
-    their objects are equal.
-
-    Raises StorageError for a segment that can't be read, MismatchError for rows that contradict each other.
-    """
-    keys = [meta.key async for meta in store.list(LEDGER_PREFIX) if meta.size <= LARGEST_SEGMENT]
-    rows: dict[int, Row] = {}
-    for start in range(0, len(keys), READS_AT_ONCE):
-        for row in await _read_segments(store, keys[start:start + READS_AT_ONCE]):
-            known = rows.setdefault(row.unit, row)
-            if known.chunks != row.chunks:
-                raise MismatchError(f"{store.url}: two writers proved different bytes for output chunk {row.unit}: "
-                                    "the output can't be trusted; score it again at another place")
-    return rows
 
 
 async def _read_segments(store: Store, keys: Iterable[str]) -> list[Row]:

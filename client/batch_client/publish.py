@@ -5,76 +5,46 @@ Before the group's `zarr.json` is written nothing opens; each step is create-onl
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import asdict
 
 from batch_client.errors import BrokenPromiseError, MismatchError
 from batch_client.layout import MANIFEST_KEY, SUCCESS_KEY, OutputLayout
 from batch_client.ledger import Row
+from batch_client.manifest import read_manifest, root_over, write_manifest
 from batch_client.plan import Plan
-from batch_client.spec import RunIdentity, canonical_json
-from batch_client.storage import Store, child_url
+from batch_client.spec import RunIdentity
+from batch_client.storage import Store, child_url, put_same
 
-__all__ = ["is_published", "publish", "root_of"]
+__all__ = ["publish", "published_root"]
 
 
-def root_of(rows: Mapping[int, Row], plan: Plan) -> str:
-    """One hash over every chunk's key, size and SHA-256 in order, as `sha256:<hex>`.
+async def published_root(store: Store) -> str | None:
+    """The root hash of a published output, None while it is not published.
 
-    Raises BrokenPromiseError unless the rows cover each unit of the plan exactly once.
+    Raises MismatchError for a place that says it is published and has no manifest.
     """
-    missing = [index for index in range(plan.unit_count) if index not in rows]
-    if missing or len(rows) != plan.unit_count:
-        raise BrokenPromiseError(f"{len(rows)} of {plan.unit_count} output chunks are proven "
-                                 f"(missing: {missing[:5]}): not publishing")
-    digest = hashlib.sha256()
-    for index in range(plan.unit_count):
-        row = rows[index]
-        count = plan.unit(index).count
-        if row.ok + row.failed + row.not_finite != count:
-            raise BrokenPromiseError(f"output chunk {index} is proven with {row.ok + row.failed + row.not_finite} "
-                                     f"records of {count}: not publishing")
-        for chunk in row.chunks:
-            digest.update(f"{chunk.key} {chunk.size} {chunk.sha256}\n".encode())
-    return "sha256:" + digest.hexdigest()
-
-
-async def is_published(store: Store) -> str | None:
-    """The root hash of a published output, None while it is not published."""
-    if await store.head(SUCCESS_KEY) is None:
-        return None
-    manifest = await store.get(MANIFEST_KEY)
-    if manifest is None:
-        raise MismatchError(f"{store.url} has a {SUCCESS_KEY} but no {MANIFEST_KEY}: it is not a whole output")
-    try:
-        return str(json.loads(bytes(manifest.data))["root"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise MismatchError(f"{child_url(store.url, MANIFEST_KEY)} can't be read ({error})") from error
+    return None if await store.head(SUCCESS_KEY) is None else (await read_manifest(store)).root
 
 
 async def publish(store: Store, layout: OutputLayout, plan: Plan, identity: RunIdentity,
-                  rows: Mapping[int, Row]) -> str:
+                  proven: Mapping[int, Row]) -> str:
     """Make a complete output visible and return its root hash.
 
     Raises BrokenPromiseError when it is not complete, or when something else was published here.
     """
-    root = root_of(rows, plan)
-    manifest = canonical_json({
-        "format": 1,
-        "root": root,
-        "run": asdict(identity),
-        "records": {
-            "ok": sum(row.ok for row in rows.values()),
-            "failed": sum(row.failed for row in rows.values()),
-            "not_finite": sum(row.not_finite for row in rows.values()),
-        },
-        "rows": [rows[index].to_value() for index in range(plan.unit_count)],
-    })
-    await _create_same(store, MANIFEST_KEY, manifest)
+    rows = [proven[index] for index in range(plan.unit_count) if index in proven]
+    if len(rows) != plan.unit_count or len(proven) != plan.unit_count:
+        raise BrokenPromiseError(f"{len(rows)} of {plan.unit_count} output chunks are proven: not publishing")
+    for row in rows:
+        count = plan.unit(row.unit).count
+        if row.records != count:
+            raise BrokenPromiseError(f"output chunk {row.unit} is proven with {row.records} records of {count}: "
+                                     "not publishing")
+    root = root_over(rows)
+    await _create_same(store, MANIFEST_KEY, write_manifest(identity, rows))
     attributes = {
         "source": identity.source,
+        "source_array": identity.source_array,
         "origin": identity.start,
         "records": plan.count,
         "model": identity.model,
@@ -89,8 +59,6 @@ async def publish(store: Store, layout: OutputLayout, plan: Plan, identity: RunI
 
 
 async def _create_same(store: Store, key: str, data: bytes) -> None:
-    if await store.create(key, data):
-        return
-    stored = await store.get(key)
-    if stored is None or stored.data != data:
-        raise BrokenPromiseError(f"{child_url(store.url, key)} holds other bytes than this run would publish")
+    if not await put_same(store, key, data):
+        raise MismatchError(f"{child_url(store.url, key)} holds other bytes than this run would publish: somebody else "
+                            "wrote there")

@@ -17,7 +17,7 @@ from zarr.core.array import AsyncArray
 from zarr.core.group import AsyncGroup
 from zarr.errors import ContainsGroupError, GroupNotFoundError, NodeTypeValidationError
 
-from batch_client.errors import BatchClientError, DataError, StorageError
+from batch_client.errors import BatchClientError, DataError, MismatchError, StorageError
 from batch_client.plan import Geometry
 from batch_client.storage import Store, child_url
 from batch_client.zarrstore import SourceStore, recording
@@ -32,7 +32,8 @@ _UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, N
 class Rows:
     """Records [start, stop) of a source: `data` is (stop - start, *record shape), C order, native bytes.
 
-    etags: ETag of each chunk object that was read, by key. nbytes: bytes moved from the store.
+    etags: ETag of each chunk object that was read, by key: "" where the store gives none, None where the object is
+    absent. nbytes: bytes moved from the store.
     """
 
     start: int
@@ -45,8 +46,10 @@ class Rows:
 class Source:
     """An open source array."""
 
-    def __init__(self, url: str, array: AsyncArray[Any], metadata_digest: str) -> None:
-        self.url = url
+    def __init__(self, store: Store, path: str, array: AsyncArray[Any], metadata_digest: str) -> None:
+        self.url = child_url(store.url, path)
+        self._store = store
+        self._prefix = f"{path.strip('/')}/" if path else ""
         self.metadata_digest = metadata_digest
         self._array = array
         grid = array.shards or array.chunks
@@ -70,7 +73,20 @@ class Source:
             raise DataError(
                 f"{self.url}: chunk {record.missing[0]} (among records {start} to {stop - 1}) is missing from the "
                 "store; restore it, or take the fill value for missing chunks with --allow-missing")
-        return Rows(start, stop, _native(np.asarray(data)), record.etags, record.nbytes)
+        etags = {key: etag or "" for key, etag in record.etags.items()} | dict.fromkeys(record.missing)
+        return Rows(start, stop, _native(np.asarray(data)), etags, record.nbytes)
+
+    async def etags(self) -> dict[str, str]:
+        """The ETags of all objects of the array now, by key; "" where the store gives none."""
+        return {meta.key: meta.etag or "" async for meta in self._store.list(self._prefix)}
+
+    async def require_unchanged(self, pinned: Mapping[str, str | None]) -> None:
+        """Raises MismatchError when a chunk object is not the one that was scored; `pinned` is ETags by key."""
+        now = await self.etags()
+        for key, etag in pinned.items():
+            if now.get(key) != etag:
+                raise MismatchError(f"{self.url}: chunk {key} changed since it was scored: "
+                                    "score a source that stays as it is, into a new OUTPUT")
 
 
 async def open_source(store: Store, array: str | None) -> Source:
@@ -94,7 +110,7 @@ async def open_source(store: Store, array: str | None) -> Source:
     dtype = np.dtype(node.dtype)
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise DataError(f"{where}: dtype {dtype} can't be scored; wanted bool, integers or floats up to 64 bits")
-    return Source(where, node, await _metadata_digest(store, list(record.etags)))
+    return Source(store, array or "", node, await _metadata_digest(store, list(record.etags)))
 
 
 async def _metadata_digest(store: Store, keys: list[str]) -> str:

@@ -1,224 +1,168 @@
-"""Records → predictions: send, check that the reply is the answer, and decide what to do when it is not.
+"""Records → predictions, with the records that can't be predicted found and named.
 
-A reply is taken only if its id, checksum of the request, names, dtypes, shapes, model digest and fingerprint are
-the expected ones. What a bad answer means stands in `dialect.py`; what is done about it stands here.
+A request on which the model or its worker failed twice is a suspect. It is split into halves of whole records, which
+keep their places: the other half's records are overwritten by zeros, so that the shape and every survivor's bits stay
+what they are. A record is given up after three failures alone, with a success of zeros in between, which shows that the
+server is well. For one such record among n this takes at most 2⌈log₂ n⌉ + 6 requests beyond the first two.
 """
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from batch_client.contract import ModelContract
-from batch_client.dialect import Outcome, Verdict, read_reply
-from batch_client.endpoint import Endpoint, Pool
-from batch_client.errors import CredentialsError, DataError, StoppedError
-from batch_client.events import Event, RequestDone, RequestRetried, RequestSent
+from batch_client.assemble import STATUS_FAILED
+from batch_client.dialect import Outcome, Verdict
+from batch_client.endpoint import Room
+from batch_client.errors import DataError, StoppedError
+from batch_client.events import Event, RecordFailed
+from batch_client.exchange import Exchange, Prediction
 from batch_client.plan import Span
-from batch_client.retry import RetryBucket, full_jitter
-from batch_client.tokens import TokenSource, authorization
-from batch_client.transport import HttpReply, Transport, TransportError
-from batch_handler.oip import (
-    CONTENT_TYPE,
-    HEADER_LENGTH,
-    InferReply,
-    InferRequest,
-    Message,
-    OipError,
-    Tensor,
-    decode_reply,
-    encode_request,
-)
 
-__all__ = ["RECORD_STATUS", "Scored", "Scorer"]
+__all__ = ["Scored", "Scorer"]
 
-RECORD_STATUS = "record_status"
-REQUEST_SECONDS = 300.0
-# A token that was just renewed and is refused again will not get better.
-TOKEN_TRIES = 3
-# The handler failed on the same request this many times: the request, not the server, is the reason.
-FAILED_TRIES = 3
+# The model or its worker failed on the same request this many times: the request is a suspect.
+SUSPECT_AFTER = 2
+FAILURES_ALONE = 3
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One request's predictions: an array (records, *output shape) by output name, and a uint8 status a record."""
+    """Predictions of a span: arrays (records, *output shape) by output name, a uint8 status a record, and the records
+    that could not be predicted (their outputs are zero, their status is `failed`).
+    """
 
     outputs: Mapping[str, np.ndarray]
     status: np.ndarray
+    failures: tuple[RecordFailed, ...] = ()
 
 
 @dataclass
-class _Tries:
-    failed: int = 0
-    token: int = 0
-    attempts: int = 0
-    refused_token: str | None = None
+class _Case:
+    """A suspect request while it is taken apart."""
+
+    span: Span
+    rows: np.ndarray
+    room: Room
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)
+    status: np.ndarray | None = None
+    failures: list[RecordFailed] = field(default_factory=list)
 
 
 class Scorer:
-    """Scores spans of records at a pool of servers until they are scored or can't be."""
+    """Scores spans of records through an `Exchange`."""
 
-    def __init__(
-        self,
-        *,
-        transport: Transport,
-        pool: Pool,
-        contract: ModelContract,
-        tokens: TokenSource,
-        patience: float,
-        clock: Callable[[], float],
-        rng: random.Random,
-        emit: Callable[[Event], None],
-    ) -> None:
-        self._transport = transport
-        self._pool = pool
-        self._contract = contract
-        self._tokens = tokens
-        self._patience = patience
-        self._clock = clock
-        self._rng = rng
+    def __init__(self, exchange: Exchange, micro_batch: int, emit: Callable[[Event], None]) -> None:
+        self._exchange = exchange
+        self._micro_batch = micro_batch
         self._emit = emit
-        self._bucket = RetryBucket()
-        self._last_success = clock()
-        self._nonce = f"{rng.getrandbits(48):012x}"
-        self._numbers = itertools.count()
 
     async def score(self, span: Span, rows: np.ndarray) -> Scored:
         """Predictions for `rows` (records, *input shape) of the wire's dtype, whose places begin at `span.first_row`.
 
-        Raises DataError when the servers can't score these records, StoppedError when patience is over,
-        CredentialsError, ServingError.
+        Raises DataError when the server fails on zeros too, or takes no request of this size, and what
+        `Exchange.ask` raises.
         """
-        tries = _Tries()
+        failed = 0
         while True:
-            message, ident = self._encode(span, rows)
-            async with self._pool.room() as endpoint:
-                sent_at = self._clock()
-                verdict, scored = await self._attempt(endpoint, message, ident, span, tries)
-                self._learn(endpoint, verdict, sent_at)
-            if scored is not None:
-                return scored
-            await self._before_next(endpoint, verdict, span, tries)
+            answer = await self._exchange.ask(span, rows)
+            if isinstance(answer, Prediction):
+                return Scored(answer.outputs, answer.status)
+            failed += 1
+            if answer.outcome is Outcome.TOO_LARGE:
+                return await self._split(span, rows, answer)
+            if answer.outcome is Outcome.REFUSED or failed >= SUSPECT_AFTER:
+                return await self._isolate(span, rows, answer)
+            await self._exchange.pause(failed)
 
-    def _encode(self, span: Span, rows: np.ndarray) -> tuple[Message, str]:
-        ident = f"{self._nonce}-{next(self._numbers)}"
-        return encode_request(InferRequest(
-            id=ident,
-            inputs=(Tensor(self._contract.input_name, rows),),
-            parameters={"exact": True, "first_row": span.first_row, "binary_data_output": True},
-        )), ident
+    async def _split(self, span: Span, rows: np.ndarray, verdict: Verdict) -> Scored:
+        """Two requests for one that is too large for the server, cut between micro-batches."""
+        micro_batches = -(-(span.first_row % self._micro_batch + span.count) // self._micro_batch)
+        if micro_batches < 2:
+            raise DataError(f"records {span.start} to {span.stop - 1}: {verdict.outcome.value} ({verdict.reason}): "
+                            "raise max_request_size there, or pack the model with a smaller --micro-batch")
+        count = micro_batches // 2 * self._micro_batch - span.first_row % self._micro_batch
+        first = Span(span.start, span.start + count, span.first_row)
+        second = Span(span.start + count, span.stop, span.first_row + count)
+        parts = [await self.score(first, rows[:count]), await self.score(second, rows[count:])]
+        return Scored(
+            {name: np.concatenate([part.outputs[name] for part in parts]) for name in parts[0].outputs},
+            np.concatenate([part.status for part in parts]),
+            parts[0].failures + parts[1].failures)
 
-    async def _attempt(self, endpoint: Endpoint, message: Message, ident: str, span: Span,
-                       tries: _Tries) -> tuple[Verdict, Scored | None]:
-        token = await self._tokens.token(tries.refused_token)
-        headers = {"Content-Type": CONTENT_TYPE, HEADER_LENGTH: str(message.header_length), **authorization(token)}
-        url = f"{endpoint.url}/v2/models/{self._contract.name}/infer"
-        started = self._clock()
-        self._emit(RequestSent(endpoint.url, span.count))
-        try:
-            reply = await self._transport.send("POST", url, headers, message.parts,
-                                               min(REQUEST_SECONDS, max(self._patience, 1.0)))
-        except TransportError as error:
-            return Verdict(Outcome.BROKEN, str(error)), None
-        verdict = read_reply(reply.status, reply.body)
-        tries.refused_token = token if verdict.outcome is Outcome.TOKEN else None
-        if verdict.outcome is not Outcome.RESULT:
-            return verdict, None
-        try:
-            answer = _decode(reply)
-            scored = self._check(answer, message, ident, span.count)
-        except _OtherModelError as error:
-            return Verdict(Outcome.OTHER_MODEL, str(error)), None
-        except OipError as error:
-            return Verdict(Outcome.CORRUPT, str(error)), None
-        self._emit(RequestDone(endpoint.url, span.count, message.nbytes, len(reply.body), self._clock() - started,
-                               _milliseconds(answer.parameters.get("compute_ms"))))
-        return verdict, scored
+    async def _isolate(self, span: Span, rows: np.ndarray, verdict: Verdict) -> Scored:
+        async with self._room_for(verdict) as room:
+            case = _Case(span, rows, room)
+            await self._require_health(case)
+            await self._narrow(case, 0, span.count, verdict)
+        assert case.status is not None  # noqa: S101 - the neutral request has filled it
+        return Scored(case.outputs, case.status, tuple(case.failures))
 
-    def _learn(self, endpoint: Endpoint, verdict: Verdict, sent_at: float) -> None:
-        match verdict.outcome:
-            case Outcome.RESULT:
-                self._last_success = self._clock()
-                self._bucket.succeeded()
-                self._pool.succeeded(endpoint)
-            case Outcome.BUSY:
-                self._pool.overloaded(endpoint, sent_at)
-            case Outcome.BROKEN | Outcome.CORRUPT:
-                self._pool.broke(endpoint)
-            case Outcome.OTHER_MODEL | Outcome.NO_MODEL:
-                self._pool.leave_out(endpoint, verdict.reason)
+    @contextlib.asynccontextmanager
+    async def _room_for(self, verdict: Verdict) -> AsyncIterator[Room]:
+        """The handler's own word is about one request. Where a worker died or hung, all that were aboard failed with
+        it: so nothing else may be aboard.
+        """
+        if verdict.outcome in (Outcome.RAISED, Outcome.REFUSED):
+            yield self._exchange.pool.room
+            return
+        async with self._exchange.pool.alone() as room:
+            yield room
 
-    async def _before_next(self, endpoint: Endpoint, verdict: Verdict, span: Span, tries: _Tries) -> None:
-        tries.attempts += 1
-        self._give_up(endpoint, verdict, span, tries)
-        delay = full_jitter(tries.attempts, self._rng)
-        if verdict.outcome is not Outcome.BUSY:
-            delay = max(delay, self._bucket.delay(self._clock()))
-        self._emit(RequestRetried(endpoint.url, f"{verdict.outcome.value}: {verdict.reason}", delay))
-        await asyncio.sleep(delay)
+    async def _require_health(self, case: _Case) -> None:
+        """A request of zeros in the shape of the suspect must succeed, or nothing can be said about its records."""
+        tries = 0
+        while True:
+            answer = await self._exchange.ask(case.span, np.zeros_like(case.rows), case.room)
+            if isinstance(answer, Prediction):
+                if case.status is None:
+                    case.outputs = {name: np.zeros_like(array) for name, array in answer.outputs.items()}
+                    case.status = np.full(case.span.count, STATUS_FAILED, np.uint8)
+                return
+            tries += 1
+            records = f"records {case.span.start} to {case.span.stop - 1}"
+            if answer.outcome is Outcome.REFUSED or (answer.outcome is Outcome.RAISED and tries >= FAILURES_ALONE):
+                raise DataError(f"{records}: {answer.outcome.value}, and on zeros in their place too "
+                                f"({answer.reason}): nothing can be scored")
+            if self._exchange.out_of_patience() is not None:
+                raise StoppedError(f"{records}: the server fails on zeros in their place too ({answer.reason}) and "
+                                   "has answered nothing within --patience; the same command goes on from here")
+            await self._exchange.pause(tries)
 
-    def _give_up(self, endpoint: Endpoint, verdict: Verdict, span: Span, tries: _Tries) -> None:
-        records = f"records {span.start} to {span.stop - 1}"
-        match verdict.outcome:
-            case Outcome.REFUSED | Outcome.TOO_LARGE:
-                raise DataError(f"{endpoint.url} refuses {records}: {verdict.reason}")
-            case Outcome.FAILED:
-                tries.failed += 1
-                if tries.failed >= FAILED_TRIES:
-                    raise DataError(f"{endpoint.url} failed {tries.failed} times on {records}: {verdict.reason}; "
-                                    "the server's log has the reason")
-            case Outcome.TOKEN:
-                tries.token += 1
-                if tries.token >= TOKEN_TRIES:
-                    raise CredentialsError(f"{endpoint.url} refuses the token: {verdict.reason}")
-        idle = self._clock() - self._last_success
-        if idle > self._patience:
-            raise StoppedError(f"no request was answered for {idle:.0f} s (--patience {self._patience:g}); the last "
-                               f"answer of {endpoint.url}: {verdict.outcome.value}: {verdict.reason}; "
-                               "the same command goes on from here")
+    async def _narrow(self, case: _Case, low: int, high: int, verdict: Verdict) -> None:
+        """Records [low, high) of the case failed together: find out which."""
+        if high - low == 1:
+            await self._judge(case, low, verdict)
+            return
+        middle = (low + high) // 2
+        for start, stop in ((low, middle), (middle, high)):
+            answer = await self._probe(case, start, stop)
+            if isinstance(answer, Verdict):
+                await self._narrow(case, start, stop, answer)
 
-    def _check(self, reply: InferReply, message: Message, ident: str, count: int) -> Scored:
-        contract = self._contract
-        found = (str(reply.parameters.get("model_digest", contract.digest)),
-                 str(reply.parameters.get("fingerprint", contract.fingerprint)))
-        if reply.id != ident:
-            raise OipError(f"the reply has id {reply.id!r}, the request {ident!r}")
-        if contract.fingerprint != "unverified" and reply.parameters.get("request_crc32c") != message.crc32c:
-            raise OipError("the server received other bytes than were sent")
-        if found != (contract.digest, contract.fingerprint):
-            raise _OtherModelError(f"its model is {found[0]} with numerics {found[1]}, this run's is "
-                                   f"{contract.digest} with {contract.fingerprint}")
-        tensors = {tensor.name: tensor.data for tensor in reply.outputs}
-        status = tensors.pop(RECORD_STATUS, None)
-        if status is None:
-            status = np.zeros(count, np.uint8)
-        if status.shape != (count,) or status.dtype != np.uint8:
-            raise OipError(f"{RECORD_STATUS} is {status.dtype} {status.shape}, wanted uint8 ({count},)")
-        for output in contract.outputs:
-            array = tensors.get(output.name)
-            wanted = (count, *output.shape)
-            if array is None or array.shape != wanted or array.dtype != output.dtype:
-                shown = "missing" if array is None else f"{array.dtype} {array.shape}"
-                raise OipError(f"output {output.name} is {shown}, wanted {output.dtype} {wanted}")
-        return Scored({output.name: tensors[output.name] for output in contract.outputs}, status)
+    async def _judge(self, case: _Case, row: int, verdict: Verdict) -> None:
+        """One record failed alone once: its verdict."""
+        for _ in range(FAILURES_ALONE - 1):
+            await self._require_health(case)
+            answer = await self._probe(case, row, row + 1)
+            if isinstance(answer, Prediction):
+                return
+            verdict = answer
+        failure = RecordFailed(case.span.start + row, verdict.reason or verdict.outcome.value, FAILURES_ALONE)
+        case.failures.append(failure)
+        self._emit(failure)
 
-
-class _OtherModelError(Exception):
-    """A sound reply of a model, or of numerics, that are not this run's."""
-
-
-def _decode(reply: HttpReply) -> InferReply:
-    length = reply.headers.get(HEADER_LENGTH.lower())
-    if length is not None and not length.isdecimal():
-        raise OipError(f"{HEADER_LENGTH} is {length[:40]!r}, wanted a number")
-    return decode_reply(reply.body, None if length is None else int(length))
-
-
-def _milliseconds(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
+    async def _probe(self, case: _Case, low: int, high: int) -> Prediction | Verdict:
+        """Records [low, high) in their places, zeros in all others; what they give is kept."""
+        rows = np.zeros_like(case.rows)
+        rows[low:high] = case.rows[low:high]
+        answer = await self._exchange.ask(case.span, rows, case.room)
+        if isinstance(answer, Prediction):
+            for name, array in case.outputs.items():
+                array[low:high] = answer.outputs[name][low:high]
+            if case.status is not None:
+                case.status[low:high] = answer.status[low:high]
+        return answer

@@ -51,7 +51,7 @@ HOPELESS_SECONDS = 600.0  # without a ready worker; TorchServe itself gives a wo
 OVERRIDES = re.compile(r"TS_.*|LOG_LOCATION|METRICS_LOCATION|SM_TELEMETRY_LOG|LOG4J_.*")
 DEATH = re.compile(r"Backend worker process died|Load model failed: |Backend worker error|Backend worker startup")
 REFUSED_ARCHIVE = re.compile(r"Failed to load model: .*")
-BIND_FAILURE = re.compile(r"Address already in use|Failed to bind to address|BindException")
+BIND_FAILURE = re.compile(r"Failed to bind to address.*|Address already in use|BindException.*")
 WORKER_LINE = re.compile(r"^\S+ \[\w+ *\] (W-\d+-.+?-std(?:out|err)) MODEL_LOG - ?(.*)$")
 EXCEPTION_LINE = re.compile(r"^([A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|Warning|Group))(?::|$)")
 # What TorchServe's worker adds to the real reason: its second search for a handler, and its own summary.
@@ -90,7 +90,7 @@ class ServerSettings:
                 raise UsageError(f"{name} is {value}: give a number of at least 1")
 
 
-# --- The machine: Java, TorchServe, cores ------------------------------------------------------------------------------
+# --- The machine: Java, TorchServe, cores -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in held]
 
 
-# --- The archive, the configuration, the environment -------------------------------------------------------------------
+# --- The archive, the configuration, the environment ------------------------------------------------------------------
 
 
 def _model_of(archive: Path) -> tuple[str, str]:
@@ -224,7 +224,7 @@ def _environment(environ: Mapping[str, str], kept_back: str, private: Path, adde
     return environment | dict(added)
 
 
-# --- The log -----------------------------------------------------------------------------------------------------------
+# --- The log ----------------------------------------------------------------------------------------------------------
 
 
 def _worker_output(log: str) -> list[list[str]]:
@@ -266,7 +266,7 @@ def load_failure(log: str) -> str | None:
             f"it last said: {said[-1] if said else 'nothing'}")
 
 
-# --- The server --------------------------------------------------------------------------------------------------------
+# --- The server -------------------------------------------------------------------------------------------------------
 
 
 class _PortTakenError(Exception):
@@ -284,7 +284,8 @@ class _Running:
     log_start: int  # where this start's lines begin in the log
     properties: Mapping[str, str]
     started: float  # time.monotonic()
-    secured: bool = False  # became ready
+    ready: bool = False  # every worker was ready once
+    failed: bool = False  # the start was given up, for a reason that is in the log
 
 
 class EmbeddedServer:
@@ -364,7 +365,9 @@ class EmbeddedServer:
                     await self.stop()
                     raise ServingError(f"no free ports for TorchServe in {STARTS} starts: give others with --port"
                                        ) from None
-            except BaseException:
+            except BaseException as error:
+                if self._running is not None:
+                    self._running.failed = isinstance(error, ServingError)
                 await self.stop()
                 raise
             else:
@@ -427,7 +430,7 @@ class EmbeddedServer:
         except TimeoutError:
             raise ServingError(f"the model {self.model_name} was not ready after {self._settings.startup_seconds:g} s "
                                f"(log: {self._running.log}): {self.log_tail(1)}") from None
-        self._running.secured = True
+        self._running.ready = True
 
     def _launch(self, java: Java, home: Path) -> _Running:
         """Starts Java under its guard, in a new private folder."""
@@ -445,8 +448,11 @@ class EmbeddedServer:
             log_dir = (self._settings.log_dir or folder).absolute()
             log_dir.mkdir(parents=True, exist_ok=True)
             log = log_dir / f"server-{properties['inference_address'].rsplit(':', 1)[1]}.log"
-            command = [*_java_command(java, home, folder, serve_config_dir(self._environ), properties), "--python", sys.executable, "-f", str(config),
-                       "-s", str(folder / "models"), "-w", str(folder / "workflows"), "-ncs", "-m", archive.name]
+            command = [
+                *_java_command(java, home, folder, serve_config_dir(self._environ), properties),
+                "--python", sys.executable, "-f", str(config), "-s", str(folder / "models"),
+                "-w", str(folder / "workflows"), "-ncs", "-m", archive.name,
+            ]
             environment = _environment(self._environ, properties["blacklist_env_vars"], folder / "tmp", self._share())
             with log.open("ab") as stream:
                 log_start = stream.tell()
@@ -507,12 +513,14 @@ class EmbeddedServer:
             await asyncio.sleep(POLL_SECONDS)
 
     def _check_loading(self) -> None:
-        """Raises when TorchServe has ended by itself."""
+        """Raises when TorchServe found a port taken or has ended by itself."""
+        log = self._log()
+        if taken := BIND_FAILURE.search(log):  # workers die of it too: this reason comes first
+            if self._settings.port is None and self._settings.metrics_port is None:
+                raise _PortTakenError
+            raise ServingError(f"a port is taken (log: {self._alive().log}): {taken[0]}")
         if not self.ended():
             return
-        log = self._log()
-        if BIND_FAILURE.search(log) and self._settings.port is None and self._settings.metrics_port is None:
-            raise _PortTakenError
         said = next((line for line in reversed(log.splitlines()) if line.strip() and not line.startswith("\tat ")),
                     "nothing in its log")
         raise ServingError(f"TorchServe ended at its start (log: {self._alive().log}): {said}")
@@ -520,6 +528,7 @@ class EmbeddedServer:
     async def _give_up(self, otherwise: str) -> None:
         """Raises with the reason in the log, given a moment to be written whole."""
         await asyncio.sleep(LOG_SETTLE_SECONDS)
+        self._check_loading()
         reason = load_failure(self._log()) or otherwise
         raise ServingError(f"the model {self.model_name} does not load (log: {self._alive().log}): {reason}")
 
@@ -567,7 +576,7 @@ class EmbeddedServer:
         try:
             status, body = await self._get(f"/token?type={kind}", self._key("API"))
         except (aiohttp.ClientError, TimeoutError) as error:
-            if not self._alive().secured:
+            if not self._alive().ready:
                 raise
             raise ServingError(f"TorchServe does not renew its {kind} token: {error}") from error
         if status != 200:
@@ -580,7 +589,7 @@ class EmbeddedServer:
         running, self._running = self._running, None
         if running is None:
             return
-        keep_log = not running.secured or running.guard.poll() is not None
+        keep_log = running.failed or (running.ready and running.guard.poll() is not None)
         os.close(running.lifeline)
         try:
             await asyncio.to_thread(_reap, running.guard)
@@ -606,7 +615,7 @@ def _guarded(
     try:
         guard = subprocess.Popen(
             [sys.executable, "-I", "-S", str(Path(__file__).with_name("server_guard.py")),
-             str(lifeline), str(JAVA_GRACE_SECONDS), *command],
+             str(lifeline), str(JAVA_GRACE_SECONDS), str(folder), *command],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=dict(environment),
             pass_fds=(lifeline,),
             start_new_session=True,  # so that a Ctrl-C reaches us alone, and we can drain first
@@ -646,7 +655,7 @@ def _ready_workers(description: str) -> int:
     return sum(worker.get("status") == "READY" for worker in json.loads(description)[0].get("workers", ()))
 
 
-# --- In the foreground -------------------------------------------------------------------------------------------------
+# --- In the foreground ------------------------------------------------------------------------------------------------
 
 
 async def serve_forever(
@@ -687,8 +696,7 @@ async def serve_forever(
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-        if token_file is not None:
-            token_file.unlink(missing_ok=True)
+        _forget(token_file)
 
 
 async def _watch(server: EmbeddedServer, token_file: Path | None, echo: Callable[[str], None]) -> None:
@@ -708,6 +716,11 @@ async def _watch(server: EmbeddedServer, token_file: Path | None, echo: Callable
             elif time.monotonic() - last_ready > HOPELESS_SECONDS:
                 raise ServingError(f"no worker has been ready for {HOPELESS_SECONDS:g} s: {server.log_tail(1)}")
             await asyncio.sleep(min(WATCH_SECONDS, server.renewal_due_in() + 0.1))
+
+
+def _forget(path: Path | None) -> None:
+    if path is not None:
+        path.unlink(missing_ok=True)
 
 
 def _write_secret(path: Path, text: str) -> None:

@@ -1,8 +1,9 @@
-"""Holds a server's life to its client's: `python server_guard.py LIFELINE GRACE COMMAND…`.
+"""Holds a server's life to its client's: `python server_guard.py LIFELINE GRACE FOLDER COMMAND…`.
 
 LIFELINE is the read end of a pipe whose write end only the client has. When it closes, because the client stopped the
 server or was killed, the command gets SIGTERM, after GRACE seconds SIGKILL, and then whatever is left of its process
-group: TorchServe's Java does not end with its parent, and a worker in the middle of a batch not with its Java.
+group: TorchServe's Java does not end with its parent, and a worker in the middle of a batch not with its Java. The
+unpacked model and the keys in FOLDER go too; a client that was killed can't remove them. The log stays.
 
 Run as a file, not as a module, so that starting it imports nothing but the standard library.
 """
@@ -13,10 +14,12 @@ import contextlib
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 __all__ = ["main"]
 
@@ -60,6 +63,13 @@ def wait(command: subprocess.Popen[bytes], lifeline: int, woken: int) -> None:
             return
 
 
+def clean(folder: Path) -> None:
+    """Removes what the command left in its folder and nobody will want to read."""
+    shutil.rmtree(folder / "tmp", ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (folder / "key_file.json").unlink()
+
+
 def end(command: subprocess.Popen[bytes], grace: float) -> None:
     if command.poll() is None:
         command.terminate()
@@ -71,10 +81,10 @@ def end(command: subprocess.Popen[bytes], grace: float) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    lifeline, grace = int(arguments[0]), float(arguments[1])
+    lifeline, grace, folder = int(arguments[0]), float(arguments[1]), Path(arguments[2])
     woken = wakeups()
     command = subprocess.Popen(
-        arguments[2:],
+        arguments[3:],
         stdin=subprocess.DEVNULL,
         process_group=0,
         preexec_fn=die_with(os.getpid()),  # noqa: PLW1509 - this process has one thread
@@ -83,6 +93,7 @@ def main(arguments: list[str]) -> int:
         wait(command, lifeline, woken)
     finally:
         end(command, grace)
+        clean(folder)
     return command.returncode if command.returncode >= 0 else 128 - command.returncode
 
 

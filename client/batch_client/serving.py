@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batch_client.spec import ServerSpec
-from batch_client.tokens import FileTokens, NoTokens, TokenSource
+from batch_client.tokens import CommandTokens, FileTokens, NoTokens, TokenSource
 from batch_client.transport import HttpTransport, Transport
 
 __all__ = ["Servers", "open_servers"]
@@ -32,8 +32,7 @@ async def open_servers(spec: ServerSpec) -> AsyncIterator[Servers]:
     """
     async with HttpTransport() as transport:
         if spec.archive is None:
-            tokens: TokenSource = NoTokens() if spec.token_file is None else FileTokens(Path(spec.token_file))
-            yield Servers(transport, tokens, spec.endpoints, spec.model or "")
+            yield Servers(transport, _tokens_of(spec), spec.endpoints, spec.model or "")
             return
         # Whoever names endpoints needs nothing of this.
         from batch_client.archives import local_archive  # noqa: PLC0415
@@ -43,3 +42,9 @@ async def open_servers(spec: ServerSpec) -> AsyncIterator[Servers]:
             settings = ServerSettings(archive=archive, workers=spec.workers, threads=spec.threads)
             async with EmbeddedServer(settings) as server:
                 yield Servers(transport, server, (server.url,), server.model_name)
+
+
+def _tokens_of(spec: ServerSpec) -> TokenSource:
+    if spec.token_file is not None:
+        return FileTokens(Path(spec.token_file))
+    return NoTokens() if spec.token_command is None else CommandTokens(spec.token_command)

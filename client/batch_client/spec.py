@@ -56,6 +56,7 @@ class ServerSpec:
     archive: path or URL of a `.mar` to serve here for the length of the command.
     model: the model's name at the endpoints; known from the archive otherwise.
     token_file: file with the endpoints' bearer token, read again when the token is refused.
+    token_command: command whose standard output is the token, run again when it is refused.
     workers, threads: of the embedded server; None is its default.
     anonymous: read and write storage without credentials.
     """
@@ -64,6 +65,7 @@ class ServerSpec:
     archive: str | None = None
     model: str | None = None
     token_file: str | None = None
+    token_command: str | None = None
     workers: int | None = None
     threads: int | None = None
     anonymous: bool = False
@@ -77,6 +79,8 @@ class ServerSpec:
                 raise UsageError(f"--endpoint {endpoint}: wanted a URL such as http://host:8080")
         if self.endpoints and not self.model:
             raise UsageError("--endpoint also needs --model NAME, the name under which the server has the model")
+        if self.token_file and self.token_command:
+            raise UsageError("--token-file and --token-command: wanted one or the other")
         self._at_least("workers", "threads")
 
     def _at_least(self, *names: str, least: int = 1) -> None:
@@ -100,6 +104,12 @@ class RunSpec(ServerSpec):
     codec: how output chunks are compressed, one of CODECS.
     patience: seconds without any answer after which the run stops, resumable.
     allow_missing: take the fill value for source chunks that are not there.
+    exact: each record in its fixed place, so that the bytes are the same whatever happens; False gives that up.
+    max_failed: records that may fail in an output that is published.
+    require_finite: count a record with a prediction that is not finite as failed.
+    part: (i, n) scores the i-th of n parts of the run; whoever completes the run publishes it.
+    reuse: an earlier output whose chunks are copied where source, model and numerics are the same.
+    overwrite: delete the output that is there first.
     """
 
     input: str
@@ -113,13 +123,23 @@ class RunSpec(ServerSpec):
     codec: str = "none"
     patience: float = 600.0
     allow_missing: bool = False
+    exact: bool = True
+    max_failed: int = 0
+    require_finite: bool = False
+    part: tuple[int, int] | None = None
+    reuse: str | None = None
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.codec not in CODECS:
             raise UsageError(f"--codec {self.codec!r}: wanted one of {', '.join(CODECS)}")
         self._at_least("chunk_records", "request_records", "in_flight", "max_bytes_in_flight")
-        self._at_least("patience", least=0)
+        self._at_least("patience", "max_failed", least=0)
+        if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
+            raise UsageError(f"--part {self.part[0]}/{self.part[1]}: wanted I/N with 1 <= I <= N, such as 1/8")
+        if self.reuse is not None and not self.exact:
+            raise UsageError("--reuse and --fast: only chunks of exact runs can be told to be the same")
         if self.input.rstrip("/") == self.output.rstrip("/"):
             raise UsageError(f"INPUT and OUTPUT are both {self.input}: the output needs a place of its own")
 
@@ -132,6 +152,7 @@ class RunIdentity:
     """
 
     source: str
+    source_array: str
     source_metadata: str
     source_shape: tuple[int, ...]
     source_dtype: str
@@ -146,10 +167,14 @@ class RunIdentity:
     fingerprint: str
     outputs: tuple[tuple[str, str, tuple[int, ...]], ...]
     allow_missing: bool
+    exact: bool
     format: int = 1
 
+    def to_value(self) -> dict[str, Any]:
+        return asdict(self)
+
     def to_json(self) -> bytes:
-        return canonical_json(asdict(self))
+        return canonical_json(self.to_value())
 
     @property
     def digest(self) -> str:

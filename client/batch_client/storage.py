@@ -23,7 +23,7 @@ from obstore import store as obstores
 
 from batch_client.errors import BatchClientError, CredentialsError, StorageError, UsageError
 
-__all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "open_store"]
+__all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "open_store", "put_same"]
 
 # obstore repeats 5xx, resets and cut bodies itself; after this long the run is better stopped and resumed.
 RETRY_SECONDS = 60
@@ -39,11 +39,12 @@ class Blob:
 
 @dataclass(frozen=True)
 class Meta:
-    """What a listing or a head says of an object; `size` in bytes."""
+    """What a listing or a head says of an object: `size` in bytes, `modified` in seconds since 1970."""
 
     key: str
     size: int
     etag: str | None
+    modified: float = 0.0
 
 
 class Store(Protocol):
@@ -127,7 +128,7 @@ class ObjectStore:
                 meta = await obstore.head_async(self._inner, self._prefix + key)
             except (FileNotFoundError, foreign.NotFoundError):
                 return None
-            return Meta(key, meta["size"], meta.get("e_tag"))
+            return Meta(key, meta["size"], meta.get("e_tag"), meta["last_modified"].timestamp())
 
     async def create(self, key: str, data: bytes | memoryview) -> bool:
         with self._mapped("writing", key):
@@ -148,7 +149,8 @@ class ObjectStore:
         with self._mapped("listing", prefix):
             async for batch in obstore.list(self._inner, prefix=self._prefix + prefix or None):
                 for meta in batch:
-                    yield Meta(meta["path"][len(self._prefix):], meta["size"], meta.get("e_tag"))
+                    yield Meta(meta["path"][len(self._prefix):], meta["size"], meta.get("e_tag"),
+                               meta["last_modified"].timestamp())
 
     @contextmanager
     def _mapped(self, doing: str, key: str) -> Any:
@@ -158,6 +160,14 @@ class ObjectStore:
             raise
         except (foreign.BaseError, OSError, ValueError) as error:
             raise _translate(error, f"{doing} {child_url(self.url, key)}") from error
+
+
+async def put_same(store: Store, key: str, data: bytes) -> bool:
+    """Write unless it exists: whether `key` holds `data` afterwards: written now, or found there."""
+    if await store.create(key, data):
+        return True
+    stored = await store.get(key)
+    return stored is not None and stored.data == data
 
 
 def child_url(url: str, key: str) -> str:
@@ -257,7 +267,8 @@ _SKEW = re.compile(r"RequestTimeTooSkewed|RequestExpired|time.{0,20}skew", re.IG
 _BAD_KEY = re.compile(
     r"InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|AccessDenied|InvalidClientTokenId|"
     r"\b40[13]\b|Forbidden|Unauthorized", re.IGNORECASE)
-_NO_CREDENTIALS = re.compile(r"169\.254\.169\.254|/latest/api/token|instance metadata|credential|MissingCredentials", re.IGNORECASE)
+_NO_CREDENTIALS = re.compile(
+    r"169\.254\.169\.254|/latest/api/token|instance metadata|credential|MissingCredentials", re.IGNORECASE)
 _NO_BUCKET = re.compile(r"NoSuchBucket|bucket.{0,40}not (found|exist)", re.IGNORECASE)
 
 

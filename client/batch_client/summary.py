@@ -27,6 +27,7 @@ class RunSummary:
     records_per_s: float
     output: str
     root: str
+    published: bool
     already_published: bool
     model: str
     model_digest: str
@@ -75,6 +76,7 @@ class Tally:
             records_per_s=round(self._scored / seconds, 1) if seconds > 0 else 0.0,
             output=spec.output,
             root=self._published.root,
+            published=bool(self._published.root),
             already_published=self._published.already,
             model=contract.name,
             model_digest=contract.digest,

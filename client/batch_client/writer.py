@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import AsyncIterator
 
 from batch_client.assemble import STATUS_FAILED, STATUS_NOT_FINITE, STATUS_OK, UnitAssembler
 from batch_client.errors import BrokenPromiseError
@@ -15,7 +16,7 @@ from batch_client.layout import OutputLayout
 from batch_client.ledger import ChunkProof, Row
 from batch_client.storage import Store, child_url
 
-__all__ = ["ChunkWriter"]
+__all__ = ["ChunkWriter", "encode_unit", "proof_of"]
 
 # Below this many bytes a hash is quicker than the way to a thread and back.
 HASH_IN_THREAD = 1 << 18
@@ -24,9 +25,10 @@ HASH_IN_THREAD = 1 << 18
 class ChunkWriter:
     """Writes units of one output."""
 
-    def __init__(self, store: Store, layout: OutputLayout) -> None:
+    def __init__(self, store: Store, layout: OutputLayout, *, exact: bool) -> None:
         self._store = store
         self._layout = layout
+        self._exact = exact
 
     async def write(self, unit: UnitAssembler, source: dict[str, str | None]) -> tuple[Row, bool]:
         """Store a complete unit: predictions first, status last. Returns its ledger row, and whether anything was
@@ -38,11 +40,10 @@ class ChunkWriter:
             raise BrokenPromiseError(f"output chunk {unit.unit.index} was to be written with records missing")
         proofs = []
         adopted = False
-        for name in self._layout.array_names:
-            values = unit.outputs.get(name, unit.status)
-            key, data = await self._layout.encode(name, unit.unit.index, values)
-            adopted |= not await self._put(key, data)
-            proofs.append(ChunkProof(key, len(data), await _sha256(data)))
+        async for key, data in encode_unit(self._layout, unit):
+            stored = await self._put(key, data)
+            adopted |= stored is not None
+            proofs.append(await proof_of(key, data if stored is None else stored))
         return Row(
             unit=unit.unit.index,
             chunks=tuple(proofs),
@@ -52,18 +53,26 @@ class ChunkWriter:
             not_finite=unit.count(STATUS_NOT_FINITE),
         ), adopted
 
-    async def _put(self, key: str, data: bytes) -> bool:
+    async def _put(self, key: str, data: bytes) -> bytes | None:
+        """None once `data` is stored by this call, else the bytes that were there already."""
         if await self._store.create(key, data):
-            return True
+            return None
         stored = await self._store.get(key)
-        if stored is None or stored.data != data:
-            raise BrokenPromiseError(
-                f"{child_url(self._store.url, key)} holds other bytes than this run computes: the server's numbers are "
-                "not repeatable, or the chunk was altered; nothing was overwritten")
-        return False
+        if stored is not None and (not self._exact or stored.data == data):
+            return bytes(stored.data)
+        raise BrokenPromiseError(
+            f"{child_url(self._store.url, key)} holds other bytes than this run computes: the server's numbers are "
+            "not repeatable, or the chunk was altered; nothing was overwritten")
 
 
-async def _sha256(data: bytes) -> str:
+async def encode_unit(layout: OutputLayout, unit: UnitAssembler) -> AsyncIterator[tuple[str, bytes]]:
+    """Keys and bytes of a unit's objects: predictions first, status last."""
+    for name in layout.array_names:
+        yield await layout.encode(name, unit.unit.index, unit.outputs.get(name, unit.status))
+
+
+async def proof_of(key: str, data: bytes) -> ChunkProof:
+    """What the ledger says of an object."""
     if len(data) < HASH_IN_THREAD:
-        return hashlib.sha256(data).hexdigest()
-    return (await asyncio.to_thread(hashlib.sha256, data)).hexdigest()
+        return ChunkProof(key, len(data), hashlib.sha256(data).hexdigest())
+    return ChunkProof(key, len(data), (await asyncio.to_thread(hashlib.sha256, data)).hexdigest())

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import xarray
 import zarr
-from batch_client.errors import DataError, MismatchError, ServingError, StoppedError, UsageError
+from batch_client.errors import DataError, MismatchError, StoppedError, UsageError
 from batch_client.events import ChunkWritten, Published, RunStarted
-from batch_client.pipeline import Services, execute, plan_run
+from batch_client.pipeline import execute, plan_run
+from batch_client.prepare import Services
 from batch_client.spec import Records, RunSpec
 from batch_client.storage import MemoryStore, open_store
 from hypothesis import HealthCheck, given, settings
@@ -217,7 +218,7 @@ async def test_another_model_at_the_same_place_is_refused():
     source = await source_of(records_of(20), (10, 3))
     output = MemoryStore("memory://out")
     await execute(spec(), services(SimulatedServer(), source, output))
-    with pytest.raises(MismatchError, match="model_digest"):
+    with pytest.raises(MismatchError, match="its model is sha256:new with numerics numerics, this run's is sha256:model"):
         await execute(spec(), services(SimulatedServer(digest="sha256:new"), source, output))
 
 
@@ -335,8 +336,8 @@ async def test_a_bad_answer_is_asked_again_and_never_taken(changes):
 
 async def test_a_request_that_the_server_refuses_ends_the_run_with_its_reason():
     source = await source_of(records_of(40), (10, 3))
-    await refused(DataError, "refuses records 0 to 7: 400: image is 3, wanted 4", source, Answering(refuses),
-                  request_records=8, in_flight=1)
+    wanted = "records 0 to 7: the server refuses this request, and on zeros in their place too (400: image is 3, wanted 4)"
+    await refused(DataError, wanted, source, Answering(*[refuses] * 9), request_records=8, in_flight=1)
 
 
 async def test_a_model_that_changes_under_the_run_is_never_mixed_in():
@@ -348,7 +349,7 @@ async def test_a_model_that_changes_under_the_run_is_never_mixed_in():
                 self.digest = "sha256:other"
             return super().answer(body, header_length)
 
-    output = await refused(ServingError, "its model is sha256:other", source, Exchanged(), chunk_records=10,
+    output = await refused(MismatchError, "its model is sha256:other", source, Exchanged(), chunk_records=10,
                            in_flight=1)
     assert not [key for key in output.objects if key.endswith("zarr.json")]
 

@@ -112,9 +112,9 @@ def test_ranges_that_are_none(text):
 
 def identity(**changes):
     return RunIdentity(**{
-        "source": "s", "source_metadata": "m", "source_shape": (3, 2), "source_dtype": "uint8", "start": 0, "stop": 3,
+        "source": "s", "source_array": "", "source_metadata": "m", "source_shape": (3, 2), "source_dtype": "uint8", "start": 0, "stop": 3,
         "grid_records": 3, "chunk_records": 3, "micro_batch": 4, "codec": "none", "model": "toy", "model_digest": "d",
-        "fingerprint": "f", "outputs": (("y", "float32", (2,)),), "allow_missing": False, **changes})
+        "fingerprint": "f", "outputs": (("y", "float32", (2,)),), "allow_missing": False, "exact": True, **changes})
 
 
 def test_another_run_is_told_apart_by_each_differing_field():

@@ -22,6 +22,8 @@ VERBS = {
     "run": "Score an array in order, or go on with a run that was stopped.",
     "plan": "Show what a run would do; sends no record and writes nothing.",
     "predict": "Score one query and print the answer.",
+    "status": "Say how far a run is, from any machine; --clean takes an abandoned one away.",
+    "verify": "Prove an output complete; --deep reads every byte, --replay scores some of it again.",
     "show": "Draw sample records with their predictions; with labels, how many are right.",
     "pack": "Make an archive of a trained model.",
     "serve": "Serve an archive in the foreground.",

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from batch_client.errors import UsageError
+
 if TYPE_CHECKING:
     from batch_client.spec import RunSpec
 
@@ -49,6 +51,7 @@ server_options = _stack(
                  help="Serve this archive here for the length of the command (a path, s3:// or https://)."),
     click.option("--model", metavar="NAME", help="The model's name at the endpoints."),
     click.option("--token-file", metavar="FILE", help="File with the endpoints' token; read again when refused."),
+    click.option("--token-command", metavar="COMMAND", help="Command that prints the token; run again when refused."),
     click.option("--workers", type=int, help="Worker processes of the embedded server.  [default: GPUs, else cores]"),
     click.option("--threads", type=int, help="Threads of each worker.  [default: cores / workers]"),
 )
@@ -74,6 +77,14 @@ run_options = _stack(
     click.option("--patience", type=float, default=600.0, show_default=True, metavar="SECONDS",
                  help="Stop, resumable, when no request was answered for this long."),
     click.option("--allow-missing", is_flag=True, help="Take the fill value for input chunks that are not there."),
+    click.option("--fast", is_flag=True, help="Give up equal bytes: records share micro-batches as they come, and "
+                 "servers may differ in numerics."),
+    click.option("--max-failed", type=int, default=0, show_default=True, help="Publish with up to this many failed "
+                 "records; others are listed and their chunks held back."),
+    click.option("--require-finite", is_flag=True, help="Count records with NaN or infinite predictions as failed."),
+    click.option("--part", metavar="I/N", help="Score the I-th of N parts; whoever completes the run publishes it."),
+    click.option("--reuse", metavar="OLD", help="Copy the chunks of this earlier output that are still true."),
+    click.option("--overwrite", is_flag=True, help="Delete the OUTPUT that is there first."),
 )
 
 
@@ -81,6 +92,13 @@ def spec_of(input_url: str, output_url: str, options: dict[str, Any]) -> RunSpec
     """The RunSpec of a command's flags. Raises UsageError for flags that can't work."""
     from batch_client.spec import Records, RunSpec  # noqa: PLC0415 - keeps --help quick
 
-    records = options.pop("records")
-    return RunSpec(input=input_url, output=output_url,
-                   records=Records.parse(records) if records else Records(), **options)
+    records, part, fast = options.pop("records"), options.pop("part"), options.pop("fast")
+    return RunSpec(input=input_url, output=output_url, records=Records.parse(records) if records else Records(),
+                   part=None if part is None else _part_of(part), exact=not fast, **options)
+
+
+def _part_of(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal()):
+        raise UsageError(f"--part {text!r}: wanted I/N with 1 <= I <= N, such as 1/8")
+    return int(part), int(parts)

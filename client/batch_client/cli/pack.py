@@ -20,10 +20,10 @@ FILE = click.Path(path_type=Path)
 @click.option("-o", "--output", type=FILE, help="The archive to write.  [default: NAME.mar]")
 @click.option("--name", help="The model's name for servers and clients.  [default: the file's]")
 @click.option("--version", help="The model's version.  [default: 1.0]")
-@click.option("--arch", metavar="MODULE:CALLABLE", help="What builds the module for weights: FILE.py:callable is packed "
-              "with them, module:callable must be installed where the model is served.")
+@click.option("--arch", metavar="MODULE:CALLABLE", help="What builds the module for weights: FILE.py:callable is "
+              "packed with them, module:callable must be installed where the model is served.")
 @click.option("--trust-pickle", is_flag=True, help="Load MODEL although it is a pickle, which can run any code.")
-@click.option("--signature", type=FILE, help="TOML file with [model], [[inputs]] and [[outputs]]; or use the flags below.")
+@click.option("--signature", type=FILE, help="TOML file with [model], [[inputs]] and [[outputs]], instead of the flags below.")
 @click.option("--input", "input_text", metavar="NAME:DTYPE:SHAPE", help="A record as it travels, such as "
               "image:uint8:28x28.  [default: that of the golden records]")
 @click.option("--model-shape", metavar="SHAPE", help="A record as the model takes it, such as 1x28x28.  "
@@ -41,9 +41,8 @@ def command(model: Path, **options: Any) -> None:
         from batch_handler import archive  # noqa: PLC0415
     except ImportError as error:
         raise ServingError(f'packing needs {error.name}: pip install "batch-client[serve]"') from error
-    from batch_handler.fields import SignatureError  # noqa: PLC0415
-
     from batch_client.resources import serve_config_dir  # noqa: PLC0415
+    from batch_handler.fields import SignatureError  # noqa: PLC0415
 
     config = (serve_config_dir() / "model-config.yaml").read_bytes()
     try:
@@ -80,7 +79,8 @@ def _draft(options: dict[str, Any]) -> SignatureDraft:
     flags = [flag for flag in ("input_text", "model_shape", "scale", "softmax") if options[flag]]
     if signature is not None:
         if flags:
-            raise UsageError(f"--signature and --{flags[0].replace('_text', '').replace('_', '-')}: wanted one or the other")
+            flag = flags[0].replace("_text", "").replace("_", "-")
+            raise UsageError(f"--signature and --{flag}: wanted one or the other")
         try:
             draft = parse_signature(signature.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
@@ -99,9 +99,9 @@ def _input_of(options: dict[str, Any]) -> tuple[str, str, list[int]]:
     """Name, dtype and record shape of the input, from the flag or the golden records."""
     text: str | None = options["input_text"]
     if text is not None:
-        name, dtype, shape = (text.split(":") + ["", ""])[:3]
         if text.count(":") != 2:
             raise UsageError(f"--input {text!r}: wanted NAME:DTYPE:SHAPE, such as image:uint8:28x28")
+        name, dtype, shape = text.split(":")
         return name, dtype, _shape_of("--input", shape)
     golden: Path | None = options["golden"]
     if golden is None:
@@ -113,7 +113,7 @@ def _input_of(options: dict[str, Any]) -> tuple[str, str, list[int]]:
     except (OSError, ValueError, EOFError) as error:
         raise UsageError(f"--golden {golden}: can't be read as .npy: {error}") from error
     if not isinstance(array, np.ndarray):
-        raise UsageError(f"--golden {golden}: an .npz does not say which array is the input: add --input or --signature")
+        raise UsageError(f"--golden {golden}: an .npz does not say which array is the input, add --input")
     return "input", array.dtype.name, list(array.shape[1:])
 
 

@@ -79,5 +79,8 @@ def _stop_on_signals(stop: asyncio.Event) -> None:
 def _sentence(summary: RunSummary) -> str:
     if summary.already_published:
         return f"{summary.output} was published already: {summary.records:,} records, root {summary.root}"
+    if not summary.published:
+        return (f"{summary.scored:,} records in {summary.seconds:.1f} s: this part is done, {summary.output} is "
+                "published when all parts are")
     return (f"{summary.scored:,} records in {summary.seconds:.1f} s, {summary.records_per_s:,.0f} records/s, "
             f"{summary.failed:,} failed, {summary.retries:,} retries → {summary.output}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,10 +28,7 @@ __all__ = ["command"]
               help="Keep the current token in this file, for `run --token-file`; it is replaced when it is renewed.")
 @click.option("--log-dir", type=click.Path(path_type=Path),
               help="Write the server's log here instead of to stderr.")
-def command(
-    archive: Path, workers: int | None, threads: int | None, micro_batch: int | None,
-    address: str, port: int | None, metrics_port: int | None, token_file: Path | None, log_dir: Path | None,
-) -> None:
+def command(archive: Path, token_file: Path | None, log_dir: Path | None, **server: Any) -> None:
     """Serve ARCHIVE, a file made by `pack`, until Ctrl-C."""
     # aiohttp is slow to import, and `batch-client --help` imports this module.
     from batch_client.server import ServerSettings, serve_forever  # noqa: PLC0415
@@ -41,7 +38,6 @@ def command(
         click.echo(f"metrics at {server.metrics_url}")
         click.echo(f"token in {token_file}" if token_file else "requests need a token: start with --token-file PATH")
 
-    settings = ServerSettings(archive=archive, workers=workers, threads=threads, micro_batch=micro_batch,
-                              address=address, port=port, metrics_port=metrics_port, log_dir=log_dir)
+    settings = ServerSettings(archive=archive, log_dir=log_dir, **server)
     echo = None if log_dir else lambda text: click.echo(text, nl=False, err=True)
     asyncio.run(serve_forever(settings, announce, token_file=token_file, echo=echo))

@@ -90,7 +90,7 @@ async def _show(output_url: str, *, labels: str | None, records: str | None, sou
     place = source or attributes.get("source")
     if not place:
         raise UsageError(f"{output_url}: it does not say what was scored; name it with --source URL")
-    inputs = await open_source(open_store(place, anonymous=anonymous), attributes.get("source_array"))
+    inputs = await open_source(open_store(place, anonymous=anonymous), attributes.get("source_array") or None)
     if inputs.geometry.count < stop:
         raise UsageError(f"{place}: found {inputs.geometry.count:,} records, wanted at least {stop:,}; "
                          "is it the array that was scored?")

@@ -1,0 +1,73 @@
+"""`batch-client status`: how far a run is, from any machine; and taking an abandoned one away."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import click
+
+from batch_client.errors import UsageError
+
+if TYPE_CHECKING:
+    from batch_client.progress import Progress
+    from batch_client.storage import Store
+
+
+@click.command("status")
+@click.argument("output_url", metavar="OUTPUT")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("--clean", is_flag=True, help="List what an unpublished output holds, to be removed with --yes.")
+@click.option("--yes", is_flag=True, help="With --clean: remove it.")
+@click.option("--anonymous", is_flag=True, help="Use storage without credentials: public buckets.")
+def command(output_url: str, *, as_json: bool, clean: bool, yes: bool, anonymous: bool) -> None:
+    """Say how far the run into OUTPUT is: records done, rate, time left, failures, who wrote when."""
+    from batch_client.api import run_until_complete  # noqa: PLC0415 - keeps --help quick
+    from batch_client.storage import open_store  # noqa: PLC0415
+
+    store = open_store(output_url, anonymous=anonymous)
+    if clean:
+        click.echo(run_until_complete(_clean(store, yes=yes)))
+        return
+    if yes:
+        raise UsageError("--yes: wanted only together with --clean")
+    click.echo(run_until_complete(_status(store, as_json=as_json)))
+
+
+async def _status(store: Store, *, as_json: bool) -> str:
+    from batch_client.progress import progress_of  # noqa: PLC0415 - keeps --help quick
+
+    progress = await progress_of(store)
+    return json.dumps(progress.to_value()) if as_json else _lines(progress)
+
+
+def _lines(progress: Progress) -> str:
+    share = progress.done / progress.records
+    lines = [
+        f"{progress.output}: {'published, ' + str(progress.root) if progress.published else 'not published'}",
+        f"records  {progress.done:,} of {progress.records:,} ({share:.1%})",
+        f"failed   {progress.failed:,}, and {progress.not_finite:,} not finite",
+        f"chunks   {progress.chunks_done:,} of {progress.chunks:,}, {progress.dead_letters:,} with dead letters",
+    ]
+    if progress.rate is not None and progress.eta is not None:
+        lines.append(f"rate     {progress.rate:,.0f} records/s, {progress.eta:,.0f} s left at that rate")
+    for writer in progress.writers:
+        when = datetime.fromtimestamp(writer.last_wrote, UTC).isoformat(timespec="seconds")
+        lines.append(f"writer   {writer.name}: {writer.segments} ledger segments, the last at {when}")
+    return "\n".join(lines)
+
+
+async def _clean(store: Store, *, yes: bool) -> str:
+    from batch_client.publish import published_root  # noqa: PLC0415 - keeps --help quick
+    from batch_client.removal import list_output, remove_output  # noqa: PLC0415
+
+    if await published_root(store) is not None:
+        raise UsageError(f"{store.url} is published: --clean removes only outputs that are not")
+    found = await list_output(store)
+    size = f"{len(found):,} objects, {sum(meta.size for meta in found):,} bytes"
+    if not yes:
+        shown = "\n".join(f"  {meta.key}  {meta.size:,}" for meta in found[:20])
+        return f"{store.url} holds {size}:\n{shown}\n{'  …' if len(found) > 20 else ''}\nnothing removed; add --yes to"
+    await remove_output(store)
+    return f"removed {size} from {store.url}"

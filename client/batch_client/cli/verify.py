@@ -1,0 +1,66 @@
+"""`batch-client verify`: prove an output complete, without a model; or with one, score some of it again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batch_client.cli.options import server_options
+from batch_client.errors import UsageError
+
+if TYPE_CHECKING:
+    from batch_client.replay import Replay
+    from batch_client.verify import Verification
+
+
+@click.command("verify")
+@click.argument("output_url", metavar="OUTPUT")
+@click.option("--deep", is_flag=True, help="Read every byte and compare it with the manifest.")
+@click.option("--replay", "replays", type=click.IntRange(1), metavar="N",
+              help="Score N random chunks again and compare the bits; needs --endpoint or --archive.")
+@server_options
+@click.option("--anonymous", is_flag=True, help="Use storage without credentials: public buckets.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def command(output_url: str, *, deep: bool, replays: int | None, as_json: bool, **options: Any) -> None:
+    """Check that OUTPUT is what was published: every chunk is there, once, with its size.
+
+    Exit code 0 if it is; 65 names what is missing or altered.
+    """
+    from batch_client.api import run_until_complete  # noqa: PLC0415 - keeps --help quick
+
+    if replays is None and (options["endpoints"] or options["archive"]):
+        raise UsageError("--endpoint and --archive: wanted only together with --replay N")
+    verification, replayed = run_until_complete(_verify(output_url, deep, replays, options))
+    if as_json:
+        click.echo(json.dumps(asdict(verification) | ({} if replayed is None else {"replayed": asdict(replayed)})))
+        return
+    click.echo(f"{verification.output}: {verification.records:,} records in {verification.objects:,} objects "
+               f"({verification.nbytes:,} bytes) are what the manifest says{', every byte' if deep else ''}; "
+               f"{verification.failed:,} failed, {verification.not_finite:,} not finite; root {verification.root}")
+    if replayed is not None:
+        click.echo(f"scored again: {replayed.records:,} records in {len(replayed.chunks)} chunks, all bits equal")
+
+
+async def _verify(output_url: str, deep: bool, replays: int | None,  # noqa: FBT001 - called once, right above
+                  options: dict[str, Any]) -> tuple[Verification, Replay | None]:
+    from batch_client.manifest import read_manifest  # noqa: PLC0415 - keeps --help quick
+    from batch_client.prepare import serving  # noqa: PLC0415
+    from batch_client.replay import replay  # noqa: PLC0415
+    from batch_client.spec import Records, RunSpec  # noqa: PLC0415
+    from batch_client.storage import open_store  # noqa: PLC0415
+    from batch_client.verify import verify_output  # noqa: PLC0415
+
+    store = open_store(output_url, anonymous=options["anonymous"])
+    verification = await verify_output(store, deep=deep)
+    if replays is None:
+        return verification, None
+    run = (await read_manifest(store)).run
+    spec = RunSpec(
+        input=run["source"], output=output_url, array=run["source_array"] or None,
+        records=Records(run["start"], run["stop"]), chunk_records=run["grid_records"], codec=run["codec"],
+        allow_missing=run["allow_missing"], exact=run["exact"], **options)
+    async with serving(spec) as services:
+        return verification, await replay(spec, services, replays)

@@ -1,0 +1,255 @@
+"""One request until it has an answer: send, check that the reply is the answer, send again when it is not.
+
+A reply is taken only if its id, checksum of the request, names, dtypes, shapes, model digest and fingerprint are the
+expected ones. Whatever is not the records' own fault (no room, a broken connection, an altered reply, a token) is dealt
+with here; what may be their fault goes back to `scorer.py`. What an answer means stands in `dialect.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from batch_client.contract import ModelContract
+from batch_client.dialect import Outcome, Verdict, read_reply
+from batch_client.endpoint import Endpoint, Pool, Room
+from batch_client.errors import CredentialsError, MismatchError, ServingError, StoppedError
+from batch_client.events import Event, RequestDone, RequestRetried, RequestSent
+from batch_client.plan import Span
+from batch_client.retry import RetryBucket, full_jitter
+from batch_client.serving import Servers
+from batch_client.tokens import authorization
+from batch_client.transport import HttpReply, TransportError
+from batch_handler.oip import (
+    CONTENT_TYPE,
+    HEADER_LENGTH,
+    InferReply,
+    InferRequest,
+    Message,
+    OipError,
+    RequestedOutput,
+    Tensor,
+    decode_reply,
+    encode_request,
+)
+
+__all__ = ["Exchange", "Prediction"]
+
+RECORD_STATUS = "record_status"
+REQUEST_SECONDS = 300.0
+# A token that was just renewed and is refused again will not get better.
+TOKEN_TRIES = 3
+# A connection that breaks this often on one request, while others are answered, breaks because of it.
+BROKEN_TRIES = 5
+
+_SUSPECT = (Outcome.FAILED, Outcome.RAISED, Outcome.REFUSED, Outcome.TOO_LARGE)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer to one request: an array (records, *output shape) by output name, and a uint8 status a record."""
+
+    outputs: Mapping[str, np.ndarray]
+    status: np.ndarray
+
+
+@dataclass
+class _Tries:
+    made: int = 0
+    token: int = 0
+    broken: int = 0
+    refused_token: str | None = None
+    began: float = field(default=0.0)
+
+
+class Exchange:
+    """Requests of one run at a pool of servers."""
+
+    def __init__(
+        self,
+        *,
+        servers: Servers,
+        pool: Pool,
+        contract: ModelContract,
+        exact: bool,
+        patience: float,
+        clock: Callable[[], float],
+        rng: random.Random,
+        emit: Callable[[Event], None],
+    ) -> None:
+        self.pool = pool
+        self._transport = servers.transport
+        self._tokens = servers.tokens
+        self._contract = contract
+        self._exact = exact
+        self._patience = patience
+        self._clock = clock
+        self._rng = rng
+        self._emit = emit
+        self._bucket = RetryBucket()
+        self._last_success = clock()
+        self._nonce = f"{rng.getrandbits(48):012x}"
+        self._numbers = itertools.count()
+
+    async def ask(self, span: Span, rows: np.ndarray, room: Room | None = None) -> Prediction | Verdict:
+        """The prediction for `rows` (records, *input shape), or a verdict on which the records may be to blame.
+
+        `room` is the pool's way to a server, `Pool.room` unless the caller holds another.
+
+        Raises StoppedError when no server answered anything for longer than patience, CredentialsError for a token
+        that stays refused, MismatchError or ServingError when no server is left.
+        """
+        tries = _Tries(began=self._clock())
+        while True:
+            message, ident = self._encode(span, rows)
+            async with (room or self.pool.room)() as endpoint:
+                sent_at = self._clock()
+                verdict, prediction = await self._attempt(endpoint, message, ident, span, tries)
+                self._learn(endpoint, verdict, sent_at)
+            if prediction is not None:
+                return prediction
+            if self._is_suspect(verdict, tries):
+                self._emit(RequestRetried(endpoint.url, f"{verdict.outcome.value}: {verdict.reason}", 0.0))
+                return verdict
+            await self._before_next(endpoint, verdict, tries)
+
+    async def pause(self, tries: int) -> None:
+        """Wait before an attempt that repeats another, paid for by the run's retry bucket."""
+        await asyncio.sleep(max(full_jitter(tries, self._rng), self._bucket.delay(self._clock())))
+
+    def out_of_patience(self) -> float | None:
+        """Seconds since the last answer if that is longer than the run's patience."""
+        idle = self._clock() - self._last_success
+        return idle if idle > self._patience else None
+
+    def _encode(self, span: Span, rows: np.ndarray) -> tuple[Message, str]:
+        ident = f"{self._nonce}-{next(self._numbers)}"
+        parameters: dict[str, object] = {"binary_data_output": True}
+        outputs: tuple[RequestedOutput, ...] = ()
+        if self._exact:
+            parameters |= {"exact": True, "first_row": span.first_row}
+        elif self._contract.has_status:
+            # Only a bulk reply has a status for each record without being asked.
+            outputs = tuple(RequestedOutput(name) for name in (*self._contract.output_names, RECORD_STATUS))
+        inputs = (Tensor(self._contract.input_name, rows),)
+        return encode_request(InferRequest(id=ident, inputs=inputs, outputs=outputs, parameters=parameters)), ident
+
+    async def _attempt(self, endpoint: Endpoint, message: Message, ident: str, span: Span,
+                       tries: _Tries) -> tuple[Verdict, Prediction | None]:
+        token = await self._tokens.token(tries.refused_token)
+        headers = {"Content-Type": CONTENT_TYPE, HEADER_LENGTH: str(message.header_length), **authorization(token)}
+        url = f"{endpoint.url}/v2/models/{self._contract.name}/infer"
+        started = self._clock()
+        self._emit(RequestSent(endpoint.url, span.count))
+        try:
+            reply = await self._transport.send("POST", url, headers, message.parts,
+                                               min(REQUEST_SECONDS, max(self._patience, 1.0)))
+        except TransportError as error:
+            return Verdict(Outcome.BROKEN, str(error)), None
+        verdict = read_reply(reply.status, reply.body)
+        tries.refused_token = token if verdict.outcome is Outcome.TOKEN else None
+        if verdict.outcome is not Outcome.RESULT:
+            return verdict, None
+        try:
+            answer = _decode(reply)
+            prediction = self._check(answer, message, ident, span.count)
+        except _OtherModelError as error:
+            return Verdict(Outcome.OTHER_MODEL, str(error)), None
+        except OipError as error:
+            return Verdict(Outcome.CORRUPT, str(error)), None
+        self._emit(RequestDone(endpoint.url, span.count, message.nbytes, len(reply.body), self._clock() - started,
+                               _milliseconds(answer.parameters.get("compute_ms"))))
+        return verdict, prediction
+
+    def _learn(self, endpoint: Endpoint, verdict: Verdict, sent_at: float) -> None:
+        match verdict.outcome:
+            case Outcome.RESULT:
+                self._last_success = self._clock()
+                self._bucket.succeeded()
+                self.pool.succeeded(endpoint)
+            case Outcome.BUSY:
+                self.pool.overloaded(endpoint, sent_at)
+            case Outcome.BROKEN | Outcome.CORRUPT:
+                self.pool.broke(endpoint)
+            case Outcome.OTHER_MODEL:
+                self.pool.leave_out(endpoint, MismatchError(f"{endpoint.url}: {verdict.reason}"))
+            case Outcome.NO_MODEL:
+                self.pool.leave_out(endpoint, ServingError(f"{endpoint.url}: {verdict.reason}"))
+
+    def _is_suspect(self, verdict: Verdict, tries: _Tries) -> bool:
+        if verdict.outcome in _SUSPECT:
+            return True
+        tries.broken += verdict.outcome is Outcome.BROKEN
+        return tries.broken >= BROKEN_TRIES and self._last_success > tries.began
+
+    async def _before_next(self, endpoint: Endpoint, verdict: Verdict, tries: _Tries) -> None:
+        tries.made += 1
+        if verdict.outcome is Outcome.TOKEN:
+            tries.token += 1
+            if tries.token >= TOKEN_TRIES:
+                raise CredentialsError(f"{endpoint.url} refuses the token: {verdict.reason}")
+        idle = self.out_of_patience()
+        if idle is not None:
+            raise StoppedError(f"no request was answered for {idle:.0f} s (--patience {self._patience:g}); the last "
+                               f"answer of {endpoint.url}: {verdict.outcome.value}: {verdict.reason}; "
+                               "the same command goes on from here")
+        # A server without room rests for all requests (pool), so there is nothing to wait for here.
+        delay = 0.0
+        if verdict.outcome is not Outcome.BUSY:
+            delay = max(full_jitter(tries.made, self._rng), self._bucket.delay(self._clock()))
+        self._emit(RequestRetried(endpoint.url, f"{verdict.outcome.value}: {verdict.reason}", delay))
+        await asyncio.sleep(delay)
+
+    def _check(self, reply: InferReply, message: Message, ident: str, count: int) -> Prediction:
+        contract = self._contract
+        if reply.id != ident:
+            raise OipError(f"the reply has id {reply.id!r}, the request {ident!r}")
+        if contract.has_status and reply.parameters.get("request_crc32c") != message.crc32c:
+            raise OipError("the server received other bytes than were sent")
+        digest = str(reply.parameters.get("model_digest", contract.digest))
+        fingerprint = str(reply.parameters.get("fingerprint", contract.fingerprint)) if self._exact else ""
+        if digest != contract.digest or (self._exact and fingerprint != contract.fingerprint):
+            raise _OtherModelError(f"its model is {digest} with numerics {fingerprint or 'of any kind'}, this run's is "
+                                   f"{contract.digest} with {contract.fingerprint}")
+        tensors = {tensor.name: tensor.data for tensor in reply.outputs}
+        status = tensors.pop(RECORD_STATUS, None)
+        if status is None and not contract.has_status:
+            status = _status_of(tensors, count)
+        if status is None or status.shape != (count,) or status.dtype != np.uint8:
+            raise OipError(f"{RECORD_STATUS} is missing or not uint8 ({count},)")
+        for output in contract.outputs:
+            array = tensors.get(output.name)
+            wanted = (count, *output.shape)
+            if array is None or array.shape != wanted or array.dtype != output.dtype:
+                shown = "missing" if array is None else f"{array.dtype} {array.shape}"
+                raise OipError(f"output {output.name} is {shown}, wanted {output.dtype} {wanted}")
+        return Prediction({output.name: tensors[output.name] for output in contract.outputs}, status)
+
+
+class _OtherModelError(Exception):
+    """A sound reply of a model, or of numerics, that are not this run's."""
+
+
+def _status_of(tensors: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+    """A status a record for servers that give none: 2 where any of its float outputs is not finite."""
+    finite = np.ones(count, bool)
+    for array in tensors.values():
+        if array.dtype.kind == "f" and len(array) == count:
+            finite &= np.isfinite(array.reshape(count, -1)).all(axis=1)
+    return np.where(finite, 0, 2).astype(np.uint8)
+
+
+def _decode(reply: HttpReply) -> InferReply:
+    length = reply.headers.get(HEADER_LENGTH.lower())
+    if length is not None and not length.isdecimal():
+        raise OipError(f"{HEADER_LENGTH} is {length[:40]!r}, wanted a number")
+    return decode_reply(reply.body, None if length is None else int(length))
+
+
+def _milliseconds(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0

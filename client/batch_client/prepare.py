@@ -1,0 +1,169 @@
+"""Everything that can refuse a run, asked before its first object is written: source, servers, sizes, place."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from batch_client.contract import ModelContract, fetch_contract
+from batch_client.endpoint import Pool
+from batch_client.errors import BatchClientError, DataError, MismatchError, ServingError
+from batch_client.layout import SPEC_KEY
+from batch_client.plan import Geometry, Plan, make_plan
+from batch_client.reader import Source, open_source
+from batch_client.serving import Servers, open_servers
+from batch_client.spec import RunIdentity, RunSpec
+from batch_client.storage import Store, open_store
+
+__all__ = ["Prepared", "Services", "prepare", "serving"]
+
+# The fingerprint in the identity of a run that is not exact: its records may be scored by numerics of any kind.
+ANY_NUMERICS = "any"
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts of the world that a run touches; a simulation passes others."""
+
+    servers: Servers
+    source_store: Store
+    output_store: Store
+    reuse_store: Store | None = None
+    clock: Callable[[], float] = time.monotonic
+    rng: random.Random = field(default_factory=random.Random)
+
+
+@asynccontextmanager
+async def serving(spec: RunSpec) -> AsyncIterator[Services]:
+    """Everything that `spec` names, open: stores, and servers to score with.
+
+    Raises what opening them raises.
+    """
+    source_store = open_store(spec.input, anonymous=spec.anonymous)
+    output_store = open_store(spec.output, anonymous=spec.anonymous)
+    reuse_store = None if spec.reuse is None else open_store(spec.reuse, anonymous=spec.anonymous)
+    # A source that can't be scored should not wait for a server to start.
+    await open_source(source_store, spec.array)
+    async with open_servers(spec) as servers:
+        yield Services(servers, source_store, output_store, reuse_store)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that nothing speaks against."""
+
+    source: Source
+    contract: ModelContract
+    plan: Plan
+    identity: RunIdentity
+    pool: Pool
+
+
+async def prepare(spec: RunSpec, services: Services) -> Prepared:
+    """Open the source, agree with the servers on the model, choose all sizes. Writes nothing.
+
+    Raises DataError, ServingError, CredentialsError, UsageError, or MismatchError when the servers have another model
+    than the output that is there already.
+    """
+    source = await open_source(services.source_store, spec.array)
+    pool = Pool(services.servers.urls, spec.in_flight, services.clock, services.rng)
+    contract = await _agree(spec, services, pool)
+    geometry = _checked(source, contract)
+    plan = make_plan(spec, geometry, contract.input_dtype, contract.outputs, contract.micro_batch)
+    return Prepared(source, contract, plan, _identity(spec, services, source, contract, plan), pool)
+
+
+async def _agree(spec: RunSpec, services: Services, pool: Pool) -> ModelContract:
+    """The model of the run: that of the output which is there already, else the first server's. Servers that can't be
+    reached or have another one are left out.
+    """
+    wanted = None if spec.overwrite else await _model_of_output(services.output_store)
+    agreed: ModelContract | None = None
+    async with asyncio.TaskGroup() as tasks:
+        asked = [tasks.create_task(_contract_or_error(services.servers, endpoint.url)) for endpoint in pool.endpoints]
+    for endpoint, task in zip(pool.endpoints, asked, strict=True):
+        found = task.result()
+        if isinstance(found, BatchClientError):
+            pool.leave_out(endpoint, found)
+            continue
+        model = found.digest, found.fingerprint if spec.exact else ANY_NUMERICS
+        wanted = wanted or model
+        if model != wanted or (agreed is not None and not _alike(found, agreed, exact=spec.exact)):
+            pool.leave_out(endpoint, MismatchError(
+                f"{endpoint.url}: its model is {model[0]} with numerics {model[1]}, this run's is {wanted[0]} "
+                f"with {wanted[1]}; serve that model, or choose another OUTPUT"))
+        elif agreed is None:
+            agreed = found
+    if agreed is None:
+        reasons = [endpoint.left_out for endpoint in pool.endpoints if endpoint.left_out is not None]
+        raise reasons[0] if reasons else ServingError("no endpoint was given")
+    return agreed
+
+
+def _alike(one: ModelContract, other: ModelContract, *, exact: bool) -> bool:
+    return one == other if exact else replace(one, fingerprint=other.fingerprint) == other
+
+
+async def _contract_or_error(servers: Servers, url: str) -> ModelContract | BatchClientError:
+    try:
+        return await fetch_contract(servers, url)
+    except BatchClientError as error:
+        return error
+
+
+async def _model_of_output(store: Store) -> tuple[str, str] | None:
+    """Digest and fingerprint of the run that an output belongs to."""
+    blob = await store.get(SPEC_KEY)
+    if blob is None:
+        return None
+    try:
+        stored = json.loads(bytes(blob.data))
+        return str(stored["model_digest"]), str(stored["fingerprint"])
+    except (ValueError, KeyError, TypeError):
+        return None  # what it is, the comparison of identities says
+
+
+def _checked(source: Source, contract: ModelContract) -> Geometry:
+    """The source's geometry, once it is clear that the model takes its records."""
+    found = source.geometry
+    if _squeezed(found.record_shape) != _squeezed(contract.input_shape):
+        raise DataError(f"{source.url}: a record has shape {found.record_shape}, model {contract.name} takes "
+                        f"{contract.input_shape}: score another array, or pack the model for these records")
+    if not np.can_cast(found.dtype, contract.input_dtype, "safe"):
+        raise DataError(f"{source.url}: records are {found.dtype}, model {contract.name} takes {contract.input_dtype}, "
+                        "which can't hold them all: convert the array, or pack the model for this dtype")
+    return found
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def _identity(spec: RunSpec, services: Services, source: Source, contract: ModelContract,
+              plan: Plan) -> RunIdentity:
+    return RunIdentity(
+        source=services.source_store.url,
+        source_array=spec.array or "",
+        source_metadata=source.metadata_digest,
+        source_shape=source.geometry.shape,
+        source_dtype=str(source.geometry.dtype),
+        start=plan.start,
+        stop=plan.stop,
+        grid_records=plan.grid_records,
+        chunk_records=plan.chunk_records,
+        micro_batch=plan.micro_batch,
+        codec=spec.codec,
+        model=contract.name,
+        model_digest=contract.digest,
+        fingerprint=contract.fingerprint if spec.exact else ANY_NUMERICS,
+        outputs=tuple((output.name, str(output.dtype), output.shape) for output in plan.outputs),
+        allow_missing=spec.allow_missing,
+        exact=spec.exact,
+    )

@@ -1,0 +1,100 @@
+"""How far a run is, from its ledger: from any machine, without a model and without the clients that work on it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from batch_client.errors import MismatchError
+from batch_client.layout import FAILED_PREFIX, LEDGER_PREFIX, SPEC_KEY
+from batch_client.ledger import LedgerView
+from batch_client.publish import published_root
+from batch_client.storage import Store, child_url
+
+__all__ = ["Progress", "Writer", "progress_of"]
+
+# The rate is that of the segments written in this many last seconds before the newest.
+RATE_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One client's life: its segments, and when it wrote the last, in seconds since 1970 by the store's clock."""
+
+    name: str
+    segments: int
+    last_wrote: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of an output. Rates are records a second, `eta` is seconds left; None where nothing can be said."""
+
+    output: str
+    published: bool
+    root: str | None
+    records: int
+    done: int
+    failed: int
+    not_finite: int
+    chunks: int
+    chunks_done: int
+    dead_letters: int
+    rate: float | None
+    eta: float | None
+    writers: tuple[Writer, ...]
+
+    def to_value(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+async def progress_of(store: Store) -> Progress:
+    """Raises MismatchError for a place that is no output of ours, StorageError for a ledger that can't be read."""
+    spec = await store.get(SPEC_KEY)
+    if spec is None:
+        raise MismatchError(f"{store.url}: no output of batch-client (no {SPEC_KEY})")
+    try:
+        run = json.loads(bytes(spec.data))
+        records, a_chunk = int(run["stop"]) - int(run["start"]), int(run["chunk_records"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise MismatchError(f"{child_url(store.url, SPEC_KEY)} can't be read ({error})") from error
+    view = LedgerView(store)
+    await view.refresh()
+    rows = view.rows.values()
+    done = sum(row.records for row in rows)
+    writers, times = await _writers(store)
+    rate = _rate(times, done, len(view.rows))
+    root = await published_root(store)
+    return Progress(
+        output=store.url,
+        published=root is not None,
+        root=root,
+        records=records,
+        done=done,
+        failed=sum(row.failed for row in rows),
+        not_finite=sum(row.not_finite for row in rows),
+        chunks=-(-records // a_chunk),
+        chunks_done=len(view.rows),
+        dead_letters=len([meta async for meta in store.list(FAILED_PREFIX)]),
+        rate=rate,
+        eta=(records - done) / rate if rate and root is None else None,
+        writers=writers,
+    )
+
+
+async def _writers(store: Store) -> tuple[tuple[Writer, ...], list[float]]:
+    segments: dict[str, list[float]] = {}
+    async for meta in store.list(LEDGER_PREFIX):
+        segments.setdefault(meta.key[len(LEDGER_PREFIX):].partition("/")[0], []).append(meta.modified)
+    writers = sorted((Writer(name, len(times), max(times)) for name, times in segments.items()),
+                     key=lambda writer: writer.last_wrote)
+    return tuple(writers), sorted(time for times in segments.values() for time in times)
+
+
+def _rate(times: list[float], done: int, rows: int) -> float | None:
+    """Segments in the last stretch, times the records of an average segment, over its seconds."""
+    recent = [time for time in times if time >= times[-1] - RATE_SECONDS] if times else []
+    if len(recent) < 2 or recent[-1] <= recent[0] or not rows:
+        return None
+    return (len(recent) - 1) * done / len(times) / (recent[-1] - recent[0])

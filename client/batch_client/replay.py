@@ -1,0 +1,67 @@
+"""Random chunks of a published output scored again, and compared bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from batch_client.assemble import UnitAssembler
+from batch_client.budget import ByteBudget
+from batch_client.errors import DataError, UsageError
+from batch_client.exchange import Exchange
+from batch_client.layout import OutputLayout
+from batch_client.ledger import ChunkProof, Row
+from batch_client.manifest import read_manifest
+from batch_client.prepare import Services, prepare
+from batch_client.scorer import Scorer
+from batch_client.spec import RunSpec, canonical_json
+from batch_client.stream import UnitStream
+from batch_client.writer import encode_unit, proof_of
+
+__all__ = ["Replay", "replay"]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Chunks that were scored again and had the same bytes."""
+
+    chunks: tuple[int, ...]
+    records: int
+
+
+async def replay(spec: RunSpec, services: Services, count: int) -> Replay:
+    """Score `count` random chunks of the output of `spec` again. Writes nothing.
+
+    Raises DataError when a byte differs, MismatchError when source, model or numerics are no longer those of the run,
+    UsageError for a run that promised no equal bytes.
+    """
+    manifest = await read_manifest(services.output_store)
+    prepared = await prepare(spec, services)
+    prepared.identity.require_same(canonical_json(manifest.run), services.output_store.url)
+    if not spec.exact:
+        raise UsageError("--replay: a --fast run promises no equal bytes")
+    layout = await OutputLayout.open(prepared.plan, spec.codec)
+    exchange = Exchange(servers=services.servers, pool=prepared.pool, contract=prepared.contract, exact=True,
+                        patience=spec.patience, clock=services.clock, rng=services.rng, emit=lambda _: None)
+    scorer = Scorer(exchange, prepared.plan.micro_batch, lambda _: None)
+    units = sorted(services.rng.sample(range(prepared.plan.unit_count), min(count, prepared.plan.unit_count)))
+    records = 0
+    for index in units:
+        unit = prepared.plan.unit(index)
+        assembler = UnitAssembler(unit, prepared.plan.outputs)
+        stream = UnitStream(prepared.source, prepared.plan, unit, ByteBudget(spec.max_bytes_in_flight),
+                            spec.allow_missing)
+        async for span, rows, lease in stream.spans():
+            scored = await scorer.score(span, prepared.contract.on_the_wire(rows))
+            assembler.place(span, scored.outputs, scored.status)
+            lease.release()
+        found = [await proof_of(key, data) async for key, data in encode_unit(layout, assembler)]
+        _compare(manifest.rows[index], found, services.output_store.url)
+        records += unit.count
+    return Replay(tuple(units), records)
+
+
+def _compare(wanted: Row, found: list[ChunkProof], where: str) -> None:
+    for there, now in zip(wanted.chunks, found, strict=True):
+        if there != now:
+            raise DataError(f"{where}: {now.key} scored again has SHA-256 {now.sha256}, published was {there.sha256}")
+

@@ -1,0 +1,59 @@
+"""Chunks of an earlier output that are still true: same source chunks, model, numerics and places, no failures.
+
+They are copied through this client rather than by the store, so that each copy is proven against the earlier
+manifest's SHA-256 before it is proven again here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import AsyncIterator, Collection, Mapping
+
+from batch_client.errors import BrokenPromiseError, DataError, MismatchError
+from batch_client.ledger import Row
+from batch_client.manifest import read_manifest
+from batch_client.prepare import Prepared
+from batch_client.storage import Store, child_url, put_same
+
+__all__ = ["reusable_rows"]
+
+# What decides a chunk's bytes beside its source chunks; where one differs nothing can be reused.
+_SAME = ("start", "grid_records", "chunk_records", "micro_batch", "codec", "model_digest", "fingerprint", "outputs",
+         "source_dtype", "exact")
+
+
+async def reusable_rows(old: Store, new: Store, prepared: Prepared, done: Collection[int]) -> AsyncIterator[Row]:
+    """Copy what can be reused and give its ledger rows.
+
+    Raises MismatchError when `old` is not a published output or of another geometry, model or numerics, and DataError
+    when one of its chunks is not what its manifest says.
+    """
+    manifest = await read_manifest(old)
+    theirs, ours = manifest.run, json.loads(prepared.identity.to_json())
+    differing = [f"{name} (there {theirs.get(name)!r}, now {ours[name]!r})" for name in _SAME
+                 if theirs.get(name) != ours[name]]
+    if differing:
+        raise MismatchError(f"--reuse {old.url}: no chunk of it can be reused: {'; '.join(differing)}")
+    etags = await prepared.source.etags()
+    for row in manifest.rows:
+        if row.unit not in done and _is_true(row, prepared, etags):
+            for chunk in row.chunks:
+                await _copy(old, new, chunk.key, chunk.sha256)
+            yield row
+
+
+def _is_true(row: Row, prepared: Prepared, etags: Mapping[str, str]) -> bool:
+    if row.failed or row.unit >= prepared.plan.unit_count or row.records != prepared.plan.unit(row.unit).count:
+        return False
+    # A store without ETags can't show that a chunk is the same.
+    return all(etag is not None and etag and etags.get(key) == etag for key, etag in row.source.items())
+
+
+async def _copy(old: Store, new: Store, key: str, sha256: str) -> None:
+    blob = await old.get(key)
+    if blob is None or hashlib.sha256(blob.data).hexdigest() != sha256:
+        raise DataError(f"--reuse {child_url(old.url, key)}: {'missing' if blob is None else 'altered'} since it was "
+                        "published: run batch-client verify on it, or score everything again without --reuse")
+    if not await put_same(new, key, bytes(blob.data)):
+        raise BrokenPromiseError(f"{child_url(new.url, key)} holds other bytes than the output it is reused from")

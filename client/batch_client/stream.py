@@ -1,0 +1,64 @@
+"""One unit's records as requests: blocks read within the byte budget, cut into spans at the request grid."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from batch_client.budget import ByteBudget, Lease
+from batch_client.errors import MismatchError
+from batch_client.plan import Plan, Span, Unit
+from batch_client.reader import Source
+
+__all__ = ["UnitStream"]
+
+
+@dataclass
+class UnitStream:
+    """Reads a unit once. `etags` and `nbytes` are of what has been read so far."""
+
+    source: Source
+    plan: Plan
+    unit: Unit
+    budget: ByteBudget
+    allow_missing: bool
+    etags: dict[str, str | None] = field(default_factory=dict)
+    nbytes: int = 0
+
+    async def spans(self) -> AsyncIterator[tuple[Span, np.ndarray, Lease]]:
+        """Each request's span, its records (records, *record shape), and the lease on their bytes, to be released by
+        whoever takes them.
+
+        Raises MismatchError when a source chunk changes between two reads, and what `Source.read` raises.
+        """
+        carried: np.ndarray | None = None
+        for start, stop in self.plan.blocks(self.unit):
+            lease = await self.budget.take((stop - start) * self.plan.source.record_bytes)
+            try:
+                rows = await self.source.read(start, stop, allow_missing=self.allow_missing)
+                self._pin(rows.etags)
+                self.nbytes += rows.nbytes
+                first = start - (0 if carried is None else len(carried))
+                for span in self.plan.requests(first, stop):
+                    records = rows.data[max(span.start - start, 0):span.stop - start]
+                    if carried is not None:
+                        records, carried = np.concatenate([carried, records]), None
+                    if self._goes_on(span, stop):
+                        # Copied, so that the block's bytes can be given back while these wait.
+                        carried = records.copy()
+                    else:
+                        yield span, records, lease.hold()
+            finally:
+                lease.release()
+
+    def _goes_on(self, span: Span, stop: int) -> bool:
+        """Whether the next block has more of this request."""
+        return span.stop == stop < self.unit.stop and (span.first_row + span.count) % self.plan.request_records != 0
+
+    def _pin(self, etags: Mapping[str, str | None]) -> None:
+        for key, etag in etags.items():
+            if self.etags.setdefault(key, etag) != etag:
+                raise MismatchError(f"{self.source.url}: chunk {key} changed while it was being scored: "
+                                    "score a source that stays as it is, into a new OUTPUT")
