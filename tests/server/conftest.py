@@ -45,25 +45,42 @@ def make_archive(tmp_path_factory):
     return make
 
 
+async def until(condition, seconds=60):
+    """Returns when `condition()` is true, or after `seconds`: other processes send no events."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:  # noqa: ASYNC110 - nothing in this process sets an event
+        await asyncio.sleep(0.02)
+
+
+@pytest.fixture(name="until")
+def until_fixture():
+    return until
+
+
 class Family:
     """The processes under `root` by pid and start time, so that a pid used again is not taken for them."""
 
     def __init__(self, root):
-        self.processes = root.children(recursive=True)
+        self.commands = {one: self.command(one) for one in root.children(recursive=True)}
+
+    @staticmethod
+    def command(process):
+        try:
+            return " ".join(process.cmdline())
+        except psutil.Error:  # it ended while we looked
+            return ""
 
     def named(self, part):
-        return [one for one in self.processes if part in " ".join(one.cmdline())]
+        return [one for one, command in self.commands.items() if part in command]
 
     def alive(self):
-        return [one for one in self.processes
+        return [one for one in self.commands
                 if one.is_running() and one.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)]
 
-    async def gone(self, seconds=30):
-        """Waits until nobody is alive; returns who still is after `seconds`."""
-        end = time.monotonic() + seconds
-        while (left := self.alive()) and time.monotonic() < end:
-            await asyncio.sleep(0.05)
-        return left
+    async def gone(self):
+        """Waits until nobody is alive; returns who still is after a long time."""
+        await until(lambda: not self.alive())
+        return self.alive()
 
     def kill(self):
         for one in self.alive():

@@ -41,7 +41,7 @@ def guarded(tmp_path):
 
 
 def open_descriptors():
-    return {int(name) for name in os.listdir("/proc/self/fd")} if sys.platform == "linux" else set()
+    return {int(entry.name) for entry in Path("/proc/self/fd").iterdir()} if sys.platform == "linux" else set()
 
 
 @pytest.mark.parametrize("script", [OBEDIENT, STUBBORN])

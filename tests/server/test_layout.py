@@ -84,7 +84,8 @@ def test_a_wheel_carries_it(tmp_path, origin, docker_source):
     site = installed_from(ROOT if origin == "checkout" else docker_source, tmp_path)
     assert found_by(site, tmp_path) == site / "batch_client" / "_serve_config"
     for name in REQUIRED:
-        assert (site / "batch_client" / "_serve_config" / name).read_bytes() == (ROOT / "serve_config" / name).read_bytes()
+        carried = site / "batch_client" / "_serve_config" / name
+        assert carried.read_bytes() == (ROOT / "serve_config" / name).read_bytes()
     # The guard is started as a file, so it has to be one.
     assert (site / "batch_client" / "server_guard.py").is_file()
 

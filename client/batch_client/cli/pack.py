@@ -23,7 +23,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--arch", metavar="MODULE:CALLABLE", help="What builds the module for weights: FILE.py:callable is "
               "packed with them, module:callable must be installed where the model is served.")
 @click.option("--trust-pickle", is_flag=True, help="Load MODEL although it is a pickle, which can run any code.")
-@click.option("--signature", type=FILE, help="TOML file with [model], [[inputs]] and [[outputs]], instead of the flags below.")
+@click.option("--signature", type=FILE, help="TOML with [model], [[inputs]], [[outputs]], instead of the flags below.")
 @click.option("--input", "input_text", metavar="NAME:DTYPE:SHAPE", help="A record as it travels, such as "
               "image:uint8:28x28.  [default: that of the golden records]")
 @click.option("--model-shape", metavar="SHAPE", help="A record as the model takes it, such as 1x28x28.  "
