@@ -18,13 +18,14 @@ import time
 import zipfile
 from pathlib import Path
 
-# What the embedded server sets for its workers: batch_client/server.py.
+# What the embedded server sets for its workers: batch_client/server_config.py.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_ARENA_MAX": "1"}
 
 
 def worker(archive: str, records: str, count: int, threads: int) -> None:
     import numpy as np
     import torch
+
     from batch_handler.archive import read_description
     from batch_handler.runtimes.eager import load_module
     from batch_handler.runtimes.torchscript import load_script

@@ -23,10 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import zarr
-from batch_client.demo.objectstore import SeaweedServer
 from ceiling import measure
 from obstore.store import S3Store
 from zarr.storage import ObjectStore
+
+from batch_client.demo.objectstore import SeaweedServer
 
 CHUNK = 1000
 
@@ -65,8 +66,9 @@ def packed(options: argparse.Namespace, work: Path, environ: dict[str, str]) -> 
               str(work / "bench.mar")]
     if options.model is None:
         import torch
-        from batch_client.demo import network
         from safetensors.torch import save_file
+
+        from batch_client.demo import network
 
         torch.manual_seed(0)
         save_file(network.make_model().state_dict(), work / "weights.safetensors")
@@ -100,8 +102,8 @@ def run(archive: Path, environ: dict[str, str], number: int) -> dict[str, float]
 
 
 def cli(words: list[str], environ: dict[str, str]) -> str:
-    done = subprocess.run([sys.executable, "-m", "batch_client", *words], env=environ, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "batch_client", *words], env=environ, capture_output=True,
+                          text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
     return done.stdout

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from batch_client.demo.objectstore import SeaweedServer
 from support.cli import ServeProcess, run_cli
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
-from batch_client.errors import BatchClientError
+from batch_client.errors import BatchClientError, MismatchError
 from batch_client.limiter import Limiter
 from batch_client.retry import full_jitter
 
@@ -35,6 +35,7 @@ class Endpoint:
     ejections: int = 0
     turned_away: int = 0
     rests_until: float = float("-inf")
+    other_model: str | None = None
     left_out: BatchClientError | None = None
 
     def has_room(self, now: float) -> bool:
@@ -116,6 +117,7 @@ class Pool:
 
     def succeeded(self, endpoint: Endpoint) -> None:
         endpoint.broken = endpoint.ejections = endpoint.turned_away = 0
+        endpoint.other_model = None
         endpoint.limiter.succeeded()
 
     def overloaded(self, endpoint: Endpoint, sent_at: float) -> None:
@@ -133,6 +135,12 @@ class Pool:
             pause = min(EJECT_MOST_SECONDS, EJECT_SECONDS * 2.0**endpoint.ejections)
             endpoint.ejections += 1
             endpoint.rests_until = self._clock() + pause
+
+    def strange(self, endpoint: Endpoint, other_model: str) -> None:
+        """A sound reply named another model. One may be a bit that flipped in the name; two alike are the truth."""
+        if endpoint.other_model == other_model:
+            self.leave_out(endpoint, MismatchError(f"{endpoint.url}: {other_model}"))
+        endpoint.other_model = other_model
 
     def leave_out(self, endpoint: Endpoint, reason: BatchClientError) -> None:
         """Never use this server again in this run."""

@@ -15,6 +15,9 @@ A message is one line: what was found, what was wanted, what to do. Exit codes a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "BatchClientError",
     "BrokenPromiseError",
@@ -25,7 +28,22 @@ __all__ = [
     "StoppedError",
     "StorageError",
     "UsageError",
+    "one_error",
 ]
+
+
+@contextmanager
+def one_error() -> Iterator[None]:
+    """Around a task group: of our errors that come out of it together, the first is raised by itself."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        first: BaseException = group
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        if isinstance(first, BatchClientError):
+            raise first from None
+        raise
 
 
 class BatchClientError(Exception):

@@ -18,7 +18,7 @@ import numpy as np
 from batch_client.contract import ModelContract
 from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.endpoint import Endpoint, Pool, Room
-from batch_client.errors import CredentialsError, MismatchError, ServingError, StoppedError
+from batch_client.errors import CredentialsError, ServingError, StoppedError
 from batch_client.events import Event, RequestDone, RequestRetried, RequestSent
 from batch_client.plan import Span
 from batch_client.retry import RetryBucket, full_jitter
@@ -26,6 +26,7 @@ from batch_client.serving import Servers
 from batch_client.tokens import authorization
 from batch_client.transport import HttpReply, TransportError
 from batch_handler.oip import (
+    BODY_CHECKSUM,
     CONTENT_TYPE,
     HEADER_LENGTH,
     InferReply,
@@ -34,6 +35,7 @@ from batch_handler.oip import (
     OipError,
     RequestedOutput,
     Tensor,
+    crc32c,
     decode_reply,
     encode_request,
 )
@@ -177,7 +179,7 @@ class Exchange:
             case Outcome.BROKEN | Outcome.CORRUPT:
                 self.pool.broke(endpoint)
             case Outcome.OTHER_MODEL:
-                self.pool.leave_out(endpoint, MismatchError(f"{endpoint.url}: {verdict.reason}"))
+                self.pool.strange(endpoint, verdict.reason)
             case Outcome.NO_MODEL:
                 self.pool.leave_out(endpoint, ServingError(f"{endpoint.url}: {verdict.reason}"))
 
@@ -245,6 +247,9 @@ def _status_of(tensors: Mapping[str, np.ndarray], count: int) -> np.ndarray:
 
 
 def _decode(reply: HttpReply) -> InferReply:
+    wanted = reply.headers.get(BODY_CHECKSUM.lower())
+    if wanted is not None and wanted != str(crc32c(reply.body)):
+        raise OipError(f"the reply's bytes have CRC-32C {crc32c(reply.body)}, its header says {wanted[:20]}")
     length = reply.headers.get(HEADER_LENGTH.lower())
     if length is not None and not length.isdecimal():
         raise OipError(f"{HEADER_LENGTH} is {length[:40]!r}, wanted a number")

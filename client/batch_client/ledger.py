@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from batch_client.errors import MismatchError, StorageError
+from batch_client.errors import MismatchError, StorageError, one_error
 from batch_client.events import RecordFailed
 from batch_client.layout import FAILED_PREFIX, LEDGER_PREFIX, SPEC_KEY
 from batch_client.spec import RunIdentity, canonical_json
@@ -162,8 +162,9 @@ async def check_place(store: Store, identity: RunIdentity) -> None:
 
 
 async def _read_segments(store: Store, keys: Iterable[str]) -> list[Row]:
-    async with asyncio.TaskGroup() as tasks:
-        pending = [(key, tasks.create_task(store.get(key))) for key in keys]
+    with one_error():
+        async with asyncio.TaskGroup() as tasks:
+            pending = [(key, tasks.create_task(store.get(key))) for key in keys]
     rows: list[Row] = []
     for key, task in pending:
         blob = task.result()

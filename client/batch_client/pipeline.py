@@ -8,13 +8,13 @@ Units of work are begun lazily; a byte budget bounds what is read ahead, the poo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from batch_client.assemble import UnitAssembler
 from batch_client.budget import ByteBudget, Lease
-from batch_client.errors import BatchClientError, DataError, StoppedError
+from batch_client.errors import DataError, StoppedError, one_error
 from batch_client.events import ChunkHeld, ChunkWritten, Event, Observer, Published, RecordFailed, RunStarted, Stopping
 from batch_client.exchange import Exchange
 from batch_client.layout import FAILED_PREFIX, OutputLayout
@@ -23,10 +23,10 @@ from batch_client.plan import Plan, Span, Unit
 from batch_client.prepare import Prepared, Services, prepare
 from batch_client.publish import publish, published_root
 from batch_client.removal import remove_output
-from batch_client.reuse import reusable_rows
+from batch_client.reuse import copy_chunks, reusable_rows
 from batch_client.scorer import Scorer
 from batch_client.spec import RunSpec
-from batch_client.storage import child_url
+from batch_client.storage import Store, child_url
 from batch_client.stream import UnitStream
 from batch_client.summary import RunSummary, Tally
 from batch_client.writer import ChunkWriter
@@ -108,10 +108,13 @@ class _Run:
 
     async def to_the_end(self) -> str | None:
         """Score what no ledger row proves, then publish. Returns the root hash, None if other parts are not done."""
+        old = self._services.reuse_store
+        reusable = [] if old is None else await reusable_rows(old, self._prepared)
         first = await self._ledger.pin(self._prepared.identity)
         await self._view.refresh()
         self._failed = sum(self._failures_of(row) for row in self._view.rows.values())
-        await self._reuse()
+        if old is not None:
+            await self._reuse(old, reusable)
         done = sum(self._plan.unit(index).count for index in self._view.rows)
         contract = self._prepared.contract
         self._emit(RunStarted(self._plan, self._spec.output, contract.name, contract.digest, done))
@@ -131,13 +134,12 @@ class _Run:
     def _pinned(self) -> dict[str, str | None]:
         return {key: etag for row in self._view.rows.values() for key, etag in row.source.items()}
 
-    async def _reuse(self) -> None:
-        if self._services.reuse_store is None:
-            return
-        async for row in reusable_rows(self._services.reuse_store, self._store, self._prepared,
-                                       set(self._view.rows)):
-            self._view.add(row)
-            await self._ledger.add(row)
+    async def _reuse(self, old: Store, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if row.unit not in self._view.rows and not self._stop.is_set():
+                await copy_chunks(old, self._store, row)
+                self._view.add(row)
+                await self._ledger.add(row)
 
     async def _score_all(self, *, first: bool) -> None:
         watcher = asyncio.ensure_future(self._stop.wait())
@@ -151,7 +153,9 @@ class _Run:
             watcher.cancel()
             work.cancel()
             await asyncio.wait({watcher, work})
-        if not _finished(work):
+        with one_error():
+            finished = not work.cancelled() and work.result()
+        if not finished:
             raise StoppedError("stopped before the end; what is finished is kept: the same command goes on from there")
 
     async def _units(self, *, first: bool) -> bool:
@@ -235,15 +239,3 @@ class _Run:
             f"{self._failed:,} records failed, --max-failed {self._spec.max_failed} allows fewer; they are listed in "
             f"{child_url(self._store.url, FAILED_PREFIX)}; {len(self._held)} output chunks are held back: run again "
             f"with --max-failed {self._failed} to accept them, or mend the source")
-
-
-def _finished(work: asyncio.Future[bool]) -> bool:
-    """The result of the units' task, False if it was cut short; of errors that came together the first is raised."""
-    if work.cancelled():
-        return False
-    first = work.exception()
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    if isinstance(first, BatchClientError):
-        raise first
-    return work.result()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import Mapping
 
 from batch_client.errors import BrokenPromiseError, DataError, MismatchError
 from batch_client.ledger import Row
@@ -16,18 +16,17 @@ from batch_client.manifest import read_manifest
 from batch_client.prepare import Prepared
 from batch_client.storage import Store, child_url, put_same
 
-__all__ = ["reusable_rows"]
+__all__ = ["copy_chunks", "reusable_rows"]
 
 # What decides a chunk's bytes beside its source chunks; where one differs nothing can be reused.
 _SAME = ("start", "grid_records", "chunk_records", "micro_batch", "codec", "model_digest", "fingerprint", "outputs",
          "source_dtype", "exact")
 
 
-async def reusable_rows(old: Store, new: Store, prepared: Prepared, done: Collection[int]) -> AsyncIterator[Row]:
-    """Copy what can be reused and give its ledger rows.
+async def reusable_rows(old: Store, prepared: Prepared) -> list[Row]:
+    """Rows of `old`'s manifest that are rows of this run too. Writes nothing.
 
-    Raises MismatchError when `old` is not a published output or of another geometry, model or numerics, and DataError
-    when one of its chunks is not what its manifest says.
+    Raises MismatchError when `old` is not a published output or of another geometry, model or numerics.
     """
     manifest = await read_manifest(old)
     theirs, ours = manifest.run, json.loads(prepared.identity.to_json())
@@ -36,11 +35,13 @@ async def reusable_rows(old: Store, new: Store, prepared: Prepared, done: Collec
     if differing:
         raise MismatchError(f"--reuse {old.url}: no chunk of it can be reused: {'; '.join(differing)}")
     etags = await prepared.source.etags()
-    for row in manifest.rows:
-        if row.unit not in done and _is_true(row, prepared, etags):
-            for chunk in row.chunks:
-                await _copy(old, new, chunk.key, chunk.sha256)
-            yield row
+    return [row for row in manifest.rows if _is_true(row, prepared, etags)]
+
+
+async def copy_chunks(old: Store, new: Store, row: Row) -> None:
+    """Copy a row's objects. Raises DataError when one of them is not what the row says."""
+    for chunk in row.chunks:
+        await _copy(old, new, chunk.key, chunk.sha256)
 
 
 def _is_true(row: Row, prepared: Prepared, etags: Mapping[str, str]) -> bool:

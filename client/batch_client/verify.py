@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from batch_client.assemble import STATUS_FAILED, STATUS_NOT_FINITE, STATUS_OK
-from batch_client.errors import DataError, MismatchError
+from batch_client.errors import DataError, MismatchError, one_error
 from batch_client.layout import MANIFEST_KEY, STATUS, SUCCESS_KEY
 from batch_client.ledger import ChunkProof, Row
 from batch_client.manifest import Manifest, read_manifest, root_over
@@ -55,8 +55,7 @@ async def verify_output(store: Store, *, deep: bool = False) -> Verification:
     known = {chunk.key for chunk in chunks}
     problems += [f"{key} is no chunk of this run" for key in sizes if "/c/" in key and key not in known]
     if deep and not problems:
-        problems = await _bytes(store, manifest.rows)
-        problems += await _metadata(store, arrays)
+        problems = await _bytes(store, manifest.rows) or await _metadata(store, arrays)
     if problems:
         more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise DataError(f"{store.url} is not what was published: {'; '.join(problems[:NAMED])}{more}")
@@ -95,10 +94,11 @@ async def _bytes(store: Store, rows: Iterable[Row]) -> list[str]:
             if blob is None or found != chunk.sha256:
                 problems.append(f"{chunk.key} has SHA-256 {found}, wanted {chunk.sha256}")
 
-    async with asyncio.TaskGroup() as tasks:
-        for row in rows:
-            for chunk in row.chunks:
-                tasks.create_task(check(chunk))
+    with one_error():
+        async with asyncio.TaskGroup() as tasks:
+            for row in rows:
+                for chunk in row.chunks:
+                    tasks.create_task(check(chunk))
     return sorted(problems)
 
 

@@ -188,7 +188,7 @@ class Exchange:
         )
         if message.header_length is None:
             return Reply(message.join())
-        headers = {oip.HEADER_LENGTH: str(message.header_length)}
+        headers = {oip.HEADER_LENGTH: str(message.header_length), oip.BODY_CHECKSUM: str(message.crc32c)}
         return Reply(message.join(), oip.CONTENT_TYPE, headers=headers)
 
     def _encode_npy(self, single: bool, score: Score, batch_requests: int) -> Reply:  # noqa: FBT001 - partial

@@ -35,6 +35,7 @@ from batch_handler.tensors import (
 )
 
 __all__ = [
+    "BODY_CHECKSUM",
     "CONTENT_TYPE",
     "DATATYPES",
     "HEADER_LENGTH",
@@ -57,6 +58,8 @@ __all__ = [
 
 CONTENT_TYPE = "application/octet-stream"
 HEADER_LENGTH = "Inference-Header-Content-Length"
+# HTTP header of a reply: the CRC-32C of its whole body, so that no bit of it can change unnoticed.
+BODY_CHECKSUM = "Body-Crc32c"
 
 # The JSON header is padded with spaces to this many bytes, so that the first tensor of a body is aligned.
 _ALIGNMENT = 64

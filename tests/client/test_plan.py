@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from batch_client.errors import DataError, UsageError
 from batch_client.plan import Geometry, OutputGeometry, make_plan
 from batch_client.spec import MIB, Records, RunSpec
-from hypothesis import given
-from hypothesis import strategies as st
 
 SCORES = OutputGeometry("scores", np.dtype(np.float32), (10,))
 

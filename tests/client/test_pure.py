@@ -4,13 +4,14 @@ import json
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from batch_client.dialect import Outcome, read_reply
 from batch_client.errors import MismatchError, UsageError
 from batch_client.limiter import Limiter
 from batch_client.retry import RetryBucket, full_jitter
 from batch_client.spec import Records, RunIdentity, RunSpec
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def test_a_burst_of_refusals_cuts_once_and_answers_grow_it_back():
@@ -112,7 +113,8 @@ def test_ranges_that_are_none(text):
 
 def identity(**changes):
     return RunIdentity(**{
-        "source": "s", "source_array": "", "source_metadata": "m", "source_shape": (3, 2), "source_dtype": "uint8", "start": 0, "stop": 3,
+        "source": "s", "source_array": "",
+        "source_metadata": "m", "source_shape": (3, 2), "source_dtype": "uint8", "start": 0, "stop": 3,
         "grid_records": 3, "chunk_records": 3, "micro_batch": 4, "codec": "none", "model": "toy", "model_digest": "d",
         "fingerprint": "f", "outputs": (("y", "float32", (2,)),), "allow_missing": False, "exact": True, **changes})
 

@@ -9,6 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 import zarr
+
 from batch_client.storage import open_store
 from support.cli import run_cli
 

@@ -5,7 +5,6 @@ import json
 import re
 import signal
 import subprocess
-import time
 import warnings
 
 import aiohttp
@@ -14,10 +13,11 @@ import psutil
 import pytest
 import xarray
 import zarr
+from zarr.storage import ObjectStore
+
 from batch_client.storage import open_store
 from batch_client.zarrstore import SourceStore
 from support.cli import command, run_cli
-from zarr.storage import ObjectStore
 
 
 def write_source(url, environ, images, chunks, monkeypatch):

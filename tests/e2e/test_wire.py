@@ -8,6 +8,7 @@ import aiohttp
 import numpy as np
 import pytest
 import tritonclient.http as triton
+
 from batch_handler.oip import HEADER_LENGTH, InferRequest, Tensor, crc32c, decode_reply, encode_request
 
 

@@ -16,9 +16,11 @@ import aiohttp
 import psutil
 import pytest
 
-from batch_client import server as server_module
+from batch_client import server_process
 from batch_client.errors import ServingError, UsageError
-from batch_client.server import EmbeddedServer, ServerSettings, find_java, load_failure
+from batch_client.java import find_java
+from batch_client.server import EmbeddedServer, ServerSettings
+from batch_client.server_log import load_failure
 
 CLIENT = Path(__file__).parents[2] / "client"
 NO_JAVA = {"PATH": "/nonexistent", "HOME": "/nonexistent"}
@@ -167,7 +169,7 @@ async def test_a_port_that_is_taken_is_named(make_archive):
 
 async def test_a_free_port_that_was_taken_in_between_costs_another_start(make_archive, monkeypatch):
     taken = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
-    free_ports = server_module._free_ports
+    free_ports = server_process.free_ports
     asked = []
 
     def not_so_free(count):
@@ -176,7 +178,7 @@ async def test_a_free_port_that_was_taken_in_between_costs_another_start(make_ar
             asked[0][0] = taken.sockets[0].getsockname()[1]
         return asked[-1]
 
-    monkeypatch.setattr(server_module, "_free_ports", not_so_free)
+    monkeypatch.setattr(server_process, "free_ports", not_so_free)
     try:
         async with EmbeddedServer(ServerSettings(make_archive(), workers=1)) as server:
             assert len(asked) == 2

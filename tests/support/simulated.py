@@ -6,10 +6,12 @@ import asyncio
 import json
 
 import numpy as np
+
 from batch_client.serving import Servers
 from batch_client.tokens import NoTokens
 from batch_client.transport import HttpReply
 from batch_handler.oip import (
+    BODY_CHECKSUM,
     HEADER_LENGTH,
     InferReply,
     ModelMetadata,
@@ -81,7 +83,8 @@ class SimulatedServer:
                            {"request_crc32c": crc32c(body), "model_digest": self.digest,
                             "fingerprint": self.fingerprint, "compute_ms": 1.0})
         message = encode_reply(reply, binary={"y": True, "record_status": True})
-        return HttpReply(200, {HEADER_LENGTH.lower(): str(message.header_length)}, message.join())
+        return HttpReply(200, {HEADER_LENGTH.lower(): str(message.header_length),
+                               BODY_CHECKSUM.lower(): str(message.crc32c)}, message.join())
 
     def servers(self, urls=(URL,)):
         return Servers(self, NoTokens(), urls, "toy")

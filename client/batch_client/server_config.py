@@ -1,0 +1,151 @@
+"""How one start is configured: the settings, and what they and the archive become in its properties and environment.
+
+Rule: decisions only. Ports, cores and folders come as arguments; what is read is the archive's manifest and the
+template of config.properties.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from batch_client.errors import ServingError, UsageError
+
+__all__ = ["LOOPBACK", "PORTS", "Model", "ServerSettings", "configuration", "environment", "model_of",
+           "parse_properties"]
+
+LOOPBACK = "127.0.0.1"
+PORTS = 5  # that `configuration` asks for
+MANIFEST = "MAR-INF/MANIFEST.json"
+MANIFEST_BYTES = 1 << 20
+HELD_BACK = 1 << 30  # bytes: glibc keeps tensors' memory instead of paging it in again for every batch
+# Variables that would override or redirect what is configured here.
+OVERRIDES = re.compile(r"TS_.*|LOG_LOCATION|METRICS_LOCATION|SM_TELEMETRY_LOG|LOG4J_.*")
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How to serve one archive.
+
+    archive: the .mar. workers: default the number of GPUs, or else cores. threads: of each worker, default its share of
+    the cores. micro_batch: records, default what the archive says. batch_size: requests in one server batch.
+    address, port: where it takes requests; a free port by default. metrics_port: shows metrics, which need no token, at
+    `address` too; by default they are on a free port of the loopback. startup_seconds: until every worker is ready.
+    token_minutes: life of a token. log_dir: default the private temp dir, removed after a clean end.
+    extra_properties: lines for config.properties, which win over all others.
+    """
+
+    archive: Path
+    workers: int | None = None
+    threads: int | None = None
+    micro_batch: int | None = None
+    batch_size: int = 8
+    address: str = LOOPBACK
+    port: int | None = None
+    metrics_port: int | None = None
+    startup_seconds: float = 120
+    token_minutes: float = 60
+    log_dir: Path | None = None
+    extra_properties: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "threads", "micro_batch", "batch_size", "port", "metrics_port"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}: give a number of at least 1")
+
+
+class Model(NamedTuple):
+    """What an archive calls its model."""
+
+    name: str
+    version: str
+
+
+def model_of(archive: Path) -> Model:
+    """Name and version from the archive's manifest. Raises ServingError naming the file."""
+    try:
+        with zipfile.ZipFile(archive) as mar, mar.open(MANIFEST) as member:
+            manifest = json.loads(member.read(MANIFEST_BYTES))
+        model = manifest["model"]
+        name, version = str(model["modelName"]), str(model.get("modelVersion", "1.0"))
+    except FileNotFoundError:
+        raise ServingError(f"there is no archive {archive}: `batch-client pack` makes one") from None
+    except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError,
+            KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ServingError(f"{archive} is not a model archive ({MANIFEST}: {error}): `batch-client pack` makes one"
+                           ) from error
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ServingError(f"{archive} calls its model {name!r}: wanted letters, digits, '.', '_' and '-'")
+    return Model(name, version)
+
+
+def configuration(
+    settings: ServerSettings, model: Model, workers: int, ports: Sequence[int], folder: Path, templates: Path,
+) -> str:
+    """The text of config.properties: the template, then what this start decides.
+
+    ports: PORTS free ones. folder: the start's own, with `models` and `workflows`. templates: serve_config/.
+    """
+    inference, management, metrics, grpc, grpc_management = ports
+    decided = {
+        "inference_address": f"http://{settings.address}:{settings.port or inference}",
+        "management_address": f"http://{LOOPBACK}:{management}",
+        "metrics_address": (f"http://{settings.address}:{settings.metrics_port}" if settings.metrics_port
+                            else f"http://{LOOPBACK}:{metrics}"),
+        "grpc_inference_port": str(grpc),
+        "grpc_management_port": str(grpc_management),
+        # Workers listen on sockets named after their port in the private temp dir; on ports only without epoll.
+        "initial_worker_port": str(random.randrange(20000, 30000)),  # noqa: S311 - no secret
+        "metrics_config": str(templates / "metrics.yaml"),
+        "model_store": str(folder / "models"),
+        "workflow_store": str(folder / "workflows"),
+        "default_workers_per_model": str(workers),
+        "models": json.dumps({model.name: {model.version: {"minWorkers": workers, "maxWorkers": workers,
+                                                           "batchSize": settings.batch_size}}}),
+        "token_expiration_min": str(settings.token_minutes),
+    } | dict(settings.extra_properties)
+    template = (templates / "config.properties").read_text("ascii")
+    lines = (f"{key}={_escape(value)}\n" for key, value in decided.items())
+    return f"{template}\n# --- Decided at this start. ---\n{''.join(lines)}"
+
+
+def parse_properties(text: str) -> dict[str, str]:
+    """As java.util.Properties would, for files without continuation lines and escapes."""
+    pairs = (line.split("=", 1) for line in text.splitlines() if "=" in line and line.lstrip()[:1] not in ("#", "!"))
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _escape(value: str) -> str:
+    """A value that java.util.Properties reads back as it is; its files are Latin-1."""
+    return value.replace("\\", "\\\\").replace("\n", "\\n").encode("ascii", "backslashreplace").decode("ascii")
+
+
+def environment(
+    environ: Mapping[str, str], kept_back: str, tmp: Path, settings: ServerSettings, threads: int,
+) -> dict[str, str]:
+    """What Java and its workers get to see of `environ`, and what tells a worker its share of the machine.
+
+    `kept_back` is `blacklist_env_vars`: what workers must not see is not even given to Java, whose own environment they
+    could read. Relative entries of PYTHONPATH are made absolute, because a worker starts in its model's folder.
+    `threads` are each worker's if the settings name none.
+    """
+    secret = re.compile(kept_back)
+    seen = {name: value for name, value in environ.items()
+            if not secret.fullmatch(name) and not OVERRIDES.fullmatch(name)}
+    if path := seen.get("PYTHONPATH"):
+        seen["PYTHONPATH"] = os.pathsep.join(str(Path(entry).absolute()) for entry in path.split(os.pathsep))
+    seen |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(tmp))
+    seen |= {"MALLOC_MMAP_THRESHOLD_": str(HELD_BACK), "MALLOC_TRIM_THRESHOLD_": str(HELD_BACK),
+             "MALLOC_ARENA_MAX": "1"}
+    seen |= dict.fromkeys(("OMP_NUM_THREADS", "BATCH_HANDLER_THREADS"), str(settings.threads or threads))
+    if settings.micro_batch is not None:
+        seen["BATCH_HANDLER_MICRO_BATCH"] = str(settings.micro_batch)
+    return seen

@@ -1,0 +1,169 @@
+"""One started TorchServe as a process: its private folder, its guard, and the lifeline that holds it.
+
+Rule: whatever a start makes is gone after its end, but for a log that somebody will want to read. Java runs under
+`server_guard.py`, which ends it when this process stops or dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from batch_client.errors import ServingError
+from batch_client.java import Java, java_command
+from batch_client.machine import cores, free_ports
+from batch_client.resources import serve_config_dir
+from batch_client.server_config import (
+    LOOPBACK,
+    PORTS,
+    Model,
+    ServerSettings,
+    configuration,
+    environment,
+    parse_properties,
+)
+
+__all__ = ["ServerProcess", "launch"]
+
+# Between SIGTERM and SIGKILL. Java resets requests in flight at once, and then waits 3 s for nothing.
+JAVA_GRACE_SECONDS = 0.2
+
+
+@dataclass
+class ServerProcess:
+    """One started TorchServe: its guard, the lifeline that holds it, and where its files are."""
+
+    guard: subprocess.Popen[bytes]
+    lifeline: int
+    folder: Path
+    log_path: Path
+    log_start: int  # where this start's lines begin in the log
+    properties: Mapping[str, str]
+    started: float  # time.monotonic()
+    ready: bool = False  # every worker was ready once
+    failed: bool = False  # the start was given up, for a reason that is in the log
+
+    def address(self, key: str) -> str:
+        """Where a client on this machine reaches what the property `key` names."""
+        return self.properties[key].replace("//0.0.0.0:", f"//{LOOPBACK}:")
+
+    def ended(self) -> bool:
+        """Whether it has ended by itself."""
+        return self.guard.poll() is not None
+
+    def log(self) -> str:
+        """What this start has logged."""
+        with contextlib.suppress(FileNotFoundError), self.log_path.open("rb") as stream:
+            stream.seek(self.log_start)
+            return stream.read().decode("utf-8", "replace")
+        return ""
+
+    def key(self, kind: str) -> str | None:
+        """The current token of this kind from TorchServe's key file; there is none while it starts."""
+        try:
+            keys: dict[str, Any] = json.loads((self.folder / "key_file.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        key: str | None = keys.get(kind, {}).get("key")
+        return key
+
+    async def end(self) -> None:
+        """Ends TorchServe and its workers, and removes its files; the log stays if it ended or failed by itself."""
+        keep_log = self.failed or (self.ready and self.ended())
+        os.close(self.lifeline)
+        try:
+            await asyncio.to_thread(_reap, self.guard)
+        finally:
+            _remove(self.folder, keep=self.log_path if keep_log else None)
+
+
+def launch(
+    settings: ServerSettings, model: Model, workers: int, java: Java, home: Path, environ: Mapping[str, str],
+) -> ServerProcess:
+    """Starts Java under its guard, in a new private folder. Raises ServingError when that can't be done."""
+    folder = Path(tempfile.mkdtemp(prefix="batch-client-server-"))
+    try:
+        for name in ("models", "workflows", "tmp"):
+            (folder / name).mkdir()
+        archive = folder / "models" / f"{model.name}.mar"
+        archive.symlink_to(settings.archive.absolute())
+        (folder / "models").chmod(0o500)
+        templates = serve_config_dir(environ)
+        config = folder / "config.properties"
+        text = configuration(settings, model, workers, free_ports(PORTS), folder, templates)
+        config.write_text(text, "ascii")
+        properties = parse_properties(text)
+        log_dir = (settings.log_dir or folder).absolute()
+        log_dir.mkdir(parents=True, exist_ok=True)
+        log = log_dir / f"server-{properties['inference_address'].rsplit(':', 1)[1]}.log"
+        command = [
+            *java_command(java, home, folder, templates / "log4j2.xml", properties["vmargs"]),
+            "--python", sys.executable, "-f", str(config), "-s", str(folder / "models"),
+            "-w", str(folder / "workflows"), "-ncs", "-m", archive.name,
+        ]
+        share = max(1, cores() // workers)
+        seen = environment(environ, properties["blacklist_env_vars"], folder / "tmp", settings, share)
+        with log.open("ab") as stream:
+            log_start = stream.tell()
+            guard, lifeline = _guarded(command, folder, seen, stream)
+    except BaseException as error:
+        _remove(folder, keep=None)
+        if isinstance(error, OSError):
+            raise ServingError(f"the server can't be started: {error}") from error
+        raise
+    return ServerProcess(guard, lifeline, folder, log, log_start, properties, time.monotonic())
+
+
+def _guarded(
+    command: list[str], folder: Path, seen: Mapping[str, str], output: IO[bytes],
+) -> tuple[subprocess.Popen[bytes], int]:
+    """Starts `command` under the guard; returns the guard and the lifeline that this process alone holds."""
+    lifeline, ours = os.pipe()  # neither is inherited
+    try:
+        guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(Path(__file__).with_name("server_guard.py")),
+             str(lifeline), str(JAVA_GRACE_SECONDS), str(folder), *command],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=dict(seen),
+            pass_fds=(lifeline,),
+            start_new_session=True,  # so that a Ctrl-C reaches us alone, and we can drain first
+        )
+    except BaseException:
+        os.close(ours)
+        raise
+    finally:
+        os.close(lifeline)
+    return guard, ours
+
+
+def _reap(guard: subprocess.Popen[bytes]) -> None:
+    """Waits for the guard, which waits for Java; one that does not end is killed, and Java with it."""
+    try:
+        guard.wait(JAVA_GRACE_SECONDS + 5)
+    except subprocess.TimeoutExpired:
+        guard.kill()
+        guard.wait()
+
+
+def _remove(folder: Path, keep: Path | None) -> None:
+    """Removes a server's private folder, but for the log `keep` if that is in it."""
+    with contextlib.suppress(OSError):
+        (folder / "models").chmod(0o700)
+    if keep is None or keep.parent != folder:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry != keep:
+            entry.unlink(missing_ok=True)

@@ -1,0 +1,331 @@
+"""Parts, several clients, reuse, overwrite, fast, status, removal: the ways in which runs meet."""
+
+import asyncio
+import json
+import random
+
+import numpy as np
+import pytest
+
+from batch_client.errors import DataError, MismatchError, UsageError
+from batch_client.pipeline import execute
+from batch_client.prepare import Services
+from batch_client.progress import progress_of
+from batch_client.removal import remove_output
+from batch_client.replay import replay
+from batch_client.serving import Servers
+from batch_client.spec import RunSpec
+from batch_client.storage import MemoryStore
+from batch_client.tokens import NoTokens
+from batch_client.verify import verify_output
+from support.faulty import Fate, Life
+from support.simulated import URL, SimulatedServer
+from support.virtual import run_virtually
+from support.world import CHUNK, World, make_source, opened, undisturbed
+
+
+def calm():
+    return Fate(random.Random(0), faults=0)
+
+
+@pytest.fixture(scope="module")
+def root():
+    return undisturbed()[0]
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+def test_parts_share_a_ledger_and_the_last_one_publishes(order, root):
+    world = World(1)
+
+    async def run():
+        summaries = [await world.live(calm(), part=(part, 3)) for part in order]
+        assert [summary.published for summary in summaries] == [False, False, True]
+        assert sum(summary.scored for summary in summaries) == len(world.records)
+        await world.check(root)
+
+    run_virtually(run())
+
+
+@pytest.mark.parametrize("clients", [2, 4])
+def test_clients_at_one_output_publish_once_and_the_same(clients, root):
+    world = World(2, server=SimulatedServer(seconds=5))
+
+    async def run():
+        async with asyncio.TaskGroup() as tasks:
+            runs = [tasks.create_task(world.live(calm(), Life(), in_flight=1)) for _ in range(clients)]
+        summaries = [task.result() for task in runs]
+        assert {summary.root for summary in summaries} == {root}
+        scored = sum(summary.scored for summary in summaries)
+        # They read each other's rows: the work is shared, though not perfectly.
+        assert len(world.records) <= scored < clients * len(world.records)
+        await world.check(root)
+
+    run_virtually(run())
+
+
+class Appendable:
+    """A source of 95 chunks that grows to 100 and changes, with one record that can't be scored at first."""
+
+    def __init__(self):
+        rng = np.random.default_rng(4)
+        self.records = rng.integers(1, 90, (100 * CHUNK, 3), np.uint8)
+        self.before = self.records.copy()[: 95 * CHUNK]
+        self.before[[3 * CHUNK, 40 * CHUNK + 1, 94 * CHUNK + 7]] += 1
+        self.before[20 * CHUNK + 5] = 255
+        self.old = make_source(self.before, (CHUNK, 3))
+        self.new = make_source(self.records, (CHUNK, 3))
+        # The one that failed is mended by other means than by changing it: its chunk has the same bytes.
+        self.records[20 * CHUNK + 5] = 255
+        self.new.objects["c/20/0"] = self.old.objects["c/20/0"]
+
+
+class Breaking(SimulatedServer):
+    broken = True
+
+    def answer(self, body, header_length):
+        from batch_client.transport import HttpReply
+        from batch_handler.oip import decode_request
+
+        data = decode_request(body, header_length, max_tensor_bytes=1 << 20).inputs[0].data
+        if self.broken and (data[:, 0] == 255).any():
+            return HttpReply(500, {}, b'{"error": "bad record"}')
+        return super().answer(body, header_length)
+
+
+def test_reuse_scores_what_changed_what_failed_and_what_was_appended():
+    source = Appendable()
+    server = Breaking()
+    old = World(1, server=server, records=source.before, source=source.old)
+    new = World(2, server=server, records=source.records, source=source.new)
+
+    async def run():
+        first = await old.live(calm(), max_failed=1)
+        assert first.failed == 1
+        server.broken = False
+        before = dict(new.output.objects)
+        fresh = await World(3, server=server, records=source.records, source=source.new).live(calm())
+        services = new.services(calm(), Life())
+        services = Services(services.servers, services.source_store, services.output_store, old.output,
+                            services.clock, services.rng)
+        summary = await execute(new.spec(reuse="memory://old"), services)
+        assert before == {}
+        assert summary.scored == 9 * CHUNK
+        assert summary.root == fresh.root
+        await new.check(fresh.root)
+        wrong = Services(services.servers, services.source_store, MemoryStore("memory://x"), old.output,
+                         services.clock, services.rng)
+        with pytest.raises(MismatchError, match=r"chunk_records|grid_records"):
+            await execute(new.spec(reuse="memory://old", chunk_records=2 * CHUNK), wrong)
+        old.output.objects["y/c/7/0"] = b"altered"
+        with pytest.raises(DataError, match="altered since it was published"):
+            await execute(new.spec(reuse="memory://old"), wrong)
+
+    run_virtually(run())
+
+
+def test_overwrite_replaces_an_output_of_ours_and_nothing_else(root):
+    world = World(1)
+
+    async def run():
+        await world.live(calm())
+        assert (await world.live(calm())).already_published
+        again = await world.live(calm(), overwrite=True)
+        assert again.scored == len(world.records)
+        assert again.root == root
+        world.output.objects = {"notes.txt": b"mine"}
+        with pytest.raises(MismatchError, match="nothing was deleted"):
+            await world.live(calm(), overwrite=True)
+        assert world.output.objects == {"notes.txt": b"mine"}
+
+    run_virtually(run())
+
+
+def test_removal_takes_away_first_what_opens_and_last_what_says_whose_it_is():
+    world = World(1)
+    order = []
+
+    class Watching(MemoryStore):
+        async def delete(self, key):
+            order.append(key)
+            await super().delete(key)
+
+    async def run():
+        await world.live(calm())
+        store = Watching("memory://out")
+        store.objects = world.output.objects
+        await remove_output(store)
+        assert store.objects == {}
+        assert set(order[:2]) == {"zarr.json", "_SUCCESS"}
+        assert order[-1] == "_run/spec.json"
+
+    run_virtually(run())
+
+
+class OtherNumerics(SimulatedServer):
+    """Another kind of machine: other bits, another fingerprint, the same model."""
+
+    def __init__(self):
+        super().__init__()
+        self.fingerprint = "other numerics"
+
+    def predict(self, records, first_row):
+        return super().predict(records, first_row) + np.float32(2**-12)
+
+
+def two_servers(first, second):
+    class Two:
+        async def send(self, method, url, headers, parts, deadline):
+            server = first if url.startswith("http://one") else second
+            return await server.send(method, url, headers, parts, deadline)
+
+    return Servers(Two(), NoTokens(), ("http://one", "http://two"), "toy")
+
+
+def run_on(servers, world, output, **options):
+    services = Services(servers, world.source, output, clock=lambda: asyncio.get_running_loop().time(),
+                        rng=random.Random(1))
+    return execute(world.spec(**options), services)
+
+
+def test_servers_that_differ_are_left_out_and_the_run_goes_on(root):
+    world = World(1)
+    first, second = SimulatedServer(), OtherNumerics()
+
+    async def run():
+        summary = await run_on(two_servers(first, second), world, world.output)
+        assert summary.root == root
+        assert second.requests == 0
+        other = MemoryStore("memory://other")
+        assert (await run_on(two_servers(second, first), world, other)).root != root
+
+    run_virtually(run())
+
+
+def test_a_run_goes_on_with_the_server_that_has_its_model(root):
+    """A second life meets first a server with another version: it is the output that says which model is the run's."""
+    world = World(1)
+    newer = SimulatedServer(digest="sha256:newer")
+
+    async def run():
+        fate = calm()
+        fate.at, fate.kinds = {40}, ("crash before",)
+        await world.live(fate)
+        summary = await run_on(two_servers(newer, SimulatedServer()), world, world.output)
+        assert newer.requests == 0
+        assert summary.root == root
+        with pytest.raises(MismatchError, match="its model is sha256:newer"):
+            await run_on(two_servers(newer, newer), world, world.output, overwrite=False)
+
+    run_virtually(run())
+
+
+def test_a_fast_run_uses_all_servers_and_its_manifest_says_what_it_gives_up():
+    world = World(1)
+    first, second = SimulatedServer(seconds=0.01), OtherNumerics()
+
+    async def run():
+        summary = await run_on(two_servers(first, second), world, world.output, exact=False)
+        assert summary.published
+        assert first.requests > 0
+        assert second.requests > 0
+        manifest = json.loads(world.output.objects["_run/manifest.json"])
+        assert "given_up" in manifest
+        assert (await verify_output(world.output, deep=True)).records == len(world.records)
+        found = await opened(world.output)
+        np.testing.assert_allclose(found["y"], first.expected(world.records, CHUNK), atol=1e-2)
+        services = Services(two_servers(first, second), world.source, world.output, rng=random.Random(1))
+        with pytest.raises(UsageError, match="promises no equal bytes"):
+            await replay(world.spec(exact=False), services, 1)
+
+    run_virtually(run())
+
+
+def test_replay_finds_a_chunk_that_is_no_prediction_although_its_manifest_agrees(root):
+    world = World(1)
+
+    async def run():
+        await world.live(calm())
+        services = world.services(calm(), Life())
+        done = await replay(world.spec(), services, 5)
+        assert len(done.chunks) == 5
+        assert done.records == 5 * CHUNK
+        world.server.predict = lambda records, first_row: np.zeros((len(records), 2), np.float32)
+        with pytest.raises(DataError, match="scored again has SHA-256"):
+            await replay(world.spec(), world.services(calm(), Life()), 3)
+
+    run_virtually(run())
+
+
+def test_status_tells_how_far_a_run_is_and_who_wrote():
+    world = World(1)
+
+    async def run():
+        await world.live(calm(), part=(1, 2))
+        progress = await progress_of(world.output)
+        assert not progress.published
+        assert (progress.done, progress.records, progress.chunks_done, progress.chunks) == (48, 96, 6, 12)
+        assert [writer.segments for writer in progress.writers] == [1]
+        await world.live(calm(), part=(2, 2))
+        progress = await progress_of(world.output)
+        assert progress.published
+        assert progress.done == 96
+        assert len(progress.writers) == 2
+        with pytest.raises(MismatchError, match="no output of batch-client"):
+            await progress_of(MemoryStore("memory://nothing"))
+
+    run_virtually(run())
+
+
+def test_too_large_a_request_is_split_between_micro_batches(root):
+    class Small(SimulatedServer):
+        def answer(self, body, header_length):
+            from batch_client.transport import HttpReply
+
+            if len(body) - header_length > 4 * 3:
+                return HttpReply(413, {}, b"")
+            return super().answer(body, header_length)
+
+    world = World(1, server=Small())
+
+    async def run():
+        summary = await world.live(calm(), request_records=8)
+        assert summary.root == root
+
+    run_virtually(run())
+
+
+def test_a_foreign_server_of_the_protocol_is_driven_too():
+    """No digest, fingerprint, checksum or status: what can be checked is, what is missing is worked out here."""
+    class Foreign(SimulatedServer):
+        def metadata(self):
+            from dataclasses import replace
+
+            return replace(super().metadata(), parameters={})
+
+        def answer(self, body, header_length):
+            from batch_client.transport import HttpReply
+            from batch_handler.oip import HEADER_LENGTH, InferReply, Tensor, decode_request, encode_reply
+
+            request = decode_request(body, header_length, max_tensor_bytes=1 << 20)
+            y = super().predict(request.inputs[0].data, 0)
+            y[request.inputs[0].data[:, 0] == 7] = np.inf
+            message = encode_reply(InferReply(request.id, "toy", "1", (Tensor("y", y),)), binary={"y": True})
+            return HttpReply(200, {HEADER_LENGTH.lower(): str(message.header_length)}, message.join())
+
+    world = World(1, server=Foreign())
+
+    async def run():
+        summary = await world.live(calm(), request_records=4)
+        assert summary.published
+        found = await opened(world.output)
+        np.testing.assert_array_equal(found["record_status"], np.where(world.records[:, 0] == 7, 2, 0))
+
+    run_virtually(run())
+
+
+def test_specs_of_parts_and_modes():
+    common = {"input": "a", "output": "b", "endpoints": (URL,), "model": "toy"}
+    for options in ({"part": (0, 2)}, {"part": (3, 2)}, {"reuse": "o", "exact": False}, {"max_failed": -1},
+                    {"token_file": "t", "token_command": "c"}):
+        with pytest.raises(UsageError):
+            RunSpec(**common, **options)

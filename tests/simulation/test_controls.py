@@ -1,0 +1,177 @@
+"""Planted bugs: each breaks one promise, and the checks that the other tests rely on must notice it."""
+
+import random
+
+import numpy as np
+import pytest
+
+from batch_client import exchange, pipeline, writer
+from batch_client.errors import BatchClientError
+from batch_client.exchange import Exchange, Prediction
+from batch_client.ledger import Ledger
+from batch_client.scorer import Scorer
+from batch_client.transport import HttpReply
+from batch_handler.oip import OipError, decode_reply, decode_request
+from support.faulty import Fate
+from support.simulated import SimulatedServer
+from support.virtual import run_virtually
+from support.world import World, undisturbed
+
+SEEDS = range(40)
+# A planted bug replaces one step of the product: there is no other way to have it wrong on purpose.
+
+
+@pytest.fixture(scope="module")
+def calm():
+    return (*undisturbed(), World(0).source)
+
+
+def caught(calm, server=None, faults=10, kinds=None, steps=None):
+    """How many of the seeds notice that something is wrong."""
+    count = 0
+    for seed in SEEDS:
+        world = World(seed, source=calm[2], server=server() if server else None)
+
+        async def run(world=world, seed=seed):
+            await world.until_published(
+                Fate(random.Random(seed), steps=steps or calm[1], faults=faults, kinds=kinds))
+            await world.settle()
+            await world.check(calm[0])
+
+        try:
+            run_virtually(run())
+        except (AssertionError, BatchClientError):
+            count += 1
+    return count
+
+
+def test_without_a_bug_nothing_is_caught(calm):
+    assert caught(calm) == 0
+
+
+def test_publishing_early_is_caught(calm, monkeypatch):
+    async def early(store, layout, plan, identity, proven):
+        for key, document in await layout.metadata({"root": "sha256:early"}):
+            await store.create(key, document)
+        await store.create("_SUCCESS", b"")
+        return "sha256:early"
+
+    monkeypatch.setattr(pipeline, "publish", early)
+    assert caught(calm) == len(SEEDS)
+
+
+def test_proving_before_writing_is_caught(calm, monkeypatch):
+    original = Ledger.add
+
+    async def hasty(self, row):
+        await original(self, row)
+        await self.flush()
+
+    async def unwritten(self, unit, source):
+        row = (await put(self, unit, source))[0]
+        return row, False
+
+    async def put(self, unit, source):
+        chunks = [await writer.proof_of(key, data) async for key, data in writer.encode_unit(self._layout, unit)]
+        return writer.Row(unit.unit.index, tuple(chunks), source, unit.unit.count, 0, 0), False
+
+    monkeypatch.setattr(Ledger, "add", hasty)
+    monkeypatch.setattr(writer.ChunkWriter, "write", unwritten)
+    assert caught(calm) == len(SEEDS)
+
+
+def test_believing_that_what_exists_is_right_is_caught(calm, monkeypatch):
+    async def trusting(self, key, data):
+        await self._store.create(key, data)
+
+    class Unsteady(SimulatedServer):
+        """Its bits depend on how many requests it has had."""
+
+        def predict(self, records, first_row):
+            return super().predict(records, first_row) + np.float32(self.requests)
+
+    monkeypatch.setattr(writer.ChunkWriter, "_put", trusting)
+    assert caught(calm, Unsteady) == len(SEEDS)
+
+
+def test_taking_any_reply_is_caught(calm, monkeypatch):
+    def gullible(self, reply, message, ident, count):
+        tensors = {tensor.name: tensor.data for tensor in reply.outputs}
+        return Prediction({"y": tensors["y"]}, tensors["record_status"])
+
+    monkeypatch.setattr(Exchange, "_check", gullible)
+    assert caught(calm, kinds=("swapped", "stale"), faults=20, steps=60) > len(SEEDS) // 2
+
+
+def test_not_checking_the_replys_checksum_is_caught(calm, monkeypatch):
+    def trusting(reply):
+        length = int(reply.headers.get("inference-header-content-length") or 0)
+        try:
+            return decode_reply(reply.body, length)
+        except OipError as error:
+            if "CRC" not in str(error):
+                raise
+            text = reply.body[:length].replace(b'"crc32c"', b'"crc32x"')
+            return decode_reply(text + reply.body[length:], length)
+
+    monkeypatch.setattr(exchange, "_decode", trusting)
+    # Most flips fall into bytes that are checked in another way too.
+    assert caught(calm, kinds=("flipped",), faults=20, steps=60) > len(SEEDS) // 8
+
+
+def test_retrying_a_refused_request_for_ever_is_caught(calm, monkeypatch):
+    class Refusing(SimulatedServer):
+        def answer(self, body, header_length):
+            if self.requests > 200:
+                raise AssertionError("asked again and again")
+            return HttpReply(400, {}, b'{"error": "never"}')
+
+    async def stubborn(self, span, rows):
+        while True:
+            answer = await self._exchange.ask(span, rows)
+            if isinstance(answer, Prediction):
+                return answer
+
+    monkeypatch.setattr(Scorer, "score", stubborn)
+    with pytest.raises(BaseExceptionGroup):
+        run_virtually(World(1, source=calm[2], server=Refusing()).until_published(Fate(random.Random(1), faults=0)))
+
+
+class Mixing(SimulatedServer):
+    """The naive handler: it puts the records of whatever requests are there into one batch of variable size."""
+
+    def answer(self, body, header_length):
+        neighbours = self.at_once
+        self.mixed = neighbours
+        return super().answer(body, header_length)
+
+    def predict(self, records, first_row):
+        return super().predict(records, first_row) + np.float32(2**-12) * np.float32(getattr(self, "mixed", 0))
+
+
+def test_a_handler_that_mixes_requests_is_caught(calm):
+    assert caught(calm, Mixing) == len(SEEDS)
+    roots = set()
+    for flight in (1, 4):
+        world = World(0, source=calm[2], server=Mixing(seconds=0.01), in_flight=flight)
+        roots.add(run_virtually(world.until_published(Fate(random.Random(0), faults=0))).root)
+    assert len(roots) == 2
+
+
+def test_a_request_that_travels_is_what_the_server_computes(calm):
+    """The checksum of the request comes back: a flipped bit on the way there is noticed too."""
+    class Deaf(SimulatedServer):
+        def answer(self, body, header_length):
+            altered = bytearray(body)
+            altered[-1] ^= 4
+            decode_request(bytes(altered), header_length, max_tensor_bytes=1 << 20)
+            return super().answer(bytes(altered) if self.requests % 3 == 0 else body, header_length)
+
+    world = World(1, source=calm[2], server=Deaf(seconds=0.01))
+
+    async def run():
+        summary = await world.until_published(Fate(random.Random(1), faults=0))
+        await world.check(calm[0])
+        return summary
+
+    assert run_virtually(run()).retries > 5

@@ -1,0 +1,191 @@
+"""Records that make the model raise, its worker exit or hang, or its prediction NaN: found and listed, no others."""
+
+import asyncio
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+
+from batch_client.errors import DataError, StoppedError
+from batch_client.pipeline import execute
+from batch_client.prepare import Services
+from batch_client.serving import Servers
+from batch_client.spec import RunSpec
+from batch_client.storage import MemoryStore
+from batch_client.tokens import NoTokens
+from batch_client.transport import HttpReply
+from batch_handler.oip import decode_request
+from support.simulated import URL, SimulatedServer
+from support.virtual import run_virtually
+from support.world import make_source, opened
+
+RAISE, EXIT, HANG, NAN = 1001, 1002, 1003, 1004
+KINDS = {"raise": RAISE, "exit": EXIT, "hang": HANG, "nan": NAN}
+RESPONSE_SECONDS = 120
+
+
+class PoisonedServer(SimulatedServer):
+    """A worker that a record can break. Requests that are served at the same time share a server batch's fate."""
+
+    def __init__(self, **options):
+        super().__init__((3,), np.float32, micro_batch=16, seconds=0.02, **options)
+        self.deaths = 0
+        self.fails_on_zeros = False
+
+    def predict(self, records, first_row):
+        y = super().predict(records, first_row)
+        y[(records[:, 0] == NAN)] = np.nan
+        return y
+
+    async def send(self, method, url, headers, parts, deadline):
+        if method == "GET":
+            return await super().send(method, url, headers, parts, deadline)
+        self.requests += 1
+        body = b"".join(parts)
+        length = int(headers["Inference-Header-Content-Length"])
+        records = decode_request(body, length, max_tensor_bytes=1 << 24).inputs[0].data
+        deaths = self.deaths
+        await asyncio.sleep(self.seconds)
+        first = records[:, 0]
+        if self.fails_on_zeros and not records.any():
+            return died()
+        if (first == RAISE).any():
+            return HttpReply(500, {}, b'{"error": "the model raised ValueError: bad pixel"}')
+        if (first == EXIT).any() or (first == HANG).any():
+            await asyncio.sleep(RESPONSE_SECONDS if (first == HANG).any() else 2)
+            self.deaths += 1
+        if self.deaths != deaths:
+            return died()
+        return self.answer(body, length)
+
+
+def died():
+    return HttpReply(500, {}, json.dumps(
+        {"code": 500, "type": "InternalServerException", "message": "Worker died."}).encode())
+
+
+def world_of(count, poisons, chunk=1000):
+    """Source store, records, and the records with the poisons made harmless."""
+    rng = np.random.default_rng(1)
+    clean = rng.integers(1, 99, (count, 3)).astype(np.float32)
+    records = clean.copy()
+    for index, kind in poisons.items():
+        records[index, 0] = KINDS[kind]
+    return make_source(records, (chunk, 3)), clean
+
+
+def score(source, server, **options):
+    output = MemoryStore("memory://out")
+    spec = RunSpec(**{"input": "memory://source", "output": "memory://out", "endpoints": (URL,), "model": "toy",
+                      "chunk_records": 1000, "request_records": 64, "in_flight": 4, **options})
+
+    async def run():
+        services = Services(Servers(server, NoTokens(), (URL,), "toy"), source, output,
+                            clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(2))
+        return await execute(spec, services)
+
+    try:
+        return run_virtually(run()), output
+    except DataError as error:
+        return error, output
+
+
+def letters(output):
+    found = {}
+    for key, data in output.objects.items():
+        if key.startswith("_run/failed/"):
+            for record in json.loads(data)["records"]:
+                found[record["index"]] = record
+    return found
+
+
+def test_twenty_of_four_kinds_among_fifty_thousand():
+    rng = random.Random(3)
+    places = rng.sample(range(50_000), 20)
+    poisons = {place: list(KINDS)[number % 4] for number, place in enumerate(places)}
+    server = PoisonedServer()
+    source, clean = world_of(50_000, poisons)
+    summary, output = score(source, server, max_failed=20, require_finite=True)
+    assert summary.published
+    found = run_virtually(opened(output))
+    wanted = np.zeros(50_000, np.uint8)
+    for place, kind in poisons.items():
+        wanted[place] = 2 if kind == "nan" else 1
+    np.testing.assert_array_equal(found["record_status"], wanted)
+    assert set(letters(output)) == {place for place, kind in poisons.items() if kind != "nan"}
+    survivors = np.ones(50_000, bool)
+    survivors[places] = False
+    expected = server.expected(clean, 1000)
+    np.testing.assert_array_equal(found["y"][survivors].view(np.uint32), expected[survivors].view(np.uint32))
+    for place, letter in letters(output).items():
+        assert letter["attempts"] == 3
+        assert ("bad pixel" if poisons[place] == "raise" else "Worker died") in letter["reason"]
+
+
+@pytest.mark.parametrize("kind", ["raise", "exit", "hang"])
+@pytest.mark.parametrize("place", [0, 31, 63, 40])
+def test_one_poison_costs_at_most_the_promised_requests(kind, place):
+    server = PoisonedServer()
+    source, _ = world_of(64, {place: kind}, chunk=64)
+    summary, output = score(source, server, max_failed=1, in_flight=1, chunk_records=64)
+    assert summary.published
+    assert list(letters(output)) == [place]
+    probes = server.requests - 2
+    assert probes <= 2 * math.ceil(math.log2(64)) + 6
+
+
+def test_without_leave_the_failures_are_held_back_and_a_later_run_may_accept_them():
+    server = PoisonedServer()
+    source, clean = world_of(3000, {1500: "raise", 2999: "exit"})
+    error, output = score(source, server)
+    assert isinstance(error, DataError)
+    assert "2 records failed, --max-failed 0 allows fewer" in str(error)
+    assert "--max-failed 2" in str(error)
+    assert not any(key.endswith("zarr.json") for key in output.objects)
+    assert [key for key in output.objects if key.startswith("y/c/")] == ["y/c/0/0"]
+
+    async def resume():
+        services = Services(Servers(server, NoTokens(), (URL,), "toy"), source, output,
+                            clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(9))
+        return await execute(RunSpec(
+            input="memory://source", output="memory://out", endpoints=(URL,), model="toy", chunk_records=1000,
+            request_records=64, max_failed=2), services)
+
+    summary = run_virtually(resume())
+    assert summary.scored == 2000
+    found = run_virtually(opened(output))
+    assert list(np.flatnonzero(found["record_status"])) == [1500, 2999]
+    np.testing.assert_array_equal(found["y"][:1500], server.expected(clean, 1000)[:1500])
+
+
+def test_nan_is_no_failure_unless_it_is_said_to_be():
+    source, _ = world_of(100, {7: "nan"}, chunk=100)
+    summary, output = score(source, PoisonedServer(), chunk_records=100)
+    assert summary.published
+    assert run_virtually(opened(output))["record_status"][7] == 2
+    error, output = score(source, PoisonedServer(), chunk_records=100, require_finite=True)
+    assert isinstance(error, DataError)
+
+
+def test_a_server_that_fails_on_anything_convicts_nobody():
+    server = PoisonedServer()
+    server.fails_on_zeros = True
+    source, _ = world_of(64, {5: "exit"}, chunk=64)
+    with pytest.raises(StoppedError, match="zeros"):
+        score(source, server, chunk_records=64, patience=300)
+
+
+def test_a_model_that_refuses_everything_ends_the_run_soon():
+    class Refusing(PoisonedServer):
+        def answer(self, body, header_length):
+            return HttpReply(400, {}, b'{"error": "wanted another dtype"}')
+
+    server = Refusing()
+    source, _ = world_of(5000, {}, chunk=1000)
+    error, _ = score(source, server)
+    assert isinstance(error, DataError)
+    assert "wanted another dtype" in str(error)
+    # Fewer than the run has requests: nothing is taken apart once zeros are refused too.
+    assert server.requests < 79

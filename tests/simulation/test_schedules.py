@@ -1,0 +1,137 @@
+"""The real client code on a virtual clock, with faults drawn from a seed: whatever happens, the same bytes.
+
+A failing seed is reproduced by `pytest tests/simulation/test_schedules.py -k 'seed_17-'` or by BATCH_CLIENT_SEEDS=17.
+"""
+
+import asyncio
+import os
+import random
+
+import pytest
+
+from support.faulty import Fate, Life
+from support.virtual import run_virtually
+from support.world import World, undisturbed
+
+GROUPS = 20
+A_GROUP = 25
+
+
+def seeds():
+    named = os.environ.get("BATCH_CLIENT_SEEDS", "")
+    if named:
+        low, _, high = named.partition(":")
+        return [range(int(low), int(high or int(low) + 1))]
+    return [range(group * A_GROUP, (group + 1) * A_GROUP) for group in range(GROUPS)]
+
+
+@pytest.fixture(scope="module")
+def calm():
+    """Root and number of I/O steps of the undisturbed run, and the shared source."""
+    root, steps = undisturbed()
+    return root, steps, World(0).source
+
+
+def schedule(seed, calm):
+    """One world with one, two or three clients, at least five faults, then calm."""
+    root, steps, source = calm
+
+    rng = random.Random(seed)
+    world = World(seed, source=source)
+
+    async def run():
+        fate = Fate(rng, steps=steps, faults=rng.randint(6, 12))
+        clients = rng.choice([1, 1, 2, 3])
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(clients):
+                tasks.create_task(world.until_published(fate))
+        assert len(fate.injected) >= 5, fate.injected
+        await world.settle()
+        await world.check(root)
+        return fate.injected
+
+    return run_virtually(run())
+
+
+@pytest.mark.parametrize("group", seeds(), ids=lambda group: f"seed_{group.start}-{group.stop - 1}")
+def test_every_schedule_ends_in_the_same_root(group, calm):
+    seen = set()
+    for seed in group:
+        try:
+            seen.update(schedule(seed, calm))
+        except BaseException as error:
+            error.add_note(f"BATCH_CLIENT_SEEDS={seed} reproduces this")
+            raise
+    if len(group) > 10:
+        assert len(seen) >= 10, "the schedules have hardly any variety"
+
+
+
+@pytest.mark.parametrize("when", ["crash before", "crash after"])
+def test_a_kill_at_every_io_step_is_resumed_to_the_same_root(when, calm):
+    root, steps, source = calm
+
+    class At(Fate):
+        """Dies at one step, whatever it is."""
+
+        def __init__(self, point):
+            super().__init__(random.Random(point), faults=0)
+            self.point = point
+
+        def next(self, kinds):
+            self.step += 1
+            if self.step == self.point and when in kinds:
+                self.injected.append(when)
+                return when
+            return None
+
+    async def run(point):
+        world = World(point, source=source)
+        fate = At(point)
+        first = await world.live(fate, Life())
+        if first is None:
+            written = [key for key in world.output.objects if "/y/c/" in f"/{key}"]
+            proven = sum(b'"unit"' in data for key, data in world.output.objects.items() if "ledger" in key)
+            before = world.server.requests
+            await world.until_published(fate)
+            # At most what was in flight or not yet in a flushed segment is done again: never more than everything.
+            assert world.server.requests - before <= 2 * 12
+            assert proven <= len(written)
+        await world.check(root)
+        return bool(fate.injected)
+
+    injected = sum(run_virtually(run(point)) for point in range(1, steps + 1))
+    assert injected >= steps // 3, "hardly any step was a crash point"
+
+
+def test_calm_worlds_agree_whatever_the_requests():
+    roots = {undisturbed(request_records=size, in_flight=flight)[0] for size in (4, 8) for flight in (1, 3, 32)}
+    assert len(roots) == 1
+
+
+def test_a_source_that_changes_under_a_run_stops_it(calm):
+    from batch_client.errors import MismatchError
+
+    async def run():
+        world = World(1, source=make_copy(calm[2]))
+        fate = Fate(random.Random(1), faults=0, kinds=("crash before",))
+        # All units are proven, the manifest is not written yet.
+        fate.at = {calm[1] - 4}
+        await world.live(fate)
+        assert world.ends == ["crash"]
+        assert any("ledger" in key for key in world.output.objects)
+        # A sound chunk with other records, as a program that writes the source again would leave it.
+        world.source.objects["c/0/0"] = world.source.objects["c/1/0"]
+        with pytest.raises(MismatchError, match="chunk c/0/0 changed since it was scored"):
+            await world.until_published(Fate(random.Random(1), faults=0))
+        assert "zarr.json" not in world.output.objects
+
+    run_virtually(run())
+
+
+def make_copy(store):
+    copy = type(store)(store.url)
+    copy.objects = dict(store.objects)
+    return copy
+
+

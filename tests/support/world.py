@@ -1,0 +1,133 @@
+"""A small world: a source, an output, a server; clients live and die in it on a virtual clock."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import numpy as np
+import zarr
+from zarr.storage import MemoryStore as ZarrMemory
+
+from batch_client.errors import BatchClientError
+from batch_client.pipeline import execute
+from batch_client.prepare import Services
+from batch_client.serving import Servers
+from batch_client.spec import RunSpec
+from batch_client.storage import MemoryStore
+from batch_client.tokens import NoTokens
+from batch_client.verify import verify_output
+from support.faulty import CrashError, Fate, FaultyStore, FaultyTransport, Life
+from support.simulated import URL, SimulatedServer
+from support.virtual import run_virtually
+
+RECORDS, CHUNK = 96, 8
+# How a client may end although nothing is wrong with the run: 74 and 75 say "the same command goes on".
+RESUMABLE = (74, 75)
+
+
+def make_source(records, chunks, name="memory://source"):
+    """An array in a MemoryStore, written by zarr."""
+    async def write():
+        zarr_store = ZarrMemory()
+        array = await zarr.api.asynchronous.create_array(
+            store=zarr_store, shape=records.shape, chunks=chunks, dtype=records.dtype,
+            config={"write_empty_chunks": True})
+        await array.setitem(slice(None), records)
+        store = MemoryStore(name)
+        async for key in zarr_store.list():
+            store.objects[key] = (await zarr_store.get(key, zarr.core.buffer.default_buffer_prototype())).to_bytes()
+        return store
+
+    return run_virtually(write())
+
+
+class World:
+    """One source and one output; `lives` clients have worked on it."""
+
+    def __init__(self, seed, server=None, records=None, source=None, **options):
+        self.rng = random.Random(seed)
+        self.records = np.random.default_rng(5).integers(0, 99, (RECORDS, 3), np.uint8) if records is None else records
+        self.source = source or make_source(self.records, (CHUNK, 3))
+        self.output = MemoryStore("memory://out")
+        self.server = server or SimulatedServer(seconds=0.01)
+        self.options = {"chunk_records": CHUNK, "request_records": 4, "in_flight": 4, "patience": 3600.0, **options}
+        self.lives = 0
+        self.ends = []
+
+    def spec(self, **changes):
+        return RunSpec(**{"input": "memory://source", "output": "memory://out", "endpoints": (URL,), "model": "toy",
+                          **self.options, **changes})
+
+    def services(self, fate, life):
+        transport = FaultyTransport(self.server, fate, life)
+        return Services(
+            Servers(transport, NoTokens(), (URL,), "toy"), FaultyStore(self.source, fate, life),
+            FaultyStore(self.output, fate, life), clock=lambda: asyncio.get_running_loop().time(),
+            rng=random.Random(self.rng.random()))
+
+    async def live(self, fate, life=None, **changes):
+        """One client from its start to its end. Returns its summary, or None if it ended in a way that may be resumed.
+
+        Raises whatever a user would have to look at.
+        """
+        self.lives += 1
+        services = self.services(fate, life or Life())
+        try:
+            return await execute(self.spec(**changes), services)
+        except CrashError:
+            self.ends.append("crash")
+        except BaseExceptionGroup as group:
+            if group.split(CrashError)[1] is not None:
+                raise
+            self.ends.append("crash")
+        except BatchClientError as error:
+            if error.exit_code not in RESUMABLE:
+                raise
+            self.ends.append(str(error))
+        return None
+
+    async def until_published(self, fate, most=40, **changes):
+        for _ in range(most):
+            summary = await self.live(fate, **changes)
+            if summary is not None and summary.published:
+                return summary
+        raise AssertionError(f"not published after {most} lives: {self.ends[-3:]}")
+
+    async def settle(self):
+        """Let PUTs that are still under way land."""
+        await asyncio.sleep(1000)
+
+    async def check(self, root=None):
+        """The output is whole, in order, and what it would have been without any fault."""
+        verification = await verify_output(self.output, deep=True)
+        assert verification.records == len(self.records)
+        if root is not None:
+            assert verification.root == root
+        found = await opened(self.output)
+        np.testing.assert_array_equal(found["y"].view(np.uint32),
+                                      self.server.expected(self.records, CHUNK).view(np.uint32))
+        assert (found["record_status"] == 0).all()
+
+
+async def opened(store):
+    """The arrays that a reader finds in an output."""
+    target = ZarrMemory()
+    for key, data in store.objects.items():
+        if key.endswith("zarr.json") or "/c/" in key:
+            await target.set(key, zarr.core.buffer.default_buffer_prototype().buffer.from_bytes(data))
+    group = await zarr.api.asynchronous.open_group(target, mode="r")
+    return {name: np.asarray(await array.getitem(slice(None))) async for name, array in group.arrays()}
+
+
+def undisturbed(**options):
+    """The root hash of a run to which nothing happens, and the I/O steps it takes."""
+    world = World(0, **options)
+
+    async def run():
+        fate = Fate(random.Random(0), faults=0)
+        summary = await world.until_published(fate)
+        await world.check()
+        return summary.root, fate.step
+
+    return run_virtually(run())
