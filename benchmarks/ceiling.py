@@ -28,19 +28,17 @@ def worker(archive: str, records: str, count: int, threads: int) -> None:
 
     from batch_handler.archive import read_description
     from batch_handler.runtimes.eager import load_module
-    from batch_handler.runtimes.torchscript import load_script
 
     torch.set_num_threads(threads)
     description = read_description(Path(archive))
     with tempfile.TemporaryDirectory() as folder:
         zipfile.ZipFile(archive).extractall(folder)
-        if description.weights.kind == "torchscript":
-            module = torch.jit.optimize_for_inference(
-                torch.jit.freeze(load_script(Path(folder) / "model.ts", torch.device("cpu")).eval()))
-        else:
-            module, _ = load_module(description.weights, Path(folder), torch.device("cpu"))
+        module, _ = load_module(description.weights, Path(folder), torch.device("cpu"))
     spec = description.inputs[0]
     size = description.micro_batch
+    if description.runtime == "torchscript":
+        traced = torch.jit.trace(module, torch.zeros(size, *spec.model_shape), check_trace=False)
+        module = torch.jit.optimize_for_inference(torch.jit.freeze(traced.eval()))
     images = np.load(records)
 
     def score(start: int) -> None:

@@ -1,6 +1,6 @@
 """Zarr on S3 → TorchServe → Zarr on S3, all on this machine, against the ceiling: the model alone in memory.
 
-    python benchmarks/end_to_end.py [--pairs 15] [--records 200000] [--model MODEL --trust-pickle]
+    python benchmarks/end_to_end.py [--pairs 15] [--records 200000] [--runtime torchscript] [--model MODEL]
 
 Pairs are interleaved, since a machine's speed drifts; the figure is the median of the pairs' ratios with a 95 %
 bootstrap interval. The run's seconds are those of its own summary: from the first read to publication, the server's
@@ -49,7 +49,7 @@ def main() -> None:
             pairs.append((ours["records_per_s"], ceiling))
             print(f"pair {number + 1}: run {ours['records_per_s']:,.0f} records/s, ceiling {ceiling:,.0f} "
                   f"({cpu:.0f} CPU s per million), ratio {ours['records_per_s'] / ceiling:.3f}", flush=True)
-        report(pairs, len(images))
+        report(pairs, len(images), options.runtime)
 
 
 def arguments() -> argparse.Namespace:
@@ -57,12 +57,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--records", type=int, default=200_000)
     parser.add_argument("--model", type=Path, help="a whole pickled module that takes 1x28x28 [default: the demo's]")
+    parser.add_argument("--runtime", choices=["eager", "torchscript"], default="torchscript")
     parser.add_argument("--images", type=Path, help=".npz with uint8 images (n, 28, 28) [default: random ones]")
     return parser.parse_args()
 
 
 def packed(options: argparse.Namespace, work: Path, environ: dict[str, str]) -> Path:
-    common = ["--input", "image:uint8:28x28", "--model-shape", "1x28x28", "--scale", "1/255", "--softmax", "-o",
+    common = ["--runtime", options.runtime, "--input", "image:uint8:28x28", "--model-shape", "1x28x28", "--scale", "1/255", "--softmax", "-o",
               str(work / "bench.mar")]
     if options.model is None:
         import torch
@@ -109,11 +110,11 @@ def cli(words: list[str], environ: dict[str, str]) -> str:
     return done.stdout
 
 
-def report(pairs: list[tuple[float, float]], records: int) -> None:
+def report(pairs: list[tuple[float, float]], records: int, runtime: str) -> None:
     ratios = [ours / ceiling for ours, ceiling in pairs]
     rng = random.Random(0)
     medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(10_000))
-    print(f"\n{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {platform.machine()}, {records:,} records in "
+    print(f"\n{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {platform.machine()}, {runtime}, {records:,} records in "
           f"{-(-records // CHUNK)} input chunks, {len(pairs)} interleaved pairs")
     print(f"run      {statistics.median(ours for ours, _ in pairs):>8,.0f} records/s (median)")
     print(f"ceiling  {statistics.median(ceiling for _, ceiling in pairs):>8,.0f} records/s (median)")

@@ -34,6 +34,7 @@ class Endpoint:
     broken: int = 0
     ejections: int = 0
     turned_away: int = 0
+    refused_since: float | None = None
     rests_until: float = float("-inf")
     other_model: str | None = None
     left_out: BatchClientError | None = None
@@ -122,10 +123,23 @@ class Pool:
 
     def overloaded(self, endpoint: Endpoint, sent_at: float) -> None:
         """It had no room for a request sent at `sent_at`: fewer at once, and a pause with full jitter for all."""
+        endpoint.limiter.overloaded(self._clock(), sent_at)
+        self._rest(endpoint, sent_at)
+
+    def refused(self, endpoint: Endpoint, sent_at: float) -> float:
+        """It turned down the token of a request sent at `sent_at`: a pause for all, in which there may come another.
+        Gives the seconds since the first refusal after its last success.
+        """
         now = self._clock()
-        endpoint.limiter.overloaded(now, sent_at)
+        if endpoint.refused_since is None:
+            endpoint.refused_since = now
+        self._rest(endpoint, sent_at)
+        return now - endpoint.refused_since
+
+    def _rest(self, endpoint: Endpoint, sent_at: float) -> None:
+        """Once for all requests that were under way together."""
         if sent_at >= endpoint.rests_until:
-            endpoint.rests_until = now + full_jitter(endpoint.turned_away, self._rng)
+            endpoint.rests_until = self._clock() + full_jitter(endpoint.turned_away, self._rng)
             endpoint.turned_away += 1
 
     def broke(self, endpoint: Endpoint) -> None:

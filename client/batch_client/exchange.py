@@ -44,8 +44,8 @@ __all__ = ["Exchange", "Prediction"]
 
 RECORD_STATUS = "record_status"
 REQUEST_SECONDS = 300.0
-# A token that was just renewed and is refused again will not get better.
-TOKEN_TRIES = 3
+# A token may be refused while its server restarts or another program renews it; after this long it is wrong.
+TOKEN_SECONDS = 30.0
 # A connection that breaks this often on one request, while others are answered, breaks because of it.
 BROKEN_TRIES = 5
 
@@ -63,9 +63,7 @@ class Prediction:
 @dataclass
 class _Tries:
     made: int = 0
-    token: int = 0
     broken: int = 0
-    refused_token: str | None = None
     began: float = field(default=0.0)
 
 
@@ -95,6 +93,7 @@ class Exchange:
         self._emit = emit
         self._bucket = RetryBucket()
         self._last_success = clock()
+        self._refused_token: str | None = None
         self._nonce = f"{rng.getrandbits(48):012x}"
         self._numbers = itertools.count()
 
@@ -143,7 +142,10 @@ class Exchange:
 
     async def _attempt(self, endpoint: Endpoint, message: Message, ident: str, span: Span,
                        tries: _Tries) -> tuple[Verdict, Prediction | None]:
-        token = await self._tokens.token(tries.refused_token)
+        tries.made += 1
+        # One refusal makes the next request, whichever it is, ask for another token.
+        refused, self._refused_token = self._refused_token, None
+        token = await self._tokens.token(refused)
         headers = {"Content-Type": CONTENT_TYPE, HEADER_LENGTH: str(message.header_length), **authorization(token)}
         url = f"{endpoint.url}/v2/models/{self._contract.name}/infer"
         started = self._clock()
@@ -154,7 +156,8 @@ class Exchange:
         except TransportError as error:
             return Verdict(Outcome.BROKEN, str(error)), None
         verdict = read_reply(reply.status, reply.body)
-        tries.refused_token = token if verdict.outcome is Outcome.TOKEN else None
+        if verdict.outcome is Outcome.TOKEN:
+            self._refused_token = token
         if verdict.outcome is not Outcome.RESULT:
             return verdict, None
         try:
@@ -176,6 +179,10 @@ class Exchange:
                 self.pool.succeeded(endpoint)
             case Outcome.BUSY:
                 self.pool.overloaded(endpoint, sent_at)
+            case Outcome.TOKEN:
+                if self.pool.refused(endpoint, sent_at) > min(TOKEN_SECONDS, self._patience):
+                    self.pool.leave_out(endpoint, CredentialsError(
+                        f"{endpoint.url} refuses the token: {verdict.reason}"))
             case Outcome.BROKEN | Outcome.CORRUPT:
                 self.pool.broke(endpoint)
             case Outcome.OTHER_MODEL:
@@ -190,19 +197,14 @@ class Exchange:
         return tries.broken >= BROKEN_TRIES and self._last_success > tries.began
 
     async def _before_next(self, endpoint: Endpoint, verdict: Verdict, tries: _Tries) -> None:
-        tries.made += 1
-        if verdict.outcome is Outcome.TOKEN:
-            tries.token += 1
-            if tries.token >= TOKEN_TRIES:
-                raise CredentialsError(f"{endpoint.url} refuses the token: {verdict.reason}")
         idle = self.out_of_patience()
         if idle is not None:
             raise StoppedError(f"no request was answered for {idle:.0f} s (--patience {self._patience:g}); the last "
                                f"answer of {endpoint.url}: {verdict.outcome.value}: {verdict.reason}; "
                                "the same command goes on from here")
-        # A server without room rests for all requests (pool), so there is nothing to wait for here.
+        # A server without room, or that wants another token, rests for all requests (pool): nothing to wait for here.
         delay = 0.0
-        if verdict.outcome is not Outcome.BUSY:
+        if verdict.outcome not in (Outcome.BUSY, Outcome.TOKEN):
             delay = max(full_jitter(tries.made, self._rng), self._bucket.delay(self._clock()))
         self._emit(RequestRetried(endpoint.url, f"{verdict.outcome.value}: {verdict.reason}", delay))
         await asyncio.sleep(delay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +18,8 @@ __all__ = ["RunSummary", "Tally"]
 @dataclass(frozen=True)
 class RunSummary:
     """A finished run. `records` is the size of the output, `scored` what this run computed of it; seconds are from the
-    first read to publication, bytes are of records read from and chunks written to storage.
+    first read to publication, bytes are of records read from and chunks written to storage, peak memory is that of
+    this process, its imports included.
     """
 
     records: int
@@ -36,9 +38,19 @@ class RunSummary:
     retries: int
     bytes_read: int
     bytes_written: int
+    peak_memory_bytes: int
 
     def to_value(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _peak_memory() -> int:
+    if sys.platform == "win32":
+        return 0
+    import resource  # noqa: PLC0415 - does not exist on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Tally:
@@ -85,4 +97,5 @@ class Tally:
             retries=self._retries,
             bytes_read=self._read,
             bytes_written=self._written,
+            peak_memory_bytes=_peak_memory(),
         )

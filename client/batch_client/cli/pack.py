@@ -33,6 +33,8 @@ FILE = click.Path(path_type=Path)
 @click.option("--softmax", is_flag=True, help="Softmax over the output's last axis.")
 @click.option("--golden", type=FILE, help="Sample records (.npy or .npz) that every worker must reproduce before it "
               "serves.  [default: a few random ones]")
+@click.option("--runtime", type=click.Choice(["eager", "torchscript"]), help="How workers run it; torchscript traces, "
+              "freezes and optimises the module at load.  [default: eager, torchscript for TorchScript files]")
 @click.option("--micro-batch", type=int, help="Records in one run of the model.  [default: 128]")
 def command(model: Path, **options: Any) -> None:
     """Pack MODEL: .safetensors or a state_dict with --arch, a TorchScript file, or a whole pickled module."""
@@ -57,6 +59,7 @@ def command(model: Path, **options: Any) -> None:
             outputs=draft.outputs,
             model_config=config,
             arch=options["arch"],
+            runtime=options["runtime"],
             trust_pickle=options["trust_pickle"],
             micro_batch=options["micro_batch"] or draft.micro_batch or archive.DEFAULT_MICRO_BATCH,
             golden=options["golden"],
