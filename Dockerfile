@@ -54,5 +54,5 @@ EXPOSE 8080 8082
 HEALTHCHECK --interval=15s --timeout=10s --start-period=300s --retries=3 \
     CMD ["python3", "-c", "import urllib.request as r; t = open('/run/batch-client/token').read(); r.urlopen(r.Request('http://127.0.0.1:8080/ping', headers={'Authorization': 'Bearer ' + t}), timeout=8)"]
 # The exec form: SIGTERM reaches `serve`, which ends TorchServe and its workers.
-ENTRYPOINT ["batch-client", "serve", "--port", "8080", "--metrics-port", "8082", "--token-file", "/run/batch-client/token"]
+ENTRYPOINT ["batch-client", "serve", "--port", "8080", "--metrics-port", "8082", "--token-out", "/run/batch-client/token"]
 CMD ["/models/model.mar"]

@@ -45,14 +45,6 @@ def test_every_flag_of_every_verb_is_in_the_reference(verb):
                 assert re.search(rf"`{flag}[ `]", known), flag
 
 
-def test_settings_whose_names_are_not_the_flags_are_in_the_reference():
-    for verb in VERBS:
-        for option in import_module(f"batch_client.cli.{verb}").command.params:
-            flag = max(option.opts, key=len).removeprefix("--").replace("-", "_")
-            if isinstance(option, click.Option) and option.name != flag:
-                assert f"`BATCH_CLIENT_{option.name.upper()}`" in CLI, option.name
-
-
 @pytest.mark.parametrize("package", ["client/batch_client", "handler/batch_handler"])
 def test_the_architecture_names_every_module_and_no_other(package):
     text = (EXPLANATION / "architecture.md").read_text().partition(f"\n### `{package}/`\n")[2].partition("\n### ")[0]

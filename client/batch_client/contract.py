@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class ModelContract:
     input_dtype: np.dtype[np.generic]
     input_shape: tuple[int, ...]
     outputs: tuple[OutputGeometry, ...]
+    numerics: Mapping[str, object] = field(default_factory=dict)
 
     def on_the_wire(self, records: np.ndarray) -> np.ndarray:
         """Records (n, *source's record shape) as they travel: the model's record shape and dtype, little-endian."""
@@ -64,7 +65,8 @@ async def fetch_contract(servers: Servers, url: str) -> ModelContract:
         verdict = read_reply(reply.status, reply.body)
         if verdict.outcome is Outcome.RESULT:
             return _contract_of(url, reply.body)
-        if verdict.outcome is not Outcome.NO_MODEL:
+        # A proxy may refuse the first path for reasons of its own; what counts is what the handler's answers.
+        if verdict.outcome not in (Outcome.NO_MODEL, Outcome.TOKEN):
             break
     if verdict.outcome is Outcome.TOKEN:
         raise CredentialsError(f"{url}: the server refuses the token ({verdict.reason}): "
@@ -104,7 +106,7 @@ def _contract_of(url: str, body: bytes) -> ModelContract:
                            f"{', '.join(free) or '(none named)'} is for one record")
     version = metadata.versions[-1] if metadata.versions else ""
     parameters: Mapping[str, object] = metadata.parameters
-    micro_batch = parameters.get("micro_batch", 1)
+    micro_batch, numerics = parameters.get("micro_batch", 1), parameters.get("numerics")
     return ModelContract(
         name=metadata.name,
         version=version,
@@ -115,4 +117,5 @@ def _contract_of(url: str, body: bytes) -> ModelContract:
         input_dtype=one.dtype,
         input_shape=one.shape,
         outputs=outputs,
+        numerics=dict(numerics) if isinstance(numerics, Mapping) else {},
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from batch_client.assemble import UnitAssembler
+from batch_client.assemble import STATUS_NOT_FINITE, UnitAssembler
 from batch_client.budget import ByteBudget, Lease
 from batch_client.errors import DataError, StoppedError, one_error
 from batch_client.events import ChunkHeld, ChunkWritten, Event, Observer, Published, RecordFailed, RunStarted, Stopping
@@ -39,6 +39,7 @@ DRAIN_SECONDS = 12.0
 OUTPUT_BYTES = 64 << 20
 # Failures beyond the accepted ones after which it is the model, not the records: no use in taking apart the rest.
 HOPELESS = 1000
+NOT_FINITE = "the prediction is not finite"
 
 
 async def plan_run(spec: RunSpec, services: Services) -> Plan:
@@ -92,8 +93,8 @@ class _Run:
         self._ledger = Ledger(self._store, f"{services.rng.getrandbits(64):016x}", services.clock)
         self._view = LedgerView(self._store)
         self._refreshed_at = services.clock()
-        self._failed = 0
-        self._held: list[int] = []
+        self._writing: dict[int, int] = {}
+        self._held: dict[int, int] = {}
         self._budget = ByteBudget(spec.max_bytes_in_flight)
         exchange = Exchange(
             servers=services.servers, pool=prepared.pool, contract=prepared.contract, exact=spec.exact,
@@ -112,7 +113,6 @@ class _Run:
         reusable = [] if old is None else await reusable_rows(old, self._prepared)
         first = await self._ledger.pin(self._prepared.identity)
         await self._view.refresh()
-        self._failed = sum(self._failures_of(row) for row in self._view.rows.values())
         if old is not None:
             await self._reuse(old, reusable)
         done = sum(self._plan.unit(index).count for index in self._view.rows)
@@ -128,6 +128,9 @@ class _Run:
         await self._view.refresh()
         if len(self._view.rows) < self._plan.unit_count and self._spec.part is not None:
             return None
+        # Parts and other clients count for themselves while they run; what is published counts together.
+        if self._all_failed() > self._spec.max_failed:
+            raise self._too_many()
         await self._prepared.source.require_unchanged(self._pinned())
         return await publish(self._store, self._layout, self._plan, self._prepared.identity, self._view.rows)
 
@@ -198,6 +201,9 @@ class _Run:
         async with asyncio.TaskGroup() as tasks:
             async for span, records, lease in stream.spans():
                 tasks.create_task(self._score(span, records, lease, assembler, failures))
+        if self._spec.require_finite:
+            failures += [RecordFailed(unit.start + int(row), NOT_FINITE, 1)
+                         for row in np.flatnonzero(assembler.status == STATUS_NOT_FINITE)]
         if failures:
             await self._ledger.list_failures(unit.index, sorted(failures, key=lambda failure: failure.index))
         if not self._accept(unit, assembler):
@@ -222,20 +228,26 @@ class _Run:
         overwritten when more are accepted later.
         """
         failed = assembler.failures(require_finite=self._spec.require_finite)
-        self._failed += failed
-        if not failed or self._failed <= self._spec.max_failed:
+        if not failed or self._all_failed() + failed <= self._spec.max_failed:
+            self._writing[unit.index] = failed
             return True
-        self._held.append(unit.index)
+        self._held[unit.index] = failed
         self._emit(ChunkHeld(unit.index, failed))
-        if self._failed > self._spec.max_failed + HOPELESS:
+        if self._all_failed() > self._spec.max_failed + HOPELESS:
             raise self._too_many()
         return False
+
+    def _all_failed(self) -> int:
+        """Failures of everything proven by anyone, being written or held back here."""
+        by_unit = {index: self._failures_of(row) for index, row in self._view.rows.items() if row.ok < row.records}
+        return sum((self._writing | by_unit | self._held).values())
 
     def _failures_of(self, row: Row) -> int:
         return row.failed + (row.not_finite if self._spec.require_finite else 0)
 
     def _too_many(self) -> DataError:
+        failed, where = self._all_failed(), child_url(self._store.url, FAILED_PREFIX)
         return DataError(
-            f"{self._failed:,} records failed, --max-failed {self._spec.max_failed} allows fewer; they are listed in "
-            f"{child_url(self._store.url, FAILED_PREFIX)}; {len(self._held)} output chunks are held back: run again "
-            f"with --max-failed {self._failed} to accept them, or mend the source")
+            f"{failed:,} records failed, --max-failed {self._spec.max_failed} allows fewer; they are listed in {where}; "
+            f"output chunks held back: {len(self._held)}; run again with --max-failed {failed} to accept them, or mend "
+            "the source")

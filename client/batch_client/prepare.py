@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -94,11 +94,12 @@ async def _agree(spec: RunSpec, services: Services, pool: Pool) -> ModelContract
             pool.leave_out(endpoint, found)
             continue
         model = found.digest, found.fingerprint if spec.exact else ANY_NUMERICS
-        wanted = wanted or model
-        if model != wanted or (agreed is not None and not _alike(found, agreed, exact=spec.exact)):
+        wanted = wanted or (*model, found.numerics)
+        if model != wanted[:2] or (agreed is not None and not _alike(found, agreed, exact=spec.exact)):
             pool.leave_out(endpoint, MismatchError(
                 f"{endpoint.url}: its model is {model[0]} with numerics {model[1]}, this run's is {wanted[0]} "
-                f"with {wanted[1]}; serve that model, or choose another OUTPUT"))
+                f"with {wanted[1]}{_differing(wanted[2], found.numerics)}; serve that model in that way, or choose "
+                "another OUTPUT"))
         elif agreed is None:
             agreed = found
     if agreed is None:
@@ -118,14 +119,20 @@ async def _contract_or_error(servers: Servers, url: str) -> ModelContract | Batc
         return error
 
 
-async def _model_of_output(store: Store) -> tuple[str, str] | None:
-    """Digest and fingerprint of the run that an output belongs to."""
+def _differing(wanted: Mapping[str, object], found: Mapping[str, object]) -> str:
+    """What of the numerics differs, such as `threads 2 there, 1 here`."""
+    names = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
+    return "".join(f"; {name} is {found.get(name)!r} here, was {wanted.get(name)!r}" for name in names)
+
+
+async def _model_of_output(store: Store) -> tuple[str, str, Mapping[str, object]] | None:
+    """Digest, fingerprint and numerics of the run that an output belongs to."""
     blob = await store.get(SPEC_KEY)
     if blob is None:
         return None
     try:
         stored = json.loads(bytes(blob.data))
-        return str(stored["model_digest"]), str(stored["fingerprint"])
+        return str(stored["model_digest"]), str(stored["fingerprint"]), dict(stored["numerics"])
     except (ValueError, KeyError, TypeError):
         return None  # what it is, the comparison of identities says
 
@@ -166,4 +173,5 @@ def _identity(spec: RunSpec, services: Services, source: Source, contract: Model
         outputs=tuple((output.name, str(output.dtype), output.shape) for output in plan.outputs),
         allow_missing=spec.allow_missing,
         exact=spec.exact,
+        numerics=contract.numerics if spec.exact else {},
     )

@@ -168,6 +168,7 @@ class RunIdentity:
     outputs: tuple[tuple[str, str, tuple[int, ...]], ...]
     allow_missing: bool
     exact: bool
+    numerics: Mapping[str, object]
     format: int = 1
 
     def to_value(self) -> dict[str, Any]:

@@ -63,6 +63,29 @@ def test_clients_at_one_output_publish_once_and_the_same(clients, root):
     run_virtually(run())
 
 
+def test_parts_that_fail_within_their_own_leave_do_not_publish_beyond_it():
+    """Two parts at the same time, one failure each, one allowed: each may accept its own, the two together may not."""
+    records = np.random.default_rng(5).integers(0, 99, (96, 3), np.uint8)
+    records[[1, 95], 0] = 255
+    world = World(1, server=Breaking(seconds=0.01), records=records)
+
+    async def run():
+        async with asyncio.TaskGroup() as tasks:
+            runs = [tasks.create_task(outcome(world, part)) for part in (1, 2)]
+        assert "2 records failed" in str([task.result() for task in runs])
+        assert "zarr.json" not in world.output.objects
+        assert (await world.live(calm(), max_failed=2)).published
+
+    run_virtually(run())
+
+
+async def outcome(world, part):
+    try:
+        return await world.live(calm(), Life(), part=(part, 2), max_failed=1)
+    except DataError as error:
+        return error
+
+
 class Appendable:
     """A source of 95 chunks that grows to 100 and changes, with one record that can't be scored at first."""
 

@@ -1,6 +1,7 @@
 """Whatever a user gets wrong: one line that says what to do, the right exit code, no traceback, nothing written."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -177,13 +178,20 @@ def test_a_settings_file_that_is_not_toml(place, clean_environ):
 
 
 def test_settings_come_from_flags_then_environment_then_file(place, toy_server, clean_environ, tmp_path):
-    (tmp_path / "batch-client.toml").write_text('[run]\nin-flight = 0\nlog = "none"\n')
+    (tmp_path / "batch-client.toml").write_text('[run]\nin_flight = 0\nlog = "none"\n')
     words = ["run", place / "in.zarr", "out", *toy_server.flags]
     check(run_cli(words, clean_environ, cwd=tmp_path), 64, "--in-flight 0: wanted at least 1")
     environ = {**clean_environ, "BATCH_CLIENT_IN_FLIGHT": "-1"}
     check(run_cli(words, environ, cwd=tmp_path), 64, "--in-flight -1: wanted at least 1")
     done = run_cli([*words, "--in-flight", "2"], environ, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    # A setting has its flag's name, whatever it is called inside.
+    named = {**clean_environ, "BATCH_CLIENT_ENDPOINT": toy_server.url, "BATCH_CLIENT_JSON": "1"}
+    flags = [*toy_server.flags[2:], "--in-flight", "2"]
+    done = run_cli(["run", place / "in.zarr", "named", *flags], named, cwd=tmp_path)
+    assert json.loads(done.stdout)["records"] == 100
+    (tmp_path / "batch-client.toml").write_text("[run]\nin-fligth = 2\n")
+    check(run_cli(words, clean_environ, cwd=tmp_path), 64, "[run] has no setting 'in-fligth'; wanted allow-missing,")
 
 
 @pytest.mark.parametrize(("words", "code", "wanted"), [

@@ -161,6 +161,21 @@ def test_a_stop_keeps_what_is_done_and_the_same_command_goes_on(source, s3_envir
     assert summary["root"] == bulk_scores[0]["root"]
 
 
+def test_a_second_signal_ends_at_once_with_the_same_exit_code(source, s3_environ, toy_server):
+    arguments = ["run", source, "s3://data/toy-twice.zarr", "--chunk-records", "500", "--request-records", "16",
+                 "--in-flight", "1", "--log", "json", *toy_server.flags]
+    client = subprocess.Popen(command(*arguments), env=s3_environ, stderr=subprocess.PIPE, text=True)
+    for line in client.stderr:
+        if "run started" in line:
+            client.send_signal(signal.SIGINT)
+        if "stopping" in line:
+            client.send_signal(signal.SIGINT)
+            break
+    said = client.communicate(timeout=60)[1]
+    assert client.returncode == 75, said
+    assert "Traceback" not in said
+
+
 def test_a_client_that_is_killed_leaves_no_java_and_the_same_command_goes_on(
         source, s3_environ, toy_archive, bulk_scores):
     arguments = ["run", source, "s3://data/toy-killed.zarr", "--chunk-records", "200", "--request-records", "16",

@@ -114,14 +114,15 @@ def test_twenty_of_four_kinds_among_fifty_thousand():
     for place, kind in poisons.items():
         wanted[place] = 2 if kind == "nan" else 1
     np.testing.assert_array_equal(found["record_status"], wanted)
-    assert set(letters(output)) == {place for place, kind in poisons.items() if kind != "nan"}
+    assert set(letters(output)) == set(poisons)
     survivors = np.ones(50_000, bool)
     survivors[places] = False
     expected = server.expected(clean, 1000)
     np.testing.assert_array_equal(found["y"][survivors].view(np.uint32), expected[survivors].view(np.uint32))
     for place, letter in letters(output).items():
-        assert letter["attempts"] == 3
-        assert ("bad pixel" if poisons[place] == "raise" else "Worker died") in letter["reason"]
+        kind = poisons[place]
+        assert letter["attempts"] == (1 if kind == "nan" else 3)
+        assert {"raise": "bad pixel", "nan": "not finite"}.get(kind, "Worker died") in letter["reason"]
 
 
 @pytest.mark.parametrize("kind", ["raise", "exit", "hang"])
@@ -167,6 +168,7 @@ def test_nan_is_no_failure_unless_it_is_said_to_be():
     assert run_virtually(opened(output))["record_status"][7] == 2
     error, output = score(source, PoisonedServer(), chunk_records=100, require_finite=True)
     assert isinstance(error, DataError)
+    assert letters(output) == {7: {"index": 7, "reason": "the prediction is not finite", "attempts": 1}}
 
 
 def test_a_server_that_fails_on_anything_convicts_nobody():

@@ -28,7 +28,7 @@ class ServeProcess:
     def __init__(self, archive: Path, folder: Path, environ, *flags):
         self.token_file = folder / "token"
         self.log_dir = folder / "log"
-        self._arguments = command("serve", archive, "--token-file", self.token_file, "--log-dir", self.log_dir, *flags)
+        self._arguments = command("serve", archive, "--token-out", self.token_file, "--log-dir", self.log_dir, *flags)
         self._environ = environ
         self.model = archive.stem
 

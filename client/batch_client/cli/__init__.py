@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import tomllib
 import traceback
@@ -41,8 +42,9 @@ class _Verbs(click.Group):
             return None
         command = import_module(f"batch_client.cli.{cmd_name}").command
         assert isinstance(command, click.Command)  # noqa: S101 - each verb's module ends with it
-        # One prefix for all verbs: BATCH_CLIENT_IN_FLIGHT, not BATCH_CLIENT_RUN_IN_FLIGHT.
-        command.context_settings["auto_envvar_prefix"] = ENVIRONMENT
+        # Settings have the flag's name in every verb: BATCH_CLIENT_IN_FLIGHT, not BATCH_CLIENT_RUN_IN_FLIGHT.
+        for flag, option in _flags(command).items():
+            option.envvar = f"{ENVIRONMENT}_{flag.upper().replace('-', '_')}"
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's
@@ -71,11 +73,28 @@ def _settings(config: Path | None) -> dict[str, Any]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: can't be read as TOML: {error}") from error
-    for verb, table in tables.items():
-        if verb not in VERBS or not isinstance(table, dict):
-            raise UsageError(f"{path}: {verb!r} is no table of a verb; wanted [run], [plan], …")
-    return {verb: {name.replace("-", "_"): value for name, value in table.items()}
-            for verb, table in tables.items()}
+    return {verb: _defaults(path, verb, table) for verb, table in tables.items()}
+
+
+def _defaults(path: Path, verb: str, table: Any) -> dict[str, Any]:
+    """A verb's table, by the names that click has for the flags."""
+    command = batch_client.get_command(click.Context(batch_client), verb)
+    if command is None or not isinstance(table, dict):
+        raise UsageError(f"{path}: {verb!r} is no table of a verb; wanted {', '.join(f'[{known}]' for known in VERBS)}")
+    flags = _flags(command)
+    defaults = {}
+    for name, value in table.items():
+        option = flags.get(name.replace("_", "-"))
+        if option is None:
+            raise UsageError(f"{path}: [{verb}] has no setting {name!r}; wanted {', '.join(sorted(flags))}")
+        defaults[str(option.name)] = value
+    return defaults
+
+
+def _flags(command: click.Command) -> dict[str, click.Option]:
+    """A command's options by their long flag, without the dashes."""
+    return {max(option.opts, key=len).lstrip("-"): option for option in command.params
+            if isinstance(option, click.Option)}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -87,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         # Whoever read our standard output has left; nobody is there to be told.
         sys.stderr.close()
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last handler: nothing may leave as a traceback
+    except (Exception, KeyboardInterrupt, asyncio.CancelledError) as error:  # noqa: BLE001 - the last handler: nothing may leave as a traceback
         return _report(error)
     return 0
 
@@ -103,7 +122,7 @@ def _report(error: BaseException) -> int:
             return UsageError.exit_code
         case click.ClickException():
             message, code = f"{error.format_message()} (see batch-client --help)", UsageError.exit_code
-        case click.Abort() | KeyboardInterrupt():
+        case click.Abort() | KeyboardInterrupt() | asyncio.CancelledError():
             message, code = "stopped; the same command goes on from here", StoppedError.exit_code
         case _:
             traceback.print_exception(error)

@@ -57,7 +57,7 @@ server_options = _stack(
 )
 array_options = _stack(
     click.option("--array", metavar="NAME", help="The array to score, when INPUT is a group."),
-    click.option("--records", metavar="A:B", help="Score only records A to B-1; their bits are those of a full run."),
+    click.option("--records", metavar="A:B", help="Only records A to B-1 of INPUT."),
     click.option("--anonymous", is_flag=True, help="Use storage without credentials: public buckets."),
 )
 run_options = _stack(

@@ -68,6 +68,8 @@ def command(model: Path, **options: Any) -> None:
         description = archive.read_description(path)
     except (SignatureError, archive.ArchiveError) as error:
         raise DataError(str(error)) from error
+    if description.runtime == "torchscript":
+        click.echo("note: optimised TorchScript may turn NaN into 0, which then has status 0", err=True)
     for spec in description.inputs:
         click.echo(f"takes {spec.name}: {spec.dtype} {spec.shape}", err=True)
     for output in description.outputs:

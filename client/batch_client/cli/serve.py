@@ -24,7 +24,7 @@ __all__ = ["command"]
 @click.option("--port", type=click.IntRange(1, 65535), help="Where to take requests. Default: a free one.")
 @click.option("--metrics-port", type=click.IntRange(1, 65535),
               help="Prometheus metrics (no token) at ADDRESS. Default: a free one of the loopback.")
-@click.option("--token-file", type=click.Path(path_type=Path),
+@click.option("--token-out", "token_file", type=click.Path(path_type=Path),
               help="Keep the current token in this file, for `run --token-file`; it is replaced when it is renewed.")
 @click.option("--log-dir", type=click.Path(path_type=Path),
               help="Write the server's log here instead of to stderr.")
@@ -36,7 +36,7 @@ def command(archive: Path, token_file: Path | None, log_dir: Path | None, **serv
     def announce(server: EmbeddedServer) -> None:
         click.echo(f"serving {server.model_name} at {server.url}")
         click.echo(f"metrics at {server.metrics_url}")
-        click.echo(f"token in {token_file}" if token_file else "requests need a token: start with --token-file PATH")
+        click.echo(f"token in {token_file}" if token_file else "requests need a token: start with --token-out PATH")
 
     settings = ServerSettings(archive=archive, log_dir=log_dir, **server)
     echo = None if log_dir else lambda text: click.echo(text, nl=False, err=True)

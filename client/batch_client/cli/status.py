@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from batch_client.errors import UsageError
+from batch_client.errors import MismatchError, UsageError
 
 if TYPE_CHECKING:
     from batch_client.progress import Progress
@@ -65,6 +65,8 @@ async def _clean(store: Store, *, yes: bool) -> str:
     if await published_root(store) is not None:
         raise UsageError(f"{store.url} is published: --clean removes only outputs that are not")
     found = await list_output(store)
+    if not found:
+        raise MismatchError(f"{store.url}: nothing is there")
     size = f"{len(found):,} objects, {sum(meta.size for meta in found):,} bytes"
     if not yes:
         shown = "\n".join(f"  {meta.key}  {meta.size:,}" for meta in found[:20])
