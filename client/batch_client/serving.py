@@ -35,8 +35,8 @@ async def open_servers(spec: ServerSpec) -> AsyncIterator[Servers]:
             yield Servers(transport, _tokens_of(spec), spec.endpoints, spec.model or "")
             return
         # Whoever names endpoints needs nothing of this.
-        from batch_client.archives import local_archive  # noqa: PLC0415
-        from batch_client.server import EmbeddedServer, ServerSettings  # noqa: PLC0415
+        from batch_client.archives import local_archive  # noqa: PLC0415 - see above
+        from batch_client.server import EmbeddedServer, ServerSettings  # noqa: PLC0415 - see above
 
         async with local_archive(spec.archive, anonymous=spec.anonymous) as archive:
             settings = ServerSettings(archive=archive, workers=spec.workers, threads=spec.threads)

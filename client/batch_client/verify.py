@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from zarr.api import asynchronous as zarr_async
 
 from batch_client.assemble import STATUS_FAILED, STATUS_NOT_FINITE, STATUS_OK
 from batch_client.errors import DataError, MismatchError, one_error
@@ -15,6 +16,7 @@ from batch_client.layout import MANIFEST_KEY, STATUS, SUCCESS_KEY
 from batch_client.ledger import ChunkProof, Row
 from batch_client.manifest import Manifest, read_manifest, root_over
 from batch_client.storage import Store
+from batch_client.zarrstore import SourceStore
 
 __all__ = ["Verification", "verify_output"]
 
@@ -104,10 +106,6 @@ async def _bytes(store: Store, rows: Iterable[Row]) -> list[str]:
 
 async def _metadata(store: Store, arrays: Iterable[str]) -> list[str]:
     """The group opens, and its attributes and the statuses are those of the manifest."""
-    from zarr.api import asynchronous as zarr_async  # noqa: PLC0415 - zarr is needed by a deep check only
-
-    from batch_client.zarrstore import SourceStore  # noqa: PLC0415
-
     manifest = await read_manifest(store)
     try:
         group = await zarr_async.open_group(store=SourceStore(store), mode="r")

@@ -12,7 +12,7 @@ from batch_handler.archive import PackRequest, pack
 from batch_handler.model import Model
 from batch_handler.signature import InputSpec, OutputDraft
 
-SEED = Path("/work/shared/seed")
+SEED = Path(__file__).parents[3] / "shared" / "seed"
 
 pytestmark = [
     pytest.mark.skipif(not (SEED / "fmnist.pyt").is_file(), reason="the seed's files are not on this machine"),

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from batch_client import __version__
+from batch_client.cli.stream import say
 from batch_client.errors import BatchClientError, StoppedError, UsageError
 
 __all__ = ["main"]
@@ -127,5 +128,5 @@ def _report(error: BaseException) -> int:
         case _:
             traceback.print_exception(error)
             message = f"a bug in batch-client, please report it with the lines above: {type(error).__name__}: {error}"
-    click.echo(f"batch-client: {' '.join(message.split())}", err=True)
+    say(f"batch-client: {' '.join(message.split())}")
     return code

@@ -90,7 +90,7 @@ run_options = _stack(
 
 def spec_of(input_url: str, output_url: str, options: dict[str, Any]) -> RunSpec:
     """The RunSpec of a command's flags. Raises UsageError for flags that can't work."""
-    from batch_client.spec import Records, RunSpec  # noqa: PLC0415 - keeps --help quick
+    from batch_client.spec import Records, RunSpec
 
     records, part, fast = options.pop("records"), options.pop("part"), options.pop("fast")
     return RunSpec(input=input_url, output=output_url, records=Records.parse(records) if records else Records(),

@@ -40,11 +40,11 @@ def command(model: Path, **options: Any) -> None:
     """Pack MODEL: .safetensors or a state_dict with --arch, a TorchScript file, or a whole pickled module."""
     try:
         # Packing needs torch, which is slow to import and not part of the bare client.
-        from batch_handler import archive  # noqa: PLC0415
+        from batch_handler import archive
     except ImportError as error:
         raise ServingError(f'packing needs {error.name}: pip install "batch-client[serve]"') from error
-    from batch_client.resources import serve_config_dir  # noqa: PLC0415
-    from batch_handler.fields import SignatureError  # noqa: PLC0415
+    from batch_client.resources import serve_config_dir
+    from batch_handler.fields import SignatureError
 
     config = (serve_config_dir() / "model-config.yaml").read_bytes()
     try:
@@ -78,7 +78,7 @@ def command(model: Path, **options: Any) -> None:
 
 
 def _draft(options: dict[str, Any]) -> SignatureDraft:
-    from batch_handler.signature import InputSpec, OutputDraft, SignatureDraft, parse_signature  # noqa: PLC0415
+    from batch_handler.signature import InputSpec, OutputDraft, SignatureDraft, parse_signature
 
     signature: Path | None = options["signature"]
     flags = [flag for flag in ("input_text", "model_shape", "scale", "softmax") if options[flag]]
@@ -111,7 +111,7 @@ def _input_of(options: dict[str, Any]) -> tuple[str, str, list[int]]:
     golden: Path | None = options["golden"]
     if golden is None:
         raise UsageError("say what a record looks like: --input NAME:DTYPE:SHAPE, --signature FILE, or --golden FILE")
-    import numpy as np  # noqa: PLC0415 - keeps --help quick
+    import numpy as np
 
     try:
         array = np.load(golden, mmap_mode="r", allow_pickle=False)

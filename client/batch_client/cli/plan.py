@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def command(input_url: str, output_url: str, *, as_json: bool, **options: Any) -> None:
     """Show what `run` with the same words would do. No record is sent and nothing is written."""
-    from batch_client import api  # noqa: PLC0415 - keeps --help quick
+    from batch_client import api
 
     figures = _figures(api.run_until_complete(api.plan(spec_of(input_url, output_url, options))))
     if as_json:

@@ -41,8 +41,8 @@ def command(query: str, **options: Any) -> None:
 
     QUERY is an image file, an .npy or .json file, - for standard input, or a Zarr array with --records A:B.
     """
-    from batch_client.api import run_until_complete  # noqa: PLC0415 - keeps --help quick
-    from batch_client.spec import Records, ServerSpec  # noqa: PLC0415
+    from batch_client.api import run_until_complete
+    from batch_client.spec import Records, ServerSpec
 
     text, array = options.pop("records"), options.pop("array")
     spec = ServerSpec(**options)
@@ -51,7 +51,7 @@ def command(query: str, **options: Any) -> None:
 
 
 async def _predict(query: str, records: Records | None, array: str | None, spec: ServerSpec) -> str:
-    from batch_client.serving import open_servers  # noqa: PLC0415 - keeps --help quick
+    from batch_client.serving import open_servers
 
     prepared = _read_query(query) if records is None else await _read_records(query, records, array, spec.anonymous)
     async with open_servers(spec) as servers:
@@ -92,10 +92,10 @@ def _sniff(body: bytes) -> str:
 
 
 async def _read_records(url: str, records: Records, array: str | None, anonymous: bool) -> _Query:  # noqa: FBT001
-    import numpy as np  # noqa: PLC0415 - keeps --help quick
+    import numpy as np
 
-    from batch_client.reader import open_source  # noqa: PLC0415
-    from batch_client.storage import open_store  # noqa: PLC0415
+    from batch_client.reader import open_source
+    from batch_client.storage import open_store
 
     source = await open_source(open_store(url, anonymous=anonymous), array)
     start, stop = records.resolve(source.geometry.count)
@@ -110,9 +110,9 @@ async def _read_records(url: str, records: Records, array: str | None, anonymous
 
 
 async def _send(servers: Servers, query: _Query) -> str:
-    from batch_client.dialect import Outcome, read_reply  # noqa: PLC0415 - keeps --help quick
-    from batch_client.tokens import authorization  # noqa: PLC0415
-    from batch_client.transport import TransportError  # noqa: PLC0415
+    from batch_client.dialect import Outcome, read_reply
+    from batch_client.tokens import authorization
+    from batch_client.transport import TransportError
 
     url = servers.urls[0].rstrip("/")
     headers = {"Content-Type": query.content_type, "Accept": JSON}

@@ -31,20 +31,21 @@ def command(input_url: str, output_url: str, *, as_json: bool, log: str, **optio
     INPUT and OUTPUT are URLs (s3://bucket/path) or paths. The records are scored by the servers named with --endpoint,
     or by one that is started here for --archive.
     """
-    from batch_client.api import run_until_complete  # noqa: PLC0415 - keeps --help quick
+    from batch_client.api import run_until_complete
+    from batch_client.cli.stream import say
 
     spec = spec_of(input_url, output_url, options)
     summary = run_until_complete(_run(spec, log))
     if as_json:
         click.echo(json.dumps(summary.to_value()))
     else:
-        click.echo(_sentence(summary), err=True)
+        say(_sentence(summary))
 
 
 async def _run(spec: RunSpec, log: str) -> RunSummary:
-    from batch_client.api import run_async  # noqa: PLC0415 - keeps --help quick
-    from batch_client.cli.observers import LogLines, ProgressBar  # noqa: PLC0415
-    from batch_client.cli.stream import PatientStream  # noqa: PLC0415
+    from batch_client.api import run_async
+    from batch_client.cli.observers import LogLines, ProgressBar
+    from batch_client.cli.stream import PatientStream
 
     stop = asyncio.Event()
     _stop_on_signals(stop)

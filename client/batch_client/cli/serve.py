@@ -31,7 +31,7 @@ __all__ = ["command"]
 def command(archive: Path, token_file: Path | None, log_dir: Path | None, **server: Any) -> None:
     """Serve ARCHIVE, a file made by `pack`, until Ctrl-C."""
     # aiohttp is slow to import, and `batch-client --help` imports this module.
-    from batch_client.server import ServerSettings, serve_forever  # noqa: PLC0415
+    from batch_client.server import ServerSettings, serve_forever
 
     def announce(server: EmbeddedServer) -> None:
         click.echo(f"serving {server.model_name} at {server.url}")

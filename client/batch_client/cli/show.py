@@ -41,7 +41,7 @@ def command(output_url: str, *, picture: Path | None, as_json: bool, **options: 
 
     With --labels the wrong ones are marked and the accuracy is printed.
     """
-    from batch_client.api import run_until_complete  # noqa: PLC0415 - keeps --help quick
+    from batch_client.api import run_until_complete
 
     path = picture or Path(PurePosixPath(urlsplit(output_url).path).stem + ".png")
     png, figures = run_until_complete(_show(output_url, **options))
@@ -77,10 +77,10 @@ class _Answers:
 
 async def _show(output_url: str, *, labels: str | None, records: str | None, source: str | None,
                 anonymous: bool) -> tuple[bytes, dict[str, Any]]:
-    from batch_client.picture import draw  # noqa: PLC0415 - keeps --help quick
-    from batch_client.reader import open_source  # noqa: PLC0415
-    from batch_client.spec import Records  # noqa: PLC0415
-    from batch_client.storage import open_store  # noqa: PLC0415
+    from batch_client.picture import draw
+    from batch_client.reader import open_source
+    from batch_client.spec import Records
+    from batch_client.storage import open_store
 
     scores, status, attributes = await _open_output(output_url, anonymous=anonymous)
     origin = int(attributes.get("origin", 0))
@@ -102,12 +102,12 @@ async def _show(output_url: str, *, labels: str | None, records: str | None, sou
 
 async def _open_output(url: str, *, anonymous: bool) -> tuple[Source, Source | None, dict[str, Any]]:
     """The output's scores, its record_status and its attributes."""
-    from zarr.api import asynchronous as zarr_async  # noqa: PLC0415 - keeps --help quick
-    from zarr.errors import ContainsArrayError, GroupNotFoundError  # noqa: PLC0415
+    from zarr.api import asynchronous as zarr_async
+    from zarr.errors import ContainsArrayError, GroupNotFoundError
 
-    from batch_client.reader import open_source  # noqa: PLC0415
-    from batch_client.storage import open_store  # noqa: PLC0415
-    from batch_client.zarrstore import SourceStore  # noqa: PLC0415
+    from batch_client.reader import open_source
+    from batch_client.storage import open_store
+    from batch_client.zarrstore import SourceStore
 
     store = open_store(url, anonymous=anonymous)
     try:
@@ -138,10 +138,10 @@ def _range(records: Any, origin: int, count: int) -> tuple[int, int]:
 
 async def _labels(where: str, *, anonymous: bool) -> np.ndarray:
     """All of a .npy file, local or in a store, or of a Zarr array."""
-    import numpy as np  # noqa: PLC0415 - keeps --help quick
+    import numpy as np
 
-    from batch_client.reader import open_source  # noqa: PLC0415
-    from batch_client.storage import open_store  # noqa: PLC0415
+    from batch_client.reader import open_source
+    from batch_client.storage import open_store
 
     if not where.endswith(".npy"):
         source = await open_source(open_store(where, anonymous=anonymous), None)
@@ -174,7 +174,7 @@ def _cut(labels: np.ndarray, start: int, stop: int, where: str) -> np.ndarray:
 async def _answers(scores: Source, status: Source | None, origin: int, start: int, stop: int,
                    labels: np.ndarray | None) -> _Answers:
     """Reduce the scores of a range block by block."""
-    import numpy as np  # noqa: PLC0415 - keeps --help quick
+    import numpy as np
 
     geometry = scores.geometry
     rows = max(_BLOCK_BYTES // max(geometry.record_bytes, 1), 1)
@@ -202,7 +202,7 @@ def _rows(scores: np.ndarray) -> np.ndarray:
 
 def _choose(answers: _Answers) -> list[tuple[str, list[int]]]:
     """Titles and places (within the range) of the records to draw."""
-    import numpy as np  # noqa: PLC0415 - keeps --help quick
+    import numpy as np
 
     count = answers.count
     if count <= EVENLY + NOTABLE:
@@ -224,9 +224,9 @@ def _choose(answers: _Answers) -> list[tuple[str, list[int]]]:
 async def _panel(title: str, picks: list[int], inputs: Source, scores: Source, origin: int,
                  answers: _Answers) -> Panel:
     """Read the picked records and their scores, each chunk of the source once."""
-    import numpy as np  # noqa: PLC0415 - keeps --help quick
+    import numpy as np
 
-    from batch_client.picture import Panel  # noqa: PLC0415
+    from batch_client.picture import Panel
 
     numbers = [answers.start + pick for pick in picks]
     records = await _read_rows(inputs, numbers)
@@ -238,7 +238,7 @@ async def _panel(title: str, picks: list[int], inputs: Source, scores: Source, o
 
 async def _read_rows(source: Source, numbers: list[int]) -> np.ndarray:
     """Single records of a source, in the order of `numbers`, reading each chunk once."""
-    import numpy as np  # noqa: PLC0415 - keeps --help quick
+    import numpy as np
 
     geometry = source.geometry
     found = np.empty((len(numbers), *geometry.record_shape), geometry.dtype)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 @click.option("--anonymous", is_flag=True, help="Use storage without credentials: public buckets.")
 def command(output_url: str, *, as_json: bool, clean: bool, yes: bool, anonymous: bool) -> None:
     """Say how far the run into OUTPUT is: records done, rate, time left, failures, who wrote when."""
-    from batch_client.api import run_until_complete  # noqa: PLC0415 - keeps --help quick
-    from batch_client.storage import open_store  # noqa: PLC0415
+    from batch_client.api import run_until_complete
+    from batch_client.storage import open_store
 
     store = open_store(output_url, anonymous=anonymous)
     if clean:
@@ -36,7 +36,7 @@ def command(output_url: str, *, as_json: bool, clean: bool, yes: bool, anonymous
 
 
 async def _status(store: Store, *, as_json: bool) -> str:
-    from batch_client.progress import progress_of  # noqa: PLC0415 - keeps --help quick
+    from batch_client.progress import progress_of
 
     progress = await progress_of(store)
     return json.dumps(progress.to_value()) if as_json else _lines(progress)
@@ -59,8 +59,8 @@ def _lines(progress: Progress) -> str:
 
 
 async def _clean(store: Store, *, yes: bool) -> str:
-    from batch_client.publish import published_root  # noqa: PLC0415 - keeps --help quick
-    from batch_client.removal import list_output, remove_output  # noqa: PLC0415
+    from batch_client.publish import published_root
+    from batch_client.removal import list_output, remove_output
 
     if await published_root(store) is not None:
         raise UsageError(f"{store.url} is published: --clean removes only outputs that are not")

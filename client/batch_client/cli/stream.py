@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import sys
 import threading
 from typing import TextIO
 
-__all__ = ["PatientStream"]
+__all__ = ["PatientStream", "say"]
 
 MOST_WAITING = 2048
 CLOSE_SECONDS = 1.0
@@ -19,6 +20,7 @@ class PatientStream:
 
     def __init__(self, target: TextIO | None = None) -> None:
         self._target = target or sys.stderr
+        self._descriptor = _descriptor_of(self._target)
         self._queue: queue.Queue[str | None] = queue.Queue(MOST_WAITING)
         self._thread = threading.Thread(target=self._drain, name="stderr", daemon=True)
         self._thread.start()
@@ -51,5 +53,27 @@ class PatientStream:
         while (text := self._queue.get()) is not None:
             # Nobody listens any more; the run goes on.
             with contextlib.suppress(OSError, ValueError):
-                self._target.write(text)
-                self._target.flush()
+                self._write(text)
+
+    def _write(self, text: str) -> None:
+        if self._descriptor is None:
+            self._target.write(text)
+            self._target.flush()
+            return
+        # Not through the target: a thread stuck in its buffer holds a lock that the interpreter wants at its end.
+        data = text.encode(self.encoding, "backslashreplace")
+        while data:
+            data = data[os.write(self._descriptor, data):]
+
+
+def say(line: str) -> None:
+    """One line on standard error; a reader that has stopped reading misses it, and the process ends all the same."""
+    stream = PatientStream()
+    stream.write(f"{line}\n")
+    stream.close()
+
+
+def _descriptor_of(target: TextIO) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        return target.fileno()
+    return None

@@ -29,7 +29,7 @@ def command(output_url: str, *, deep: bool, replays: int | None, as_json: bool, 
 
     Exit code 0 if it is; 65 names what is missing or altered.
     """
-    from batch_client.api import run_until_complete  # noqa: PLC0415 - keeps --help quick
+    from batch_client.api import run_until_complete
 
     if replays is None and (options["endpoints"] or options["archive"]):
         raise UsageError("--endpoint and --archive: wanted only together with --replay N")
@@ -46,12 +46,12 @@ def command(output_url: str, *, deep: bool, replays: int | None, as_json: bool, 
 
 async def _verify(output_url: str, deep: bool, replays: int | None,  # noqa: FBT001 - called once, right above
                   options: dict[str, Any]) -> tuple[Verification, Replay | None]:
-    from batch_client.manifest import read_manifest  # noqa: PLC0415 - keeps --help quick
-    from batch_client.prepare import serving  # noqa: PLC0415
-    from batch_client.replay import replay  # noqa: PLC0415
-    from batch_client.spec import Records, RunSpec  # noqa: PLC0415
-    from batch_client.storage import open_store  # noqa: PLC0415
-    from batch_client.verify import verify_output  # noqa: PLC0415
+    from batch_client.manifest import read_manifest
+    from batch_client.prepare import serving
+    from batch_client.replay import replay
+    from batch_client.spec import Records, RunSpec
+    from batch_client.storage import open_store
+    from batch_client.verify import verify_output
 
     store = open_store(output_url, anonymous=options["anonymous"])
     verification = await verify_output(store, deep=deep)
