@@ -248,6 +248,6 @@ class _Run:
     def _too_many(self) -> DataError:
         failed, where = self._all_failed(), child_url(self._store.url, FAILED_PREFIX)
         return DataError(
-            f"{failed:,} records failed, --max-failed {self._spec.max_failed} allows fewer; they are listed in {where}; "
+            f"{failed:,} records failed, --max-failed {self._spec.max_failed} allows fewer, listed in {where}; "
             f"output chunks held back: {len(self._held)}; run again with --max-failed {failed} to accept them, or mend "
             "the source")
