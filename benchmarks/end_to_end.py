@@ -63,8 +63,8 @@ def arguments() -> argparse.Namespace:
 
 
 def packed(options: argparse.Namespace, work: Path, environ: dict[str, str]) -> Path:
-    common = ["--runtime", options.runtime, "--input", "image:uint8:28x28", "--model-shape", "1x28x28", "--scale", "1/255", "--softmax", "-o",
-              str(work / "bench.mar")]
+    common = ["--runtime", options.runtime, "--input", "image:uint8:28x28", "--model-shape", "1x28x28", "--scale",
+              "1/255", "--softmax", "-o", str(work / "bench.mar")]
     if options.model is None:
         import torch
         from safetensors.torch import save_file
@@ -114,8 +114,8 @@ def report(pairs: list[tuple[float, float]], records: int, runtime: str) -> None
     ratios = [ours / ceiling for ours, ceiling in pairs]
     rng = random.Random(0)
     medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(10_000))
-    print(f"\n{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {platform.machine()}, {runtime}, {records:,} records in "
-          f"{-(-records // CHUNK)} input chunks, {len(pairs)} interleaved pairs")
+    print(f"\n{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {platform.machine()}, {runtime}, {records:,} "
+          f"records in {-(-records // CHUNK)} input chunks, {len(pairs)} interleaved pairs")
     print(f"run      {statistics.median(ours for ours, _ in pairs):>8,.0f} records/s (median)")
     print(f"ceiling  {statistics.median(ceiling for _, ceiling in pairs):>8,.0f} records/s (median)")
     print(f"ratio    {statistics.median(ratios):.3f}, 95 % interval {medians[249]:.3f} to {medians[9749]:.3f}, "

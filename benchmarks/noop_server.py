@@ -2,8 +2,8 @@
 
     python benchmarks/noop_server.py RECORD_BYTES
 
-Prints its URL, then answers until its standard input ends. Model `noop`: uint8 records of RECORD_BYTES, two float32 zeros
-each, with the checksums, digest and status of our handler, so that the client does all of its checking.
+Prints its URL, then answers until its standard input ends. Model `noop`: uint8 records of RECORD_BYTES, two float32
+zeros each, with the checksums, digest and status of our handler, so that the client does all of its checking.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 
 import numpy as np
 from aiohttp import web
+
 from batch_handler.oip import (
     BODY_CHECKSUM,
     HEADER_LENGTH,
@@ -33,7 +34,7 @@ def application(record_bytes: int) -> web.Application:
     metadata = ModelMetadata("noop", ("1",), "noop", (TensorSpec("x", np.dtype(np.uint8), (record_bytes,)),), outputs,
                              {"model_digest": "sha256:noop", "fingerprint": "noop", "micro_batch": 128})
 
-    async def describe(request: web.Request) -> web.Response:
+    async def describe(_: web.Request) -> web.Response:
         return web.json_response(metadata.to_json())
 
     async def infer(request: web.Request) -> web.Response:

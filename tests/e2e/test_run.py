@@ -207,6 +207,36 @@ def test_plan_says_what_run_then_does_and_writes_nothing(source, s3_environ, toy
     assert again["already_published"]
 
 
+def test_verify_status_and_replay_on_a_real_output(bulk_scores, s3_environ, toy_server, s3):
+    output = "s3://data/toy-bulk.zarr"
+    root = bulk_scores[0]["root"]
+    for flags in ([], ["--deep"], ["--replay", "3", *toy_server.flags]):
+        said = json.loads(run_cli(["verify", output, *flags, "--json"], s3_environ, check=True).stdout)
+        assert (said["root"], said["records"], said["failed"]) == (root, 1000, 0)
+    assert len(said["replayed"]["chunks"]) == 3
+    status = json.loads(run_cli(["status", output, "--json"], s3_environ, check=True).stdout)
+    assert (status["published"], status["done"], status["root"]) == (True, 1000, root)
+    assert f"published, {root}" in run_cli(["status", output], s3_environ, check=True).stdout
+    # A byte of one chunk altered behind our back, by somebody with the keys.
+    code, _ = s3.request("PUT", "/data/toy-bulk.zarr/scores/c/1/0", body=bytes(200 * 40 + 4))
+    assert code == 200
+    assert run_cli(["verify", output], s3_environ).returncode == 0
+    done = run_cli(["verify", output, "--deep"], s3_environ)
+    assert done.returncode == 65
+    assert "scores/c/1/0 has SHA-256" in done.stderr
+
+
+def test_an_abandoned_output_is_listed_and_then_removed(source, s3_environ, toy_server):
+    output = "s3://data/toy-abandoned.zarr"
+    words = ["run", source, output, "--chunk-records", "200", "--part", "1/2", *toy_server.flags]
+    run_cli(words, s3_environ, check=True)
+    assert "not published" in run_cli(["status", output], s3_environ, check=True).stdout
+    assert run_cli(["verify", output], s3_environ).returncode == 78
+    assert "nothing removed" in run_cli(["status", output, "--clean"], s3_environ, check=True).stdout
+    assert "removed" in run_cli(["status", output, "--clean", "--yes"], s3_environ, check=True).stdout
+    assert run_cli(["status", output], s3_environ).returncode == 78
+
+
 def test_local_files(toy_images, clean_environ, toy_server, tmp_path, bulk_scores):
     zarr.create_array(tmp_path / "in.zarr", data=toy_images, chunks=(50, 12, 12))
     run_cli(["run", "in.zarr", "out.zarr", "--chunk-records", "200", *toy_server.flags], clean_environ, cwd=tmp_path,
