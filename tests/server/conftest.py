@@ -58,10 +58,12 @@ def until_fixture():
 
 
 class Family:
-    """The processes under `root` by pid and start time, so that a pid used again is not taken for them."""
+    """The processes under `root`, without those in `but`, by pid and start time, so that a pid used again is not taken
+    for them.
+    """
 
-    def __init__(self, root):
-        self.commands = {one: self.command(one) for one in root.children(recursive=True)}
+    def __init__(self, root, but=()):
+        self.commands = {one: self.command(one) for one in root.children(recursive=True) if one not in but}
 
     @staticmethod
     def command(process):
@@ -92,8 +94,8 @@ def family():
     """A function: a process → its Family, which is killed by pid after the test whatever happened."""
     seen = []
 
-    def of(root):
-        seen.append(Family(root))
+    def of(root, but=()):
+        seen.append(Family(root, but))
         return seen[-1]
 
     yield of
