@@ -7,6 +7,7 @@ import sys
 from collections.abc import Coroutine
 from typing import TypeVar
 
+from batch_client.errors import StoppedError
 from batch_client.events import Observer
 from batch_client.pipeline import execute, plan_run
 from batch_client.plan import Plan
@@ -17,6 +18,8 @@ from batch_client.summary import RunSummary
 __all__ = ["plan", "run", "run_async", "run_until_complete"]
 
 T = TypeVar("T")
+# From the request to stop to the end, whatever the run is doing: starting a server, draining, waiting for a store.
+STOP_SECONDS = 16.0
 
 
 async def run_async(spec: RunSpec, observers: tuple[Observer, ...] = (),
@@ -28,6 +31,23 @@ async def run_async(spec: RunSpec, observers: tuple[Observer, ...] = (),
 
     Raises the errors of `batch_client.errors`; each says what to do, and has the command line's exit code.
     """
+    stop = stop or asyncio.Event()
+    work = asyncio.ensure_future(_serve_and_execute(spec, observers, stop))
+    watcher = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            await asyncio.wait({work}, timeout=STOP_SECONDS)
+    finally:
+        watcher.cancel()
+        work.cancel()
+        await asyncio.wait({work})
+    if work.cancelled():
+        raise StoppedError("stopped before the end; what is finished is kept: the same command goes on from there")
+    return work.result()
+
+
+async def _serve_and_execute(spec: RunSpec, observers: tuple[Observer, ...], stop: asyncio.Event) -> RunSummary:
     async with serving(spec) as services:
         return await execute(spec, services, observers, stop)
 

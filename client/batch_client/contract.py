@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -21,6 +22,9 @@ __all__ = ["ModelContract", "fetch_contract"]
 METADATA_SECONDS = 30
 # The fingerprint of a server that gives none: any Open Inference Protocol server but ours.
 UNVERIFIED = "unverified"
+# What may name an array of the output, and the array beside them that no model's output may be.
+OUTPUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+STATUS_ARRAY = "record_status"
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,11 @@ def _contract_of(url: str, body: bytes) -> ModelContract:
     if len(metadata.inputs) != 1:
         raise ServingError(f"{url}: model {metadata.name} takes {len(metadata.inputs)} inputs, wanted one")
     one = metadata.inputs[0]
+    for spec in metadata.outputs:
+        if not OUTPUT_NAME.fullmatch(spec.name) or spec.name == STATUS_ARRAY:
+            raise ServingError(f"{url}: model {metadata.name} names an output {spec.name[:100]!r}, which can't name an "
+                               "array: rename it in the model, with letters, digits, '.', '_' and '-', and not "
+                               f"{STATUS_ARRAY}")
     outputs = tuple(OutputGeometry(spec.name, spec.dtype, spec.shape) for spec in metadata.outputs)
     free = [spec.name for spec in metadata.outputs if min(spec.shape, default=1) < 1]
     if free or not outputs:

@@ -118,7 +118,7 @@ class Pool:
 
     def succeeded(self, endpoint: Endpoint) -> None:
         endpoint.broken = endpoint.ejections = endpoint.turned_away = 0
-        endpoint.other_model = None
+        endpoint.other_model = endpoint.refused_since = None
         endpoint.limiter.succeeded()
 
     def overloaded(self, endpoint: Endpoint, sent_at: float) -> None:
@@ -142,10 +142,12 @@ class Pool:
             endpoint.rests_until = self._clock() + full_jitter(endpoint.turned_away, self._rng)
             endpoint.turned_away += 1
 
-    def broke(self, endpoint: Endpoint) -> None:
-        """The connection failed, or the reply was not to be trusted."""
+    def broke(self, endpoint: Endpoint, sent_at: float) -> None:
+        """The connection failed, or the reply was not to be trusted. Requests that were under way together count once
+        for an ejection.
+        """
         endpoint.broken += 1
-        if endpoint.broken >= EJECT_AFTER:
+        if endpoint.broken >= EJECT_AFTER and sent_at >= endpoint.rests_until:
             pause = min(EJECT_MOST_SECONDS, EJECT_SECONDS * 2.0**endpoint.ejections)
             endpoint.ejections += 1
             endpoint.rests_until = self._clock() + pause

@@ -76,6 +76,7 @@ class ChunkHeld:
     """A complete chunk with more failures than the run accepts: it is not written."""
 
     index: int
+    records: int
     failed: int
 
 

@@ -46,8 +46,9 @@ RECORD_STATUS = "record_status"
 REQUEST_SECONDS = 300.0
 # A token may be refused while its server restarts or another program renews it; after this long it is wrong.
 TOKEN_SECONDS = 30.0
-# A connection that breaks this often on one request, while others are answered, breaks because of it.
-BROKEN_TRIES = 5
+# A request on which the connection breaks, or whose reply is unsound, this often in a row may be the reason: taking it
+# apart begins with a request of zeros, which waits for a server that is merely gone.
+BROKEN_TRIES = 8
 
 _SUSPECT = (Outcome.FAILED, Outcome.RAISED, Outcome.REFUSED, Outcome.TOO_LARGE)
 
@@ -98,7 +99,7 @@ class Exchange:
         self._numbers = itertools.count()
 
     async def ask(self, span: Span, rows: np.ndarray, room: Room | None = None) -> Prediction | Verdict:
-        """The prediction for `rows` (records, *input shape), or a verdict on which the records may be to blame.
+        """The prediction for `rows` (records, *source's record shape), or a verdict for which they may be to blame.
 
         `room` is the pool's way to a server, `Pool.room` unless the caller holds another.
 
@@ -107,25 +108,29 @@ class Exchange:
         """
         tries = _Tries(began=self._clock())
         while True:
-            message, ident = self._encode(span, rows)
             async with (room or self.pool.room)() as endpoint:
+                # Only now: records that wait for room are held once, as they were read.
+                message, ident = self._encode(span, self._contract.on_the_wire(rows))
                 sent_at = self._clock()
                 verdict, prediction = await self._attempt(endpoint, message, ident, span, tries)
                 self._learn(endpoint, verdict, sent_at)
             if prediction is not None:
                 return prediction
-            if self._is_suspect(verdict, tries):
+            if _is_suspect(verdict, tries):
                 self._emit(RequestRetried(endpoint.url, f"{verdict.outcome.value}: {verdict.reason}", 0.0))
                 return verdict
             await self._before_next(endpoint, verdict, tries)
+
+    def now(self) -> float:
+        return self._clock()
 
     async def pause(self, tries: int) -> None:
         """Wait before an attempt that repeats another, paid for by the run's retry bucket."""
         await asyncio.sleep(max(full_jitter(tries, self._rng), self._bucket.delay(self._clock())))
 
-    def out_of_patience(self) -> float | None:
-        """Seconds since the last answer if that is longer than the run's patience."""
-        idle = self._clock() - self._last_success
+    def out_of_patience(self, since: float) -> float | None:
+        """Seconds since the last answer, or `since` if that is later, if they are more than the run's patience."""
+        idle = self._clock() - max(self._last_success, since)
         return idle if idle > self._patience else None
 
     def _encode(self, span: Span, rows: np.ndarray) -> tuple[Message, str]:
@@ -184,20 +189,14 @@ class Exchange:
                     self.pool.leave_out(endpoint, CredentialsError(
                         f"{endpoint.url} refuses the token: {verdict.reason}"))
             case Outcome.BROKEN | Outcome.CORRUPT:
-                self.pool.broke(endpoint)
+                self.pool.broke(endpoint, sent_at)
             case Outcome.OTHER_MODEL:
                 self.pool.strange(endpoint, verdict.reason)
             case Outcome.NO_MODEL:
                 self.pool.leave_out(endpoint, ServingError(f"{endpoint.url}: {verdict.reason}"))
 
-    def _is_suspect(self, verdict: Verdict, tries: _Tries) -> bool:
-        if verdict.outcome in _SUSPECT:
-            return True
-        tries.broken += verdict.outcome is Outcome.BROKEN
-        return tries.broken >= BROKEN_TRIES and self._last_success > tries.began
-
     async def _before_next(self, endpoint: Endpoint, verdict: Verdict, tries: _Tries) -> None:
-        idle = self.out_of_patience()
+        idle = self.out_of_patience(tries.began)
         if idle is not None:
             raise StoppedError(f"no request was answered for {idle:.0f} s (--patience {self._patience:g}); the last "
                                f"answer of {endpoint.url}: {verdict.outcome.value}: {verdict.reason}; "
@@ -224,8 +223,8 @@ class Exchange:
         status = tensors.pop(RECORD_STATUS, None)
         if status is None and not contract.has_status:
             status = _status_of(tensors, count)
-        if status is None or status.shape != (count,) or status.dtype != np.uint8:
-            raise OipError(f"{RECORD_STATUS} is missing or not uint8 ({count},)")
+        if status is None or status.shape != (count,) or status.dtype != np.uint8 or status.max(initial=0) > 2:
+            raise OipError(f"{RECORD_STATUS} is missing, not uint8 ({count},), or has values over 2")
         for output in contract.outputs:
             array = tensors.get(output.name)
             wanted = (count, *output.shape)
@@ -233,6 +232,13 @@ class Exchange:
                 shown = "missing" if array is None else f"{array.dtype} {array.shape}"
                 raise OipError(f"output {output.name} is {shown}, wanted {output.dtype} {wanted}")
         return Prediction({output.name: tensors[output.name] for output in contract.outputs}, status)
+
+
+def _is_suspect(verdict: Verdict, tries: _Tries) -> bool:
+    if verdict.outcome in _SUSPECT:
+        return True
+    tries.broken += verdict.outcome in (Outcome.BROKEN, Outcome.CORRUPT)
+    return tries.broken >= BROKEN_TRIES
 
 
 class _OtherModelError(Exception):

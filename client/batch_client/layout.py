@@ -21,9 +21,8 @@ from zarr.storage import MemoryStore
 
 from batch_client.plan import OutputGeometry, Plan
 
-__all__ = ["FAILED_PREFIX", "LEDGER_PREFIX", "MANIFEST_KEY", "RUN_PREFIX", "SPEC_KEY", "SUCCESS_KEY", "OutputLayout"]
+__all__ = ["FAILED_PREFIX", "LEDGER_PREFIX", "MANIFEST_KEY", "SPEC_KEY", "SUCCESS_KEY", "OutputLayout"]
 
-RUN_PREFIX = "_run/"
 SPEC_KEY = "_run/spec.json"
 LEDGER_PREFIX = "_run/ledger/"
 FAILED_PREFIX = "_run/failed/"

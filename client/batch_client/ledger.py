@@ -17,7 +17,7 @@ from batch_client.errors import MismatchError, StorageError, one_error
 from batch_client.events import RecordFailed
 from batch_client.layout import FAILED_PREFIX, LEDGER_PREFIX, SPEC_KEY
 from batch_client.spec import RunIdentity, canonical_json
-from batch_client.storage import Store, child_url
+from batch_client.storage import Store, child_url, put_same
 
 __all__ = ["ChunkProof", "Ledger", "LedgerView", "Row", "check_place"]
 
@@ -123,6 +123,8 @@ class Ledger:
         if await self._store.create(SPEC_KEY, identity.to_json()):
             return True
         await check_place(self._store, identity)
+        if await self._store.head(SPEC_KEY) is None:
+            raise StorageError(f"{child_url(self._store.url, SPEC_KEY)}: the store says that it exists and has none")
         return False
 
     async def add(self, row: Row) -> None:
@@ -138,9 +140,9 @@ class Ledger:
             if not rows:
                 return
             body = canonical_json({"rows": [row.to_value() for row in rows]})
-            # Only this writer writes under its name, so an object that exists already is this very write,
-            # repeated by the storage library after a lost answer.
-            await self._store.create(f"{LEDGER_PREFIX}{self._writer}/{self._seq:06d}.json", body)
+            # Only this writer writes under its name. Other bytes there are an earlier flush whose answer was lost.
+            while not await put_same(self._store, f"{LEDGER_PREFIX}{self._writer}/{self._seq:06d}.json", body):
+                self._seq += 1
             self._seq += 1
             del self._rows[:len(rows)]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from batch_client.errors import MismatchError
 from batch_client.layout import MANIFEST_KEY
-from batch_client.ledger import Row
+from batch_client.ledger import ChunkProof, Row
 from batch_client.spec import RunIdentity, canonical_json
 from batch_client.storage import Store, child_url
 
@@ -29,6 +29,7 @@ class Manifest:
     records: int
     run: Mapping[str, Any]
     rows: tuple[Row, ...]
+    metadata: tuple[ChunkProof, ...]
 
 
 def root_over(rows: Iterable[Row]) -> str:
@@ -40,8 +41,8 @@ def root_over(rows: Iterable[Row]) -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def write_manifest(identity: RunIdentity, rows: Iterable[Row]) -> bytes:
-    """The manifest's bytes; equal for equal runs."""
+def write_manifest(identity: RunIdentity, rows: Iterable[Row], metadata: Iterable[ChunkProof]) -> bytes:
+    """The manifest's bytes; equal for equal runs. `metadata` are the group's and the arrays' documents."""
     rows = list(rows)
     value: dict[str, Any] = {
         "format": FORMAT,
@@ -52,6 +53,7 @@ def write_manifest(identity: RunIdentity, rows: Iterable[Row]) -> bytes:
             "failed": sum(row.failed for row in rows),
             "not_finite": sum(row.not_finite for row in rows),
         },
+        "metadata": [[document.key, document.size, document.sha256] for document in metadata],
         "rows": [row.to_value() for row in rows],
     }
     if not identity.exact:
@@ -70,6 +72,7 @@ async def read_manifest(store: Store) -> Manifest:
         if value["format"] != FORMAT:
             raise MismatchError(f"{where} has format {value['format']!r}, wanted {FORMAT}: use a newer batch-client")
         return Manifest(str(value["root"]), int(value["run"]["stop"]) - int(value["run"]["start"]), value["run"],
-                        tuple(Row.from_value(row) for row in value["rows"]))
+                        tuple(Row.from_value(row) for row in value["rows"]),
+                        tuple(ChunkProof(str(key), int(size), str(sha256)) for key, size, sha256 in value["metadata"]))
     except (ValueError, KeyError, TypeError) as error:
         raise MismatchError(f"{where} can't be read ({type(error).__name__}: {error})") from error

@@ -17,15 +17,16 @@ from batch_client.budget import ByteBudget, Lease
 from batch_client.errors import DataError, StoppedError, one_error
 from batch_client.events import ChunkHeld, ChunkWritten, Event, Observer, Published, RecordFailed, RunStarted, Stopping
 from batch_client.exchange import Exchange
-from batch_client.layout import FAILED_PREFIX, OutputLayout
+from batch_client.layout import FAILED_PREFIX, SPEC_KEY, OutputLayout
 from batch_client.ledger import FLUSH_SECONDS, Ledger, LedgerView, Row, check_place
+from batch_client.manifest import read_manifest
 from batch_client.plan import Plan, Span, Unit
 from batch_client.prepare import Prepared, Services, prepare
 from batch_client.publish import publish, published_root
 from batch_client.removal import remove_output
 from batch_client.reuse import copy_chunks, reusable_rows
 from batch_client.scorer import Scorer
-from batch_client.spec import RunSpec
+from batch_client.spec import RunIdentity, RunSpec
 from batch_client.storage import Store, child_url
 from batch_client.stream import UnitStream
 from batch_client.summary import RunSummary, Tally
@@ -62,18 +63,30 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
             observer(event)
 
     prepared = await prepare(spec, services)
-    if spec.overwrite:
-        await remove_output(services.output_store)
-    await check_place(services.output_store, prepared.identity)
-    root = await published_root(services.output_store)
+    old, output = services.reuse_store, services.output_store
+    reusable = [] if old is None else await reusable_rows(old, prepared, require_finite=spec.require_finite)
+    if spec.overwrite and not await _is_begun(output, prepared.identity):
+        await remove_output(output)
+    await check_place(output, prepared.identity)
+    root = await published_root(output)
     if root is not None:
         emit(Published(spec.output, root, already=True))
-        return tally.summary(spec, prepared.contract, prepared.plan)
+        failed = sum(row.failed for row in (await read_manifest(output)).rows)
+        return tally.summary(spec, prepared.contract, prepared.plan, failed)
     layout = await OutputLayout.open(prepared.plan, spec.codec)
-    root = await _Run(spec, services, prepared, layout, emit, stop or asyncio.Event()).to_the_end()
+    run = _Run(spec, services, prepared, layout, emit, stop or asyncio.Event())
+    root = await run.to_the_end(reusable)
     if root is not None:
         emit(Published(spec.output, root))
-    return tally.summary(spec, prepared.contract, prepared.plan)
+    return tally.summary(spec, prepared.contract, prepared.plan, run.failed)
+
+
+async def _is_begun(output: Store, identity: RunIdentity) -> bool:
+    """Whether an output is this very run, not finished: it goes on, even where it was asked to overwrite."""
+    if await published_root(output) is not None:
+        return False
+    spec = await output.get(SPEC_KEY)
+    return spec is not None and bytes(spec.data) == identity.to_json()
 
 
 class _Run:
@@ -107,14 +120,19 @@ class _Run:
         for_requests = -(-self._spec.in_flight * servers // requests_a_unit) + 2
         return max(2, min(for_requests, OUTPUT_BYTES // self._plan.unit_bytes_out))
 
-    async def to_the_end(self) -> str | None:
+    @property
+    def failed(self) -> int:
+        """Failures of everything proven by anyone, being written or held back here."""
+        by_unit = {index: self._failures_of(row) for index, row in self._view.rows.items() if row.ok < row.records}
+        return sum((self._writing | by_unit | self._held).values())
+
+    async def to_the_end(self, reusable: Sequence[Row]) -> str | None:
         """Score what no ledger row proves, then publish. Returns the root hash, None if other parts are not done."""
-        old = self._services.reuse_store
-        reusable = [] if old is None else await reusable_rows(old, self._prepared)
+        self._require_going_on()
         first = await self._ledger.pin(self._prepared.identity)
         await self._view.refresh()
-        if old is not None:
-            await self._reuse(old, reusable)
+        if self._services.reuse_store is not None:
+            await self._reuse(self._services.reuse_store, reusable)
         done = sum(self._plan.unit(index).count for index in self._view.rows)
         contract = self._prepared.contract
         self._emit(RunStarted(self._plan, self._spec.output, contract.name, contract.digest, done))
@@ -129,7 +147,7 @@ class _Run:
         if len(self._view.rows) < self._plan.unit_count and self._spec.part is not None:
             return None
         # Parts and other clients count for themselves while they run; what is published counts together.
-        if self._all_failed() > self._spec.max_failed:
+        if self.failed > self._spec.max_failed:
             raise self._too_many()
         await self._prepared.source.require_unchanged(self._pinned())
         return await publish(self._store, self._layout, self._plan, self._prepared.identity, self._view.rows)
@@ -159,6 +177,10 @@ class _Run:
         with one_error():
             finished = not work.cancelled() and work.result()
         if not finished:
+            self._require_going_on()
+
+    def _require_going_on(self) -> None:
+        if self._stop.is_set():
             raise StoppedError("stopped before the end; what is finished is kept: the same command goes on from there")
 
     async def _units(self, *, first: bool) -> bool:
@@ -202,8 +224,9 @@ class _Run:
             async for span, records, lease in stream.spans():
                 tasks.create_task(self._score(span, records, lease, assembler, failures))
         if self._spec.require_finite:
-            failures += [RecordFailed(unit.start + int(row), NOT_FINITE, 1)
-                         for row in np.flatnonzero(assembler.status == STATUS_NOT_FINITE)]
+            for place in np.flatnonzero(assembler.status == STATUS_NOT_FINITE):
+                failures.append(RecordFailed(unit.start + int(place), NOT_FINITE, 1))
+                self._emit(failures[-1])
         if failures:
             await self._ledger.list_failures(unit.index, sorted(failures, key=lambda failure: failure.index))
         if not self._accept(unit, assembler):
@@ -217,7 +240,7 @@ class _Run:
     async def _score(self, span: Span, records: np.ndarray, lease: Lease, assembler: UnitAssembler,
                      failures: list[RecordFailed]) -> None:
         try:
-            scored = await self._scorer.score(span, self._prepared.contract.on_the_wire(records))
+            scored = await self._scorer.score(span, records)
             assembler.place(span, scored.outputs, scored.status)
             failures.extend(scored.failures)
         finally:
@@ -228,25 +251,20 @@ class _Run:
         overwritten when more are accepted later.
         """
         failed = assembler.failures(require_finite=self._spec.require_finite)
-        if not failed or self._all_failed() + failed <= self._spec.max_failed:
+        if not failed or self.failed + failed <= self._spec.max_failed:
             self._writing[unit.index] = failed
             return True
         self._held[unit.index] = failed
-        self._emit(ChunkHeld(unit.index, failed))
-        if self._all_failed() > self._spec.max_failed + HOPELESS:
+        self._emit(ChunkHeld(unit.index, unit.count, failed))
+        if self.failed > self._spec.max_failed + HOPELESS:
             raise self._too_many()
         return False
-
-    def _all_failed(self) -> int:
-        """Failures of everything proven by anyone, being written or held back here."""
-        by_unit = {index: self._failures_of(row) for index, row in self._view.rows.items() if row.ok < row.records}
-        return sum((self._writing | by_unit | self._held).values())
 
     def _failures_of(self, row: Row) -> int:
         return row.failed + (row.not_finite if self._spec.require_finite else 0)
 
     def _too_many(self) -> DataError:
-        failed, where = self._all_failed(), child_url(self._store.url, FAILED_PREFIX)
+        failed, where = self.failed, child_url(self._store.url, FAILED_PREFIX)
         return DataError(
             f"{failed:,} records failed, --max-failed {self._spec.max_failed} allows fewer, listed in {where}; "
             f"output chunks held back: {len(self._held)}; run again with --max-failed {failed} to accept them, or mend "

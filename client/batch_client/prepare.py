@@ -84,7 +84,7 @@ async def _agree(spec: RunSpec, services: Services, pool: Pool) -> ModelContract
     """The model of the run: that of the output which is there already, else the first server's. Servers that can't be
     reached or have another one are left out.
     """
-    wanted = None if spec.overwrite else await _model_of_output(services.output_store)
+    wanted = None if spec.overwrite else await _model_of_output(spec, services.output_store)
     agreed: ModelContract | None = None
     async with asyncio.TaskGroup() as tasks:
         asked = [tasks.create_task(_contract_or_error(services.servers, endpoint.url)) for endpoint in pool.endpoints]
@@ -125,13 +125,17 @@ def _differing(wanted: Mapping[str, object], found: Mapping[str, object]) -> str
     return "".join(f"; {name} is {found.get(name)!r} here, was {wanted.get(name)!r}" for name in names)
 
 
-async def _model_of_output(store: Store) -> tuple[str, str, Mapping[str, object]] | None:
+async def _model_of_output(spec: RunSpec, store: Store) -> tuple[str, str, Mapping[str, object]] | None:
     """Digest, fingerprint and numerics of the run that an output belongs to."""
     blob = await store.get(SPEC_KEY)
     if blob is None:
         return None
     try:
         stored = json.loads(bytes(blob.data))
+        if stored["exact"] != spec.exact:
+            there = "without" if stored["exact"] else "with"
+            raise MismatchError(f"{store.url} belongs to a run {there} --fast: go on with it in the same way, or "
+                                "choose another OUTPUT")
         return str(stored["model_digest"]), str(stored["fingerprint"]), dict(stored["numerics"])
     except (ValueError, KeyError, TypeError):
         return None  # what it is, the comparison of identities says

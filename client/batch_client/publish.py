@@ -5,11 +5,12 @@ Before the group's `zarr.json` is written nothing opens; each step is create-onl
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 from batch_client.errors import BrokenPromiseError, MismatchError
 from batch_client.layout import MANIFEST_KEY, SUCCESS_KEY, OutputLayout
-from batch_client.ledger import Row
+from batch_client.ledger import ChunkProof, Row
 from batch_client.manifest import read_manifest, root_over, write_manifest
 from batch_client.plan import Plan
 from batch_client.spec import RunIdentity
@@ -41,7 +42,6 @@ async def publish(store: Store, layout: OutputLayout, plan: Plan, identity: RunI
             raise BrokenPromiseError(f"output chunk {row.unit} is proven with {row.records} records of {count}: "
                                      "not publishing")
     root = root_over(rows)
-    await _create_same(store, MANIFEST_KEY, write_manifest(identity, rows))
     attributes = {
         "source": identity.source,
         "source_array": identity.source_array,
@@ -52,7 +52,10 @@ async def publish(store: Store, layout: OutputLayout, plan: Plan, identity: RunI
         "fingerprint": identity.fingerprint,
         "root": root,
     }
-    for key, document in await layout.metadata(attributes):
+    documents = await layout.metadata(attributes)
+    proofs = [ChunkProof(key, len(document), hashlib.sha256(document).hexdigest()) for key, document in documents]
+    await _create_same(store, MANIFEST_KEY, write_manifest(identity, rows, proofs))
+    for key, document in documents:
         await _create_same(store, key, document)
     await _create_same(store, SUCCESS_KEY, b"")
     return root

@@ -46,7 +46,9 @@ class Rows:
 class Source:
     """An open source array."""
 
-    def __init__(self, store: Store, path: str, array: AsyncArray[Any], metadata_digest: str) -> None:
+    def __init__(self, store: Store, path: str, array: AsyncArray[Any], metadata_keys: list[str],
+                 metadata_digest: str) -> None:
+        self._metadata_keys = metadata_keys
         self.url = child_url(store.url, path)
         self._store = store
         self._prefix = f"{path.strip('/')}/" if path else ""
@@ -81,7 +83,10 @@ class Source:
         return {meta.key: meta.etag or "" async for meta in self._store.list(self._prefix)}
 
     async def require_unchanged(self, pinned: Mapping[str, str | None]) -> None:
-        """Raises MismatchError when a chunk object is not the one that was scored; `pinned` is ETags by key."""
+        """Raises MismatchError when the metadata or a chunk object is not what was scored; `pinned` is ETags by key."""
+        if await _metadata_digest(self._store, self._metadata_keys) != self.metadata_digest:
+            raise MismatchError(f"{self.url}: its Zarr metadata changed while it was being scored: "
+                                "score a source that stays as it is, into a new OUTPUT")
         now = await self.etags()
         for key, etag in pinned.items():
             if now.get(key) != etag:
@@ -110,12 +115,13 @@ async def open_source(store: Store, array: str | None) -> Source:
     dtype = np.dtype(node.dtype)
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise DataError(f"{where}: dtype {dtype} can't be scored; wanted bool, integers or floats up to 64 bits")
-    return Source(store, array or "", node, await _metadata_digest(store, list(record.etags)))
+    keys = sorted(key for key in record.etags if key.endswith(("zarr.json", ".zarray")))
+    return Source(store, array or "", node, keys, await _metadata_digest(store, keys))
 
 
 async def _metadata_digest(store: Store, keys: list[str]) -> str:
     digest = hashlib.sha256()
-    for key in sorted(key for key in keys if key.endswith(("zarr.json", ".zarray"))):
+    for key in keys:
         blob = await store.get(key)
         if blob is None:
             raise StorageError(f"{child_url(store.url, key)}: vanished while it was being read")

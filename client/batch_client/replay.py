@@ -51,7 +51,7 @@ async def replay(spec: RunSpec, services: Services, count: int) -> Replay:
         stream = UnitStream(prepared.source, prepared.plan, unit, ByteBudget(spec.max_bytes_in_flight),
                             spec.allow_missing)
         async for span, rows, lease in stream.spans():
-            scored = await scorer.score(span, prepared.contract.on_the_wire(rows))
+            scored = await scorer.score(span, rows)
             assembler.place(span, scored.outputs, scored.status)
             lease.release()
         found = [await proof_of(key, data) async for key, data in encode_unit(layout, assembler)]

@@ -23,7 +23,7 @@ _SAME = ("start", "grid_records", "chunk_records", "micro_batch", "codec", "mode
          "source_dtype", "exact")
 
 
-async def reusable_rows(old: Store, prepared: Prepared) -> list[Row]:
+async def reusable_rows(old: Store, prepared: Prepared, *, require_finite: bool) -> list[Row]:
     """Rows of `old`'s manifest that are rows of this run too. Writes nothing.
 
     Raises MismatchError when `old` is not a published output or of another geometry, model or numerics.
@@ -35,7 +35,8 @@ async def reusable_rows(old: Store, prepared: Prepared) -> list[Row]:
     if differing:
         raise MismatchError(f"--reuse {old.url}: no chunk of it can be reused: {'; '.join(differing)}")
     etags = await prepared.source.etags()
-    return [row for row in manifest.rows if _is_true(row, prepared, etags)]
+    return [row for row in manifest.rows
+            if _is_true(row, prepared, etags) and not (require_finite and row.not_finite)]
 
 
 async def copy_chunks(old: Store, new: Store, row: Row) -> None:

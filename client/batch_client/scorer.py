@@ -61,7 +61,7 @@ class Scorer:
         self._emit = emit
 
     async def score(self, span: Span, rows: np.ndarray) -> Scored:
-        """Predictions for `rows` (records, *input shape) of the wire's dtype, whose places begin at `span.first_row`.
+        """Predictions for `rows` (records, *record shape of the source), whose places begin at `span.first_row`.
 
         Raises DataError when the server fails on zeros too, or takes no request of this size, and what
         `Exchange.ask` raises.
@@ -74,7 +74,7 @@ class Scorer:
             failed += 1
             if answer.outcome is Outcome.TOO_LARGE:
                 return await self._split(span, rows, answer)
-            if answer.outcome is Outcome.REFUSED or failed >= SUSPECT_AFTER:
+            if answer.outcome not in (Outcome.FAILED, Outcome.RAISED) or failed >= SUSPECT_AFTER:
                 return await self._isolate(span, rows, answer)
             await self._exchange.pause(failed)
 
@@ -114,7 +114,7 @@ class Scorer:
 
     async def _require_health(self, case: _Case) -> None:
         """A request of zeros in the shape of the suspect must succeed, or nothing can be said about its records."""
-        tries = 0
+        tries, began = 0, self._exchange.now()
         while True:
             answer = await self._exchange.ask(case.span, np.zeros_like(case.rows), case.room)
             if isinstance(answer, Prediction):
@@ -127,7 +127,7 @@ class Scorer:
             if answer.outcome is Outcome.REFUSED or (answer.outcome is Outcome.RAISED and tries >= FAILURES_ALONE):
                 raise DataError(f"{records}: {answer.outcome.value}, and on zeros in their place too "
                                 f"({answer.reason}): nothing can be scored")
-            if self._exchange.out_of_patience() is not None:
+            if self._exchange.out_of_patience(began) is not None:
                 raise StoppedError(f"{records}: the server fails on zeros in their place too ({answer.reason}) and "
                                    "has answered nothing within --patience; the same command goes on from here")
             await self._exchange.pause(tries)

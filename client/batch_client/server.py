@@ -12,14 +12,14 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import aiohttp
 
-from batch_client.errors import ServingError
+from batch_client.errors import ServingError, UsageError
 from batch_client.java import Java, find_java, torchserve_home
 from batch_client.machine import cores, gpus
 from batch_client.server_config import Model, ServerSettings, model_of
@@ -31,6 +31,7 @@ __all__ = ["EmbeddedServer", "ServerSettings", "serve_forever"]
 POLL_SECONDS = 0.1  # between looks at a server that is starting
 LOG_SETTLE_SECONDS = 0.5  # a dying worker's traceback comes in many lines
 WATCH_SECONDS = 2.0  # between looks at a server that serves
+RENEWAL_TRIES = 10  # of a token's renewal while the old one still lives
 STARTS = 3  # tries, when somebody else took a free port in between
 HOPELESS_SECONDS = 600.0  # without a ready worker; TorchServe itself gives a worker up after maxRetryTimeoutInSec
 
@@ -57,6 +58,7 @@ class EmbeddedServer:
         self._session: aiohttp.ClientSession | None = None
         self._renewing = asyncio.Lock()
         self._renew_at: dict[str, float] = {}
+        self._inference_key: str | None = None  # as last read: a request must not cost a look at the key file
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -132,12 +134,22 @@ class EmbeddedServer:
         """The current inference token, renewed at half its life.
 
         `refused` is one that the server has just refused: if it is still the current one, another is made. The old one
-        dies at once for everyone, so renewals are done one at a time.
+        dies at once for everyone, so renewals are done one at a time. Where a renewal fails, the old token stays: it
+        may live on, and whether it does the server says.
+
+        Raises ServingError when the server has ended.
         """
         async with self._renewing:
-            if self._due("inference") or (refused is not None and refused == self._alive().key("inference")):
+            if self.ended():
+                raise self._end_error()
+            key = self._inference_key
+            if key is None or key == refused:  # a renewal that we gave up may have been made
+                key = self._alive().key("inference")
+            if (key is not None and key == refused) or self._due("inference"):
                 await self._renew("inference")
-            return self._alive().key("inference")
+                key = self._alive().key("inference") or key
+            self._inference_key = key
+            return key
 
     def renewal_due_in(self) -> float:
         """Seconds until `token` will make another one."""
@@ -151,8 +163,9 @@ class EmbeddedServer:
         try:
             status, body = await self._management(f"/models/{self.model_name}")
         except (aiohttp.ClientError, TimeoutError) as error:
-            how = f"has ended: {self.log_tail(1)}" if self.ended() else f"does not answer: {error}"
-            raise ServingError(f"TorchServe {how}") from error
+            if self.ended():
+                raise self._end_error() from error
+            raise ServingError(f"TorchServe does not answer: {str(error) or type(error).__name__}") from error
         if status != 200:
             raise ServingError(f"TorchServe does not describe {self.model_name}: {status} {body.strip()[:200]}")
         described: dict[str, Any] = json.loads(body)[0]
@@ -166,12 +179,16 @@ class EmbeddedServer:
         """Whether TorchServe has ended by itself."""
         return self._alive().ended()
 
+    def _end_error(self) -> ServingError:
+        return ServingError(f"TorchServe with the model {self.model_name} has ended (log: {self.log_path}): "
+                            f"{last_words(self._alive().log())}")
+
     # Starting
 
     async def _start_once(self, java: Java, home: Path) -> None:
         self._running = launch(self._settings, self._model, self._workers, java, home, self._environ)
-        half_life = self._settings.token_minutes * 30
-        self._renew_at = dict.fromkeys(("inference", "management"), self._running.started + half_life)
+        self._inference_key = None
+        self._renew_at = dict.fromkeys(("inference", "management"), self._running.started + self._half_life)
         try:
             async with asyncio.timeout(self._settings.startup_seconds):
                 await self._ready()
@@ -226,21 +243,25 @@ class EmbeddedServer:
         async with self._session.get(self.management_url + path, headers=headers) as reply:
             return reply.status, await reply.text(errors="replace")
 
+    @property
+    def _half_life(self) -> float:
+        """Of a token, in seconds."""
+        return self._settings.token_minutes * 30
+
     def _due(self, kind: str) -> bool:
-        return self._alive().key(kind) is not None and time.monotonic() >= self._renew_at[kind]
+        return time.monotonic() >= self._renew_at[kind] and self._alive().key(kind) is not None
 
     async def _renew(self, kind: str) -> None:
-        """Makes a new token. TorchServe answers without a body and writes it to its key file."""
+        """Asks for a new token. TorchServe answers without a body and writes it to its key file.
+
+        One that it does not make leaves the old one, which has half its life left; it is asked again before that ends.
+        """
         asked = time.monotonic()
-        try:
-            status, body = await self._get(f"/token?type={kind}", self._alive().key("API"))
-        except (aiohttp.ClientError, TimeoutError) as error:
-            if not self._alive().ready:
-                raise
-            raise ServingError(f"TorchServe does not renew its {kind} token: {error}") from error
-        if status != 200:
-            raise ServingError(f"TorchServe does not renew its {kind} token: {status} {body.strip()[:200]}")
-        self._renew_at[kind] = asked + self._settings.token_minutes * 30
+        made = False
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            status, _ = await self._get(f"/token?type={kind}", self._alive().key("API"))
+            made = status == 200
+        self._renew_at[kind] = asked + self._half_life if made else time.monotonic() + self._half_life / RENEWAL_TRIES
 
     # Ending
 
@@ -269,8 +290,11 @@ async def serve_forever(
     announce: called once, when every worker is ready. token_file: holds the current token with mode 0600, is replaced
     at each renewal (the old token dies then) and removed at the end. echo: gets the server's log as it grows.
 
-    Raises ServingError when the server does not start, ends by itself, or has had no worker for HOPELESS_SECONDS.
+    Raises UsageError when the token file can't be written, ServingError when the server does not start, ends by itself,
+    or has had no worker for HOPELESS_SECONDS.
     """
+    if token_file is not None:
+        _check_place(token_file)
     loop = asyncio.get_running_loop()
     this = asyncio.current_task()
     asked = False
@@ -295,37 +319,68 @@ async def serve_forever(
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-        _forget(token_file)
 
 
 async def _watch(server: EmbeddedServer, token_file: Path | None, echo: Callable[[str], None]) -> None:
-    written: str | None = None
     last_ready = time.monotonic()
-    with server.log_path.open(encoding="utf-8", errors="replace") as log:
+    with server.log_path.open(encoding="utf-8", errors="replace") as log, _secret(token_file) as write:
         while True:
             echo(log.read())
-            if server.ended():
-                raise ServingError(f"TorchServe has ended: {server.log_tail(1)}")
-            token = await server.token()
-            if token_file is not None and token != written:
-                _write_secret(token_file, token or "")
-                written = token
-            if any(worker["status"] == "READY" for worker in (await server.describe())["workers"]):
+            write(await server.token())
+            if await _has_ready_worker(server):
                 last_ready = time.monotonic()
             elif time.monotonic() - last_ready > HOPELESS_SECONDS:
                 raise ServingError(f"no worker has been ready for {HOPELESS_SECONDS:g} s: {server.log_tail(1)}")
             await asyncio.sleep(min(WATCH_SECONDS, server.renewal_due_in() + 0.1))
 
 
-def _forget(path: Path | None) -> None:
-    if path is not None:
-        path.unlink(missing_ok=True)
+async def _has_ready_worker(server: EmbeddedServer) -> bool:
+    """Whether the server says now that it has one; a slow answer says nothing yet, and an end `token` will see."""
+    try:
+        described = await server.describe()
+    except ServingError:
+        return False
+    return any(worker["status"] == "READY" for worker in described["workers"])
+
+
+def _check_place(path: Path) -> None:
+    """Raises UsageError for a token file that could not be written when the server is ready."""
+    if path.is_dir() or not path.parent.is_dir():
+        found = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise UsageError(f"--token-out {path}: {found}: wanted a file in a folder that exists")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--token-out {path}: no right to write in {path.parent}")
+
+
+@contextlib.contextmanager
+def _secret(path: Path | None) -> Iterator[Callable[[str | None], None]]:
+    """A function that puts a token into the file; what it wrote, and nothing else, is removed after the block."""
+    written: str | None = None
+
+    def write(token: str | None) -> None:
+        nonlocal written
+        if path is not None and token is not None and token != written:
+            _write_secret(path, token)
+            written = token
+
+    try:
+        yield write
+    finally:
+        if path is not None and written is not None:
+            with contextlib.suppress(OSError, UnicodeDecodeError):  # by now it is somebody else's
+                if path.read_text("ascii") == written:
+                    path.unlink()
 
 
 def _write_secret(path: Path, text: str) -> None:
-    """Replaces `path` at once by a file that only its owner can read."""
+    """Replaces `path` at once by a file that only its owner can read; raises UsageError when that can't be done."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.unlink(missing_ok=True)
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as stream:
-        stream.write(text)
-    new.replace(path)
+    try:
+        new.unlink(missing_ok=True)
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as stream:
+            stream.write(text)
+        new.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise UsageError(f"--token-out {path}: can't be written: {error.strerror}") from error

@@ -5,7 +5,6 @@ Both are frozen and validated when made, so that nothing later has to doubt them
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -109,7 +108,7 @@ class RunSpec(ServerSpec):
     require_finite: count a record with a prediction that is not finite as failed.
     part: (i, n) scores the i-th of n parts of the run; whoever completes the run publishes it.
     reuse: an earlier output whose chunks are copied where source, model and numerics are the same.
-    overwrite: delete the output that is there first.
+    overwrite: delete the output that is there first, unless it is an unfinished one of this very run.
     """
 
     input: str
@@ -138,6 +137,10 @@ class RunSpec(ServerSpec):
         self._at_least("patience", "max_failed", least=0)
         if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
             raise UsageError(f"--part {self.part[0]}/{self.part[1]}: wanted I/N with 1 <= I <= N, such as 1/8")
+        if self.overwrite and self.part is not None:
+            raise UsageError("--overwrite and --part: each part would delete what the others have written")
+        if self.reuse is not None and self.reuse.rstrip("/") == self.output.rstrip("/"):
+            raise UsageError(f"--reuse and OUTPUT are both {self.reuse}: the output needs a place of its own")
         if self.reuse is not None and not self.exact:
             raise UsageError("--reuse and --fast: only chunks of exact runs can be told to be the same")
         if self.input.rstrip("/") == self.output.rstrip("/"):
@@ -176,11 +179,6 @@ class RunIdentity:
 
     def to_json(self) -> bytes:
         return canonical_json(self.to_value())
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the canonical JSON, as `sha256:<hex>`."""
-        return "sha256:" + hashlib.sha256(self.to_json()).hexdigest()
 
     def require_same(self, stored: bytes, where: str) -> None:
         """Raises MismatchError naming each field in which `stored` (a spec.json) differs from this run."""

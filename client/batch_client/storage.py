@@ -6,6 +6,7 @@ Only create-only writes exist: nothing that a store holds is ever replaced throu
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import re
@@ -27,6 +28,9 @@ __all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "
 
 # obstore repeats 5xx, resets and cut bodies itself; after this long the run is better stopped and resumed.
 RETRY_SECONDS = 60
+LIST_TRIES = 8
+CONFLICT_TRIES = 8
+LIST_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -131,12 +135,18 @@ class ObjectStore:
             return Meta(key, meta["size"], meta.get("e_tag"), meta["last_modified"].timestamp())
 
     async def create(self, key: str, data: bytes | memoryview) -> bool:
-        with self._mapped("writing", key):
-            try:
-                await obstore.put_async(self._inner, self._prefix + key, data, mode="create", use_multipart=False)
-            except (FileExistsError, foreign.AlreadyExistsError, foreign.PreconditionError):
-                return False
-            return True
+        for tries in range(CONFLICT_TRIES):
+            with self._mapped("writing", key):
+                try:
+                    await obstore.put_async(self._inner, self._prefix + key, data, mode="create", use_multipart=False)
+                except (FileExistsError, foreign.AlreadyExistsError, foreign.PreconditionError):
+                    # S3 also says "conflict" when two writers meet and neither has won yet.
+                    if await self.head(key) is not None:
+                        return False
+                else:
+                    return True
+            await asyncio.sleep(LIST_SECONDS * 2**tries)
+        raise StorageError(f"writing {child_url(self.url, key)}: the store reports conflicts and keeps no object there")
 
     async def delete(self, key: str) -> None:
         with self._mapped("deleting", key):
@@ -146,11 +156,24 @@ class ObjectStore:
                 return
 
     async def list(self, prefix: str) -> AsyncIterator[Meta]:
+        last: str | None = None
+        tries = 0
         with self._mapped("listing", prefix):
-            async for batch in obstore.list(self._inner, prefix=self._prefix + prefix or None):
-                for meta in batch:
-                    yield Meta(meta["path"][len(self._prefix):], meta["size"], meta.get("e_tag"),
-                               meta["last_modified"].timestamp())
+            while True:
+                try:
+                    async for batch in obstore.list(self._inner, prefix=self._prefix + prefix or None, offset=last):
+                        for meta in batch:
+                            last = meta["path"]
+                            yield Meta(last[len(self._prefix):], meta["size"], meta.get("e_tag"),
+                                       meta["last_modified"].timestamp())
+                except foreign.BaseError as error:
+                    # A page cut short is the one thing that obstore does not ask for again itself.
+                    tries += 1
+                    if tries >= LIST_TRIES or not _CUT_PAGE.search(str(error)):
+                        raise
+                    await asyncio.sleep(LIST_SECONDS * 2**tries)
+                else:
+                    return
 
     @contextmanager
     def _mapped(self, doing: str, key: str) -> Any:
@@ -266,23 +289,25 @@ def _range_options(start: int | None, stop: int | None) -> obstore.GetOptions | 
 _SKEW = re.compile(r"RequestTimeTooSkewed|RequestExpired|time.{0,20}skew", re.IGNORECASE)
 _BAD_KEY = re.compile(
     r"InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|AccessDenied|InvalidClientTokenId|"
-    r"\b40[13]\b|Forbidden|Unauthorized", re.IGNORECASE)
-_NO_CREDENTIALS = re.compile(
-    r"169\.254\.169\.254|/latest/api/token|instance metadata|credential|MissingCredentials", re.IGNORECASE)
+    r"status code: 40[13]\b", re.IGNORECASE)
+_METADATA_SERVICE = re.compile(r"169\.254\.169\.254|/latest/api/token")
+_NO_CREDENTIALS = re.compile(r"instance metadata|credential|MissingCredentials", re.IGNORECASE)
 _NO_BUCKET = re.compile(r"NoSuchBucket|bucket.{0,40}not (found|exist)", re.IGNORECASE)
+_CUT_PAGE = re.compile(r"list response body")
 
 
 def _translate(error: Exception, doing: str) -> BatchClientError:
-    text = str(error)
-    if _SKEW.search(text):
+    # What the store said stands after the dash; before it is the request, whose names may contain anything.
+    said = str(error).partition(" - ")[2] or re.sub(r"\S*/\S*", "", str(error))
+    if _SKEW.search(said):
         return StorageError(f"{doing}: the store says that this machine's clock is wrong: set the clock and try again")
-    if _NO_BUCKET.search(text):
+    if _NO_BUCKET.search(said):
         return StorageError(f"{doing}: there is no such bucket")
-    if _NO_CREDENTIALS.search(text):
+    if _METADATA_SERVICE.search(str(error)) or _NO_CREDENTIALS.search(said):
         return CredentialsError(f"{doing}: found no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
                                 "AWS_PROFILE, or use --anonymous for a public bucket")
-    if isinstance(error, foreign.PermissionDeniedError | foreign.UnauthenticatedError) or _BAD_KEY.search(text):
-        return CredentialsError(f"{doing}: the store refused the credentials ({_code_of(text)}): check the keys "
+    if isinstance(error, foreign.PermissionDeniedError | foreign.UnauthenticatedError) or _BAD_KEY.search(said):
+        return CredentialsError(f"{doing}: the store refused the credentials ({_code_of(said)}): check the keys "
                                 "and their rights to this place")
     if isinstance(error, PermissionError):
         return StorageError(f"{doing}: permission denied")

@@ -17,7 +17,8 @@ __all__ = ["RunSummary", "Tally"]
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A finished run. `records` is the size of the output, `scored` what this run computed of it; seconds are from the
+    """A finished run. `records` is the size of the output, `scored` what this run computed of it, `failed` the
+    failures in the output; seconds are from the
     first read to publication, bytes are of records read from and chunks written to storage, peak memory is that of
     this process, its imports included.
     """
@@ -59,7 +60,7 @@ class Tally:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._started = clock()
-        self._scored = self._failed = self._requests = self._retries = self._read = self._written = 0
+        self._scored = self._requests = self._retries = self._read = self._written = 0
         self._published = Published("", "")
 
     def __call__(self, event: Event) -> None:
@@ -72,18 +73,18 @@ class Tally:
                 self._retries += 1
             case ChunkWritten():
                 self._scored += event.records
-                self._failed += event.failed
                 self._read += event.bytes_read
                 self._written += event.bytes_written
             case Published():
                 self._published = event
 
-    def summary(self, spec: RunSpec, contract: ModelContract, plan: Plan) -> RunSummary:
+    def summary(self, spec: RunSpec, contract: ModelContract, plan: Plan, failed: int) -> RunSummary:
+        """The figures so far; `failed` counts the whole output, whoever scored it."""
         seconds = self._clock() - self._started
         return RunSummary(
             records=plan.count,
             scored=self._scored,
-            failed=self._failed,
+            failed=failed,
             seconds=round(seconds, 3),
             records_per_s=round(self._scored / seconds, 1) if seconds > 0 else 0.0,
             output=spec.output,

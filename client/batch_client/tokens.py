@@ -8,11 +8,12 @@ import subprocess
 from pathlib import Path
 from typing import Protocol
 
-from batch_client.errors import CredentialsError
+from batch_client.errors import CredentialsError, UsageError
 
 __all__ = ["CommandTokens", "FileTokens", "NoTokens", "TokenSource", "authorization"]
 
 COMMAND_SECONDS = 60
+VISIBLE = range(ord("!"), ord("~") + 1)  # what a header can carry of a token (RFC 6750, section 2.1)
 
 
 class TokenSource(Protocol):
@@ -23,27 +24,49 @@ class TokenSource(Protocol):
 
 
 class CommandTokens:
-    """The standard output of a command, such as one that asks a secret store; run again when the token is refused."""
+    """The standard output of a command, such as one that asks a secret store; run again when the token is refused.
+
+    Its arguments may be secrets: of the command line, messages name the program alone.
+    """
 
     def __init__(self, command: str) -> None:
-        self._words = shlex.split(command)
+        """Raises UsageError for a command line without a program or with an unclosed quote."""
+        try:
+            self._words = shlex.split(command)
+        except ValueError as error:
+            raise UsageError(f"--token-command: can't be split into words: {error}") from error
+        if not self._words:
+            raise UsageError("--token-command is empty: wanted a program that prints a token")
         self._token: str | None = None
+        self._runs = 0
+        self._running = asyncio.Lock()
 
     async def token(self, refused: str | None = None) -> str | None:
-        """Raises CredentialsError when the command fails or prints nothing."""
-        if self._token is None or self._token == refused:
-            self._token = await asyncio.to_thread(self._run)
-        return self._token
+        """Requests that are refused together share one run, whatever it prints.
+
+        Raises CredentialsError when the command fails or prints no token.
+        """
+        runs = self._runs
+        async with self._running:
+            if self._token is None or (self._token == refused and self._runs == runs):
+                self._token = await asyncio.to_thread(self._run)
+                self._runs += 1
+            return self._token
 
     def _run(self) -> str:
+        name = f"--token-command {self._words[0]}"
         try:
-            done = subprocess.run(self._words, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
-        except (OSError, subprocess.TimeoutExpired, ValueError) as error:
-            raise CredentialsError(f"--token-command {self._words[:1]}: {type(error).__name__}: {error}") from error
+            done = subprocess.run(self._words, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                                  timeout=COMMAND_SECONDS, check=False)
+        except subprocess.TimeoutExpired:  # its text is the whole command line
+            raise CredentialsError(f"{name}: no answer in {COMMAND_SECONDS} s: run it by hand to see why") from None
+        except OSError as error:
+            raise CredentialsError(f"{name}: can't be started ({error.strerror}): check its path") from None
+        except ValueError:  # bytes that are no text, or a word that no program can be given
+            raise CredentialsError(f"{name}: wanted a token on its standard output, found other bytes") from None
         if done.returncode or not done.stdout.strip():
-            raise CredentialsError(f"--token-command {self._words[0]}: exit {done.returncode}, wanted 0 and a token on "
-                                   "its standard output")
-        return done.stdout.strip()
+            raise CredentialsError(f"{name}: exit {done.returncode}, wanted 0 and a token on its standard output")
+        return _one_word(name, done.stdout)
 
 
 class NoTokens:
@@ -61,13 +84,23 @@ class FileTokens:
         self._token: str | None = None
 
     async def token(self, refused: str | None = None) -> str | None:
-        """Raises CredentialsError when the file can't be read."""
+        """Raises CredentialsError when the file can't be read or holds something else."""
         if self._token is None or self._token == refused:
             try:
-                self._token = self._path.read_text(encoding="utf-8").strip()
+                text = self._path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise CredentialsError(f"--token-file {self._path}: can't be read: {error}") from error
+            self._token = _one_word(f"--token-file {self._path}", text)
         return self._token
+
+
+def _one_word(source: str, text: str) -> str:
+    """The token in `text`; raises CredentialsError, which does not show it, for what no header can carry."""
+    token = text.strip()
+    if not all(ord(character) in VISIBLE for character in token):
+        raise CredentialsError(f"{source}: wanted one token alone, found white space or other signs within "
+                               f"{len(token)} characters")
+    return token
 
 
 def authorization(token: str | None) -> dict[str, str]:

@@ -91,11 +91,27 @@ class HttpTransport:
                 data = _Parts(parts) if parts else None
                 async with self._session.request(method, url, data=data, headers=headers,
                                                  allow_redirects=False) as response:
-                    if (response.content_length or 0) > LARGEST_REPLY:
-                        raise TransportError(f"a reply of {response.content_length} bytes, the most is {LARGEST_REPLY}")
-                    body = await response.read()
+                    body = await _read(response)
                     return HttpReply(response.status, {k.lower(): v for k, v in response.headers.items()}, body)
         except TimeoutError as error:
             raise TransportError(f"no answer within {deadline:g} s") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise TransportError(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from error
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    """The whole body, bounded before it is held."""
+    length = response.content_length
+    if length is None:
+        pieces: list[bytes] = []
+        length = 0
+        async for piece in response.content.iter_chunked(1 << 20):
+            length += len(piece)
+            if length > LARGEST_REPLY:
+                break
+            pieces.append(piece)
+        else:
+            return b"".join(pieces)
+    elif length <= LARGEST_REPLY:
+        return await response.read()
+    raise TransportError(f"a reply of {length} bytes or more, the most is {LARGEST_REPLY}")

@@ -1,7 +1,9 @@
 """One finished unit → its objects in the store, each by one create-only PUT, and the proof of them.
 
 An object that exists already may be this write with its answer lost, another client's or an earlier life's: it is read
-back, and equal bytes mean done. Other bytes break the promise that a run's bytes are always the same.
+back, and equal bytes mean done. Other bytes break the promise that an exact run's bytes are always the same. A fast run
+adopts the predictions that the first writer stored, and writes the status before them: with another status they are not
+predictions of the same records, and the run stops.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import AsyncIterator
 
 from batch_client.assemble import STATUS_FAILED, STATUS_NOT_FINITE, STATUS_OK, UnitAssembler
 from batch_client.errors import BrokenPromiseError
-from batch_client.layout import OutputLayout
+from batch_client.layout import STATUS, OutputLayout
 from batch_client.ledger import ChunkProof, Row
 from batch_client.storage import Store, child_url
 
@@ -40,7 +42,7 @@ class ChunkWriter:
             raise BrokenPromiseError(f"output chunk {unit.unit.index} was to be written with records missing")
         proofs = []
         adopted = False
-        async for key, data in encode_unit(self._layout, unit):
+        async for key, data in encode_unit(self._layout, unit, status_first=not self._exact):
             stored = await self._put(key, data)
             adopted |= stored is not None
             proofs.append(await proof_of(key, data if stored is None else stored))
@@ -58,16 +60,18 @@ class ChunkWriter:
         if await self._store.create(key, data):
             return None
         stored = await self._store.get(key)
-        if stored is not None and (not self._exact or stored.data == data):
+        adopts = not self._exact and not key.startswith(STATUS.name)
+        if stored is not None and (adopts or stored.data == data):
             return bytes(stored.data)
         raise BrokenPromiseError(
             f"{child_url(self._store.url, key)} holds other bytes than this run computes: the server's numbers are "
             "not repeatable, or the chunk was altered; nothing was overwritten")
 
 
-async def encode_unit(layout: OutputLayout, unit: UnitAssembler) -> AsyncIterator[tuple[str, bytes]]:
-    """Keys and bytes of a unit's objects: predictions first, status last."""
-    for name in layout.array_names:
+async def encode_unit(layout: OutputLayout, unit: UnitAssembler, *,
+                      status_first: bool = False) -> AsyncIterator[tuple[str, bytes]]:
+    """Keys and bytes of a unit's objects: predictions first, status last, or the other way round."""
+    for name in layout.array_names[::-1] if status_first else layout.array_names:
         yield await layout.encode(name, unit.unit.index, unit.outputs.get(name, unit.status))
 
 

@@ -21,7 +21,8 @@ from zarr.abc.store import (
 )
 from zarr.core.buffer import Buffer, BufferPrototype
 
-from batch_client.storage import Store
+from batch_client.errors import MismatchError
+from batch_client.storage import Store, child_url
 
 __all__ = ["ReadRecord", "SourceStore", "recording"]
 
@@ -71,7 +72,9 @@ class SourceStore(ZarrStore):
                 record.missing.append(key)
             return None
         if record is not None:
-            record.etags[key] = blob.etag
+            if record.etags.setdefault(key, blob.etag) != blob.etag:
+                raise MismatchError(f"{child_url(self.store.url, key)}: changed while it was being read: score a "
+                                    "source that stays as it is")
             record.nbytes += blob.data.nbytes
         # zarr wants bytes that it can slice; this is the one copy between the socket and the codec.
         return prototype.buffer.from_bytes(bytes(blob.data))

@@ -163,6 +163,30 @@ def test_overwrite_replaces_an_output_of_ours_and_nothing_else(root):
     run_virtually(run())
 
 
+def test_an_overwrite_that_was_stopped_goes_on_and_a_refused_one_deletes_nothing(root):
+    world = World(1)
+
+    async def run():
+        await world.live(calm())
+        before = dict(world.output.objects)
+        services = world.services(calm(), Life())
+        services = Services(services.servers, services.source_store, services.output_store, MemoryStore("memory://none"),
+                            services.clock, services.rng)
+        with pytest.raises(MismatchError, match="there is none"):
+            await execute(world.spec(overwrite=True, reuse="memory://none"), services)
+        assert world.output.objects == before
+        fate = calm()
+        fate.at, fate.kinds = set(range(70, 90)), ("crash before",)
+        await world.live(fate, overwrite=True)
+        assert world.ends == ["crash"]
+        begun = [key for key in world.output.objects if "/c/" in key]
+        again = await world.live(calm(), overwrite=True)
+        assert again.root == root
+        assert begun
+
+    run_virtually(run())
+
+
 def test_removal_takes_away_first_what_opens_and_last_what_says_whose_it_is():
     world = World(1)
     order = []
@@ -348,7 +372,8 @@ def test_a_foreign_server_of_the_protocol_is_driven_too():
 
 def test_specs_of_parts_and_modes():
     common = {"input": "a", "output": "b", "endpoints": (URL,), "model": "toy"}
-    for options in ({"part": (0, 2)}, {"part": (3, 2)}, {"reuse": "o", "exact": False}, {"max_failed": -1},
+    for options in ({"part": (0, 2)}, {"part": (1, 2), "overwrite": True}, {"reuse": "b", "overwrite": True},
+                    {"part": (3, 2)}, {"reuse": "o", "exact": False}, {"max_failed": -1},
                     {"token_file": "t", "token_command": "c"}):
         with pytest.raises(UsageError):
             RunSpec(**common, **options)

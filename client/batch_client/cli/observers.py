@@ -10,9 +10,11 @@ from tqdm import tqdm
 
 from batch_client.cli.stream import PatientStream
 from batch_client.events import (
+    ChunkHeld,
     ChunkWritten,
     Event,
     Published,
+    RecordFailed,
     RequestDone,
     RequestRetried,
     RequestSent,
@@ -49,8 +51,9 @@ class ProgressBar:
             case RequestRetried():
                 self._in_flight -= 1
                 self._retries += 1
-            case ChunkWritten():
-                self._failed += event.failed
+            case RecordFailed():
+                self._failed += 1
+            case ChunkWritten() | ChunkHeld():
                 self._advance(event.records)
             case Stopping():
                 self._stream.write("\nstopping: finishing what is in flight (again to stop at once)\n")
@@ -82,6 +85,10 @@ class LogLines:
                                records=event.plan.count, done=event.done, chunks=event.plan.unit_count)
             case RequestRetried():
                 self._log.warning("request retried", **_values(event))
+            case RecordFailed():
+                self._log.warning("record failed", **_values(event))
+            case ChunkHeld():
+                self._log.warning("chunk held back", **_values(event))
             case ChunkWritten():
                 self._log.info("chunk written", **_values(event))
             case Stopping():

@@ -15,6 +15,7 @@ from batch_client.cli.options import array_options, server_options
 from batch_client.errors import BatchClientError, CredentialsError, DataError, ServingError, UsageError
 
 if TYPE_CHECKING:
+    from batch_client.reader import Rows
     from batch_client.serving import Servers
     from batch_client.spec import Records, ServerSpec
 
@@ -53,9 +54,13 @@ def command(query: str, **options: Any) -> None:
 async def _predict(query: str, records: Records | None, array: str | None, spec: ServerSpec) -> str:
     from batch_client.serving import open_servers
 
-    prepared = _read_query(query) if records is None else await _read_records(query, records, array, spec.anonymous)
+    if records is None:
+        prepared = _read_query(query)
+        async with open_servers(spec) as servers:
+            return await _send(servers, prepared)
+    rows = await _read_records(query, records, array, anonymous=spec.anonymous)
     async with open_servers(spec) as servers:
-        return await _send(servers, prepared)
+        return await _send(servers, await _as_query(servers, rows))
 
 
 def _read_query(query: str) -> _Query:
@@ -91,9 +96,7 @@ def _sniff(body: bytes) -> str:
     raise UsageError("the query is none of npy, JSON, PNG, JPEG, GIF or BMP")
 
 
-async def _read_records(url: str, records: Records, array: str | None, anonymous: bool) -> _Query:  # noqa: FBT001
-    import numpy as np
-
+async def _read_records(url: str, records: Records, array: str | None, *, anonymous: bool) -> Rows:
     from batch_client.reader import open_source
     from batch_client.storage import open_store
 
@@ -103,9 +106,22 @@ async def _read_records(url: str, records: Records, array: str | None, anonymous
     if nbytes > MOST_BYTES:
         raise UsageError(f"--records {start}:{stop}: {nbytes:,} bytes, a query has at most {MOST_BYTES:,}; "
                          "score them with batch-client run")
-    rows = await source.read(start, stop)
+    return await source.read(start, stop)
+
+
+async def _as_query(servers: Servers, rows: Rows) -> _Query:
+    """Records as an .npy of the dtype and shape that the model takes, as `run` would send them."""
+    import numpy as np
+
+    from batch_client.contract import fetch_contract
+
+    contract = await fetch_contract(servers, servers.urls[0])
+    try:
+        wire = contract.on_the_wire(rows.data)
+    except ValueError:
+        wire = rows.data  # the server says what it wants
     file = io.BytesIO()
-    np.save(file, rows.data, allow_pickle=False)
+    np.save(file, wire, allow_pickle=False)
     return _Query(NPY, file.getvalue())
 
 

@@ -1,0 +1,29 @@
+"""What a server's metadata becomes, and what of it is refused."""
+
+import json
+
+import pytest
+
+from batch_client.contract import _contract_of
+from batch_client.errors import ServingError
+
+
+def metadata(*outputs):
+    tensor = {"datatype": "FP32", "shape": [-1, 3]}
+    return json.dumps({"name": "foreign", "versions": ["1"], "platform": "",
+                       "inputs": [{"name": "dense_input:0", **tensor}],
+                       "outputs": [{"name": name, **tensor} for name in outputs]}).encode()
+
+
+@pytest.mark.parametrize("name", ["scores", "dense_1.bias-add", "0", "record_statuses"])
+def test_outputs_whose_names_can_name_arrays_are_taken(name):
+    assert _contract_of("http://s", metadata(name)).output_names == (name,)
+
+
+@pytest.mark.parametrize("name", ["dense/BiasAdd", "scores:0", "../up", ".hidden", "_run", "", "a\nb", "scores\n", "é",
+                                  "record_status"])
+def test_outputs_whose_names_cannot_name_arrays_are_refused(name):
+    with pytest.raises(ServingError) as caught:
+        _contract_of("http://s", metadata("fine", name))
+    assert str(caught.value).startswith(f"http://s: model foreign names an output {name!r}")
+    assert "\n" not in str(caught.value)
