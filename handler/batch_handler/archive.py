@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from batch_handler.model import DESCRIPTION_FILE, Model, ModelLoadError, Tuning, parse_description
-from batch_handler.oip import Array, datatype_of
-from batch_handler.runtimes.eager import build_module
+from batch_handler.oip import Array, OipError, datatype_of
+from batch_handler.runtimes.eager import build_module, said
 from batch_handler.runtimes.torchscript import load_script
 from batch_handler.runtimes.transform import ModelError, Preprocess, collect
 from batch_handler.signature import (
@@ -295,7 +295,9 @@ def _output_specs(raw: Any, drafts: Sequence[OutputDraft], records: int) -> tupl
     if isinstance(raw, Mapping):
         given = dict(raw)
     else:
-        tensors = [raw] if isinstance(raw, torch.Tensor) else list(raw)
+        tensors = [raw] if isinstance(raw, torch.Tensor) else raw
+        if not isinstance(tensors, list | tuple):
+            raise ArchiveError(f"the model gave {type(raw).__name__}, wanted a tensor, or a list or mapping of tensors")
         names = [draft.name for draft in drafts] or _default_names(len(tensors))
         if len(names) != len(tensors):
             raise ArchiveError(f"the model gave {len(tensors)} outputs, the signature names {len(names)}")
@@ -303,14 +305,15 @@ def _output_specs(raw: Any, drafts: Sequence[OutputDraft], records: int) -> tupl
     specs = []
     for draft in drafts or [OutputDraft(str(name)) for name in given]:
         tensor = given.get(draft.name)
-        if not isinstance(tensor, torch.Tensor):
+        if draft.name not in given:
             raise ArchiveError(f"the model gave outputs {sorted(map(str, given))}, wanted {draft.name}")
+        if not isinstance(tensor, torch.Tensor):
+            raise ArchiveError(f"output {draft.name} is {type(tensor).__name__}, wanted a tensor")
         if tensor.shape[:1] != (records,):
             raise ArchiveError(
                 f"output {draft.name} has shape {list(tensor.shape)} for {records} records, wanted the records first"
             )
-        dtype = np.dtype("float32") if draft.softmax else _numpy_dtype(tensor)
-        datatype_of(dtype)
+        dtype = np.dtype("float32") if draft.softmax else _numpy_dtype(draft.name, tensor)
         shape = tuple(tensor.shape[1:]) if draft.shape is None else draft.shape
         specs.append(OutputSpec(draft.name, draft.dtype or dtype, shape, draft.softmax))
     return tuple(specs)
@@ -320,10 +323,17 @@ def _default_names(count: int) -> list[str]:
     return ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
 
 
-def _numpy_dtype(tensor: torch.Tensor) -> np.dtype[Any]:
+def _numpy_dtype(name: str, tensor: torch.Tensor) -> np.dtype[Any]:
+    """What a tensor's elements are for clients; raises `ArchiveError` for those that the protocol can't carry."""
     if tensor.dtype == torch.bfloat16:  # numpy has none
         return np.dtype("float32")
-    found: np.dtype[Any] = tensor[:0].numpy().dtype
+    try:
+        found: np.dtype[Any] = tensor[:0].numpy().dtype
+        datatype_of(found)
+    except OipError as error:
+        raise ArchiveError(f"output {name}: {error}") from error
+    except (TypeError, RuntimeError) as error:  # sparse, quantised or float8
+        raise ArchiveError(f"output {name} is {tensor.dtype}, which numpy can't hold: {said(error)}") from error
     return found
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from batch_client.cli import main
 from batch_handler.archive import ArchiveError, detect_kind, pack, read_description
 from batch_handler.model import Model
 from batch_handler.signature import OutputDraft
@@ -165,6 +166,124 @@ def test_what_cannot_be_packed_is_refused_in_one_line(pack_request, tmp_path, ch
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+BROKEN = """
+import torch
+
+class Fixed(torch.nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x):
+        return self.answer(x)
+
+class Untraceable(torch.nn.Module):  # TorchScript's tracer refuses what it returns to it
+    def forward(self, x):
+        return object() if torch.jit.is_tracing() else x.flatten(1)
+
+def needs_arguments(classes):
+    return Fixed(None)
+
+def raises():
+    raise LookupError("no such layer\\nand more")
+
+def ends():
+    raise SystemExit(2)
+
+def none():
+    return Fixed(lambda x: None)
+
+def number():
+    return Fixed(lambda x: 1.5)
+
+def nested():
+    return Fixed(lambda x: (None,))
+
+def complex_numbers():
+    return Fixed(lambda x: x.flatten(1) + 1j)
+
+def small_floats():
+    return Fixed(lambda x: x.flatten(1).to(torch.float8_e4m3fn))
+
+def plain():
+    return Fixed(lambda x: x.flatten(1))
+
+def untraceable():
+    return Untraceable()
+"""
+FOREIGN = [
+    ("needs_arguments", {}, "TypeError: needs_arguments() missing 1 required positional argument"),
+    ("raises", {}, "LookupError: no such layer"),
+    ("ends", {}, "SystemExit: 2"),
+    ("BROKEN", {}, "can't be imported: AttributeError"),
+    ("none", {}, "the model gave NoneType, wanted a tensor"),
+    ("number", {}, "the model gave float, wanted a tensor"),
+    ("nested", {}, "output scores is NoneType, wanted a tensor"),
+    ("complex_numbers", {}, "output scores: dtype complex64 has no datatype"),
+    ("small_floats", {}, "output scores is torch.float8_e4m3fn, which numpy can't hold: TypeError"),
+    ("untraceable", {"runtime": "torchscript"}, "can't be traced, wanted one that can or runtime eager: RuntimeError"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), FOREIGN, ids=[name for name, *_ in FOREIGN])
+def test_errors_of_foreign_code_are_one_line(pack_request, tmp_path, name, change, message):
+    source = tmp_path / "broken.py"
+    source.write_text(BROKEN)
+    torch.save({}, tmp_path / "w.pt")
+    request = dataclasses.replace(
+        pack_request, model=tmp_path / "w.pt", kind="state_dict", arch=f"{source}:{name}",
+        outputs=(OutputDraft("scores"),), output=tmp_path / "x.mar", **change)
+    with pytest.raises(ArchiveError) as caught:
+        pack(request)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not request.output.exists()
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("raise ZeroDivisionError('first\\nsecond')", "ZeroDivisionError: first"),
+    ("import sys; sys.exit('usage: train.py DATA')", "SystemExit: usage: train.py DATA"),
+    ("def make(:", "SyntaxError: invalid syntax"),
+    ("class Strange(BufferError): pass\nraise Strange", "can't be imported: Strange"),
+])
+def test_errors_of_an_arch_file_are_one_line(pack_request, tmp_path, text, message):
+    source = tmp_path / "train.py"
+    source.write_text(text)
+    with pytest.raises(ArchiveError) as caught:
+        pack(dataclasses.replace(pack_request, arch=f"{source}:make", output=tmp_path / "x.mar"))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_safetensors_file_is_named(pack_request, tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(b"\xff" * 64)
+    with pytest.raises(ArchiveError, match=r"weights\.safetensors does not fit .*make_model"):
+        pack(dataclasses.replace(pack_request, model=path, output=tmp_path / "x.mar"))
+
+
+def test_a_pickle_that_raises_is_named(pack_request, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (int, ("no number",))
+
+    path = tmp_path / "m.pt"
+    torch.save(Bomb(), path)
+    with pytest.raises(ArchiveError, match="can't be unpickled: ValueError: invalid literal"):
+        pack(dataclasses.replace(pack_request, model=path, trust_pickle=True, arch=None, output=tmp_path / "x.mar"))
+
+
+def test_pack_ends_with_65_and_one_line(tmp_path, capfd):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    torch.save({"w": torch.zeros(1)}, tmp_path / "w.pt")
+    code = main(["pack", str(tmp_path / "w.pt"), "--arch", f"{tmp_path}/broken.py:needs_arguments",
+                 "--input", "image:uint8:6x6", "-o", str(tmp_path / "x.mar")])
+    said = capfd.readouterr().err
+    assert code == 65
+    assert said.startswith("batch-client: w.pt: arch ")
+    assert said.count("\n") == 1
 
 
 def test_a_wrong_shape_names_what_the_model_was_given(pack_request, tmp_path):

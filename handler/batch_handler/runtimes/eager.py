@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from batch_handler.runtimes.slots import SlotRuntime
 from batch_handler.runtimes.transform import ModelError
 from batch_handler.signature import ModelDescription, Weights
 
-__all__ = ["build_module", "load_module", "open_eager"]
+__all__ = ["build_module", "load_module", "open_eager", "said"]
 
 
 def open_eager(description: ModelDescription, directory: Path, device: Device, precision: str) -> SlotRuntime:
@@ -62,17 +61,23 @@ def build_module(weights: Weights, directory: Path) -> torch.nn.Module:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         module.load_state_dict(state)
-    except (RuntimeError, OSError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the module's own code, and files of every kind of damage
         lines = str(error).splitlines() or [type(error).__name__]
         raise ModelError(f"{weights.file} does not fit {weights.arch}: {' '.join(lines)[:300]}") from error
     return module
 
 
+def said(error: BaseException) -> str:
+    """An error of foreign code in one line: its type and the first line of its text."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
+
+
 def _unpickle(path: Path) -> torch.nn.Module:
     try:
         module = torch.load(path, map_location="cpu", weights_only=False)
-    except (AttributeError, ImportError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ModelError(f"{path.name} can't be unpickled: {error}") from error
+    except Exception as error:  # unpickling runs any code
+        raise ModelError(f"{path.name} can't be unpickled: {said(error)}") from error
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"{path.name} holds {type(module).__name__}, wanted a torch.nn.Module")
     return module
@@ -82,9 +87,12 @@ def _call_arch(arch: str, directory: Path) -> torch.nn.Module:
     source, _, name = arch.partition(":")
     try:
         maker = getattr(_import(source, directory), name)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
-        raise ModelError(f"arch {arch} can't be imported: {error}") from error
-    module = maker()
+    except (Exception, SystemExit) as error:  # a training script may end itself when it is imported
+        raise ModelError(f"arch {arch} can't be imported: {said(error)}") from error
+    try:
+        module = maker()
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"arch {arch} can't be called without arguments: {said(error)}") from error
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"arch {arch} returned {type(module).__name__}, wanted a torch.nn.Module")
     return module

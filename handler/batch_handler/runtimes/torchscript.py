@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from batch_handler.runtimes.device import Device
-from batch_handler.runtimes.eager import load_module
+from batch_handler.runtimes.eager import load_module, said
 from batch_handler.runtimes.slots import SlotRuntime
 from batch_handler.runtimes.transform import ModelError, Preprocess, torch_dtype
 from batch_handler.signature import InputSpec, ModelDescription
@@ -61,9 +61,12 @@ def _trace(module: Any, inputs: Sequence[InputSpec], micro_batch: int, device: t
         zeros = torch.zeros((micro_batch, *spec.shape), dtype=torch_dtype(spec.dtype), device=device)
         examples.append(Preprocess(spec, device)(zeros))
     # A graph that a tensor's values steer comes out wrong, and the golden self-test catches it.
-    with torch.inference_mode(), _deprecated_but_served():
-        # torch ships no types for it.
-        return torch.jit.trace(module, tuple(examples), check_trace=False)  # type: ignore[no-untyped-call]
+    try:
+        with torch.inference_mode(), _deprecated_but_served():
+            # torch ships no types for it.
+            return torch.jit.trace(module, tuple(examples), check_trace=False)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise ModelError(f"the module can't be traced, wanted one that can or runtime eager: {said(error)}") from error
 
 
 def _optimise(script: Any) -> tuple[Any, str]:

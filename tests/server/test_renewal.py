@@ -1,0 +1,212 @@
+"""A server's tokens and its watch, with a management API that fails on purpose: nothing here starts Java."""
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from batch_client import server as server_module
+from batch_client.errors import ServingError, UsageError
+from batch_client.server import EmbeddedServer, ServerSettings, _secret, _watch, serve_forever
+from batch_client.server_config import Model
+from batch_client.server_process import ServerProcess
+
+SLOW = 0.2  # seconds that a call of the management API may take here
+
+
+class Management:
+    """TorchServe's management API: makes tokens and describes the model, or fails as `how` says."""
+
+    def __init__(self, folder):
+        self.key_file = folder / "key_file.json"
+        self.how = "well"
+        self.made = 0
+        self.write()
+
+    def write(self):
+        keys = {kind: {"key": f"{kind}-{self.made}"} for kind in ("inference", "management", "API")}
+        self.key_file.write_text(json.dumps(keys))
+
+    async def renew(self, _):
+        if self.how == "describes only":
+            raise web.HTTPServiceUnavailable
+        await self._fail()
+        self.made += 1
+        self.write()
+        return web.Response()
+
+    async def describe(self, _):
+        await self._fail()
+        return web.json_response([{"workers": [{"status": "READY"}]}])
+
+    async def _fail(self):
+        if self.how == "slow":
+            await asyncio.sleep(SLOW * 5)
+        if self.how == "refuses":
+            raise web.HTTPBadRequest
+
+
+@contextlib.asynccontextmanager
+async def serving(management):
+    application = web.Application()
+    application.add_routes([web.get("/token", management.renew), web.get("/models/echo", management.describe)])
+    runner = web.AppRunner(application, shutdown_timeout=0)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+@pytest.fixture
+def management(tmp_path):
+    return Management(tmp_path)
+
+
+@pytest.fixture
+def guard():
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+async def running(tmp_path, management, guard):
+    """An EmbeddedServer that runs, but for Java: its guard is a `sleep`."""
+    log = tmp_path / "server.log"
+    log.write_text("started\nOutOfMemoryError: killed\n\tat org.pytorch.serve.ModelServer\n")
+    async with serving(management) as url, aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(SLOW)) as session:
+        server = EmbeddedServer(ServerSettings(Path("echo.mar")))
+        server._model = Model("echo", "1.0")
+        server._session = session
+        properties = {"management_address": url}
+        server._running = ServerProcess(guard, -1, tmp_path, log, 0, properties, time.monotonic(), ready=True)
+        server._renew_at = dict.fromkeys(("inference", "management"), time.monotonic() + 1800)
+        yield server
+
+
+def due(server):
+    server._renew_at = dict.fromkeys(("inference", "management"), time.monotonic())
+
+
+def end(server):
+    server._running.guard.kill()
+    server._running.guard.wait()
+
+
+@pytest.mark.parametrize("how", ["slow", "refuses"])
+async def test_a_renewal_that_fails_leaves_the_old_token(running, management, how):
+    assert await running.token() == "inference-0"
+    management.how = how
+    due(running)
+    assert await running.token() == "inference-0"
+    assert 100 < running.renewal_due_in() < 1800  # later, but well before the old one ends
+    assert await running.token(refused="inference-0") == "inference-0"
+    management.how = "well"
+    due(running)
+    assert await running.token() == "inference-1"
+    assert running.renewal_due_in() > 1700
+
+
+async def test_a_renewal_that_was_given_up_and_made_all_the_same_is_found(running, management):
+    assert await running.token() == "inference-0"
+    management.made += 1
+    management.write()
+    assert await running.token(refused="inference-0") == "inference-1"
+    assert management.made == 1
+    assert await running.token(refused="inference-1") == "inference-2"
+
+
+async def test_the_key_file_is_not_read_for_every_request(running, management):
+    await running.token()
+    management.key_file.unlink()
+    assert await running.token() == "inference-0"
+
+
+async def test_a_management_token_that_is_not_renewed_is_used_on(running, management):
+    management.how = "describes only"
+    due(running)
+    assert (await running.describe())["workers"] == [{"status": "READY"}]
+    management.how = "slow"
+    with pytest.raises(ServingError, match=r"does not answer: \w"):
+        await running.describe()
+
+
+async def test_a_server_that_has_ended_is_named_with_its_last_words(running):
+    await running.token()
+    end(running)
+    for asked in (running.token(), running.token(refused="inference-0")):
+        with pytest.raises(ServingError, match=r"echo has ended \(log: .*server\.log\): OutOfMemoryError: killed$"):
+            await asked
+
+
+async def test_the_watch_goes_on_through_a_slow_moment_and_notices_the_end(running, management, monkeypatch, tmp_path):
+    monkeypatch.setattr(server_module, "WATCH_SECONDS", 0.01)
+    token_file = tmp_path / "token"
+    watching = asyncio.create_task(_watch(running, token_file, lambda _: None))
+    management.how = "slow"
+    await asyncio.sleep(3 * SLOW)
+    assert not watching.done()
+    assert token_file.read_text() == "inference-0"
+    assert token_file.stat().st_mode & 0o777 == 0o600
+    management.how = "well"
+    end(running)
+    with pytest.raises(ServingError, match="has ended"):
+        await watching
+    assert not token_file.exists()
+
+
+async def test_a_server_that_never_answers_is_hopeless_in_the_end(running, management, monkeypatch):
+    monkeypatch.setattr(server_module, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(server_module, "HOPELESS_SECONDS", 2 * SLOW)
+    management.how = "refuses"
+    with pytest.raises(ServingError, match="no worker has been ready for"):
+        await _watch(running, None, lambda _: None)
+
+
+async def test_a_token_file_of_somebody_else_stays_when_the_start_fails(tmp_path):
+    existing = tmp_path / "existing"
+    existing.write_text("precious")
+    with pytest.raises(ServingError, match="there is no archive"):
+        await serve_forever(ServerSettings(tmp_path / "missing.mar"), print, token_file=existing)
+    assert existing.read_text() == "precious"
+
+
+def test_only_what_was_written_is_removed(tmp_path):
+    path = tmp_path / "token"
+    with _secret(path) as write:
+        write("mine")
+    assert not path.exists()
+    with _secret(path) as write:
+        write("mine")
+        path.write_text("another server's")
+    assert path.read_text() == "another server's"
+    with _secret(path):
+        pass
+    assert path.read_text() == "another server's"
+
+
+@pytest.mark.parametrize("place", ["nowhere/token", ".", "file/token"])
+async def test_a_token_file_without_a_folder_is_refused_before_the_start(tmp_path, place):
+    (tmp_path / "file").touch()
+    # There is no archive either: that would be found at the start.
+    with pytest.raises(UsageError, match=r"--token-out .*: wanted a file in a folder that exists") as caught:
+        await serve_forever(ServerSettings(tmp_path / "missing.mar"), print, token_file=tmp_path / place)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_token_file_that_can_no_longer_be_written_is_named(tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    with _secret(folder / "token") as write:
+        folder.rmdir()
+        with pytest.raises(UsageError, match="can't be written: No such file or directory"):
+            write("mine")
