@@ -12,6 +12,7 @@ import aiohttp
 import numpy as np
 import pytest
 import zarr
+
 from batch_client.demo import network
 from batch_client.errors import BatchClientError
 from batch_client.pipeline import execute
@@ -29,6 +30,10 @@ AXES = ((1, 2, 5, 9), (1, 4, 32), (1, 2), (1, 4, 16), (False, True), ("whole", "
 QUICK = 4
 
 
+def pairs_of(one):
+    return {(a, one[a], b, one[b]) for a in range(len(one)) for b in range(a + 1, len(one))}
+
+
 def pairwise(axes, seed=1):
     """Configurations that cover every pair of values of two axes: greedy, the best of many random candidates."""
     rng = random.Random(seed)
@@ -37,11 +42,8 @@ def pairwise(axes, seed=1):
     while wanted:
         candidates = [tuple(rng.choice(axis) for axis in axes) for _ in range(200)]
 
-        def new(one):
-            return {(a, one[a], b, one[b]) for a in range(len(axes)) for b in range(a + 1, len(axes))} & wanted
-
-        best = max(candidates, key=lambda one: len(new(one)))
-        wanted -= new(best)
+        best = max(candidates, key=lambda one, left=frozenset(wanted): len(pairs_of(one) & left))
+        wanted -= pairs_of(best)
         chosen.append(best)
     while len(chosen) < 20:
         chosen.append(tuple(rng.choice(axis) for axis in axes))
@@ -60,8 +62,8 @@ def archive(tmp_path_factory, clean_environ):
     torch.manual_seed(3)
     save_file(network.make_model().state_dict(), folder / "w.safetensors")
     run_cli(["pack", "w.safetensors", "--arch", f"{network.__file__}:make_model", "--input", "image:uint8:28x28",
-             "--model-shape", "1x28x28", "--scale", "1/255", "--runtime", "torchscript", "--micro-batch", str(B), "--name",
-             "bits", "-o", "bits.mar"], clean_environ, cwd=folder, check=True)
+             "--model-shape", "1x28x28", "--scale", "1/255", "--runtime", "torchscript", "--micro-batch", str(B),
+             "--name", "bits", "-o", "bits.mar"], clean_environ, cwd=folder, check=True)
     return folder / "bits.mar"
 
 

@@ -84,7 +84,8 @@ run_options = _stack(
     click.option("--require-finite", is_flag=True, help="Count records with NaN or infinite predictions as failed."),
     click.option("--part", metavar="I/N", help="Score the I-th of N parts; whoever completes the run publishes it."),
     click.option("--reuse", metavar="OLD", help="Copy the chunks of this earlier output that are still true."),
-    click.option("--overwrite", is_flag=True, help="Delete the OUTPUT that is there first; an unfinished one of this very run goes on."),
+    click.option("--overwrite", is_flag=True, help="Delete the OUTPUT that is there first; an unfinished one "
+                 "of this very run goes on."),
 )
 
 
