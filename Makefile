@@ -1,5 +1,6 @@
 # make demo    the whole job on real data, in under four minutes
 # make test    linters, types and all tests
+# make chaos   5,000 seeded schedules, and the fault tests at full size: about half an hour
 # make bench   this client against the same model in one process
 # All of them make the environment first, in .venv; nothing else on the machine is changed.
 
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test chaos lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.serve
@@ -16,6 +17,10 @@ demo: $(VENV)/.serve
 
 test: lint
 	$(BIN)/python -m pytest
+
+chaos: $(VENV)/.dev
+	BATCH_CLIENT_SEEDS=0:5000 $(BIN)/python -m pytest tests/simulation
+	$(BIN)/python -m pytest -m chaos
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

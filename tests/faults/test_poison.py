@@ -1,0 +1,71 @@
+"""Records on which the model raises, or its worker exits or hangs: each costs itself, and nobody else a bit."""
+
+import asyncio
+import json
+
+import numpy as np
+import pytest
+
+from batch_client.storage import open_store
+from support.faults import (
+    EXITS,
+    FULL,
+    HANGS,
+    RAISES,
+    Client,
+    each_scale,
+    images_of,
+    open_output,
+    run,
+    spoilt,
+    write_source,
+)
+
+# Two in one request, one at a chunk's beginning, one at its end.
+FEW = {200: RAISES, 205: RAISES, 1024: RAISES, 2047: EXITS}
+MANY = {**FEW, 5000: EXITS, 9000: HANGS, 51_199: HANGS, 0: RAISES, 10_241: RAISES, 10_242: RAISES, 20_000: RAISES,
+        30_000: RAISES, 40_000: RAISES, 50_000: RAISES}
+
+
+def dead_letters(output, environ):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environ.items():
+            if name.startswith("AWS_"):
+                patch.setenv(name, value)
+        store = open_store(output)
+
+    async def read():
+        return [json.loads(bytes((await store.get(meta.key)).data)) async for meta in store.list("_run/failed/")]
+
+    return [record for letter in asyncio.run(read()) for record in letter["records"]]
+
+
+@each_scale
+def test_records_that_raise_exit_or_hang(scale, undisturbed, moody_server, s3_environ, output):
+    moods = MANY if scale is FULL else FEW
+    bad = sorted(moods)
+    url = f"{output}.zarr"
+    write_source(url, s3_environ, spoilt(images_of(scale.records), moods), scale.source_chunk)
+    # Nothing is accepted: nothing is published, and what failed is listed.
+    part = ("--records", f"0:{2 * scale.output_chunk}")
+    said = run(url, f"{output}-part", scale, moody_server.flags, s3_environ, *part, code=65)
+    listed = [index for index in bad if index < 2 * scale.output_chunk and moods[index] == RAISES]
+    assert f"{len(listed)} records failed" in said
+    assert sorted(record["index"] for record in dead_letters(f"{output}-part", s3_environ)) == listed
+    with pytest.raises(FileNotFoundError):
+        open_output(f"{output}-part", s3_environ)
+    with Client(url, output, scale, moody_server.flags, s3_environ, "--max-failed", str(len(bad))) as client:
+        summary = client.finish()
+    assert (summary["failed"], summary["records"]) == (len(bad), scale.records)
+    group = open_output(output, s3_environ)
+    status = group["record_status"][:]
+    assert np.flatnonzero(status == 1).tolist() == bad
+    assert set(status) == {0, 1}
+    good = np.setdiff1d(np.arange(scale.records), bad)
+    np.testing.assert_array_equal(group["scores"][:][good].view(np.uint32),
+                                  undisturbed(scale).scores[good].view(np.uint32))
+    letters = {record["index"]: record for record in dead_letters(output, s3_environ)}
+    assert sorted(letters) == bad
+    for index, letter in letters.items():
+        assert letter["attempts"] >= 3
+        assert ("this model does not like" in letter["reason"]) == (moods[index] == RAISES), letter

@@ -1,0 +1,121 @@
+"""Storage that is busy, breaks, loses answers, or holds a source that is damaged or changes."""
+
+import numpy as np
+import obstore
+import pytest
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from support.cli import run_cli
+from support.faults import (
+    FULL,
+    QUICK,
+    RAISES,
+    Client,
+    Scale,
+    each_scale,
+    images_of,
+    open_output,
+    run,
+    s3_store,
+    spoilt,
+    write_source,
+)
+from support.proxy import Fault, FaultProxy
+
+BUSY = [Fault("busy", 0.2)]
+BROKEN = [Fault("reset", 0.04), Fault("cut", 0.06, "GET"), Fault("cut", 0.3, "GET", "list-type"),
+          Fault("lost", 0.15, "PUT"), Fault("late", 0.02, seconds=0.3)]
+
+
+@pytest.mark.parametrize(("scale", "faults"), [
+    pytest.param(QUICK, BUSY + BROKEN, id="quick"),
+    pytest.param(FULL, BUSY, id="full-busy", marks=pytest.mark.chaos),
+    pytest.param(FULL, BROKEN, id="full-broken", marks=pytest.mark.chaos)])
+def test_storage_that_fails(scale, faults, s3, sources, undisturbed, moody_server, s3_environ, output):
+    wanted = undisturbed(scale).root
+    with FaultProxy(s3.endpoint_url, *faults, seed=5) as proxy:
+        environ = {**s3_environ, "AWS_ENDPOINT_URL": proxy.url}
+        with Client(sources(scale), output, scale, moody_server.flags, environ) as client:
+            summary = client.finish()
+        adopted = [event["index"] for event in client.events("chunk written") if event["adopted"]]
+        calls, injected = len(proxy.seen), proxy.injected
+    assert summary["root"] == wanted
+    assert set(injected) == {fault.kind for fault in faults}
+    if "busy" in injected:
+        assert injected["busy"] > 0.15 * calls
+    if "lost" in injected:
+        assert adopted, "no object was found there already, so no answer to a write was lost"
+    run_cli(["verify", "--deep", output], s3_environ, check=True)
+
+
+def new_source(environ, name, **options):
+    """A source that a test may damage: QUICK's images."""
+    url = f"s3://data/faults/{name}.zarr"
+    write_source(url, environ, images_of(QUICK.records), QUICK.source_chunk, **options)
+    return url, s3_store(url, environ)
+
+
+def assert_nothing_opens(output, environ):
+    with pytest.raises(FileNotFoundError):
+        open_output(output, environ)
+
+
+def test_a_source_chunk_that_is_corrupt(moody_server, s3_environ, output):
+    url, store = new_source(s3_environ, "corrupt", compressors=[Crc32cCodec()])
+    body = bytearray(obstore.get(store, "c/20/0/0").bytes().to_bytes())
+    body[1000] ^= 4
+    obstore.put(store, "c/20/0/0", bytes(body))
+    said = run(url, output, QUICK, moody_server.flags, s3_environ, code=65)
+    assert "records 1280 to 1407 can't be decoded" in said
+    assert_nothing_opens(output, s3_environ)
+
+
+def test_a_source_chunk_that_is_missing(moody_server, s3_environ, output):
+    url, store = new_source(s3_environ, "missing")
+    obstore.delete(store, "c/20/0/0")
+    said = run(url, output, QUICK, moody_server.flags, s3_environ, code=65)
+    assert "chunk c/20/0/0" in said
+    assert_nothing_opens(output, s3_environ)
+
+
+def test_a_source_chunk_that_changes_mid_run(moody_server, s3_environ, output):
+    url, store = new_source(s3_environ, "changed")
+    with Client(url, output, QUICK, moody_server.flags, s3_environ) as client:
+        client.until(lambda: any(event["index"] == 0 for event in client.events("chunk written")))
+        body = obstore.get(store, "c/0/0/0").bytes().to_bytes()
+        obstore.put(store, "c/0/0/0", body[::-1])
+        assert "chunk c/0/0/0 changed since it was scored" in client.finish(78)
+    assert_nothing_opens(output, s3_environ)
+
+
+REUSE = {"quick": Scale("reuse", 1600, 16, 16, 16, 0), "full": FULL}
+
+
+@each_scale
+def test_reuse_scores_only_what_is_new(scale, moody_server, s3_environ, output):
+    scale = REUSE[scale.name]
+    chunk, url = scale.output_chunk, f"{output}.zarr"
+    images = images_of(scale.records)
+    images = spoilt(images, {50 * chunk + 5: RAISES})
+    changed, appended = [3, 40, 94], range(95, 100)
+    array = write_source(url, s3_environ, images[:95 * chunk], scale.source_chunk)
+    first = run(url, f"{output}-old", scale, moody_server.flags, s3_environ, "--max-failed", "1")
+    assert first["failed"] == 1
+    rng = np.random.default_rng(2)
+    for unit in changed:
+        fresh = rng.integers(4, 256, (chunk, 12, 12), dtype=np.uint8)
+        array[unit * chunk:(unit + 1) * chunk] = images[unit * chunk:(unit + 1) * chunk] = fresh
+    array.resize((100 * chunk, 12, 12))
+    array[95 * chunk:] = images[95 * chunk:]
+    with Client(url, f"{output}-new", scale, moody_server.flags, s3_environ, "--max-failed", "1",
+                "--reuse", f"{output}-old") as client:
+        summary = client.finish()
+        scored = sorted(event["index"] for event in client.events("chunk written"))
+    assert scored == sorted([*changed, 50, *appended])
+    assert (summary["scored"], summary["records"]) == (9 * chunk, 100 * chunk)
+    fresh = run(url, f"{output}-fresh", scale, moody_server.flags, s3_environ, "--max-failed", "1")
+    assert fresh["scored"] == fresh["records"] == 100 * chunk
+    assert summary["root"] == fresh["root"] != first["root"]
+    np.testing.assert_array_equal(zarr.open_array(array.store, mode="r")[:], images)
+    run_cli(["verify", "--deep", f"{output}-new"], s3_environ, check=True)

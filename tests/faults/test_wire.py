@@ -1,0 +1,27 @@
+"""The way to the server: connections that break or fall silent, replies cut, altered or exchanged."""
+
+from support.faults import Client, each_scale
+from support.proxy import Fault, FaultProxy
+
+FAULTS = [Fault("reset", 0.02, "POST"), Fault("cut", 0.02, "POST"), Fault("flip", 0.03, "POST"),
+          Fault("swap", 0.03, "POST"), Fault("silent", 0.02, "POST", most=2), Fault("lost", 0.01, "POST")]
+# A request to which nobody answers is given up after this long, too.
+PATIENCE = ["--patience", "8"]
+
+
+@each_scale
+def test_a_network_that_breaks_cuts_alters_and_exchanges(
+        scale, sources, undisturbed, moody_server, s3_environ, output):
+    wanted = undisturbed(scale).root
+    with FaultProxy(moody_server.url, *FAULTS, seed=3) as proxy:
+        server = moody_server.flags_for(proxy.url)
+        with Client(sources(scale), output, scale, server, s3_environ, *PATIENCE) as client:
+            summary = client.finish()
+            reasons = " ".join(event["reason"] for event in client.events("request retried"))
+    assert summary["root"] == wanted
+    assert set(proxy.injected) == {fault.kind for fault in FAULTS}
+    # None was taken for an answer: each cost a repetition.
+    assert summary["retries"] >= proxy.injected.total()
+    assert summary["requests"] >= scale.records // scale.request
+    assert "no answer within 8 s" in reasons
+    assert "the reply does not belong to the request or was altered" in reasons
