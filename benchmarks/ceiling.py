@@ -3,8 +3,8 @@
     python benchmarks/ceiling.py ARCHIVE RECORDS.npy COUNT THREADS
 
 Prints one JSON line with the records scored and the seconds. No server, no storage, no code of the handler but the one
-that builds the module: what is left is the model itself. `measure` starts it as one process of all cores and as one
-process a core, and the better of the two is the ceiling.
+that builds the module: what is left is the model itself. `better` tries it as one process of all cores and as one
+process a core; the better of the two is the ceiling.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def rate(archive: Path, records: Path, count: int, processes: int, threads: int)
     return total / seconds, sum(result["cpu"] for result in results) / total * 1e6
 
 
-def measure(archive: Path, records: Path, count: int) -> tuple[float, float]:
-    """The better of one process with all cores and one process a core: records/s, CPU seconds per million."""
+def better(archive: Path, records: Path, count: int) -> tuple[int, int]:
+    """Processes and threads of the better way: one process with all cores, or one process a core."""
     cores = os.cpu_count() or 1
-    return max(rate(archive, records, count, 1, cores), rate(archive, records, count, cores, 1))
+    return max(((1, cores), (cores, 1)), key=lambda way: rate(archive, records, count, *way))
 
 
 if __name__ == "__main__":

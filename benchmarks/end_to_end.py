@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import zarr
-from ceiling import measure
+from ceiling import better, rate
 from obstore.store import S3Store
 from zarr.storage import ObjectStore
 
@@ -42,9 +42,11 @@ def main() -> None:
         images = images_of(options)
         np.save(work / "records.npy", images)
         write_source(server, images)
+        way = better(archive, work / "records.npy", len(images))
+        print(f"ceiling: processes x threads = {way[0]} x {way[1]}", flush=True)
         pairs = []
         for number in range(options.pairs):
-            ceiling, cpu = measure(archive, work / "records.npy", len(images))
+            ceiling, cpu = rate(archive, work / "records.npy", len(images), *way)
             ours = run(archive, environ, number)
             pairs.append((ours["records_per_s"], ceiling))
             print(f"pair {number + 1}: run {ours['records_per_s']:,.0f} records/s, ceiling {ceiling:,.0f} "

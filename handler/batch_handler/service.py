@@ -21,7 +21,7 @@ from batch_handler.scoring import Failure, Score
 __all__ = ["METRICS", "Service", "handle", "initialize", "tuning_from"]
 
 # Counters that the server's metrics file must declare, with the dimensions ModelName and Level.
-METRICS = ("BatchRequests", "BatchRecords", "MicroBatches", "RejectedRequests")
+METRICS = ("Batches", "BatchRequests", "BatchRecords", "MicroBatches", "RejectedRequests")
 
 # TorchServe's worker reads this at each request. Without it JSON bodies arrive parsed, NaN and all, and their
 # checksum can't be echoed. Set here, it needs no line in the server's configuration.
@@ -62,6 +62,7 @@ class Service:
         if metrics is None:
             return
         values = (
+            1,
             len(replies),
             sum(item.query.records for item in pending),
             micro_batches,

@@ -116,7 +116,7 @@ def test_queries_are_answered_and_batched_while_a_bulk_run_goes_on(
     np.testing.assert_allclose(np.array(answers), bulk_scores[1][:64], atol=1e-5)
     requests, formed = (after - start for after, start in zip(batches(toy_server), before, strict=True))
     assert requests >= 64
-    assert formed < requests, "no server batch had more than one request"
+    assert 0 < formed < requests, "no server batch had more than one request"
 
 
 def batches(server):
@@ -129,7 +129,7 @@ def batches(server):
     def total(name):
         return sum(float(value) for value in re.findall(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE))
 
-    return total("BatchRequests"), total("PredictionTime_count") or total("Batches")
+    return total("BatchRequests"), total("Batches")
 
 
 async def ask(server, images):

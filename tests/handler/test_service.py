@@ -79,7 +79,8 @@ def test_a_bulk_request(ask, tiny, images):
     assert said["queue_ms"] >= 0
     assert (reply.id, reply.model_name, reply.model_version) == ("id-1", "tiny", "1.2")
     assert answer[1]["content-type"] == "application/octet-stream"
-    assert ask.counters == {"BatchRequests": 1, "BatchRecords": 50, "MicroBatches": 7, "RejectedRequests": 0}
+    assert ask.counters == {
+        "Batches": 1, "BatchRequests": 1, "BatchRecords": 50, "MicroBatches": 7, "RejectedRequests": 0}
 
 
 def test_every_kind_of_request_in_one_server_batch_and_none_spoils_another(ask, tiny, images):
