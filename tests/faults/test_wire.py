@@ -3,8 +3,8 @@
 from support.faults import Client, each_scale
 from support.proxy import Fault, FaultProxy
 
-FAULTS = [Fault("reset", 0.02, "POST"), Fault("cut", 0.02, "POST"), Fault("flip", 0.03, "POST"),
-          Fault("swap", 0.03, "POST"), Fault("silent", 0.02, "POST", most=2), Fault("lost", 0.01, "POST")]
+FAULTS = [Fault("reset", 0.015, "POST"), Fault("cut", 0.015, "POST"), Fault("flip", 0.02, "POST"),
+          Fault("swap", 0.01, "POST"), Fault("lost", 0.01, "POST"), Fault("silent", 0.02, "POST", most=1)]
 # A request to which nobody answers is given up after this long, too.
 PATIENCE = ["--patience", "8"]
 
