@@ -155,12 +155,16 @@ class Ledger:
 async def check_place(store: Store, identity: RunIdentity) -> None:
     """Raises MismatchError unless the output is empty or belongs to `identity`. Writes nothing."""
     spec = await store.get(SPEC_KEY)
-    if spec is not None:
-        identity.require_same(bytes(spec.data), store.url)
-        return
-    async for meta in store.list(""):
-        raise MismatchError(f"{store.url} is not empty ({meta.key}) and is no output of batch-client: "
-                            "choose another OUTPUT")
+    if spec is None:
+        found = await anext(store.list(""), None)
+        if found is None:
+            return
+        # Another client may have begun this very run in between.
+        spec = await store.get(SPEC_KEY)
+        if spec is None:
+            raise MismatchError(f"{store.url} is not empty ({found.key}) and is no output of batch-client: "
+                                "choose another OUTPUT")
+    identity.require_same(bytes(spec.data), store.url)
 
 
 async def _read_segments(store: Store, keys: Iterable[str]) -> list[Row]:
