@@ -10,11 +10,17 @@ import sys
 import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
 
 import psutil
 import pytest
 import zarr
 
+from batch_client.errors import MismatchError
+from batch_client.layout import SPEC_KEY
+from batch_client.ledger import check_place
+from batch_client.spec import RunIdentity
+from batch_client.storage import MemoryStore
 from support.cli import command, run_cli
 from support.faults import FULL, LONG, PACE, QUICK, Client, each_scale, images_of, run
 from support.proxy import FaultProxy
@@ -66,6 +72,30 @@ def test_clients_at_once_on_one_output(count, scale, s3, sources, undisturbed, m
     assert {path.partition(output.removeprefix("s3:/"))[2] for path in created} >= {"/zarr.json", "/_SUCCESS"}
     assert refused, "no two clients ever met"
     run_cli(["verify", "--deep", output], s3_environ, check=True)
+
+
+class PinnedMeanwhile(MemoryStore):
+    """Another client begins the run just after it was looked for."""
+
+    def __init__(self, spec):
+        super().__init__()
+        self._spec = spec
+
+    async def get(self, key, start=None, stop=None):
+        found = await super().get(key, start, stop)
+        self.objects.setdefault(SPEC_KEY, self._spec)
+        return found
+
+
+async def test_a_run_that_another_client_begins_in_between():
+    # Seen with four clients that started at once: the place was empty, and then was not.
+    values = {"source_shape": (1,), "outputs": (), "start": 0, "stop": 1, "grid_records": 1, "chunk_records": 1,
+              "micro_batch": 1, "allow_missing": False, "exact": True}
+    names = [field.name for field in fields(RunIdentity) if field.name != "format"]
+    identity = RunIdentity(**{name: values.get(name, "x") for name in names})
+    await check_place(PinnedMeanwhile(identity.to_json()), identity)
+    with pytest.raises(MismatchError, match="another run"):
+        await check_place(PinnedMeanwhile(replace(identity, model="y").to_json()), identity)
 
 
 @each_scale

@@ -91,11 +91,15 @@ class Family:
 
 @pytest.fixture
 def family():
-    """A function: a process → its Family, which is killed by pid after the test whatever happened."""
-    seen = []
+    """A function: a process → its Family, which is killed by pid after the test whatever happened.
 
-    def of(root, but=()):
-        seen.append(Family(root, but))
+    Whatever ran before the test, such as servers that other tests share, belongs to nobody's family.
+    """
+    seen = []
+    others = psutil.Process().children(recursive=True)
+
+    def of(root):
+        seen.append(Family(root, others))
         return seen[-1]
 
     yield of
