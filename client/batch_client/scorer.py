@@ -8,8 +8,7 @@ server is well. For one such record among n this takes at most 2⌈log₂ n⌉ +
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +26,8 @@ __all__ = ["Scored", "Scorer"]
 # The model or its worker failed on the same request this many times: the request is a suspect.
 SUSPECT_AFTER = 2
 FAILURES_ALONE = 3
+# The handler's own word, which is about one request and not about those that were with it in a server batch.
+_OF_ONE_REQUEST = (Outcome.RAISED, Outcome.REFUSED)
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,18 @@ class _Case:
     span: Span
     rows: np.ndarray
     room: Room
+    alone: bool
     outputs: dict[str, np.ndarray] = field(default_factory=dict)
     status: np.ndarray | None = None
     failures: list[RecordFailed] = field(default_factory=list)
+
+
+class _CompanyError(Exception):
+    """A worker died under a probe that was not alone there: nothing is known of its records."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.reason)
+        self.verdict = verdict
 
 
 class Scorer:
@@ -94,23 +104,28 @@ class Scorer:
             parts[0].failures + parts[1].failures)
 
     async def _isolate(self, span: Span, rows: np.ndarray, verdict: Verdict) -> Scored:
-        async with self._room_for(verdict) as room:
-            case = _Case(span, rows, room)
-            await self._require_health(case)
-            await self._narrow(case, 0, span.count, verdict)
+        try:
+            case = await self._take_apart(span, rows, verdict)
+        except _CompanyError as error:
+            case = await self._take_apart(span, rows, error.verdict)
+        for failure in case.failures:
+            self._emit(failure)
         assert case.status is not None  # noqa: S101 - the neutral request has filled it
         return Scored(case.outputs, case.status, tuple(case.failures))
 
-    @contextlib.asynccontextmanager
-    async def _room_for(self, verdict: Verdict) -> AsyncIterator[Room]:
+    async def _take_apart(self, span: Span, rows: np.ndarray, verdict: Verdict) -> _Case:
         """The handler's own word is about one request. Where a worker died or hung, all that were aboard failed with
         it: so nothing else may be aboard.
         """
-        if verdict.outcome in (Outcome.RAISED, Outcome.REFUSED):
-            yield self._exchange.pool.room
-            return
+        if verdict.outcome in _OF_ONE_REQUEST:
+            return await self._case(_Case(span, rows, self._exchange.pool.room, alone=False), verdict)
         async with self._exchange.pool.alone() as room:
-            yield room
+            return await self._case(_Case(span, rows, room, alone=True), verdict)
+
+    async def _case(self, case: _Case, verdict: Verdict) -> _Case:
+        await self._require_health(case)
+        await self._narrow(case, 0, case.span.count, verdict)
+        return case
 
     async def _require_health(self, case: _Case) -> None:
         """A request of zeros in the shape of the suspect must succeed, or nothing can be said about its records."""
@@ -151,12 +166,14 @@ class Scorer:
             if isinstance(answer, Prediction):
                 return
             verdict = answer
-        failure = RecordFailed(case.span.start + row, verdict.reason or verdict.outcome.value, FAILURES_ALONE)
-        case.failures.append(failure)
-        self._emit(failure)
+        reason = verdict.reason or verdict.outcome.value
+        case.failures.append(RecordFailed(case.span.start + row, reason, FAILURES_ALONE))
 
     async def _probe(self, case: _Case, low: int, high: int) -> Prediction | Verdict:
-        """Records [low, high) in their places, zeros in all others; what they give is kept."""
+        """Records [low, high) in their places, zeros in all others; what they give is kept.
+
+        Raises _CompanyError when it failed for a reason that may be another request's.
+        """
         rows = np.zeros_like(case.rows)
         rows[low:high] = case.rows[low:high]
         answer = await self._exchange.ask(case.span, rows, case.room)
@@ -165,4 +182,6 @@ class Scorer:
                 array[low:high] = answer.outputs[name][low:high]
             if case.status is not None:
                 case.status[low:high] = answer.status[low:high]
+        elif not case.alone and answer.outcome not in _OF_ONE_REQUEST:
+            raise _CompanyError(answer)
         return answer

@@ -2,10 +2,16 @@
 
 import asyncio
 import json
+import random
 
 import numpy as np
 import pytest
 
+from batch_client.dialect import Outcome, Verdict
+from batch_client.endpoint import Pool
+from batch_client.exchange import Prediction
+from batch_client.plan import Span
+from batch_client.scorer import Scorer
 from batch_client.storage import open_store
 from support.faults import (
     EXITS,
@@ -25,6 +31,36 @@ from support.faults import (
 FEW = {200: RAISES, 205: RAISES, 255: EXITS, 1024: RAISES}
 MANY = {**FEW, 5000: EXITS, 9000: HANGS, 51_199: HANGS, 0: RAISES, 10_241: RAISES, 10_242: RAISES, 20_000: RAISES,
         30_000: RAISES, 40_000: RAISES, 50_000: RAISES}
+
+
+class Company:
+    """Stands for an exchange whose server raises on record 2; a probe of record 5 that has company goes down."""
+
+    def __init__(self):
+        self.pool = Pool(("http://nobody",), 4, lambda: 0.0, random.Random(1))
+
+    async def ask(self, span, rows, room=None):
+        if rows[2].any():
+            return Verdict(Outcome.RAISED, "not this one")
+        if rows[5].any() and room == self.pool.room:
+            return Verdict(Outcome.FAILED, "a worker died")
+        return Prediction({"y": rows.astype(np.float32)}, np.zeros(span.count, np.uint8))
+
+    async def pause(self, tries):
+        pass
+
+    def now(self):
+        return 0.0
+
+
+async def test_a_probe_that_goes_down_with_another_request_says_nothing_of_its_records():
+    # Seen on TorchServe: an image that ends its worker, in a server batch with the probe of one that raises.
+    rows, events = np.arange(1, 9, dtype=np.uint8)[:, None], []
+    scored = await Scorer(Company(), 8, events.append).score(Span(0, 8, 0), rows)
+    assert scored.status.tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert [(one.index, one.reason) for one in scored.failures] == [(2, "not this one")]
+    assert tuple(events) == scored.failures
+    np.testing.assert_array_equal(np.delete(scored.outputs["y"], 2), np.delete(rows[:, 0], 2))
 
 
 def dead_letters(output, environ):
