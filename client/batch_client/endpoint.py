@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from batch_client.errors import BatchClientError, MismatchError
@@ -67,12 +67,9 @@ class Pool:
         Raises the first server's reason when every server has been left out.
         """
         async with self._turn:
-            endpoint = await self._find()
-            endpoint.in_flight += 1
-        try:
+            endpoint = await self._enter()
+        with self._leaving(endpoint):
             yield endpoint
-        finally:
-            self._leave(endpoint)
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[Room]:
@@ -88,23 +85,26 @@ class Pool:
 
     @asynccontextmanager
     async def _room_alone(self) -> AsyncIterator[Endpoint]:
-        endpoint = await self._find()
-        endpoint.in_flight += 1
-        try:
+        endpoint = await self._enter()
+        with self._leaving(endpoint):
             yield endpoint
+
+    @contextmanager
+    def _leaving(self, endpoint: Endpoint) -> Iterator[None]:
+        try:
+            yield
         finally:
-            self._leave(endpoint)
+            endpoint.in_flight -= 1
+            self._changed.set()
 
-    def _leave(self, endpoint: Endpoint) -> None:
-        endpoint.in_flight -= 1
-        self._changed.set()
-
-    async def _find(self) -> Endpoint:
+    async def _enter(self) -> Endpoint:
         while True:
             now = self._clock()
             free = [endpoint for endpoint in self.endpoints if endpoint.has_room(now)]
             if free:
-                return min(free, key=lambda endpoint: endpoint.in_flight / endpoint.limiter.limit)
+                endpoint = min(free, key=lambda endpoint: endpoint.in_flight / endpoint.limiter.limit)
+                endpoint.in_flight += 1
+                return endpoint
             reasons = [endpoint.left_out for endpoint in self.endpoints if endpoint.left_out is not None]
             if len(reasons) == len(self.endpoints):
                 raise type(reasons[0])("no server is left: " + "; ".join(map(str, reasons))) from reasons[0]

@@ -159,9 +159,13 @@ class Scorer:
                 await self._narrow(case, start, stop, answer)
 
     async def _judge(self, case: _Case, row: int, verdict: Verdict) -> None:
-        """One record failed alone once: its verdict."""
-        for _ in range(FAILURES_ALONE - 1):
-            await self._require_health(case)
+        """The verdict on one record. It has failed alone once, unless it is all that its request had: that one may have
+        had company at the server, and the server's health has just been seen.
+        """
+        single = case.span.count == 1
+        for time in range(FAILURES_ALONE - (0 if single else 1)):
+            if time or not single:
+                await self._require_health(case)
             answer = await self._probe(case, row, row + 1)
             if isinstance(answer, Prediction):
                 return

@@ -83,7 +83,8 @@ def test_children_of_the_client_do_not_hold_the_lifeline(guarded):
     bystander = subprocess.Popen(["/bin/sleep", "600"])
     try:
         os.close(ours)
-        guard.wait(30)
+        assert guard.wait(30) is not None
+        assert bystander.poll() is None
     finally:
         bystander.kill()
         bystander.wait()

@@ -191,3 +191,13 @@ def test_a_model_that_refuses_everything_ends_the_run_soon():
     assert "wanted another dtype" in str(error)
     # Fewer than the run has requests: nothing is taken apart once zeros are refused too.
     assert server.requests < 79
+
+
+def test_a_record_that_travels_alone_is_judged_by_three_failures_alone():
+    server = PoisonedServer()
+    source, _ = world_of(1, {0: "exit"}, chunk=1)
+    summary, output = score(source, server, max_failed=1, in_flight=1, chunk_records=1)
+    assert summary.published
+    assert letters(output)[0]["attempts"] == 3
+    assert server.deaths == 2 + 3
+    assert server.requests - 2 <= 6

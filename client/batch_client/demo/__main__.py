@@ -80,7 +80,7 @@ def demo(directory: Path, *, serve: bool) -> None:
 def write_source(environ: Mapping[str, str], data: digits.Digits) -> None:
     """Write the images as a Zarr v3 array, unless this very array is there already."""
     import zarr  # noqa: PLC0415 - keeps --help quick
-    from zarr.storage import ObjectStore  # noqa: PLC0415
+    from zarr.storage import ObjectStore  # noqa: PLC0415 - keeps --help quick
 
     store = ObjectStore(_bucket(environ, "digits.zarr"))
     digest = hashlib.sha256(data.images.tobytes()).hexdigest()

@@ -274,7 +274,7 @@ class SeaweedServer:
 
     def _sockets(self) -> list[Path]:
         """What a killed server leaves in /tmp, a place of its own choice."""
-        return [Path(f"/tmp/seaweedfs-{kind}-{self._ports[flag]}.sock") for kind, flag in _SOCKETS]  # noqa: S108
+        return [Path(f"/tmp/seaweedfs-{kind}-{self._ports[flag]}.sock") for kind, flag in _SOCKETS]  # noqa: S108 - its own
 
     def _said(self) -> str:
         """The line that tells most: a fatal one (glog marks it with F), else the first (wrong flags)."""
