@@ -7,6 +7,8 @@ import sys
 from collections.abc import Coroutine
 from typing import TypeVar
 
+from batch_client.calibrate import Calibration
+from batch_client.calibrate import calibrate as calibrate_run
 from batch_client.errors import StoppedError
 from batch_client.events import Observer
 from batch_client.pipeline import execute, plan_run
@@ -15,7 +17,7 @@ from batch_client.prepare import serving
 from batch_client.spec import RunSpec
 from batch_client.summary import RunSummary
 
-__all__ = ["plan", "run", "run_async", "run_until_complete"]
+__all__ = ["calibrate", "plan", "run", "run_async", "run_until_complete"]
 
 T = TypeVar("T")
 # From the request to stop to the end, whatever the run is doing: starting a server, draining, waiting for a store.
@@ -61,6 +63,12 @@ async def plan(spec: RunSpec) -> Plan:
     """The sizes that `run_async` would choose; writes nothing and sends no record."""
     async with serving(spec) as services:
         return await plan_run(spec, services)
+
+
+async def calibrate(spec: RunSpec) -> Calibration:
+    """Score the first records of a run for some seconds and forecast the whole; writes nothing."""
+    async with serving(spec) as services:
+        return await calibrate_run(spec, services)
 
 
 def run_until_complete(main: Coroutine[object, object, T]) -> T:

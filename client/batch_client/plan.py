@@ -36,12 +36,13 @@ class Geometry:
     """The source array as far as planning needs it.
 
     shape: records along axis 0, then the record's shape. chunk_records: records in one chunk (shard, if sharded) of the
-    source along axis 0.
+    source along axis 0. chunk_objects: objects that hold these records, more than one where other axes are chunked too.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[np.generic]
     chunk_records: int
+    chunk_objects: int = 1
 
     @property
     def count(self) -> int:
@@ -127,6 +128,19 @@ class Plan:
     @property
     def wire_record_bytes(self) -> int:
         return math.prod(self.source.record_shape) * self.wire_dtype.itemsize
+
+    @property
+    def objects_read(self) -> int:
+        """Objects of the source that hold the records; a chunk that two units share is read by both."""
+        size = self.source.chunk_records
+        chunks = (self.stop - 1) // size - self.start // size + 1
+        end_row = (self.start + self.chunk_records) % size
+        return self.source.chunk_objects * (chunks + (self.unit_count - 1 if end_row else 0))
+
+    @property
+    def objects_written(self) -> int:
+        """Chunks of the outputs and of the status; the ledger and the metadata are not among them."""
+        return self.unit_count * (len(self.outputs) + 1)
 
     @property
     def request_count(self) -> int:

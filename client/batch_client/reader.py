@@ -7,6 +7,7 @@ threads. How many bytes may be held is the caller's business (`budget.py`).
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,9 @@ class Source:
         self.metadata_digest = metadata_digest
         self._array = array
         grid = array.shards or array.chunks
-        self.geometry = Geometry(shape=array.shape, dtype=np.dtype(array.dtype), chunk_records=grid[0])
+        beside = (-(-size // piece) for size, piece in zip(array.shape[1:], grid[1:], strict=True) if size)
+        self.geometry = Geometry(shape=array.shape, dtype=np.dtype(array.dtype), chunk_records=grid[0],
+                                 chunk_objects=math.prod(beside))
 
     async def read(self, start: int, stop: int, *, allow_missing: bool = False) -> Rows:
         """Records [start, stop).

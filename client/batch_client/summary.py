@@ -12,7 +12,7 @@ from batch_client.events import ChunkWritten, Event, Published, RequestDone, Req
 from batch_client.plan import Plan
 from batch_client.spec import RunSpec
 
-__all__ = ["RunSummary", "Tally"]
+__all__ = ["RunSummary", "Tally", "peak_memory"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class RunSummary:
         return asdict(self)
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
+    """Peak resident bytes of this process; 0 where the system does not say."""
     if sys.platform == "win32":
         return 0
     import resource  # noqa: PLC0415 - does not exist on Windows
@@ -98,5 +99,5 @@ class Tally:
             retries=self._retries,
             bytes_read=self._read,
             bytes_written=self._written,
-            peak_memory_bytes=_peak_memory(),
+            peak_memory_bytes=peak_memory(),
         )

@@ -1,4 +1,4 @@
-"""`batch-client plan`: the sizes of a run, before it."""
+"""`batch-client plan`: the sizes of a run, before it; with --calibrate its time and cost as well."""
 
 from __future__ import annotations
 
@@ -8,28 +8,79 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batch_client.cli.options import run_options, spec_of
+from batch_client.errors import UsageError
 
 if TYPE_CHECKING:
+    from batch_client.calibrate import Calibration
+    from batch_client.forecast import Prices
     from batch_client.plan import Plan
+
+PRICE = click.FloatRange(min=0)
 
 
 @click.command("plan")
 @click.argument("input_url", metavar="INPUT")
 @click.argument("output_url", metavar="OUTPUT")
 @run_options
+@click.option("--calibrate", is_flag=True, help="Score the first records for 20 s and forecast time and memory.")
+@click.option("--price-per-hour", type=PRICE, help="What the machines cost an hour; needs --calibrate.")
+@click.option("--price-per-1000-puts", type=PRICE, help="What the store asks for 1,000 writes.")
+@click.option("--price-per-1000-gets", type=PRICE, help="What the store asks for 1,000 reads.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-def command(input_url: str, output_url: str, *, as_json: bool, **options: Any) -> None:
-    """Show what `run` with the same words would do. No record is sent and nothing is written."""
+def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, **options: Any) -> None:
+    """Show what `run` with the same words would do. Nothing is written, and no record is sent but with --calibrate."""
     from batch_client import api
+    from batch_client.forecast import Prices
 
-    figures = _figures(api.run_until_complete(api.plan(spec_of(input_url, output_url, options))))
+    asked = [options.pop(f"price_per_{what}") for what in ("hour", "1000_puts", "1000_gets")]
+    prices = None if asked == [None] * 3 else Prices(*(price or 0.0 for price in asked))
+    if asked[0] is not None and not calibrate:
+        raise UsageError("--price-per-hour needs the run's time: add --calibrate")
+    spec = spec_of(input_url, output_url, options)
+    if calibrate:
+        found = api.run_until_complete(api.calibrate(spec))
+        figures = _figures(found.plan) | _forecast(found) | _cost(found.plan, prices, found)
+    else:
+        plan = api.run_until_complete(api.plan(spec))
+        figures = _figures(plan) | _cost(plan, prices, None)
     if as_json:
         click.echo(json.dumps(figures))
         return
     width = max(len(name) for name in figures)
     for name, value in figures.items():
-        click.echo(f"{name.replace('_', ' '):<{width}}  {value:,}" if isinstance(value, int) else
-                   f"{name.replace('_', ' '):<{width}}  {value}")
+        click.echo(f"{name.replace('_', ' '):<{width}}  {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        middle, low, high = (f"{number:,.2f}" if number < 100 else f"{number:,.0f}" for number in value)
+        return f"{middle}  (95 %: {low} to {high})"
+    return f"{value:,}" if isinstance(value, int | float) else "unknown: too few answers" if value is None else value
+
+
+def _forecast(found: Calibration) -> dict[str, Any]:
+    """Figures with an interval are [forecast, low end, high end]."""
+    guess = found.forecast
+    return {
+        "calibrated_with_records": found.records,
+        "calibrated_in_seconds": round(found.seconds, 1),
+        "failed_in_calibration": found.failed,
+        "seconds": None if guess is None else [round(value, 2) for value in
+                                               (guess.seconds, guess.seconds_low, guess.seconds_high)],
+        "records_per_s": None if guess is None else round(guess.records_per_s, 1),
+        "peak_memory_bytes": found.peak_memory_bytes,
+    }
+
+
+def _cost(plan: Plan, prices: Prices | None, found: Calibration | None) -> dict[str, Any]:
+    from batch_client.forecast import cost_of
+
+    if prices is None:
+        return {}
+    cost = cost_of(plan, prices, None if found is None else found.forecast)
+    if prices.hour and (found is None or found.forecast is None):
+        return {"cost": None}
+    return {"cost": [round(value, 4) for value in (cost.total, cost.low, cost.high)]}
 
 
 def _figures(plan: Plan) -> dict[str, Any]:
@@ -41,7 +92,8 @@ def _figures(plan: Plan) -> dict[str, Any]:
         "outputs": ", ".join(f"{output.name} {output.dtype} {output.shape}" for output in plan.outputs),
         "chunks": plan.unit_count,
         "records_a_chunk": plan.chunk_records,
-        "objects_written": plan.unit_count * (len(plan.outputs) + 1),
+        "objects_read": plan.objects_read,
+        "objects_written": plan.objects_written,
         "requests": plan.request_count,
         "records_a_request": plan.request_records,
         "bytes_a_request": plan.request_records * plan.wire_record_bytes,

@@ -1,0 +1,90 @@
+"""A few seconds of a run, for a forecast of the whole: the same pipeline, into memory that is thrown away."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from dataclasses import dataclass, replace
+
+from batch_client.errors import DataError, StoppedError
+from batch_client.events import ChunkWritten, Event, RecordFailed, RequestDone, RunStarted
+from batch_client.forecast import Answer, Forecast, forecast
+from batch_client.pipeline import execute
+from batch_client.plan import Plan
+from batch_client.prepare import Services
+from batch_client.spec import MIB, RunSpec
+from batch_client.storage import MemoryStore
+from batch_client.summary import peak_memory
+
+__all__ = ["Calibration", "calibrate"]
+
+SECONDS = 20.0
+# A model of a second a record needs longer for the same certainty.
+MOST_SECONDS = 120.0
+ENOUGH_ANSWERS = 60
+# Output that is held before the calibration ends, whatever else it wants.
+MOST_BYTES = 256 * MIB
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The plan of the whole run, and what a part of it showed: `forecast`, of the run or of its `--part`, is None where
+    there were too few answers. `peak_memory_bytes` is of this process, its imports included.
+    """
+
+    plan: Plan
+    forecast: Forecast | None
+    records: int
+    failed: int
+    seconds: float
+    peak_memory_bytes: int
+
+
+class _Watcher:
+    """Notes when answers come, and ends the run when there are enough of them."""
+
+    def __init__(self, services: Services, stop: asyncio.Event) -> None:
+        self.answers: list[Answer] = []
+        self.plan: Plan | None = None
+        self.failed = self._written = 0
+        self.began = services.clock()
+        self._clock = services.clock
+        self._stop = stop
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                self.plan, self.began = event.plan, self._clock()
+            case RequestDone():
+                self.answers.append(Answer(self._clock(), event.records))
+            case RecordFailed():
+                self.failed += 1
+            case ChunkWritten():
+                self._written += event.bytes_written
+        spent = self._clock() - self.began
+        enough = spent >= SECONDS and len(self.answers) >= ENOUGH_ANSWERS
+        if enough or spent >= MOST_SECONDS or self._written >= MOST_BYTES:
+            self._stop.set()
+
+
+async def calibrate(spec: RunSpec, services: Services) -> Calibration:
+    """Score the first records of `spec` for some seconds and forecast the whole. Writes nothing anywhere.
+
+    Raises what the run would raise before its first record, and StoppedError when no server answers.
+    """
+    stop = asyncio.Event()
+    watcher = _Watcher(services, stop)
+    aside = replace(services, output_store=MemoryStore("memory://calibration"), reuse_store=None)
+    alike = replace(spec, output=aside.output_store.url, reuse=None, overwrite=False, part=None,
+                    max_failed=sys.maxsize)
+    try:
+        await execute(alike, aside, (watcher,), stop)
+    except StoppedError:
+        if not stop.is_set():
+            raise
+    if watcher.plan is None:
+        raise DataError("the calibration ended before its first record")
+    answered = sum(answer.records for answer in watcher.answers)
+    parts = 1 if spec.part is None else spec.part[1]
+    return Calibration(watcher.plan, forecast(watcher.answers, -(-watcher.plan.count // parts)), answered,
+                       watcher.failed, services.clock() - watcher.began, peak_memory())

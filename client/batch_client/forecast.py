@@ -1,0 +1,97 @@
+"""What a run will take and cost, from a few seconds of it. Pure.
+
+The first answers, which came before the servers were busy, are left out. The others are cut into batches of equal
+number, and the interval is Student's over the batches' seconds a record: the method of batch means (Law and Kelton,
+Simulation Modeling and Analysis, chapter 9), which bears that neighbouring answers are not independent.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from batch_client.plan import Plan
+
+__all__ = ["Answer", "Cost", "Forecast", "Prices", "cost_of", "forecast"]
+
+# Answers that came while the pipeline filled, as a share of all.
+WARM_UP = 0.2
+# The 97.5th percentile of Student's t for 2, 3, … degrees of freedom: 3, 4, … batches, 95 % between the two ends.
+STUDENT = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+LEAST_BATCHES, MOST_BATCHES = 3, len(STUDENT) + 2
+ANSWERS_A_BATCH = 2
+# Of a run's objects beside its chunks: one ledger segment for as many output chunks (ledger.py), and the metadata.
+CHUNKS_A_SEGMENT = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A request's answer: when it came, in seconds of one clock, and for how many records."""
+
+    at: float
+    records: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds for `records` records, and the two ends of their 95 % interval. It covers what varied during the
+    calibration, not what changes later.
+    """
+
+    records: int
+    records_per_s: float
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What an hour of the machines and 1,000 requests to the store cost, in one currency."""
+
+    hour: float = 0.0
+    thousand_puts: float = 0.0
+    thousand_gets: float = 0.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a whole run; the ends are those of the forecast's interval."""
+
+    total: float
+    low: float
+    high: float
+
+
+def forecast(answers: Sequence[Answer], records: int) -> Forecast | None:
+    """How long `records` records take, from answers in the order of their time; None if there are too few."""
+    warm = int(len(answers) * WARM_UP)
+    counted = len(answers) - warm - 1
+    batches = min(MOST_BATCHES, counted // ANSWERS_A_BATCH)
+    if batches < LEAST_BATCHES:
+        return None
+    ends = [warm + counted * number // batches for number in range(batches + 1)]
+    costs = [_seconds_a_record(answers, first, last) for first, last in pairwise(ends)]
+    mean = _seconds_a_record(answers, ends[0], ends[-1])
+    if mean <= 0:
+        return None
+    half = STUDENT[batches - LEAST_BATCHES] * statistics.stdev(costs) / batches**0.5
+    # The least possible is that of a run that is always as quick as its quickest batch.
+    low = max(mean - half, min(costs))
+    return Forecast(records, 1 / mean, records * mean, records * min(low, mean), records * (mean + half))
+
+
+def _seconds_a_record(answers: Sequence[Answer], first: int, last: int) -> float:
+    """From the answer `first` to the answer `last`, which is included."""
+    records = sum(answer.records for answer in answers[first + 1:last + 1])
+    return (answers[last].at - answers[first].at) / records
+
+
+def cost_of(plan: Plan, prices: Prices, found: Forecast | None) -> Cost:
+    """Machines for the forecast's time, if there is one, and the store's requests of an undisturbed run."""
+    puts = plan.objects_written + -(-plan.unit_count // CHUNKS_A_SEGMENT)
+    requests = puts / 1000 * prices.thousand_puts + plan.objects_read / 1000 * prices.thousand_gets
+    low, middle, high = (0.0,) * 3 if found is None else (found.seconds_low, found.seconds, found.seconds_high)
+    return Cost(*(requests + seconds / 3600 * prices.hour for seconds in (middle, low, high)))

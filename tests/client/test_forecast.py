@@ -1,0 +1,101 @@
+"""The forecast is right about streams of answers that are known, and a calibration about the run that follows."""
+
+import asyncio
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batch_client.calibrate import calibrate
+from batch_client.forecast import Answer, Prices, cost_of, forecast
+from batch_client.pipeline import execute
+from batch_client.prepare import Services
+from batch_client.storage import MemoryStore
+from support.plans import plan_of, plans
+from support.simulated import SimulatedServer
+from support.virtual import run_virtually
+from support.world import World, make_source
+
+
+def answers_of(gaps, records=10):
+    at, answers = 0.0, []
+    for gap in gaps:
+        at += gap
+        answers.append(Answer(at, records))
+    return answers
+
+
+@given(st.integers(8, 400), st.floats(1e-3, 1e3), st.integers(1, 10**9))
+def test_steady_answers_have_a_forecast_without_width(count, gap, records):
+    found = forecast(answers_of([gap] * count), records)
+    assert found is not None
+    assert found.seconds == pytest.approx(records * gap / 10, rel=1e-6)
+    assert found.seconds_low == pytest.approx(found.seconds_high, rel=1e-4)
+
+
+@given(st.lists(st.floats(0, 100), max_size=100), st.integers(1, 10**6))
+def test_a_forecast_lies_in_its_interval_and_few_answers_have_none(gaps, records):
+    found = forecast(answers_of(gaps), records)
+    if len(gaps) < 8:
+        assert found is None
+    if found is not None:
+        assert 0 <= found.seconds_low <= found.seconds <= found.seconds_high
+
+
+def test_nineteen_intervals_of_twenty_hold_the_truth():
+    rng, held = random.Random(7), 0
+    for _ in range(1000):
+        found = forecast(answers_of([rng.expovariate(10) for _ in range(200)]), 1000)
+        held += found.seconds_low <= 10.0 <= found.seconds_high
+    assert 920 <= held <= 985
+
+
+def test_answers_before_the_servers_were_busy_do_not_count():
+    slow_then_steady = [5.0] * 15 + [0.1] * 85
+    assert forecast(answers_of(slow_then_steady), 1000).seconds == pytest.approx(10.0)
+
+
+@given(plans())
+def test_objects_read_are_those_that_the_units_touch(plan):
+    size = plan.source.chunk_records
+    touched = sum((unit.stop - 1) // size - unit.start // size + 1 for unit in plan.units())
+    assert plan.objects_read == touched
+
+
+def test_a_cost_is_machines_for_the_time_and_the_stores_requests():
+    plan = plan_of(count=81_000, chunk=100)  # 10 chunks of 8,100 records: 2 objects each, one ledger segment
+    found = forecast(answers_of([1.0] * 100, records=100), plan.count)
+    assert found.seconds == pytest.approx(810)
+    cost = cost_of(plan, Prices(hour=3.6, thousand_puts=1.0, thousand_gets=10.0), found)
+    assert cost.total == pytest.approx(0.81 + 0.021 + 8.1)
+    assert cost_of(plan, Prices(thousand_puts=1.0), None).total == pytest.approx(0.021)
+
+
+@pytest.mark.parametrize("part", [None, (2, 2)])
+def test_a_calibration_forecasts_the_run_and_leaves_nothing(part):
+    records = np.random.default_rng(0).integers(0, 99, (80_000, 3), np.uint8)
+    world = World(1, server=SimulatedServer(seconds=0.05), records=records, source=make_source(records, (80, 3)))
+    spec = world.spec(chunk_records=80, part=part)
+    services = Services(world.server.servers(), world.source, world.output,
+                        clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(0))
+
+    async def both():
+        found = await calibrate(spec, services)
+        assert not world.output.objects
+        return found, await execute(spec, services)
+
+    found, summary = run_virtually(both())
+    assert found.records < len(records) / 2
+    assert found.forecast.seconds == pytest.approx(summary.seconds, rel=0.05)
+    assert found.forecast.records == summary.scored
+
+
+def test_a_source_that_is_done_before_the_time_is_up_is_forecast_too():
+    world = World(2)
+    services = Services(world.server.servers(), world.source, MemoryStore("memory://out"),
+                        clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(0))
+    found = run_virtually(calibrate(world.spec(), services))
+    assert found.records == len(world.records)
+    assert found.forecast is not None
