@@ -29,7 +29,11 @@ STATUS_ARRAY = "record_status"
 
 @dataclass(frozen=True)
 class ModelContract:
-    """What a model is and takes, as its server says: what every reply is checked against."""
+    """What a model is and takes, as its server says: what every reply is checked against.
+
+    `ceiling`: records/s of the model alone on that server, all its workers together, where it was measured. Servers
+    with other ceilings have the same model.
+    """
 
     name: str
     version: str
@@ -41,6 +45,7 @@ class ModelContract:
     input_shape: tuple[int, ...]
     outputs: tuple[OutputGeometry, ...]
     numerics: Mapping[str, object] = field(default_factory=dict)
+    ceiling: float | None = field(default=None, compare=False)
 
     def on_the_wire(self, records: np.ndarray) -> np.ndarray:
         """Records (n, *source's record shape) as they travel: the model's record shape and dtype, little-endian."""
@@ -127,4 +132,12 @@ def _contract_of(url: str, body: bytes) -> ModelContract:
         input_shape=one.shape,
         outputs=outputs,
         numerics=dict(numerics) if isinstance(numerics, Mapping) else {},
+        ceiling=_rate(parameters.get("ceiling_records_per_s")),
     )
+
+
+def _rate(value: object) -> float | None:
+    """A number of records a second, None for anything that can't be one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        return None
+    return float(value)

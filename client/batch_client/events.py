@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
+
+import numpy as np
 
 from batch_client.plan import Plan
 
@@ -14,23 +19,60 @@ __all__ = [
     "Observer",
     "Published",
     "RecordFailed",
+    "RecordsScored",
     "RequestDone",
     "RequestRetried",
     "RequestSent",
     "RunStarted",
+    "Step",
+    "StepBegan",
+    "StepEnded",
     "Stopping",
+    "timed",
 ]
 
 
 @dataclass(frozen=True)
 class RunStarted:
-    """Everything is known and the first record is about to be read; `done` records are proven already."""
+    """Everything is known and the first record is about to be read; `done` records are proven already.
+
+    `in_flight` is the most requests that all servers of the run together may hold, `ceiling` the records/s that the
+    model alone was measured at on them, where they say so.
+    """
 
     plan: Plan
     output: str
     model: str
     model_digest: str
     done: int
+    fingerprint: str
+    in_flight: int
+    ceiling: float | None
+
+
+class Step(Enum):
+    """What a part of the run may be doing, or waiting for, beside the requests themselves."""
+
+    BUDGET = "waiting for bytes of the budget"
+    READ = "reading and decoding records"
+    ROOM = "waiting for room at a server"
+    PAUSE = "pausing before a repetition"
+    WRITE = "encoding, storing and proving an output chunk"
+
+
+@dataclass(frozen=True)
+class StepBegan:
+    """A part of the run begins a step; others may be in the same step."""
+
+    step: Step
+
+
+@dataclass(frozen=True)
+class StepEnded:
+    """It is done with the step, or gave it up, after so many seconds."""
+
+    step: Step
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -55,11 +97,24 @@ class RequestDone:
 
 @dataclass(frozen=True)
 class RequestRetried:
-    """An attempt did not give a result and will be made again after `delay` seconds."""
+    """An attempt of so many seconds did not give a result and will be made again after `delay` seconds."""
 
     endpoint: str
     reason: str
     delay: float
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class RecordsScored:
+    """Records from number `start` of the source on have their predictions: `records` (n, *record shape), `outputs` by
+    name (n, *output shape), `status` uint8 (n,). These are the run's own arrays: copy what is to be kept.
+    """
+
+    start: int
+    records: np.ndarray
+    outputs: Mapping[str, np.ndarray]
+    status: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -108,11 +163,22 @@ class Published:
     already: bool = False
 
 
-Event = (RunStarted | RequestSent | RequestDone | RequestRetried | RecordFailed | ChunkHeld | ChunkWritten | Stopping
-         | Published)
+Event = (RunStarted | StepBegan | StepEnded | RequestSent | RequestDone | RequestRetried | RecordsScored | RecordFailed
+         | ChunkHeld | ChunkWritten | Stopping | Published)
 
 
 class Observer(Protocol):
     """Anything that wants to know; called in the run's event loop, so it must be quick."""
 
     def __call__(self, event: Event) -> None: ...
+
+
+@contextmanager
+def timed(step: Step, emit: Callable[[Event], None], clock: Callable[[], float]) -> Iterator[None]:
+    """Emits the beginning and the end of a step, however it ends."""
+    emit(StepBegan(step))
+    began = clock()
+    try:
+        yield
+    finally:
+        emit(StepEnded(step, clock() - began))

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import random
 from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +20,7 @@ from batch_client.contract import ModelContract
 from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.endpoint import Endpoint, Pool, Room
 from batch_client.errors import CredentialsError, ServingError, StoppedError
-from batch_client.events import Event, RequestDone, RequestRetried, RequestSent
+from batch_client.events import Event, RequestDone, RequestRetried, RequestSent, Step, timed
 from batch_client.plan import Span
 from batch_client.retry import RetryBucket, full_jitter
 from batch_client.serving import Servers
@@ -108,25 +109,29 @@ class Exchange:
         """
         tries = _Tries(began=self._clock())
         while True:
-            async with (room or self.pool.room)() as endpoint:
+            async with AsyncExitStack() as held:
+                with timed(Step.ROOM, self._emit, self._clock):
+                    endpoint = await held.enter_async_context((room or self.pool.room)())
                 # Only now: records that wait for room are held once, as they were read.
                 message, ident = self._encode(span, self._contract.on_the_wire(rows))
                 sent_at = self._clock()
                 verdict, prediction = await self._attempt(endpoint, message, ident, span, tries)
                 self._learn(endpoint, verdict, sent_at)
+                seconds = self._clock() - sent_at
             if prediction is not None:
                 return prediction
             if _is_suspect(verdict, tries):
-                self._emit(RequestRetried(endpoint.url, f"{verdict.outcome.value}: {verdict.reason}", 0.0))
+                self._emit(RequestRetried(endpoint.url, f"{verdict.outcome.value}: {verdict.reason}", 0.0, seconds))
                 return verdict
-            await self._before_next(endpoint, verdict, tries)
+            await self._before_next(endpoint, verdict, tries, seconds)
 
     def now(self) -> float:
         return self._clock()
 
     async def pause(self, tries: int) -> None:
         """Wait before an attempt that repeats another, paid for by the run's retry bucket."""
-        await asyncio.sleep(max(full_jitter(tries, self._rng), self._bucket.delay(self._clock())))
+        with timed(Step.PAUSE, self._emit, self._clock):
+            await asyncio.sleep(max(full_jitter(tries, self._rng), self._bucket.delay(self._clock())))
 
     def out_of_patience(self, since: float) -> float | None:
         """Seconds since the last answer, or `since` if that is later, if they are more than the run's patience."""
@@ -195,7 +200,7 @@ class Exchange:
             case Outcome.NO_MODEL:
                 self.pool.leave_out(endpoint, ServingError(f"{endpoint.url}: {verdict.reason}"))
 
-    async def _before_next(self, endpoint: Endpoint, verdict: Verdict, tries: _Tries) -> None:
+    async def _before_next(self, endpoint: Endpoint, verdict: Verdict, tries: _Tries, seconds: float) -> None:
         idle = self.out_of_patience(tries.began)
         if idle is not None:
             raise StoppedError(f"no request was answered for {idle:.0f} s (--patience {self._patience:g}); the last "
@@ -205,8 +210,9 @@ class Exchange:
         delay = 0.0
         if verdict.outcome not in (Outcome.BUSY, Outcome.TOKEN):
             delay = max(full_jitter(tries.made, self._rng), self._bucket.delay(self._clock()))
-        self._emit(RequestRetried(endpoint.url, f"{verdict.outcome.value}: {verdict.reason}", delay))
-        await asyncio.sleep(delay)
+        self._emit(RequestRetried(endpoint.url, f"{verdict.outcome.value}: {verdict.reason}", delay, seconds))
+        with timed(Step.PAUSE, self._emit, self._clock):
+            await asyncio.sleep(delay)
 
     def _check(self, reply: InferReply, message: Message, ident: str, count: int) -> Prediction:
         contract = self._contract

@@ -9,13 +9,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 
 from batch_client.assemble import STATUS_NOT_FINITE, UnitAssembler
 from batch_client.budget import ByteBudget, Lease
 from batch_client.errors import DataError, StoppedError, one_error
-from batch_client.events import ChunkHeld, ChunkWritten, Event, Observer, Published, RecordFailed, RunStarted, Stopping
+from batch_client.events import (
+    ChunkHeld,
+    ChunkWritten,
+    Event,
+    Observer,
+    Published,
+    RecordFailed,
+    RecordsScored,
+    RunStarted,
+    Step,
+    Stopping,
+    timed,
+)
 from batch_client.exchange import Exchange
 from batch_client.layout import FAILED_PREFIX, SPEC_KEY, OutputLayout
 from batch_client.ledger import FLUSH_SECONDS, Ledger, LedgerView, Row, check_place
@@ -56,7 +69,7 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
 
     Raises the errors of `errors.py`; StoppedError after `stop`.
     """
-    tally = Tally(services.clock)
+    tally = Tally(services.clock, services.cpu)
 
     def emit(event: Event) -> None:
         for observer in (tally, *observers):
@@ -135,7 +148,9 @@ class _Run:
             await self._reuse(self._services.reuse_store, reusable)
         done = sum(self._plan.unit(index).count for index in self._view.rows)
         contract = self._prepared.contract
-        self._emit(RunStarted(self._plan, self._spec.output, contract.name, contract.digest, done))
+        servers = sum(endpoint.left_out is None for endpoint in self._prepared.pool.endpoints)
+        self._emit(RunStarted(self._plan, self._spec.output, contract.name, contract.digest, done, contract.fingerprint,
+                              self._spec.in_flight * servers, contract.ceiling))
         try:
             await self._score_all(first=first)
         finally:
@@ -219,7 +234,8 @@ class _Run:
     async def _unit(self, unit: Unit) -> None:
         assembler = UnitAssembler(unit, self._plan.outputs)
         failures: list[RecordFailed] = []
-        stream = UnitStream(self._prepared.source, self._plan, unit, self._budget, self._spec.allow_missing)
+        stream = UnitStream(self._prepared.source, self._plan, unit, self._budget, self._spec.allow_missing,
+                            self._timed)
         async with asyncio.TaskGroup() as tasks:
             async for span, records, lease in stream.spans():
                 tasks.create_task(self._score(span, records, lease, assembler, failures))
@@ -231,9 +247,10 @@ class _Run:
             await self._ledger.list_failures(unit.index, sorted(failures, key=lambda failure: failure.index))
         if not self._accept(unit, assembler):
             return
-        row, adopted = await self._writer.write(assembler, stream.etags)
-        self._view.add(row)
-        await self._ledger.add(row)
+        with self._timed(Step.WRITE):
+            row, adopted = await self._writer.write(assembler, stream.etags)
+            self._view.add(row)
+            await self._ledger.add(row)
         self._emit(ChunkWritten(unit.index, unit.count, row.failed, stream.nbytes,
                                 sum(chunk.size for chunk in row.chunks), adopted))
 
@@ -243,8 +260,12 @@ class _Run:
             scored = await self._scorer.score(span, records)
             assembler.place(span, scored.outputs, scored.status)
             failures.extend(scored.failures)
+            self._emit(RecordsScored(span.start, records, scored.outputs, scored.status))
         finally:
             lease.release()
+
+    def _timed(self, step: Step) -> AbstractContextManager[None]:
+        return timed(step, self._emit, self._services.clock)
 
     def _accept(self, unit: Unit, assembler: UnitAssembler) -> bool:
         """Whether a unit's failures are within what the run accepts; if not it is held back, so that nothing has to be

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -30,13 +30,16 @@ ANY_NUMERICS = "any"
 
 @dataclass(frozen=True)
 class Services:
-    """The parts of the world that a run touches; a simulation passes others."""
+    """The parts of the world that a run touches; a simulation passes others. `cpu` gives the CPU seconds of the thread
+    that runs the event loop.
+    """
 
     servers: Servers
     source_store: Store
     output_store: Store
     reuse_store: Store | None = None
     clock: Callable[[], float] = time.monotonic
+    cpu: Callable[[], float] = time.thread_time
     rng: random.Random = field(default_factory=random.Random)
 
 
@@ -86,6 +89,7 @@ async def _agree(spec: RunSpec, services: Services, pool: Pool) -> ModelContract
     """
     wanted = None if spec.overwrite else await _model_of_output(spec, services.output_store)
     agreed: ModelContract | None = None
+    ceilings: list[float | None] = []
     async with asyncio.TaskGroup() as tasks:
         asked = [tasks.create_task(_contract_or_error(services.servers, endpoint.url)) for endpoint in pool.endpoints]
     for endpoint, task in zip(pool.endpoints, asked, strict=True):
@@ -100,12 +104,19 @@ async def _agree(spec: RunSpec, services: Services, pool: Pool) -> ModelContract
                 f"{endpoint.url}: its model is {model[0]} with numerics {model[1]}, this run's is {wanted[0]} "
                 f"with {wanted[1]}{_differing(wanted[2], found.numerics)}; serve that model in that way, or choose "
                 "another OUTPUT"))
-        elif agreed is None:
-            agreed = found
+        else:
+            agreed = agreed or found
+            ceilings.append(found.ceiling)
     if agreed is None:
         reasons = [endpoint.left_out for endpoint in pool.endpoints if endpoint.left_out is not None]
         raise reasons[0] if reasons else ServingError("no endpoint was given")
-    return agreed
+    return replace(agreed, ceiling=_sum_of(ceilings))
+
+
+def _sum_of(ceilings: Sequence[float | None]) -> float | None:
+    """What all servers could do together; unknown where it is unknown of one."""
+    known = [ceiling for ceiling in ceilings if ceiling is not None]
+    return sum(known) if len(known) == len(ceilings) else None
 
 
 def _alike(one: ModelContract, other: ModelContract, *, exact: bool) -> bool:

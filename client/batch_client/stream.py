@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from batch_client.budget import ByteBudget, Lease
 from batch_client.errors import MismatchError
+from batch_client.events import Step
 from batch_client.plan import Plan, Span, Unit
 from batch_client.reader import Source
 
@@ -17,13 +19,14 @@ __all__ = ["UnitStream"]
 
 @dataclass
 class UnitStream:
-    """Reads a unit once. `etags` and `nbytes` are of what has been read so far."""
+    """Reads a unit once. `etags` and `nbytes` are of what has been read so far; `timed` is put around each step."""
 
     source: Source
     plan: Plan
     unit: Unit
     budget: ByteBudget
     allow_missing: bool
+    timed: Callable[[Step], AbstractContextManager[None]] = lambda _: nullcontext()
     etags: dict[str, str | None] = field(default_factory=dict)
     nbytes: int = 0
 
@@ -35,9 +38,11 @@ class UnitStream:
         """
         carried: np.ndarray | None = None
         for start, stop in self.plan.blocks(self.unit):
-            lease = await self.budget.take((stop - start) * self.plan.source.record_bytes)
+            with self.timed(Step.BUDGET):
+                lease = await self.budget.take((stop - start) * self.plan.source.record_bytes)
             try:
-                rows = await self.source.read(start, stop, allow_missing=self.allow_missing)
+                with self.timed(Step.READ):
+                    rows = await self.source.read(start, stop, allow_missing=self.allow_missing)
                 self._pin(rows.etags)
                 self.nbytes += rows.nbytes
                 first = start - (0 if carried is None else len(carried))

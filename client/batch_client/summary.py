@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from batch_client.bottleneck import Bottleneck, find_bottleneck
 from batch_client.contract import ModelContract
 from batch_client.events import ChunkWritten, Event, Published, RequestDone, RequestRetried, RunStarted
 from batch_client.plan import Plan
 from batch_client.spec import RunSpec
+from batch_client.timesheet import Timesheet
 
 __all__ = ["RunSummary", "Tally", "peak_memory"]
 
@@ -18,9 +20,12 @@ __all__ = ["RunSummary", "Tally", "peak_memory"]
 @dataclass(frozen=True)
 class RunSummary:
     """A finished run. `records` is the size of the output, `scored` what this run computed of it, `failed` the
-    failures in the output; seconds are from the
-    first read to publication, bytes are of records read from and chunks written to storage, peak memory is that of
-    this process, its imports included.
+    failures in the output; seconds are from the first read to publication, bytes are of records read from and chunks
+    written to storage, peak memory is that of this process, its imports included.
+
+    `limited_by` is a value of `bottleneck.Limit` and `advice` the next thing to turn, `time_shares` the run's time by
+    what was waited for; None and empty where nothing was scored. `ceiling_records_per_s` is what the model alone was
+    measured at on the servers of the run, None where they do not say.
     """
 
     records: int
@@ -40,6 +45,11 @@ class RunSummary:
     bytes_read: int
     bytes_written: int
     peak_memory_bytes: int
+    limited_by: str | None
+    advice: str
+    time_shares: Mapping[str, float]
+    ceiling_records_per_s: float | None
+    percent_of_ceiling: float | None
 
     def to_value(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,15 +66,17 @@ def peak_memory() -> int:
 
 
 class Tally:
-    """Counts events."""
+    """Counts events. `clock` and `cpu` give seconds, of the run and of the event loop's thread."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], cpu: Callable[[], float]) -> None:
         self._clock = clock
+        self._timesheet = Timesheet(clock, cpu)
         self._started = clock()
         self._scored = self._requests = self._retries = self._read = self._written = 0
         self._published = Published("", "")
 
     def __call__(self, event: Event) -> None:
+        self._timesheet(event)
         match event:
             case RunStarted():
                 self._started = self._clock()
@@ -82,12 +94,15 @@ class Tally:
     def summary(self, spec: RunSpec, contract: ModelContract, plan: Plan, failed: int) -> RunSummary:
         """The figures so far; `failed` counts the whole output, whoever scored it."""
         seconds = self._clock() - self._started
+        rate = self._scored / seconds if seconds > 0 else 0.0
+        found = find_bottleneck(self._timesheet.totals())
+        ceiling = contract.ceiling
         return RunSummary(
             records=plan.count,
             scored=self._scored,
             failed=failed,
             seconds=round(seconds, 3),
-            records_per_s=round(self._scored / seconds, 1) if seconds > 0 else 0.0,
+            records_per_s=round(rate, 1),
             output=spec.output,
             root=self._published.root,
             published=bool(self._published.root),
@@ -100,4 +115,13 @@ class Tally:
             bytes_read=self._read,
             bytes_written=self._written,
             peak_memory_bytes=peak_memory(),
+            limited_by=None if found is None else found.limit.value,
+            advice="" if found is None else found.advice,
+            time_shares={} if found is None else _rounded(found),
+            ceiling_records_per_s=ceiling,
+            percent_of_ceiling=None if ceiling is None or found is None else round(100 * rate / ceiling, 1),
         )
+
+
+def _rounded(found: Bottleneck) -> dict[str, float]:
+    return {limit.value: round(share, 4) for limit, share in found.shares.items()}

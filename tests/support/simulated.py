@@ -80,11 +80,13 @@ class SimulatedServer:
         y = self.predict(request.inputs[0].data, request.first_row)
         status = np.where(np.isfinite(y).all(1), 0, 2).astype(np.uint8)
         reply = InferReply(request.id, "toy", "1", (Tensor("y", y), Tensor("record_status", status)),
-                           {"request_crc32c": crc32c(body), "model_digest": self.digest,
-                            "fingerprint": self.fingerprint, "compute_ms": 1.0})
+                           {"request_crc32c": crc32c(body), **self.reply_parameters()})
         message = encode_reply(reply, binary={"y": True, "record_status": True})
         return HttpReply(200, {HEADER_LENGTH.lower(): str(message.header_length),
                                BODY_CHECKSUM.lower(): str(message.crc32c)}, message.join())
+
+    def reply_parameters(self):
+        return {"model_digest": self.digest, "fingerprint": self.fingerprint, "compute_ms": 1.0}
 
     def servers(self, urls=(URL,)):
         return Servers(self, NoTokens(), urls, "toy")

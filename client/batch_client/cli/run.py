@@ -80,8 +80,21 @@ def _stop_on_signals(stop: asyncio.Event) -> None:
 def _sentence(summary: RunSummary) -> str:
     if summary.already_published:
         return f"{summary.output} was published already: {summary.records:,} records, root {summary.root}"
+    scored = f"{summary.scored:,} records in {summary.seconds:.1f} s"
     if not summary.published:
-        return (f"{summary.scored:,} records in {summary.seconds:.1f} s: this part is done, {summary.output} is "
-                "published when all parts are")
-    return (f"{summary.scored:,} records in {summary.seconds:.1f} s, {summary.records_per_s:,.0f} records/s, "
-            f"{summary.failed:,} failed, {summary.retries:,} retries → {summary.output}")
+        return (f"{scored}: this part is done, {summary.output} is published when all parts are"
+                f"{_limited_by(summary)}")
+    return (f"{scored}, {summary.records_per_s:,.0f} records/s, {summary.failed:,} failed, {summary.retries:,} retries "
+            f"→ {summary.output}{_limited_by(summary)}")
+
+
+def _limited_by(summary: RunSummary) -> str:
+    """How near to the ceiling, what kept it from more, and what to turn."""
+    from batch_client.bottleneck import Limit
+
+    if summary.limited_by is None:
+        return ""
+    achieved = ""
+    if summary.percent_of_ceiling is not None:
+        achieved = f"{summary.percent_of_ceiling:.0f} % of the model's ceiling, "
+    return f"; {achieved}limited by {Limit(summary.limited_by).phrase}: {summary.advice}"

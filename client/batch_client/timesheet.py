@@ -1,0 +1,113 @@
+"""For each instant of a run, what was waited for: an observer that keeps the account `bottleneck.py` judges.
+
+What begins and ends is counted; the time between two events belongs to what the counts say. So the account has a fixed
+size, and adds up to the run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+
+from batch_client.bottleneck import Totals, Waiting
+from batch_client.events import Event, RequestDone, RequestRetried, RequestSent, RunStarted, Step, StepBegan, StepEnded
+
+__all__ = ["Timesheet"]
+
+# More in flight are counted as this many: what matters is whether the servers have enough.
+MOST_LEVELS = 1024
+
+
+class Timesheet:
+    """Call it with every event; `totals` may be asked at any time. `clock` and `cpu` give seconds."""
+
+    def __init__(self, clock: Callable[[], float], cpu: Callable[[], float]) -> None:
+        self._clock = clock
+        self._cpu = cpu
+        self._began: float | None = None
+        self._cpu_began = 0.0
+        self._at = 0.0
+        self._most = 1
+        self._steps: Counter[Step] = Counter()
+        self._in_flight = 0
+        self._waited: defaultdict[tuple[Waiting, int], float] = defaultdict(float)
+        # Since nothing is in flight: the end, unless another request follows.
+        self._since: defaultdict[tuple[Waiting, int], float] = defaultdict(float)
+        self._sent = self._requests = self._granted = 0
+        self._request_seconds = self._compute_seconds = self._wasted_seconds = 0.0
+        self._least_overhead = float("inf")
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            self._began = self._at = self._clock()
+            self._cpu_began = self._cpu()
+            self._most = min(event.in_flight, MOST_LEVELS)
+        self._advance()
+        match event:
+            case StepBegan():
+                self._steps[event.step] += 1
+            case StepEnded():
+                self._steps[event.step] -= 1
+                self._granted += event.step is Step.ROOM
+            case RequestSent():
+                self._send()
+            case RequestRetried():
+                self._in_flight -= 1
+                self._wasted_seconds += event.seconds
+            case RequestDone():
+                self._in_flight -= 1
+                self._done(event)
+
+    def totals(self) -> Totals:
+        """The sums up to now."""
+        self._advance()
+        waited = defaultdict(float, self._waited)
+        for (waiting, in_flight), seconds in self._since.items():
+            waited[waiting if waiting is Waiting.REST else Waiting.ENDS, in_flight] += seconds
+        return Totals(
+            seconds=self._at - (self._began or self._at),
+            waited=waited,
+            in_flight=self._most,
+            requests=self._requests,
+            request_seconds=self._request_seconds,
+            compute_seconds=self._compute_seconds,
+            least_overhead=self._least_overhead if self._requests else 0.0,
+            wasted_seconds=self._wasted_seconds,
+            cpu_seconds=0.0 if self._began is None else self._cpu() - self._cpu_began,
+        )
+
+    def _send(self) -> None:
+        for key, seconds in self._since.items():
+            self._waited[key] += seconds
+        self._since.clear()
+        self._sent += 1
+        self._granted = 0
+        self._in_flight += 1
+
+    def _done(self, event: RequestDone) -> None:
+        self._requests += 1
+        self._request_seconds += event.seconds
+        compute = min(event.compute_ms / 1e3, event.seconds)
+        self._compute_seconds += compute
+        self._least_overhead = min(self._least_overhead, event.seconds - compute)
+
+    def _advance(self) -> None:
+        if self._began is None:
+            return
+        now = self._clock()
+        account = self._waited if self._in_flight or not self._sent else self._since
+        account[self._waiting(), min(self._in_flight, MOST_LEVELS)] += now - self._at
+        self._at = now
+
+    def _waiting(self) -> Waiting:
+        if not self._sent:
+            return Waiting.ENDS
+        if self._in_flight and self._steps[Step.ROOM]:
+            return Waiting.SERVERS
+        if self._steps[Step.ROOM] or (self._steps[Step.PAUSE] and not self._in_flight):
+            # Who was let in and has not sent yet is busy with its request.
+            return Waiting.CLIENT if self._granted else Waiting.REST
+        for step, waiting in ((Step.READ, Waiting.READ), (Step.BUDGET, Waiting.BUDGET), (Step.WRITE, Waiting.WRITE)):
+            if self._steps[step]:
+                return waiting
+        return Waiting.SERVERS if self._in_flight else Waiting.CLIENT

@@ -1,0 +1,199 @@
+"""What a run was limited by: the stage that was made slow is the one that is named, and no other."""
+
+import asyncio
+import json
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batch_client.bottleneck import BACKLOG, Limit, Totals, Waiting, find_bottleneck, knee
+from batch_client.contract import _contract_of
+from batch_client.pipeline import execute
+from batch_client.prepare import Services
+from batch_client.spec import RunSpec
+from batch_client.storage import MemoryStore
+from batch_client.transport import HttpReply
+from support.simulated import URL, SimulatedServer
+from support.virtual import run_virtually
+from support.world import make_source
+
+RECORDS = np.random.default_rng(2).integers(0, 99, (640, 3), np.uint8)
+
+
+class Workers(SimulatedServer):
+    """Computes so many requests at once, each for `compute` seconds; the rest queue. Each also travels for `wire`
+    seconds. The first `ill` requests are failed after a while, or turned away at once."""
+
+    def __init__(self, workers=2, compute=0.1, wire=0.01, ill=0, turned_away=0, ceiling=None):
+        super().__init__()
+        self.free = asyncio.Semaphore(workers)
+        self.compute, self.wire, self.ill, self.turned_away, self.ceiling = compute, wire, ill, turned_away, ceiling
+
+    def metadata(self):
+        said = super().metadata()
+        if self.ceiling is not None:
+            said.parameters["ceiling_records_per_s"] = self.ceiling
+        return said
+
+    async def send(self, method, url, headers, parts, deadline):
+        if method == "GET":
+            return await super().send(method, url, headers, parts, deadline)
+        if self.turned_away:
+            self.turned_away -= 1
+            return HttpReply(503, {}, b'{"code": 503, "type": "ServiceUnavailableException", "message": "full"}')
+        await asyncio.sleep(self.wire)
+        async with self.free:
+            await asyncio.sleep(self.compute)
+            if self.ill:
+                self.ill -= 1
+                return HttpReply(500, {}, b'{"code": 500, "type": "InternalServerException", "message": "ill"}')
+            return await super().send(method, url, headers, parts, deadline)
+
+    def reply_parameters(self):
+        return {**super().reply_parameters(), "compute_ms": self.compute * 1e3}
+
+
+class Slow(MemoryStore):
+    """A store whose chunks take their time, each on its own."""
+
+    def __init__(self, objects=None, get=0.0, create=0.0):
+        super().__init__("memory://slow")
+        self.objects.update(objects or {})
+        self.get_seconds, self.create_seconds = get, create
+
+    async def get(self, key, start=None, stop=None):
+        if "c/" in key:
+            await asyncio.sleep(self.get_seconds)
+        return await super().get(key, start, stop)
+
+    async def create(self, key, data):
+        if "/c/" in key:
+            await asyncio.sleep(self.create_seconds)
+        return await super().create(key, data)
+
+
+@pytest.fixture(scope="module")
+def source():
+    return make_source(RECORDS, (16, 3)).objects
+
+
+def scored(source, server=None, get=0.0, create=0.0, cpu=lambda: 0.0, **options):
+    """The summary of a run of 160 requests, on a virtual clock."""
+    async def run():
+        # Made in here: it belongs to the loop.
+        served = Workers(**(server or {}))
+        spec = RunSpec(**{"input": "memory://slow", "output": "memory://out", "endpoints": (URL,), "model": "toy",
+                          "chunk_records": 16, "request_records": 4, "in_flight": 4, **options})
+        services = Services(served.servers(), Slow(source, get=get), Slow(create=create), rng=random.Random(3),
+                            clock=lambda: asyncio.get_running_loop().time(), cpu=cpu)
+        return await execute(spec, services)
+
+    return run_virtually(run())
+
+
+SCENARIOS = {
+    "two workers that always compute": ({}, Limit.MODEL),
+    "a fast store before slow workers": ({"get": 0.05, "create": 0.05}, Limit.MODEL),
+    "a server far away, with too few in flight": ({"server": {"workers": 8, "compute": 0.005, "wire": 0.5}},
+                                                  Limit.IN_FLIGHT),
+    "one request at a time for two workers": ({"in_flight": 1}, Limit.IN_FLIGHT),
+    "a slow source": ({"get": 4.0}, Limit.READING),
+    "a source a little slower than the workers": ({"get": 1.2}, Limit.READING),
+    "a slow source and eight idle workers": ({"get": 1.0, "server": {"workers": 8}}, Limit.READING),
+    "a slow output": ({"create": 4.0}, Limit.WRITING),
+    "a server that was ill for most of the run": ({"server": {"compute": 0.02, "ill": 60}, "patience": 9e9},
+                                                  Limit.FAILURES),
+    "a server without room for most of the run": ({"server": {"compute": 0.002, "turned_away": 12}}, Limit.FAILURES),
+    "a run of one chunk": ({"chunk_records": 640, "request_records": 320, "get": 3.0}, Limit.ENDS),
+}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_stage_that_is_slow_is_named(name, source):
+    options, limit = SCENARIOS[name]
+    summary = scored(source, **options)
+    assert summary.limited_by == limit.value, summary.time_shares
+    assert sum(summary.time_shares.values()) == pytest.approx(1, abs=0.001)
+    assert summary.advice
+
+
+def test_what_made_it_slow_is_what_is_named(source):
+    """The negative control: the same run without the slow stage is limited by something else."""
+    assert scored(source).limited_by == scored(source, get=0.01, create=0.01).limited_by == Limit.MODEL.value
+
+
+def test_a_budget_that_the_requests_hold_is_the_thing_to_raise(source):
+    summary = scored(source, max_bytes_in_flight=48, in_flight=64, server={"workers": 64, "compute": 1.0})
+    assert (summary.limited_by, summary.advice) == (Limit.READING.value, "raise --max-bytes-in-flight")
+
+
+def test_an_event_loop_that_is_never_idle_is_the_limit_whatever_waits(source):
+    ticks = iter([0.0, 1e9])
+    assert scored(source, cpu=lambda: next(ticks)).limited_by == Limit.CLIENT.value
+
+
+def test_a_ceiling_that_the_server_states_is_compared_with(source):
+    summary = scored(source, server={"ceiling": 80.0, "compute": 0.1})
+    assert summary.ceiling_records_per_s == 80.0
+    # Two workers, four records in 0.1 s each: 80 records/s, less the beginning and the end.
+    assert 90 < summary.percent_of_ceiling < 100
+    assert scored(source).percent_of_ceiling is None
+
+
+@pytest.mark.parametrize(("said", "taken"), [
+    (100, 100.0), (12.5, 12.5), (0, None), (-1, None), ("fast", None), (True, None), (None, None),
+    (float("inf"), None), (float("nan"), None),
+])
+def test_only_a_rate_is_taken_for_a_ceiling(said, taken):
+    tensor = {"datatype": "FP32", "shape": [-1, 3]}
+    body = {"name": "m", "versions": ["1"], "platform": "", "inputs": [{"name": "x", **tensor}],
+            "outputs": [{"name": "y", **tensor}], "parameters": {"ceiling_records_per_s": said}}
+    assert _contract_of("http://s", json.dumps(body).encode()).ceiling == taken
+
+
+seconds = st.floats(0, 1e6)
+
+
+@st.composite
+def totals(draw):
+    waited = draw(st.dictionaries(st.tuples(st.sampled_from(Waiting), st.integers(0, 40)), seconds, max_size=12))
+    requests = draw(st.integers(0, 1000))
+    compute, overhead, queued, wasted = (draw(seconds) for _ in range(4))
+    least = overhead / max(requests, 1)
+    return Totals(sum(waited.values()), waited, draw(st.integers(1, 40)), requests,
+                  compute + requests * least + queued, compute, least, wasted, draw(seconds))
+
+
+@given(totals())
+def test_shares_are_of_the_whole_and_the_limit_is_one_of_them(sums):
+    found = find_bottleneck(sums)
+    if found is None:
+        assert sums.requests == 0 or not sum(sums.waited.values())
+        return
+    assert sum(found.shares.values()) == pytest.approx(1)
+    assert all(share >= 0 for share in found.shares.values())
+    assert found.evidence
+    assert found.advice
+
+
+@given(workers=st.integers(1, 12), more=st.integers(1, 20), compute=st.floats(0.01, 10), wire=st.floats(0, 1))
+def test_the_knee_of_a_full_server_is_its_workers_and_what_travels(workers, more, compute, wire):
+    """W workers that always compute finish W / c requests a second, of which each is active for c + o."""
+    wanted = workers * (compute + wire * compute) / compute
+    in_flight = int(wanted) + 1 + more
+    run, requests = 100.0, 100.0 * workers / compute
+    sums = Totals(run, {(Waiting.SERVERS, in_flight): run}, in_flight, round(requests), in_flight * run,
+                  requests * compute, wire * compute * requests / round(requests), 0.0, 0.0)
+    assert in_flight - wanted >= BACKLOG
+    assert knee(sums) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_without_a_backlog_no_knee_was_seen():
+    sums = Totals(10, {(Waiting.READ, 3): 10.0}, 8, 30, 30.0, 30.0, 0.0, 0.0, 0.0)
+    assert knee(sums) == float("inf")
+    found = find_bottleneck(sums)
+    assert found.limit is Limit.READING
+    assert found.shares[Limit.READING] == 1
