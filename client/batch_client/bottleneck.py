@@ -154,7 +154,8 @@ def _backlog(totals: Totals) -> float:
 
 def _shares(totals: Totals) -> dict[Limit, float]:
     most = knee(totals)
-    seconds = dict.fromkeys(Limit, 0.0)
+    # What more in flight would have changed is among the servers' time.
+    seconds: dict[Limit, float] = {limit: 0.0 for limit in Limit if limit is not Limit.IN_FLIGHT}
     stage = {Waiting.READ: Limit.READING, Waiting.BUDGET: Limit.READING, Waiting.WRITE: Limit.WRITING,
              Waiting.CLIENT: Limit.CLIENT, Waiting.REST: Limit.FAILURES, Waiting.ENDS: Limit.ENDS}
     servers = 0.0

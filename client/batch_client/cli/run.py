@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from batch_client.cli.options import run_options, spec_of
+from batch_client.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from batch_client.events import Observer
+    from batch_client.report import Report
     from batch_client.spec import RunSpec
     from batch_client.summary import RunSummary
 
@@ -25,7 +31,9 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the run's figures on stdout.")
 @click.option("--log", type=click.Choice(["bar", "json", "none"]), default="bar", show_default=True,
               help="What standard error shows: a progress bar, JSON lines, nothing.")
-def command(input_url: str, output_url: str, *, as_json: bool, log: str, **options: Any) -> None:
+@click.option("--report", "page", metavar="FILE.html", type=click.Path(path_type=Path),
+              help="Write a page about the run: speed, what limited it, latencies, retries, scores.")
+def command(input_url: str, output_url: str, *, as_json: bool, log: str, page: Path | None, **options: Any) -> None:
     """Score every record of INPUT, a Zarr array, into OUTPUT, or go on with a run that was stopped.
 
     INPUT and OUTPUT are URLs (s3://bucket/path) or paths. The records are scored by the servers named with --endpoint,
@@ -35,14 +43,16 @@ def command(input_url: str, output_url: str, *, as_json: bool, log: str, **optio
     from batch_client.cli.stream import say
 
     spec = spec_of(input_url, output_url, options)
-    summary = run_until_complete(_run(spec, log))
+    if page is not None:
+        _require_writable(page)
+    summary = run_until_complete(_run(spec, log, page))
     if as_json:
         click.echo(json.dumps(summary.to_value()))
     else:
         say(_sentence(summary))
 
 
-async def _run(spec: RunSpec, log: str) -> RunSummary:
+async def _run(spec: RunSpec, log: str, page: Path | None) -> RunSummary:
     from batch_client.api import run_async
     from batch_client.cli.observers import LogLines, ProgressBar
     from batch_client.cli.stream import PatientStream
@@ -55,11 +65,61 @@ async def _run(spec: RunSpec, log: str) -> RunSummary:
         shown.append(ProgressBar(stream) if log == "bar" else LogLines(stream))
     observers: tuple[Observer, ...] = tuple(shown)
     try:
-        return await run_async(spec, observers, stop)
+        if page is None:
+            return await run_async(spec, observers, stop)
+        return await _run_with_report(spec, observers, stop, page)
     finally:
         for observer in shown:
             observer.close()
         stream.close()
+
+
+async def _run_with_report(spec: RunSpec, observers: tuple[Observer, ...], stop: asyncio.Event,
+                           page: Path) -> RunSummary:
+    """A run that leaves a page behind, also where it ends early."""
+    from batch_client.api import run_async
+    from batch_client.cli.stream import say
+    from batch_client.report import Report
+
+    report = Report(spec.input)
+    try:
+        summary = await run_async(spec, (*observers, report), stop)
+    except BaseException as error:
+        try:
+            _write(page, report, str(error) or "it was interrupted")
+        except StorageError as second:
+            say(f"batch-client: {second}")
+        raise
+    _write(page, report)
+    return summary
+
+
+def _require_writable(page: Path) -> None:
+    """Raises UsageError where no page can be written: to be told before the run, not after it."""
+    if page.is_dir():
+        raise UsageError(f"--report {page}: this is a folder; wanted a file such as {page / 'report.html'}")
+    try:
+        with tempfile.TemporaryFile(dir=page.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"--report {page}: can't write there: {error.strerror}") from error
+
+
+def _write(page: Path, report: Report, ending: str = "") -> None:
+    """The page, whole or not at all; none for a run that did not begin. Raises StorageError."""
+    from batch_client.report import render
+
+    if not report.has_something_to_say:
+        return
+    text = render(report.data(ending))
+    part = page.with_name(f".{page.name}.{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(page)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise StorageError(f"{page}: the report can't be written: {error.strerror}") from error
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:

@@ -1,0 +1,279 @@
+"""What a report gathered → one HTML page: no script, nothing to load, light and dark, well-formed as XML too.
+
+Names, reasons and messages come from servers and stores: all text is escaped. A chart's title says what it shows.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+
+import numpy as np
+
+from batch_client.bottleneck import Bottleneck, Limit
+from batch_client.report.charts import columns, nice_ticks, number, shares_bar
+from batch_client.report.collect import SCORED, ReportData, Sample
+from batch_client.report.sketches import LogHistogram
+from batch_client.report.style import STYLE
+
+__all__ = ["render"]
+
+STATUSES = ("ok", "failed", "not finite")
+_SHOWN_SAMPLES = 8
+_SCORE_COLUMNS = 40
+_LATENCY_COLUMNS_A_DOUBLING = 4
+_MOST_COLUMNS = 120
+
+
+def render(data: ReportData) -> str:
+    """The page of a run that began, or that was found published."""
+    found = data.bottleneck
+    heading = _heading(data)
+    parts = [
+        f"<h1>{_text(heading)}</h1>",
+        _ending(data),
+        "" if found is None else _verdict(found),
+        _section("This run", _definitions(_figures(data))),
+        *([] if found is None else _charts(data, found)),
+        _section("Servers", _servers(data)) if len(data.servers) > 1 else "",
+        _section("Sample predictions", _samples(data)) if data.samples else "",
+        _section("What was run", _definitions(_identity(data))),
+    ]
+    return ('<!DOCTYPE html>\n<html lang="en" xmlns="http://www.w3.org/1999/xhtml"><head><meta charset="utf-8"/>'
+            '<meta http-equiv="Content-Security-Policy" '
+            'content="default-src \'none\'; style-src \'unsafe-inline\'; img-src data:"/>'
+            '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+            f"<title>{_text(heading)}</title><style>{STYLE}</style></head><body><main>\n"
+            + "\n".join(part for part in parts if part) + "\n</main></body></html>\n")
+
+
+def _text(value: object) -> str:
+    """Escaped, without the control characters that no page may hold."""
+    return escape("".join(sign if sign >= " " and sign != "\x7f" else "�" for sign in str(value)))
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{_text(title)}</h2>{body}</section>"
+
+
+def _figure(title: str, note: str, chart: str) -> str:
+    said = f"<p>{_text(note)}</p>" if note else ""
+    return f"<figure><figcaption><h2>{_text(title)}</h2>{said}</figcaption>{chart}</figure>"
+
+
+def _definitions(rows: Iterable[tuple[str, str]]) -> str:
+    return ("<dl>" + "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in rows)
+            + "</dl>")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells of `rows` are HTML already."""
+    return ('<div class="wide"><table><thead><tr>' + "".join(f"<th>{_text(name)}</th>" for name in head)
+            + "</tr></thead><tbody>"
+            + "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+            + "</tbody></table></div>")
+
+
+def _heading(data: ReportData) -> str:
+    output = data.started.output if data.started else data.published.output if data.published else ""
+    name = output.rstrip("/").rpartition("/")[2] or output
+    if data.started is None:
+        return f"{name}: published before this run"
+    if data.published is None:
+        return f"{name}: {data.stored:,} records scored, not published"
+    return f"{name}: {data.stored:,} records scored in {_seconds(data.seconds)}"
+
+
+def _ending(data: ReportData) -> str:
+    if data.ending:
+        return f'<p class="ending">This run ended before its output was published: {_text(data.ending)}</p>'
+    if data.published is None:
+        return '<p class="ending">This part is done; the output is published when all parts are.</p>'
+    if data.published.already:
+        return '<p class="ending">The output was published already; nothing was scored.</p>'
+    return ""
+
+
+def _verdict(found: Bottleneck) -> str:
+    return (f'<p class="verdict">Limited by <strong>{_text(found.limit.phrase)}</strong>: {_text(found.evidence)}. '
+            f"Next: {_text(found.advice)}.</p>")
+
+
+def _figures(data: ReportData) -> list[tuple[str, str]]:
+    rate = data.stored / data.seconds if data.seconds > 0 else 0.0
+    rows = [("records stored by this run", f"{data.stored:,}"), ("time", _seconds(data.seconds)),
+            ("records/s", number(round(rate)))]
+    if data.started is not None:
+        total = data.started.plan.count
+        rows.insert(0, ("records of the output", f"{total:,}"))
+        if data.started.done:
+            rows.insert(1, ("proven before", f"{data.started.done:,}"))
+        if data.started.ceiling is not None:
+            percent = 100 * rate / data.started.ceiling
+            rows.append(("the model's ceiling", f"{number(round(data.started.ceiling))} records/s, this run {percent:.0f} %"))
+    rows += [(f"records {name}", f"{count:,}") for name, count in zip(STATUSES, data.statuses, strict=True)]
+    if data.held:
+        rows.append(("chunks held back", f"{data.held:,}"))
+    rows += [("requests", f"{data.requests:,}"), ("attempts without a result", f"{data.retries:,}")]
+    if data.latency.total:
+        rows += [(f"{percent} % of requests within", _seconds(data.latency.percentile(percent)))
+                 for percent in (50, 90, 99)]
+    return [*rows, ("bytes read", _bytes(data.bytes_read)), ("bytes written", _bytes(data.bytes_written))]
+
+
+def _identity(data: ReportData) -> list[tuple[str, str]]:
+    rows = [("input", data.input)]
+    if data.started is not None:
+        rows += [("output", data.started.output), ("model", data.started.model), ("digest", data.started.model_digest),
+                 ("numerics fingerprint", data.started.fingerprint)]
+    if data.published is not None:
+        rows += [] if data.started else [("output", data.published.output)]
+        rows.append(("root hash", data.published.root))
+    return rows
+
+
+def _charts(data: ReportData, found: Bottleneck) -> list[str]:
+    return [_throughput(data), _time(found), _latency(data.latency), _retries(data),
+            _scores(data) if len(data.scores) > 1 else ""]
+
+
+def _throughput(data: ReportData) -> str:
+    width, rates = _rates(data)
+    ceiling = data.started.ceiling if data.started else None
+    average = sum(data.timeline.amounts(SCORED)) / data.seconds if data.seconds > 0 else 0.0
+    level = None if ceiling is None else (ceiling, f"the model's ceiling, {number(round(ceiling))}")
+    chart = columns([("records", rates)], x_label="seconds since the first read", y_label="records/s",
+                    x_ticks=_time_ticks(width * len(rates)), level=level)
+    return _figure(f"{number(round(average))} records/s on average, {number(round(max(rates)))} at best",
+                   f"Predictions that arrived, each column {_seconds(width)}.", chart)
+
+
+def _rates(data: ReportData) -> tuple[float, list[float]]:
+    """Seconds of a column, and records/s in each; the last one may be shorter than the others."""
+    amounts, width = _merged(data.timeline.amounts(SCORED), data.timeline.width)
+    rates = [amount / width for amount in amounts]
+    if rates:
+        last = min(width, max(data.seconds - width * (len(rates) - 1), width / 10))
+        rates[-1] = amounts[-1] / last
+    return width, rates or [0.0]
+
+
+def _merged(amounts: list[int], width: float) -> tuple[list[int], float]:
+    while len(amounts) > _MOST_COLUMNS:
+        amounts = [sum(amounts[at:at + 2]) for at in range(0, len(amounts), 2)]
+        width *= 2
+    return amounts, width
+
+
+def _time_ticks(seconds: float) -> list[tuple[float, str]]:
+    return [(tick / seconds, number(tick)) for tick in nice_ticks(0.0, seconds, 8)] if seconds > 0 else []
+
+
+def _time(found: Bottleneck) -> str:
+    shares = sorted(found.shares.items(), key=lambda share: -share[1])
+    largest, share = shares[0]
+    return _figure(f"{_capital(largest.phrase)} was waited for during {share * 100:.0f} % of the time",
+                   "Each instant belongs to what the run waited for at it; what went on beside that cost no time.",
+                   shares_bar([(_SHARES[limit], share) for limit, share in shares]))
+
+
+_SHARES = {
+    Limit.MODEL: "the model: servers computed", Limit.WIRE: "the wire: requests and replies travelled",
+    Limit.READING: "reading: too few records for the servers", Limit.WRITING: "writing: chunks were stored first",
+    Limit.CLIENT: "the client: nothing else was under way",
+    Limit.FAILURES: "failures: servers that rested, or gave no result",
+    Limit.ENDS: "start and end: before the first request, after the last reply",
+}
+
+
+def _latency(latency: LogHistogram) -> str:
+    per = _LATENCY_COLUMNS_A_DOUBLING
+    counts = latency.coarser(per)
+    low, high = min(counts), max(counts) + 1
+    exact = {percent: latency.percentile(percent) for percent in (50, 90, 99)}
+
+    def place(seconds: float) -> float:
+        return min(1.0, max(0.0, (math.log2(seconds) * per - low) / (high - low)))
+
+    decades = range(math.floor(math.log10(2 ** (low / per))), math.ceil(math.log10(2 ** (high / per))) + 1)
+    ticks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
+    chart = columns(
+        [("requests", [counts.get(at, 0) for at in range(low, high)])], x_label="time of a request (logarithmic)",
+        y_label="requests",
+        x_ticks=[(place(tick), _seconds(tick)) for tick in ticks if 2 ** (low / per) <= tick <= 2 ** (high / per)],
+        marks=[(place(seconds), f"{percent} % within {_seconds(seconds)}") for percent, seconds in exact.items()])
+    return _figure(f"Half of the requests took {_seconds(exact[50])} or less, one in a hundred over "
+                   f"{_seconds(exact[99])}", "From the first byte sent to the last byte received.", chart)
+
+
+def _retries(data: ReportData) -> str:
+    reasons = [name for name in data.timeline.names() if name != SCORED]
+    if not reasons:
+        return _section("Every request gave a result at its first attempt", "")
+    series, width = [], data.timeline.width
+    for reason in reasons:
+        amounts, width = _merged(data.timeline.amounts(reason), data.timeline.width)
+        series.append((f"{reason}: {sum(amounts):,}", amounts))
+    chart = columns(series, x_label="seconds since the first read", y_label="attempts",
+                    x_ticks=_time_ticks(width * len(series[0][1])))
+    return _figure(f"{data.retries:,} attempts gave no result, most often: {reasons[0]}",
+                   f"They were repeated, or their records taken apart; each column {_seconds(width)}.", chart)
+
+
+def _scores(data: ReportData) -> str:
+    low, high = float(data.scores.min()), float(data.scores.max())
+    if low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    counts, _ = np.histogram(data.scores, _SCORE_COLUMNS, (low, high))
+    middle = float(np.median(data.scores))
+    chart = columns([("records", [float(count) for count in counts])],
+                    x_label=f"highest value of {data.score_name} for a record", y_label="records of the sample",
+                    x_ticks=[((tick - low) / (high - low), number(tick)) for tick in nice_ticks(low, high, 8)],
+                    marks=[((middle - low) / (high - low), f"median {middle:.3g}")])
+    return _figure(f"Half of the records score above {middle:.3g}",
+                   f"Of {len(data.scores):,} records, evenly spaced among those scored.", chart)
+
+
+def _servers(data: ReportData) -> str:
+    return _table(["server", "requests", "records", "attempts without a result"],
+                  [[_text(url), f"{server.requests:,}", f"{server.records:,}", f"{server.retries:,}"]
+                   for url, server in data.servers.items()])
+
+
+def _samples(data: ReportData) -> str:
+    step = -(-len(data.samples) // _SHOWN_SAMPLES)
+    shown = data.samples[::step]
+    pictures = any(sample.picture for sample in shown)
+    head = ["record", *(["picture"] if pictures else []), "status", "highest", "at place", "first values"]
+    return _table(head, [_row(sample, pictures=pictures) for sample in shown])
+
+
+def _row(sample: Sample, *, pictures: bool) -> list[str]:
+    picture = [] if not pictures else ["" if sample.picture is None else (
+        f'<img alt="record {sample.index}" src="data:image/png;base64,{base64.b64encode(sample.picture).decode()}"/>')]
+    return [f"{sample.index:,}", *picture, STATUSES[sample.status],
+            "none" if math.isnan(sample.highest) else f"{sample.highest:.4g}",
+            "none" if sample.top is None else str(sample.top),
+            " ".join(f"{value:.3g}" for value in sample.values)]
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 120:
+        minutes = round(seconds / 60)
+        return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _bytes(count: int) -> str:
+    for size, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:,} bytes"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
