@@ -59,8 +59,7 @@ class Timesheet:
                 self._done(event)
 
     def totals(self) -> Totals:
-        """The sums up to now."""
-        self._advance()
+        """The sums up to the last event."""
         waited = defaultdict(float, self._waited)
         for (waiting, in_flight), seconds in self._since.items():
             waited[waiting if waiting is Waiting.REST else Waiting.ENDS, in_flight] += seconds

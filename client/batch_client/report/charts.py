@@ -14,7 +14,7 @@ __all__ = ["COLOURS", "columns", "nice_ticks", "number", "shares_bar"]
 WIDTH, HEIGHT = 720, 230
 # Classes s0, s1, … that the page has colours for.
 COLOURS = 8
-_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 14, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 80, 14, 14, 46
 _ROW = 14
 _BAR_HEIGHT = 34
 
@@ -62,8 +62,10 @@ def columns(
     if level is not None:
         at = plot.y(level[0])
         parts.append(f'<line class="level" x1="{plot.left}" x2="{plot.right}" y1="{at:.1f}" y2="{at:.1f}"/>'
-                     f'<text class="note" x="{plot.right}" y="{at - 4:.1f}" text-anchor="end">{escape(level[1])}</text>')
-    parts += [_mark(plot, row, place, text) for row, (place, text) in enumerate(marks)]
+                     f'<text class="note" x="{plot.right}" y="{at - 4:.1f}" text-anchor="end">'
+                     f"{escape(level[1])}</text>")
+    # The one on the right begins highest: so no line goes through a text.
+    parts += [_mark(plot, row, place, text) for row, (place, text) in enumerate(sorted(marks, reverse=True))]
     if len(stacks) > 1:
         parts += [_legend_line(series, plot.left, _TOP + _ROW * series, name)
                   for series, (name, _) in enumerate(stacks)]
@@ -79,7 +81,8 @@ def shares_bar(parts: Sequence[tuple[str, float]]) -> str:
     drawn, left = [], 0.0
     for series, (name, share) in enumerate(shown):
         width = share * WIDTH
-        drawn.append(f'<rect class="s{series % COLOURS}" x="{left:.1f}" y="0" width="{width:.1f}" height="{_BAR_HEIGHT}"/>')
+        drawn.append(f'<rect class="s{series % COLOURS}" x="{left:.1f}" y="0" width="{width:.1f}" '
+                     f'height="{_BAR_HEIGHT}"/>')
         if width > 60:
             drawn.append(f'<text class="inside" x="{left + width / 2:.1f}" y="{_BAR_HEIGHT / 2 + 4}" '
                          f'text-anchor="middle">{share * 100:.0f} %</text>')
@@ -134,9 +137,9 @@ def _x_axis(plot: _Plot, ticks: Sequence[tuple[float, str]], label: str) -> str:
 
 
 def _mark(plot: _Plot, row: int, place: float, text: str) -> str:
-    """A line across the chart; its text stands above, on a line of its own, on the side where there is room."""
+    """A line across the chart; its text stands above and to the left, unless there is no room."""
     x, y = plot.left + place * plot.width, _TOP + _ROW * row
-    side, anchor = (-5, "end") if place > 0.6 else (5, "start")
+    side, anchor = (-5, "end") if x > 2 * _LEFT else (5, "start")
     return (f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 8}" y2="{plot.bottom}"/>'
             f'<text class="note" x="{x + side:.1f}" y="{y + 2}" text-anchor="{anchor}">{escape(text)}</text>')
 

@@ -63,7 +63,7 @@ class ServerCounts:
 class ReportData:
     """All that a page needs. `ending` says why a run is not published, "" for one that is. `records` are those of the
     whole run, `done` those proven before it began, `stored` those of the chunks written by it. Seconds are from the
-    beginning to now; `latency` is of answered requests, in seconds; `scores` are the highest value of the output
+    first read to the last event; `latency` is of answered requests, in seconds; `scores` are the highest value of the output
     `score_name` of evenly spaced records that have one.
     """
 
@@ -90,8 +90,7 @@ class ReportData:
 
 
 class Report:
-    """An observer that gathers what a report shows; `input_url` is the scored array's, `clock` and `cpu` give seconds.
-    """
+    """An observer that gathers what a report shows; `input_url` is the array's, `clock` and `cpu` give seconds."""
 
     def __init__(self, input_url: str, clock: Callable[[], float] = time.monotonic,
                  cpu: Callable[[], float] = time.thread_time) -> None:
@@ -137,12 +136,13 @@ class Report:
 
     def data(self, ending: str = "") -> ReportData:
         """What was gathered; `ending` says why the run ended before it was published."""
+        totals = self._timesheet.totals()
         return ReportData(
             input=self._input,
             started=self._started,
             published=self._published,
             ending=ending,
-            seconds=0.0 if self._started is None else self._clock() - self._began,
+            seconds=totals.seconds,
             stored=self._counts["stored"],
             failed=self._counts["failed"],
             held=self._counts["held"],
@@ -150,7 +150,7 @@ class Report:
             retries=self._counts["retries"],
             bytes_read=self._counts["read"],
             bytes_written=self._counts["written"],
-            bottleneck=find_bottleneck(self._timesheet.totals()),
+            bottleneck=find_bottleneck(totals),
             timeline=self._timeline,
             latency=self._latency,
             servers=self._servers,

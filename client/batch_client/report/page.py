@@ -24,7 +24,8 @@ STATUSES = ("ok", "failed", "not finite")
 _SHOWN_SAMPLES = 8
 _SCORE_COLUMNS = 40
 _LATENCY_COLUMNS_A_DOUBLING = 4
-_MOST_COLUMNS = 120
+# A column of a few requests shows their size, not the speed.
+_MOST_COLUMNS, _LEAST_COLUMNS, _REQUESTS_A_COLUMN = 120, 6, 4
 
 
 def render(data: ReportData) -> str:
@@ -39,7 +40,7 @@ def render(data: ReportData) -> str:
         *([] if found is None else _charts(data, found)),
         _section("Servers", _servers(data)) if len(data.servers) > 1 else "",
         _section("Sample predictions", _samples(data)) if data.samples else "",
-        _section("What was run", _definitions(_identity(data))),
+        _section("What was run", _definitions(_identity(data), "long")),
     ]
     return ('<!DOCTYPE html>\n<html lang="en" xmlns="http://www.w3.org/1999/xhtml"><head><meta charset="utf-8"/>'
             '<meta http-equiv="Content-Security-Policy" '
@@ -63,8 +64,8 @@ def _figure(title: str, note: str, chart: str) -> str:
     return f"<figure><figcaption><h2>{_text(title)}</h2>{said}</figcaption>{chart}</figure>"
 
 
-def _definitions(rows: Iterable[tuple[str, str]]) -> str:
-    return ("<dl>" + "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in rows)
+def _definitions(rows: Iterable[tuple[str, str]], kind: str = "short") -> str:
+    return (f'<dl class="{kind}">' + "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in rows)
             + "</dl>")
 
 
@@ -111,8 +112,8 @@ def _figures(data: ReportData) -> list[tuple[str, str]]:
         if data.started.done:
             rows.insert(1, ("proven before", f"{data.started.done:,}"))
         if data.started.ceiling is not None:
-            percent = 100 * rate / data.started.ceiling
-            rows.append(("the model's ceiling", f"{number(round(data.started.ceiling))} records/s, this run {percent:.0f} %"))
+            rows += [("the model's ceiling, records/s", number(round(data.started.ceiling))),
+                     ("percent of the ceiling", f"{100 * rate / data.started.ceiling:.0f} %")]
     rows += [(f"records {name}", f"{count:,}") for name, count in zip(STATUSES, data.statuses, strict=True)]
     if data.held:
         rows.append(("chunks held back", f"{data.held:,}"))
@@ -152,7 +153,8 @@ def _throughput(data: ReportData) -> str:
 
 def _rates(data: ReportData) -> tuple[float, list[float]]:
     """Seconds of a column, and records/s in each; the last one may be shorter than the others."""
-    amounts, width = _merged(data.timeline.amounts(SCORED), data.timeline.width)
+    most = min(_MOST_COLUMNS, max(_LEAST_COLUMNS, data.requests // _REQUESTS_A_COLUMN))
+    amounts, width = _merged(data.timeline.amounts(SCORED), data.timeline.width, most)
     rates = [amount / width for amount in amounts]
     if rates:
         last = min(width, max(data.seconds - width * (len(rates) - 1), width / 10))
@@ -160,8 +162,8 @@ def _rates(data: ReportData) -> tuple[float, list[float]]:
     return width, rates or [0.0]
 
 
-def _merged(amounts: list[int], width: float) -> tuple[list[int], float]:
-    while len(amounts) > _MOST_COLUMNS:
+def _merged(amounts: list[int], width: float, most: int = _MOST_COLUMNS) -> tuple[list[int], float]:
+    while len(amounts) > most:
         amounts = [sum(amounts[at:at + 2]) for at in range(0, len(amounts), 2)]
         width *= 2
     return amounts, width

@@ -26,8 +26,9 @@ figcaption p { margin: 0 0 6px; color: var(--quiet); font-size: 0.9em; }
 .verdict, .ending { margin: 12px 0 0; padding: 10px 14px; background: var(--soft); border-left: 4px solid #0072B2;
   overflow-wrap: anywhere; }
 .ending { border-left-color: var(--mark); }
-dl { margin: 0; display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 2px 24px; }
-dl div { border-bottom: 1px solid var(--line); padding: 3px 0; }
+dl { margin: 0; columns: 3 200px; column-gap: 24px; }
+dl.long { columns: auto; }
+dl div { border-bottom: 1px solid var(--line); padding: 3px 0; break-inside: avoid; }
 dt { color: var(--quiet); font-size: 0.85em; }
 dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
