@@ -64,7 +64,7 @@ class Timesheet:
         for (waiting, in_flight), seconds in self._since.items():
             waited[waiting if waiting is Waiting.REST else Waiting.ENDS, in_flight] += seconds
         return Totals(
-            seconds=self._at - (self._began or self._at),
+            seconds=0.0 if self._began is None else self._at - self._began,
             waited=waited,
             in_flight=self._most,
             requests=self._requests,

@@ -63,8 +63,8 @@ class ServerCounts:
 class ReportData:
     """All that a page needs. `ending` says why a run is not published, "" for one that is. `records` are those of the
     whole run, `done` those proven before it began, `stored` those of the chunks written by it. Seconds are from the
-    first read to the last event; `latency` is of answered requests, in seconds; `scores` are the highest value of the output
-    `score_name` of evenly spaced records that have one.
+    first read to the last event; `latency` is of answered requests, in seconds; `scores` are the highest value of the
+    output `score_name` of evenly spaced records that have one.
     """
 
     input: str

@@ -65,8 +65,8 @@ def _figure(title: str, note: str, chart: str) -> str:
 
 
 def _definitions(rows: Iterable[tuple[str, str]], kind: str = "short") -> str:
-    return (f'<dl class="{kind}">' + "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in rows)
-            + "</dl>")
+    items = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in rows)
+    return f'<dl class="{kind}">{items}</dl>'
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -235,8 +235,8 @@ def _scores(data: ReportData) -> str:
     chart = columns([("records", [float(count) for count in counts])],
                     x_label=f"highest value of {data.score_name} for a record", y_label="records of the sample",
                     x_ticks=[((tick - low) / (high - low), number(tick)) for tick in nice_ticks(low, high, 8)],
-                    marks=[((middle - low) / (high - low), f"median {middle:.3g}")])
-    return _figure(f"Half of the records score above {middle:.3g}",
+                    marks=[((middle - low) / (high - low), f"median {middle:.6g}")])
+    return _figure(f"Half of the records score above {middle:.6g}",
                    f"Of {len(data.scores):,} records, evenly spaced among those scored.", chart)
 
 
@@ -258,9 +258,15 @@ def _row(sample: Sample, *, pictures: bool) -> list[str]:
     picture = [] if not pictures else ["" if sample.picture is None else (
         f'<img alt="record {sample.index}" src="data:image/png;base64,{base64.b64encode(sample.picture).decode()}"/>')]
     return [f"{sample.index:,}", *picture, STATUSES[sample.status],
-            "none" if math.isnan(sample.highest) else f"{sample.highest:.4g}",
+            "none" if math.isnan(sample.highest) else f"{sample.highest:.6g}",
             "none" if sample.top is None else str(sample.top),
-            " ".join(f"{value:.3g}" for value in sample.values)]
+            _values(sample.values)]
+
+
+def _values(values: Sequence[float]) -> str:
+    """Of one kind, so that they compare: decimals where the largest has any."""
+    decimals = 0.1 <= max(map(abs, values), default=0.0) < 100
+    return " ".join(f"{value:.3f}" if decimals else f"{value:.3g}" for value in values)
 
 
 def _seconds(seconds: float) -> str:

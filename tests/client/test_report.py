@@ -1,0 +1,243 @@
+"""The page of a run: what is gathered stays small, what is drawn stays inside, what others say stays text."""
+
+import asyncio
+import io
+import random
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from batch_client.errors import DataError
+from batch_client.events import (
+    ChunkWritten,
+    Published,
+    RecordsScored,
+    RequestDone,
+    RequestRetried,
+    RequestSent,
+    RunStarted,
+)
+from batch_client.pipeline import execute
+from batch_client.plan import Geometry, OutputGeometry, make_plan
+from batch_client.report import Report, render
+from batch_client.report.charts import HEIGHT, WIDTH, columns, nice_ticks, shares_bar
+from batch_client.report.collect import MOST_NAMES, MOST_SAMPLES, MOST_SCORES
+from batch_client.report.sketches import EvenSample, LogHistogram, Timeline
+from batch_client.report.thumbnail import thumbnail
+from batch_client.spec import RunSpec
+from support.faulty import Fate, Life
+from support.simulated import SimulatedServer
+from support.virtual import run_virtually
+from support.world import World
+
+SVG = "{http://www.w3.org/2000/svg}"
+NASTY = "<script>alert('x')</script>&\x00\x1b\n\"' http://evil.example/x.png ]]>"
+positive = st.floats(1e-6, 1e6)
+
+
+def parsed(page):
+    """The page as XML: everything that is opened is closed, and nothing is there that may not be."""
+    return ET.fromstring(page.partition("\n")[2])  # noqa: S314 - our own page
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e7), st.sampled_from("ab"), st.integers(1, 9)), max_size=40))
+def test_a_timeline_keeps_every_amount_at_its_time_and_its_size(added):
+    line = Timeline(most=8, width=0.5)
+    for at, name, amount in added:
+        line.add(at, name, amount)
+    assert len(line.buckets) <= 8
+    for name in "ab":
+        assert sum(line.amounts(name)) == sum(amount for _, other, amount in added if other == name)
+    for at, name, _ in added:
+        assert line.amounts(name)[int(at / line.width)] > 0
+
+
+@given(st.lists(positive, min_size=1, max_size=200), st.floats(0, 100))
+def test_a_percentile_is_off_by_little(values, percent):
+    histogram = LogHistogram()
+    for value in values:
+        histogram.add(value)
+    wanted = np.percentile(values, percent, method="inverted_cdf")
+    assert histogram.percentile(percent) == pytest.approx(wanted, rel=0.0222)
+    assert sum(histogram.coarser(4).values()) == len(values)
+
+
+@given(st.lists(st.integers(0, 60), max_size=40), st.integers(2, 16))
+def test_a_sample_is_even_and_small_however_it_comes(counts, most):
+    sample, seen = EvenSample(most), 0
+    for count in counts:
+        numbers = range(seen, seen + count)
+        for at in sample.take(count):
+            sample.items.append(numbers[at])
+        seen += count
+        assert len(sample.items) <= most
+    if seen:
+        apart = sample.items[1] if len(sample.items) > 1 else max(seen, 1)
+        assert sample.items == list(range(0, seen, apart))
+        assert len(sample.items) * 2 >= min(seen, most)
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (28, 28, 1), (1, 28, 28), (9, 40, 3), (3, 9, 40), (300, 200, 3)])
+def test_a_thumbnail_is_the_record(shape):
+    record = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+    found = np.asarray(Image.open(io.BytesIO(thumbnail(record))))
+    wanted = np.moveaxis(record, 0, -1) if shape[0] == 3 else record.squeeze()
+    step = 4 if shape[0] == 300 else 1
+    np.testing.assert_array_equal(found, wanted[::step, ::step])
+
+
+@pytest.mark.parametrize("record", [
+    np.zeros(784, np.uint8), np.zeros((28, 28), np.float32), np.zeros((5, 28), np.uint8),
+    np.zeros((28, 28, 4), np.uint8), np.uint8(3),
+])
+def test_a_record_that_is_no_picture_has_no_thumbnail(record):
+    assert thumbnail(np.asarray(record)) is None
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9), st.integers(1, 10))
+def test_ticks_are_few_and_inside(low, width, most):
+    ticks = nice_ticks(low, low + width, most)
+    assert len(ticks) <= most + 1
+    assert all(low - width * 1e-6 <= tick <= low + width * (1 + 1e-6) for tick in ticks)
+
+
+amounts = st.floats(0, 1e9)
+
+
+@given(data=st.data(), count=st.integers(0, 50), marks=st.lists(st.floats(0, 1), max_size=3),
+       level=st.none() | st.floats(0.1, 1e10))
+def test_nothing_is_drawn_outside_a_chart(data, count, marks, level):
+    series = [(NASTY, data.draw(st.lists(amounts, min_size=count, max_size=count))) for _ in range(2)]
+    chart = ET.fromstring(columns(  # noqa: S314 - our own chart
+        series, x_label="x", y_label=NASTY.replace("\x00", "").replace("\x1b", ""), x_ticks=[(0, "0"), (1, "1")],
+        marks=[(mark, "m") for mark in marks], level=level and (level, "l"))
+        .replace("\x00", "").replace("\x1b", ""))
+    height = float(chart.get("viewBox").split()[3])
+    for box in chart.iter(f"{SVG}rect"):
+        x, y, wide, high = (float(box.get(name)) for name in ("x", "y", "width", "height"))
+        assert 0 <= x <= x + wide <= WIDTH + 0.1
+        assert -0.1 <= y <= y + high <= height
+    for line in chart.iter(f"{SVG}line"):
+        assert 0 <= float(line.get("y1")) <= height
+    assert height < 2 * HEIGHT
+
+
+def test_shares_fill_their_bar_and_small_ones_are_left_out():
+    chart = ET.fromstring(shares_bar([("a", 0.6), ("b", 0.397), ("c", 0.003)]))  # noqa: S314 - our own chart
+    bars = [box for box in chart.iter(f"{SVG}rect") if box.get("height") == "34"]
+    assert [float(box.get("width")) for box in bars] == pytest.approx([0.6 * WIDTH, 0.397 * WIDTH], abs=0.06)
+
+
+def started(output="memory://out"):
+    outputs = (OutputGeometry("scores", np.dtype(np.float32), (4,)),)
+    spec = RunSpec(input="i", output=output, endpoints=("http://s",), model="m")
+    plan = make_plan(spec, Geometry((1000, 12, 12), np.dtype(np.uint8), 100), np.dtype(np.uint8), outputs, 4)
+    return RunStarted(plan, output, NASTY, NASTY, 0, NASTY, 8, 90.0)
+
+
+def scored(start, rng, count=40):
+    scores = rng.random((count, 4), np.float32)
+    status = np.zeros(count, np.uint8)
+    scores[3], status[3], status[5] = np.nan, 2, 1
+    return RecordsScored(start, rng.integers(0, 256, (count, 12, 12), np.uint8), {"scores": scores}, status)
+
+
+def reported(seconds, steps, names=1):
+    """A report of a run of `steps` requests over `seconds`."""
+    now, rng = [0.0], np.random.default_rng(1)
+    report = Report(NASTY, lambda: now[0], lambda: 0.0)
+    report(started())
+    for step in range(steps):
+        now[0] = seconds * step / steps
+        report(RequestSent(f"http://{step % names}", 40))
+        report(RequestRetried(f"http://{step % names}", f"reason {step % names}: {NASTY}", 0.1, 0.01))
+        report(RequestSent(f"http://{step % names}", 40))
+        now[0] += 0.01
+        report(RequestDone(f"http://{step % names}", 40, 1, 1, 10.0 ** rng.uniform(-3, 2), 5.0))
+        report(scored(step * 40, rng))
+        report(ChunkWritten(step, 40, 1, 100, 10))
+    return report
+
+
+def test_what_others_say_is_text_and_nothing_is_loaded():
+    report = reported(60.0, 50)
+    report(Published(f"memory://{NASTY}", "sha256:root"))
+    page = render(report.data(NASTY))
+    root = parsed(page)
+    assert "script" not in {element.tag.rpartition("}")[2] for element in root.iter()}
+    for element in root.iter():
+        assert not any(name.startswith("on") for name in element.keys())  # noqa: SIM118 - an element is no dict
+        assert element.get("href") is None
+        assert element.get("src", "data:image/png;base64,").startswith("data:image/png;base64,")
+    text = "".join(root.itertext())
+    assert "alert('x')" in text
+    assert "Limited by" in text
+    assert "of the ceiling" in text
+    assert len([1 for _ in root.iter(f"{SVG}svg")]) == 5
+
+
+def test_a_report_stays_small_however_long_the_run():
+    long = reported(1e7, 3000, names=100)
+    data = long.data()
+    assert len(data.timeline.buckets) <= 240
+    assert len(data.timeline.names()) <= MOST_NAMES + 2
+    assert len(data.servers) <= MOST_NAMES + 1
+    assert len(data.latency.counts) <= 640
+    assert len(data.scores) <= MOST_SCORES
+    assert len(data.samples) <= MOST_SAMPLES
+    assert sum(data.statuses) == 3000 * 40
+    assert data.retries == sum(server.retries for server in data.servers.values()) == 3000
+    assert len(render(data)) < 300_000
+
+
+@settings(max_examples=30, deadline=None)
+@given(steps=st.integers(0, 6), seconds=st.floats(1e-3, 1e6))
+def test_a_page_can_be_made_at_any_moment(steps, seconds):
+    parsed(render(reported(seconds, steps).data("stopped")))
+
+
+def test_a_report_agrees_with_the_summary():
+    world = World(7)
+
+    async def run():
+        report = Report("memory://source", asyncio.get_running_loop().time, lambda: 0.0)
+        fate = Fate(random.Random(3), steps=20, faults=8, kinds=Fate.SERVER)
+        return report.data, await execute(world.spec(), world.services(fate, Life()), (report,))
+
+    gathered, summary = run_virtually(run())
+    data = gathered()
+    assert (data.stored, data.requests, data.retries) == (summary.scored, summary.requests, summary.retries)
+    assert data.retries > 0
+    assert data.seconds == pytest.approx(summary.seconds, abs=1e-3)
+    assert data.bottleneck.limit.value == summary.limited_by
+    highest = world.server.expected(world.records, 8).max(1)
+    np.testing.assert_array_equal(np.sort(data.scores), np.sort(highest.astype(np.float64)))
+    for sample in data.samples:
+        assert sample.highest == highest[sample.index]
+    assert summary.root in "".join(parsed(render(data)).itertext())
+
+
+def test_a_run_that_fails_has_a_page_that_says_so():
+    class Choking(SimulatedServer):
+        def answer(self, body, header_length):
+            return super().answer(b"", 0) if bytes(world.records[37]) in body[header_length:] else super().answer(
+                body, header_length)
+
+    world = World(1, server=Choking(seconds=0.01))
+    world.records[37] = (201, 202, 203)
+    world.source.objects = World(1, records=world.records).source.objects
+
+    async def run():
+        report = Report("memory://source", asyncio.get_running_loop().time, lambda: 0.0)
+        with pytest.raises(DataError) as caught:
+            await execute(world.spec(), world.services(Fate(random.Random(1), faults=0), Life()), (report,))
+        return report.data(str(caught.value))
+
+    data = run_virtually(run())
+    assert (data.statuses[1], data.held, data.published) == (1, 1, None)
+    text = "".join(parsed(render(data)).itertext())
+    assert "ended before its output was published: 1 records failed" in text
