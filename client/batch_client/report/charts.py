@@ -49,14 +49,14 @@ def columns(
     """Columns of equal width, one for each place of the series, which are stacked in their order and named in a legend
     when there are several.
 
-    x_ticks, marks: places along the axis from 0 to 1 with their text; marks are lines across the chart. level: a height
-    with its text, a dashed line.
+    x_ticks, marks: places along the axis from 0 to 1 with their text; marks are lines across the chart, for one series.
+    level: a height with its text, a dashed line.
     """
     count = max((len(values) for _, values in stacks), default=0)
     heights = [sum(values[at] for _, values in stacks) for at in range(count)]
     ticks = nice_ticks(0.0, max([*heights, level[0] if level else 0.0, 1e-12]) * 1.05, 4)
     top = max(ticks[-1], *heights, level[0] if level else 0.0)
-    head = _TOP + _ROW * max(len(marks), len(stacks) if len(stacks) > 1 else 0)
+    head = _TOP + (_ROW * len(stacks) + 6 if len(stacks) > 1 else _ROW * len(marks))
     plot = _Plot(_LEFT, head, WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM, top)
     parts = [_grid(plot, ticks), *_columns(plot, stacks, count), _x_axis(plot, x_ticks, x_label)]
     if level is not None:
@@ -112,7 +112,7 @@ def _grid(plot: _Plot, ticks: Sequence[float]) -> str:
 
 def _columns(plot: _Plot, stacks: Sequence[tuple[str, Sequence[float]]], count: int) -> list[str]:
     step = plot.width / max(count, 1)
-    gap = 1.0 if step > 4 else 0.0
+    gap = 1.0 if step > 12 else 0.0
     drawn = []
     for at in range(count):
         below = 0.0

@@ -200,7 +200,7 @@ def _latency(latency: LogHistogram) -> str:
         return min(1.0, max(0.0, (math.log2(seconds) * per - low) / (high - low)))
 
     decades = range(math.floor(math.log10(2 ** (low / per))), math.ceil(math.log10(2 ** (high / per))) + 1)
-    ticks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
+    ticks = [factor * 10.0**decade for decade in decades for factor in ((1, 2, 5) if len(decades) <= 3 else (1,))]
     chart = columns(
         [("requests", [counts.get(at, 0) for at in range(low, high)])], x_label="time of a request (logarithmic)",
         y_label="requests",

@@ -37,6 +37,7 @@ th { text-align: left; color: var(--quiet); font-weight: normal; }
 th, td { padding: 4px 10px 4px 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
 img { width: 48px; image-rendering: pixelated; display: block; }
 svg { display: block; width: 100%; height: auto; font-size: 12px; }
+svg rect { shape-rendering: crispEdges; }
 svg text { fill: var(--quiet); }
 svg text.label, svg text.note { fill: var(--ink); }
 svg text.inside { fill: #ffffff; font-weight: bold; }
