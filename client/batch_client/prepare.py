@@ -39,8 +39,8 @@ class Services:
     output_store: Store
     reuse_store: Store | None = None
     clock: Callable[[], float] = time.monotonic
-    cpu: Callable[[], float] = time.thread_time
     rng: random.Random = field(default_factory=random.Random)
+    cpu: Callable[[], float] = time.thread_time
 
 
 @asynccontextmanager
