@@ -194,6 +194,23 @@ def test_a_report_stays_small_however_long_the_run():
     assert len(render(data)) < 300_000
 
 
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), shape=st.lists(st.integers(0, 3), max_size=3), record=st.lists(st.integers(0, 9), max_size=3),
+       kind=st.sampled_from(["f4", "f2", "i8", "u1", "?"]))
+def test_predictions_of_any_shape_are_gathered(data, shape, record, kind):
+    report = Report("x", lambda: 1.0, lambda: 0.0)
+    report(started())
+    seen = 0
+    for count in data.draw(st.lists(st.integers(1, 3 * MOST_SCORES), max_size=8)) + [1] * 40:
+        report(RecordsScored(seen, np.zeros((count, *record), np.uint8),
+                             {"a": np.ones((count, *shape), kind)}, np.zeros(count, np.uint8)))
+        seen += count
+    gathered = report.data()
+    assert gathered.statuses[0] == seen
+    assert len(gathered.scores) == 0 if kind in ("i8", "u1", "?") or 0 in shape else set(gathered.scores) == {1.0}
+    parsed(render(gathered))
+
+
 @settings(max_examples=30, deadline=None)
 @given(steps=st.integers(0, 6), seconds=st.floats(1e-3, 1e6))
 def test_a_page_can_be_made_at_any_moment(steps, seconds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -186,8 +187,9 @@ class Report:
         for row in self._samples.take(count):
             self._samples.items.append(_sample(event, row, self._score_name or next(iter(event.outputs))))
         if self._score_name:
+            array = event.outputs[self._score_name]
             rows = list(self._scores.take(count))
-            flat = event.outputs[self._score_name][rows].reshape(len(rows), -1).astype(np.float64)
+            flat = array[rows].reshape(len(rows), math.prod(array.shape[1:])).astype(np.float64)
             highest = np.where(event.status[rows] == 0, flat.max(axis=1, initial=-np.inf), np.nan)
             self._scores.items.extend(highest.tolist())
 

@@ -152,14 +152,10 @@ def _throughput(data: ReportData) -> str:
 
 
 def _rates(data: ReportData) -> tuple[float, list[float]]:
-    """Seconds of a column, and records/s in each; the last one may be shorter than the others."""
+    """Seconds of a column, and records/s in each; the run ends somewhere within the last one."""
     most = min(_MOST_COLUMNS, max(_LEAST_COLUMNS, data.requests // _REQUESTS_A_COLUMN))
     amounts, width = _merged(data.timeline.amounts(SCORED), data.timeline.width, most)
-    rates = [amount / width for amount in amounts]
-    if rates:
-        last = min(width, max(data.seconds - width * (len(rates) - 1), width / 10))
-        rates[-1] = amounts[-1] / last
-    return width, rates or [0.0]
+    return width, [amount / width for amount in amounts] or [0.0]
 
 
 def _merged(amounts: list[int], width: float, most: int = _MOST_COLUMNS) -> tuple[list[int], float]:
@@ -199,15 +195,22 @@ def _latency(latency: LogHistogram) -> str:
     def place(seconds: float) -> float:
         return min(1.0, max(0.0, (math.log2(seconds) * per - low) / (high - low)))
 
-    decades = range(math.floor(math.log10(2 ** (low / per))), math.ceil(math.log10(2 ** (high / per))) + 1)
-    ticks = [factor * 10.0**decade for decade in decades for factor in ((1, 2, 5) if len(decades) <= 3 else (1,))]
+    ends = 2.0 ** (low / per), 2.0 ** (high / per)
     chart = columns(
         [("requests", [counts.get(at, 0) for at in range(low, high)])], x_label="time of a request (logarithmic)",
         y_label="requests",
-        x_ticks=[(place(tick), _seconds(tick)) for tick in ticks if 2 ** (low / per) <= tick <= 2 ** (high / per)],
+        x_ticks=[(place(tick), _seconds(tick)) for tick in _round_numbers(*ends)],
         marks=[(place(seconds), f"{percent} % within {_seconds(seconds)}") for percent, seconds in exact.items()])
     return _figure(f"Half of the requests took {_seconds(exact[50])} or less, one in a hundred over "
                    f"{_seconds(exact[99])}", "From the first byte sent to the last byte received.", chart)
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Ticks of a logarithmic axis; a short one has those of a linear axis."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(decades) <= 3 else (1,)
+    ticks = [factor * 10.0**decade for decade in decades for factor in factors if low <= factor * 10.0**decade <= high]
+    return ticks if len(ticks) >= 3 else nice_ticks(low, high)
 
 
 def _retries(data: ReportData) -> str:
