@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,8 +32,9 @@ STATUS_ARRAY = "record_status"
 class ModelContract:
     """What a model is and takes, as its server says: what every reply is checked against.
 
-    `ceiling`: records/s of the model alone on that server, all its workers together, where it was measured. Servers
-    with other ceilings have the same model.
+    `ceiling`: records/s of the model alone on that server, all its workers together, where it was measured.
+    `micro_batch_seconds`: about what a micro-batch takes there, None if unknown. Servers that differ in these two have
+    the same model.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ModelContract:
     outputs: tuple[OutputGeometry, ...]
     numerics: Mapping[str, object] = field(default_factory=dict)
     ceiling: float | None = field(default=None, compare=False)
+    micro_batch_seconds: float | None = field(default=None, compare=False)
 
     def on_the_wire(self, records: np.ndarray) -> np.ndarray:
         """Records (n, *source's record shape) as they travel: the model's record shape and dtype, little-endian."""
@@ -121,6 +124,7 @@ def _contract_of(url: str, body: bytes) -> ModelContract:
     version = metadata.versions[-1] if metadata.versions else ""
     parameters: Mapping[str, object] = metadata.parameters
     micro_batch, numerics = parameters.get("micro_batch", 1), parameters.get("numerics")
+    took = _positive(parameters.get("micro_batch_ms"))
     return ModelContract(
         name=metadata.name,
         version=version,
@@ -132,12 +136,13 @@ def _contract_of(url: str, body: bytes) -> ModelContract:
         input_shape=one.shape,
         outputs=outputs,
         numerics=dict(numerics) if isinstance(numerics, Mapping) else {},
-        ceiling=_rate(parameters.get("ceiling_records_per_s")),
+        ceiling=_positive(parameters.get("ceiling_records_per_s")),
+        micro_batch_seconds=None if took is None else took / 1e3,
     )
 
 
-def _rate(value: object) -> float | None:
-    """A number of records a second, None for anything that can't be one."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+def _positive(value: object) -> float | None:
+    """A number over zero, None for anything that can't be one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         return None
     return float(value)

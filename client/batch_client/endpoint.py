@@ -116,10 +116,11 @@ class Pool:
             except TimeoutError:
                 continue
 
-    def succeeded(self, endpoint: Endpoint) -> None:
+    def answered(self, endpoint: Endpoint, sent_at: float, records: int, compute: float, before: float) -> None:
+        """It answered a request of so many records that was sent at `sent_at`; compute and before: see `Limiter`."""
         endpoint.broken = endpoint.ejections = endpoint.turned_away = 0
         endpoint.other_model = endpoint.refused_since = None
-        endpoint.limiter.succeeded()
+        endpoint.limiter.answered(self._clock(), sent_at, endpoint.in_flight, records, compute, before)
 
     def overloaded(self, endpoint: Endpoint, sent_at: float) -> None:
         """It had no room for a request sent at `sent_at`: fewer at once, and a pause with full jitter for all."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
@@ -56,10 +57,15 @@ _SUSPECT = (Outcome.FAILED, Outcome.RAISED, Outcome.REFUSED, Outcome.TOO_LARGE)
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one request: an array (records, *output shape) by output name, and a uint8 status a record."""
+    """The answer to one request: an array (records, *output shape) by output name, and a uint8 status a record.
+
+    In its server batch the model computed for `before` seconds for others, then for `compute` for it; 0 if unknown.
+    """
 
     outputs: Mapping[str, np.ndarray]
     status: np.ndarray
+    compute: float = 0.0
+    before: float = 0.0
 
 
 @dataclass
@@ -116,7 +122,7 @@ class Exchange:
                 message, ident = self._encode(span, self._contract.on_the_wire(rows))
                 sent_at = self._clock()
                 verdict, prediction = await self._attempt(endpoint, message, ident, span, tries)
-                self._learn(endpoint, verdict, sent_at)
+                self._learn(endpoint, verdict, prediction, sent_at)
                 seconds = self._clock() - sent_at
             if prediction is not None:
                 return prediction
@@ -178,15 +184,15 @@ class Exchange:
         except OipError as error:
             return Verdict(Outcome.CORRUPT, str(error)), None
         self._emit(RequestDone(endpoint.url, span.count, message.nbytes, len(reply.body), self._clock() - started,
-                               _milliseconds(answer.parameters.get("compute_ms"))))
+                               prediction.compute * 1e3))
         return verdict, prediction
 
-    def _learn(self, endpoint: Endpoint, verdict: Verdict, sent_at: float) -> None:
+    def _learn(self, endpoint: Endpoint, verdict: Verdict, prediction: Prediction | None, sent_at: float) -> None:
+        if prediction is not None:
+            self._last_success = self._clock()
+            self._bucket.succeeded()
+            self.pool.answered(endpoint, sent_at, len(prediction.status), prediction.compute, prediction.before)
         match verdict.outcome:
-            case Outcome.RESULT:
-                self._last_success = self._clock()
-                self._bucket.succeeded()
-                self.pool.succeeded(endpoint)
             case Outcome.BUSY:
                 self.pool.overloaded(endpoint, sent_at)
             case Outcome.TOKEN:
@@ -237,7 +243,8 @@ class Exchange:
             if array is None or array.shape != wanted or array.dtype != output.dtype:
                 shown = "missing" if array is None else f"{array.dtype} {array.shape}"
                 raise OipError(f"output {output.name} is {shown}, wanted {output.dtype} {wanted}")
-        return Prediction({output.name: tensors[output.name] for output in contract.outputs}, status)
+        return Prediction({output.name: tensors[output.name] for output in contract.outputs}, status,
+                          _seconds(reply.parameters.get("compute_ms")), _seconds(reply.parameters.get("queue_ms")))
 
 
 def _is_suspect(verdict: Verdict, tries: _Tries) -> bool:
@@ -270,5 +277,8 @@ def _decode(reply: HttpReply) -> InferReply:
     return decode_reply(reply.body, None if length is None else int(length))
 
 
-def _milliseconds(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
+def _seconds(milliseconds: object) -> float:
+    """What a server says it took; 0 for what can't be a time."""
+    if not isinstance(milliseconds, int | float) or not 0 <= milliseconds < math.inf:
+        return 0.0
+    return milliseconds / 1e3

@@ -85,13 +85,13 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     if root is not None:
         emit(Published(spec.output, root, already=True))
         failed = sum(row.failed for row in (await read_manifest(output)).rows)
-        return tally.summary(spec, prepared.contract, prepared.plan, failed)
+        return tally.summary(spec, prepared, failed)
     layout = await OutputLayout.open(prepared.plan, spec.codec)
     run = _Run(spec, services, prepared, layout, emit, stop or asyncio.Event())
     root = await run.to_the_end(reusable)
     if root is not None:
         emit(Published(spec.output, root))
-    return tally.summary(spec, prepared.contract, prepared.plan, run.failed)
+    return tally.summary(spec, prepared, run.failed)
 
 
 async def _is_begun(output: Store, identity: RunIdentity) -> bool:

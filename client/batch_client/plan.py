@@ -27,6 +27,9 @@ MAX_CHUNK_RECORDS = 8192
 MAX_CHUNK_BYTES_IN = 64 * MIB
 MAX_CHUNK_BYTES_OUT = 8 * MIB
 REQUEST_BYTES = 1 * MIB
+# A request's share of a worker: long enough that what each request costs beside the model is a few percent of it, short
+# enough that others are not kept waiting, and that a model that is slow has its requests spread over all workers.
+REQUEST_COMPUTE_SECONDS = 0.1
 # The server's own bound on one body (serve_config/config.properties) leaves room for the header.
 MAX_REQUEST_BYTES = 60 * MIB
 
@@ -185,11 +188,12 @@ def make_plan(
     wire_dtype: np.dtype[np.generic],
     outputs: tuple[OutputGeometry, ...],
     micro_batch: int,
+    micro_batch_seconds: float | None = None,
 ) -> Plan:
     """Choose every size of a run.
 
     An output chunk is as many whole input chunks as fit 8 MiB out, 64 MiB in and 8,192 records, at least one. A request
-    is as many micro-batches as fit 1 MiB, at least one.
+    is as many micro-batches as fit 1 MiB and, where the server says what one takes, 0.1 s of compute, at least one.
 
     Raises DataError for a source without records, UsageError for sizes that can't be met; both numbers are in the text.
     """
@@ -207,7 +211,7 @@ def make_plan(
         raise UsageError(f"--chunk-records {grid}: wanted a multiple of the source's {source.chunk_records} records a "
                          f"chunk, such as {nearest}")
     wire_bytes = max(1, math.prod(source.record_shape) * wire_dtype.itemsize)
-    request = spec.request_records or _default_request(wire_bytes, micro_batch, grid)
+    request = spec.request_records or _default_request(wire_bytes, micro_batch, grid, micro_batch_seconds)
     if request % micro_batch:
         raise UsageError(f"--request-records {request}: wanted a multiple of the server's micro-batch, {micro_batch}")
     if request > micro_batch and request * wire_bytes > MAX_REQUEST_BYTES:
@@ -236,6 +240,8 @@ def _default_chunk(source: Geometry, outputs: tuple[OutputGeometry, ...]) -> int
     return max(1, records // source.chunk_records) * source.chunk_records
 
 
-def _default_request(wire_bytes: int, micro_batch: int, grid: int) -> int:
-    micro_batches = max(1, REQUEST_BYTES // (wire_bytes * micro_batch))
-    return min(micro_batches, -(-grid // micro_batch)) * micro_batch
+def _default_request(wire_bytes: int, micro_batch: int, grid: int, micro_batch_seconds: float | None) -> int:
+    most = REQUEST_BYTES // (wire_bytes * micro_batch)
+    if micro_batch_seconds is not None:
+        most = min(most, round(REQUEST_COMPUTE_SECONDS / micro_batch_seconds))
+    return max(1, min(most, -(-grid // micro_batch))) * micro_batch

@@ -79,7 +79,8 @@ async def prepare(spec: RunSpec, services: Services) -> Prepared:
     pool = Pool(services.servers.urls, spec.in_flight, services.clock, services.rng)
     contract = await _agree(spec, services, pool)
     geometry = _checked(source, contract)
-    plan = make_plan(spec, geometry, contract.input_dtype, contract.outputs, contract.micro_batch)
+    plan = make_plan(spec, geometry, contract.input_dtype, contract.outputs, contract.micro_batch,
+                     contract.micro_batch_seconds)
     return Prepared(source, contract, plan, _identity(spec, services, source, contract, plan), pool)
 
 

@@ -97,8 +97,8 @@ class RunSpec(ServerSpec):
     array: name of the array when `input` is a group.
     records: the range to score; the default is all.
     chunk_records: records in an output chunk; None follows the rule in `plan.py`.
-    request_records: records in a request, a multiple of the server's micro-batch; None aims at 1 MiB.
-    in_flight: the most requests at one endpoint at a time.
+    request_records: records in a request, a multiple of the server's micro-batch; None follows the rule in `plan.py`.
+    in_flight: the most requests at one endpoint at a time; how many there are `limiter.py` finds.
     max_bytes_in_flight: bytes of source records held at a time.
     codec: how output chunks are compressed, one of CODECS.
     patience: seconds without any answer after which the run stops, resumable.
@@ -117,7 +117,7 @@ class RunSpec(ServerSpec):
     records: Records = Records()
     chunk_records: int | None = None
     request_records: int | None = None
-    in_flight: int = 8
+    in_flight: int = 32
     max_bytes_in_flight: int = 64 * MIB
     codec: str = "none"
     patience: float = 600.0

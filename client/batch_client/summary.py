@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from batch_client.bottleneck import Bottleneck, find_bottleneck
-from batch_client.contract import ModelContract
 from batch_client.events import ChunkWritten, Event, Published, RequestDone, RequestRetried, RunStarted
-from batch_client.plan import Plan
+from batch_client.prepare import Prepared
 from batch_client.spec import RunSpec
 from batch_client.timesheet import Timesheet
 
@@ -20,8 +19,9 @@ __all__ = ["RunSummary", "Tally", "peak_memory"]
 @dataclass(frozen=True)
 class RunSummary:
     """A finished run. `records` is the size of the output, `scored` what this run computed of it, `failed` the
-    failures in the output; seconds are from the first read to publication, bytes are of records read from and chunks
-    written to storage, peak memory is that of this process, its imports included.
+    failures in the output; seconds are from the first read to publication, `in_flight` is the limit that was found for
+    each endpoint, bytes are of records read from and chunks written to storage, peak memory is that of this process, its
+    imports included.
 
     `limited_by` is a value of `bottleneck.Limit` and `advice` the next thing to turn, `time_shares` the run's time by
     what was waited for; None and empty where nothing was scored. `ceiling_records_per_s` is what the model alone was
@@ -42,6 +42,7 @@ class RunSummary:
     fingerprint: str
     requests: int
     retries: int
+    in_flight: tuple[int, ...]
     bytes_read: int
     bytes_written: int
     peak_memory_bytes: int
@@ -91,14 +92,15 @@ class Tally:
             case Published():
                 self._published = event
 
-    def summary(self, spec: RunSpec, contract: ModelContract, plan: Plan, failed: int) -> RunSummary:
+    def summary(self, spec: RunSpec, prepared: Prepared, failed: int) -> RunSummary:
         """The figures so far; `failed` counts the whole output, whoever scored it."""
+        contract = prepared.contract
         seconds = self._clock() - self._started
         rate = self._scored / seconds if seconds > 0 else 0.0
         found = find_bottleneck(self._timesheet.totals())
         ceiling = contract.ceiling
         return RunSummary(
-            records=plan.count,
+            records=prepared.plan.count,
             scored=self._scored,
             failed=failed,
             seconds=round(seconds, 3),
@@ -112,6 +114,7 @@ class Tally:
             fingerprint=contract.fingerprint,
             requests=self._requests,
             retries=self._retries,
+            in_flight=tuple(endpoint.limiter.limit for endpoint in prepared.pool.endpoints),
             bytes_read=self._read,
             bytes_written=self._written,
             peak_memory_bytes=peak_memory(),

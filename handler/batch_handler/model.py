@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ __all__ = [
 DESCRIPTION_FILE = "model.json"
 _MAX_DESCRIPTION_BYTES = 1 << 20
 _FINGERPRINT_DIGITS = 16
+_TIMED_RUNS = 3
+_TIMED_SECONDS = 0.25
 
 # How far lower precision may be from the golden outputs, which were made in float32: the unit roundoff of the
 # format (8, 11 and 11 bits of significand) times a handful of layers.
@@ -70,6 +73,7 @@ class Model:
         self.micro_batch = micro_batch
         self.numerics = numerics
         self.fingerprint = fingerprint_of(numerics)
+        self.micro_batch_ms = 0.0
         self._scorer = scorer
 
     @classmethod
@@ -139,6 +143,7 @@ class Model:
                 "model_digest": self.digest,
                 "fingerprint": self.fingerprint,
                 "micro_batch": self.micro_batch,
+                "micro_batch_ms": self.micro_batch_ms,
                 "numerics": dict(self.numerics),
             },
         )
@@ -146,7 +151,7 @@ class Model:
     def check_golden(self, directory: Path, tolerance: float) -> None:
         """Raise `ModelLoadError` unless the golden records give the golden outputs."""
         inputs, outputs = read_golden(directory / self.description.golden.file, self.description)
-        scored = self.score_bulk(inputs)
+        scored = self._timed(inputs)
         for spec, found, wanted in zip(self.description.outputs, scored, outputs, strict=True):
             worst = _difference(found, wanted)
             if not worst <= tolerance:
@@ -154,6 +159,19 @@ class Model:
                     f"golden records of {self.description.name} {self.description.version}: "
                     f"output {spec.name} differs by {worst:.3g}, wanted at most {tolerance:.3g}"
                 )
+
+    def _timed(self, inputs: Sequence[Array]) -> tuple[Array, ...]:
+        """Score records and set `micro_batch_ms`, by which clients choose the size of their requests. Other workers may
+        be loading beside this one: so it is the least of a few times, of one where that takes long.
+        """
+        micro_batches = -(-len(inputs[0]) // self.micro_batch)
+        times: list[float] = []
+        while len(times) < _TIMED_RUNS and sum(times) < _TIMED_SECONDS:
+            began = time.perf_counter()
+            scored = self.score_bulk(inputs)
+            times.append(time.perf_counter() - began)
+        self.micro_batch_ms = round(min(times) / micro_batches * 1e3, 3)
+        return scored
 
 
 def read_description(directory: Path) -> ModelDescription:

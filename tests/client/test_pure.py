@@ -1,4 +1,4 @@
-"""Limiter, retry bucket, jitter, dialect, spec: decisions without I/O."""
+"""Retry bucket, jitter, dialect, spec: decisions without I/O."""
 
 import json
 import random
@@ -9,29 +9,8 @@ from hypothesis import strategies as st
 
 from batch_client.dialect import Outcome, read_reply
 from batch_client.errors import MismatchError, UsageError
-from batch_client.limiter import Limiter
 from batch_client.retry import RetryBucket, full_jitter
 from batch_client.spec import Records, RunIdentity, RunSpec
-
-
-def test_a_burst_of_refusals_cuts_once_and_answers_grow_it_back():
-    limiter = Limiter(16)
-    for _ in range(10):
-        limiter.overloaded(now=1.0, sent_at=0.5)
-    assert limiter.limit == 11
-    limiter.overloaded(now=2.0, sent_at=1.5)
-    assert limiter.limit == 7
-    for _ in range(400):
-        limiter.succeeded()
-    assert limiter.limit == 16
-
-
-@given(st.lists(st.booleans(), max_size=200), st.integers(1, 64))
-def test_the_limit_stays_between_one_and_the_most(answers, most):
-    limiter = Limiter(most)
-    for now, good in enumerate(answers):
-        limiter.succeeded() if good else limiter.overloaded(now=now + 0.5, sent_at=now)
-        assert 1 <= limiter.limit <= most
 
 
 def test_an_empty_bucket_leaves_one_probe_a_second():

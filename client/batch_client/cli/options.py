@@ -67,9 +67,10 @@ run_options = _stack(
                  help="Records in an output chunk, whole input chunks.  [default: up to 8192 and 8 MiB]"),
     click.option("--request-records", type=int,
                  help="Records in a request, whole micro-batches. Raise it for tiny records, lower it when online "
-                      "queries must stay quick.  [default: about 1 MiB]"),
-    click.option("--in-flight", type=int, default=8, show_default=True,
-                 help="The most requests at one endpoint at a time. Raise it for servers with many workers."),
+                      "queries must stay quick.  [default: about 1 MiB or 0.1 s of compute]"),
+    click.option("--in-flight", type=int, default=32, show_default=True,
+                 help="The most requests at one endpoint at a time; the run finds the fewest that keep it busy. Raise "
+                      "it for servers with more than 16 workers, lower it to leave them to others."),
     click.option("--max-bytes-in-flight", type=BYTES, default="64M", show_default=True,
                  help="Bytes of records held in memory. Raise it for large input chunks or a distant store."),
     click.option("--codec", type=click.Choice(["none", "zstd"]), default="none", show_default=True,
