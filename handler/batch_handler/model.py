@@ -73,7 +73,6 @@ class Model:
         self.micro_batch = micro_batch
         self.numerics = numerics
         self.fingerprint = fingerprint_of(numerics)
-        self.micro_batch_ms = 0.0
         self._scorer = scorer
 
     @classmethod
@@ -143,7 +142,7 @@ class Model:
                 "model_digest": self.digest,
                 "fingerprint": self.fingerprint,
                 "micro_batch": self.micro_batch,
-                "micro_batch_ms": self.micro_batch_ms,
+                "micro_batch_ms": round(self._scorer.micro_batch_seconds * 1e3, 3),
                 "numerics": dict(self.numerics),
             },
         )
@@ -161,16 +160,14 @@ class Model:
                 )
 
     def _timed(self, inputs: Sequence[Array]) -> tuple[Array, ...]:
-        """Score records and set `micro_batch_ms`, by which clients choose the size of their requests. Other workers may
-        be loading beside this one: so it is the least of a few times, of one where that takes long.
+        """Score records, a few times where that is quick: clients choose the size of their requests by what a
+        micro-batch takes, and other workers may be loading beside this one.
         """
-        micro_batches = -(-len(inputs[0]) // self.micro_batch)
-        times: list[float] = []
-        while len(times) < _TIMED_RUNS and sum(times) < _TIMED_SECONDS:
-            began = time.perf_counter()
+        began = time.perf_counter()
+        for _ in range(_TIMED_RUNS):
             scored = self.score_bulk(inputs)
-            times.append(time.perf_counter() - began)
-        self.micro_batch_ms = round(min(times) / micro_batches * 1e3, 3)
+            if time.perf_counter() - began > _TIMED_SECONDS:
+                break
         return scored
 
 

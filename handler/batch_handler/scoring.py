@@ -7,6 +7,7 @@ again request by request, so that only the one whose records are to blame is tol
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -99,7 +100,10 @@ def exit_process(error: BaseException) -> None:
 
 
 class Scorer:
-    """A prepared runtime; not for several threads."""
+    """A prepared runtime; not for several threads.
+
+    `micro_batches` were computed so far; the quickest full one took `micro_batch_seconds`.
+    """
 
     def __init__(
         self,
@@ -111,6 +115,7 @@ class Scorer:
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.micro_batches = 0
+        self.micro_batch_seconds = math.inf
         self._runtime = runtime
         self._outputs = tuple(outputs)
         self._micro_batch = micro_batch
@@ -200,6 +205,8 @@ class Scorer:
         # What overlaps with the micro-batch before is that one's time.
         elapsed = done - max(issued.at, self._clock.finished)
         self._clock.finished = done
+        if issued.batch.size == self._micro_batch:
+            self.micro_batch_seconds = min(self.micro_batch_seconds, elapsed)
         for index in issued.batch.requests:
             works[index].compute += elapsed
 

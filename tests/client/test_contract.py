@@ -8,9 +8,9 @@ from batch_client.contract import _contract_of
 from batch_client.errors import ServingError
 
 
-def metadata(*outputs):
+def metadata(*outputs, **parameters):
     tensor = {"datatype": "FP32", "shape": [-1, 3]}
-    return json.dumps({"name": "foreign", "versions": ["1"], "platform": "",
+    return json.dumps({"name": "foreign", "versions": ["1"], "platform": "", "parameters": parameters,
                        "inputs": [{"name": "dense_input:0", **tensor}],
                        "outputs": [{"name": name, **tensor} for name in outputs]}).encode()
 
@@ -27,3 +27,12 @@ def test_outputs_whose_names_cannot_name_arrays_are_refused(name):
         _contract_of("http://s", metadata("fine", name))
     assert str(caught.value).startswith(f"http://s: model foreign names an output {name!r}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("told", "seconds"), [
+    (12.5, 0.0125), (3, 0.003), (0, None), (-1, None), ("fast", None), (None, None), (1e999, None),
+])
+def test_what_a_micro_batch_takes_is_a_time_or_unknown_and_makes_no_other_model(told, seconds):
+    contract = _contract_of("http://s", metadata("scores", micro_batch_ms=told))
+    assert contract.micro_batch_seconds == seconds
+    assert contract == _contract_of("http://s", metadata("scores"))

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,8 +163,22 @@ async def test_xarray_opens_the_output_without_a_warning(tmp_path):
 
 async def test_in_flight_is_bounded_and_reached():
     server = SimulatedServer(seconds=0.002)
-    await score(records_of(400), server=server, request_records=4, in_flight=5)
+    summary, _ = await score(records_of(400), server=server, request_records=4, in_flight=5)
     assert server.most_at_once == 5
+    assert summary.in_flight == (5,)
+
+
+async def test_requests_are_cut_by_what_the_server_says_a_micro_batch_takes_and_the_bytes_are_the_same():
+    class Slow(SimulatedServer):
+        def metadata(self):
+            described = super().metadata()
+            return replace(described, parameters={**described.parameters, "micro_batch_ms": 50.0})
+
+    records = records_of(400)
+    usual, _ = await score(records)
+    slow, _ = await score(records, server=Slow())
+    assert (usual.requests, slow.requests) == (1, 400 // (2 * 4))
+    assert slow.root == usual.root
 
 
 async def test_nothing_opens_before_the_end_and_the_same_command_goes_on(tmp_path):

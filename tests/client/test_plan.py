@@ -69,6 +69,15 @@ def test_a_request_is_about_a_mebibyte_of_whole_micro_batches():
     assert plan_of(count=100_000, record=(512, 512, 3), chunk=1).request_records == 64
 
 
+@pytest.mark.parametrize(("seconds", "wanted"), [
+    (1e-6, 1280), (0.011, 9 * 128), (0.033, 3 * 128), (0.1, 128), (2.6, 128),
+])
+def test_a_request_of_a_slow_model_is_about_a_tenth_of_a_second_of_whole_micro_batches(seconds, wanted):
+    assert plan_of(count=100_000, micro_batch=128, micro_batch_seconds=seconds).request_records == wanted
+    assert plan_of(count=100_000, micro_batch=128, micro_batch_seconds=seconds,
+                   request_records=2560).request_records == 2560
+
+
 def test_a_billion_records_are_planned_without_listing_them():
     plan = plan_of(count=10**9, chunk=100)
     assert plan.unit_count == -(-(10**9) // 8100)

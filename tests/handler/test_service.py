@@ -192,6 +192,7 @@ def test_metadata_of_an_empty_body(ask, tiny):
         metadata = ModelMetadata.from_json(json.loads(body))
         assert metadata.to_json() == tiny.metadata().to_json()
         assert metadata.parameters["micro_batch"] == 8
+        assert 0 < metadata.parameters["micro_batch_ms"] < 60_000
         assert metadata.parameters["numerics"]["threads"] == 1
         assert metadata.platform == "pytorch_eager"
 

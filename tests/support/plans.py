@@ -15,9 +15,10 @@ def spec(**options):
     return RunSpec(input="a", output="b", archive="m.mar", **options)
 
 
-def plan_of(count=1000, chunk=100, record=(28, 28), dtype=np.uint8, micro_batch=64, output=SCORES, **options):
+def plan_of(count=1000, chunk=100, record=(28, 28), dtype=np.uint8, micro_batch=64, output=SCORES,
+            micro_batch_seconds=None, **options):
     geometry = Geometry((count, *record), np.dtype(dtype), chunk)
-    return make_plan(spec(**options), geometry, np.dtype(dtype), (output,), micro_batch)
+    return make_plan(spec(**options), geometry, np.dtype(dtype), (output,), micro_batch, micro_batch_seconds)
 
 
 @st.composite
