@@ -26,15 +26,18 @@ UNVERIFIED = "unverified"
 # What may name an array of the output, and the array beside them that no model's output may be.
 OUTPUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 STATUS_ARRAY = "record_status"
+# What may name a lane: it becomes a part of a path.
+LANE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
 class ModelContract:
     """What a model is and takes, as its server says: what every reply is checked against.
 
-    `ceiling`: records/s of the model alone on that server, all its workers together, where it was measured.
-    `micro_batch_seconds`: about what a micro-batch takes there, None if unknown. Servers that differ in these two have
-    the same model.
+    ceiling: records/s of the model alone on that server, all its workers together, where it was measured.
+    micro_batch_seconds: about what a micro-batch takes there, None if unknown.
+    bulk_lane: the name under which this server takes bulk requests, if it is not `name`.
+    These three are the server's own business: servers that differ in them have the same model.
     """
 
     name: str
@@ -49,6 +52,7 @@ class ModelContract:
     numerics: Mapping[str, object] = field(default_factory=dict)
     ceiling: float | None = field(default=None, compare=False)
     micro_batch_seconds: float | None = field(default=None, compare=False)
+    bulk_lane: str | None = field(default=None, compare=False)
 
     def on_the_wire(self, records: np.ndarray) -> np.ndarray:
         """Records (n, *source's record shape) as they travel: the model's record shape and dtype, little-endian."""
@@ -125,6 +129,7 @@ def _contract_of(url: str, body: bytes) -> ModelContract:
     parameters: Mapping[str, object] = metadata.parameters
     micro_batch, numerics = parameters.get("micro_batch", 1), parameters.get("numerics")
     took = _positive(parameters.get("micro_batch_ms"))
+    lane = parameters.get("bulk_lane")
     return ModelContract(
         name=metadata.name,
         version=version,
@@ -138,6 +143,7 @@ def _contract_of(url: str, body: bytes) -> ModelContract:
         numerics=dict(numerics) if isinstance(numerics, Mapping) else {},
         ceiling=_positive(parameters.get("ceiling_records_per_s")),
         micro_batch_seconds=None if took is None else took / 1e3,
+        bulk_lane=lane if isinstance(lane, str) and LANE_NAME.fullmatch(lane) else None,
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
-from batch_client.errors import BatchClientError, MismatchError
+from batch_client.errors import BatchClientError, MismatchError, ServingError
 from batch_client.limiter import Limiter
 from batch_client.retry import full_jitter
 
@@ -26,10 +26,14 @@ EJECT_MOST_SECONDS = 30.0
 
 @dataclass(eq=False)
 class Endpoint:
-    """One server and its state; times are of the pool's clock."""
+    """One server and its state; times are of the pool's clock.
+
+    lane: the name under which it takes bulk requests, None for the model's own.
+    """
 
     url: str
     limiter: Limiter
+    lane: str | None = None
     in_flight: int = 0
     broken: int = 0
     ejections: int = 0
@@ -158,6 +162,16 @@ class Pool:
         if endpoint.other_model == other_model:
             self.leave_out(endpoint, MismatchError(f"{endpoint.url}: {other_model}"))
         endpoint.other_model = other_model
+
+    def without_model(self, endpoint: Endpoint, lane: str | None, reason: str) -> None:
+        """It has no model of the name that a request asked for, which was that of its `lane`, or the model's own.
+
+        A lane may be withdrawn, or a proxy may not know it: the model's own name is the one that has to be there.
+        """
+        if lane is None:
+            self.leave_out(endpoint, ServingError(f"{endpoint.url}: {reason}"))
+        else:
+            endpoint.lane = None
 
     def leave_out(self, endpoint: Endpoint, reason: BatchClientError) -> None:
         """Never use this server again in this run."""

@@ -20,7 +20,7 @@ import numpy as np
 from batch_client.contract import ModelContract
 from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.endpoint import Endpoint, Pool, Room
-from batch_client.errors import CredentialsError, ServingError, StoppedError
+from batch_client.errors import CredentialsError, StoppedError
 from batch_client.events import Event, RequestDone, RequestRetried, RequestSent, Step, timed
 from batch_client.plan import Span
 from batch_client.retry import RetryBucket, full_jitter
@@ -120,8 +120,10 @@ class Exchange:
                     endpoint = await held.enter_async_context((room or self.pool.room)())
                 # Only now: records that wait for room are held once, as they were read.
                 message, ident = self._encode(span, self._contract.on_the_wire(rows))
-                sent_at = self._clock()
+                sent_at, lane = self._clock(), endpoint.lane
                 verdict, prediction = await self._attempt(endpoint, message, ident, span, tries)
+                if verdict.outcome is Outcome.NO_MODEL:
+                    self.pool.without_model(endpoint, lane, verdict.reason)
                 self._learn(endpoint, verdict, prediction, sent_at)
                 seconds = self._clock() - sent_at
             if prediction is not None:
@@ -163,7 +165,7 @@ class Exchange:
         refused, self._refused_token = self._refused_token, None
         token = await self._tokens.token(refused)
         headers = {"Content-Type": CONTENT_TYPE, HEADER_LENGTH: str(message.header_length), **authorization(token)}
-        url = f"{endpoint.url}/v2/models/{self._contract.name}/infer"
+        url = f"{endpoint.url}/v2/models/{endpoint.lane or self._contract.name}/infer"
         started = self._clock()
         self._emit(RequestSent(endpoint.url, span.count))
         try:
@@ -203,8 +205,6 @@ class Exchange:
                 self.pool.broke(endpoint, sent_at)
             case Outcome.OTHER_MODEL:
                 self.pool.strange(endpoint, verdict.reason)
-            case Outcome.NO_MODEL:
-                self.pool.leave_out(endpoint, ServingError(f"{endpoint.url}: {verdict.reason}"))
 
     async def _before_next(self, endpoint: Endpoint, verdict: Verdict, tries: _Tries, seconds: float) -> None:
         idle = self.out_of_patience(tries.began)

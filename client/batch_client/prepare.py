@@ -105,9 +105,10 @@ async def _agree(spec: RunSpec, services: Services, pool: Pool) -> ModelContract
                 f"{endpoint.url}: its model is {model[0]} with numerics {model[1]}, this run's is {wanted[0]} "
                 f"with {wanted[1]}{_differing(wanted[2], found.numerics)}; serve that model in that way, or choose "
                 "another OUTPUT"))
-        else:
-            agreed = agreed or found
-            ceilings.append(found.ceiling)
+            continue
+        endpoint.lane = found.bulk_lane
+        agreed = agreed or found
+        ceilings.append(found.ceiling)
     if agreed is None:
         reasons = [endpoint.left_out for endpoint in pool.endpoints if endpoint.left_out is not None]
         raise reasons[0] if reasons else ServingError("no endpoint was given")

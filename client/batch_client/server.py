@@ -23,6 +23,7 @@ from batch_client.errors import ServingError, UsageError
 from batch_client.java import Java, find_java, torchserve_home
 from batch_client.machine import cores, gpus
 from batch_client.server_config import Model, ServerSettings, model_of
+from batch_client.server_lanes import Lane, lanes_of
 from batch_client.server_log import last_words, load_failure, taken_port
 from batch_client.server_process import ServerProcess, launch
 
@@ -53,7 +54,7 @@ class EmbeddedServer:
         self._environ = environ
         self._bundled_java = bundled_java
         self._model = Model("", "")
-        self._workers = 0
+        self._lanes: tuple[Lane, ...] = ()
         self._running: ServerProcess | None = None
         self._session: aiohttp.ClientSession | None = None
         self._renewing = asyncio.Lock()
@@ -72,6 +73,11 @@ class EmbeddedServer:
     @property
     def model_name(self) -> str:
         return self._model.name
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """That of online queries, then that of bulk runs; one for both has the model's name."""
+        return self._lanes
 
     @property
     def url(self) -> str:
@@ -104,7 +110,9 @@ class EmbeddedServer:
         self._model = model_of(self._settings.archive)
         home = torchserve_home()
         java = await asyncio.to_thread(find_java, self._environ, bundled=self._bundled_java)
-        self._workers = self._settings.workers or await asyncio.to_thread(gpus, self._environ) or cores()
+        on_gpus = await asyncio.to_thread(gpus, self._environ)
+        workers = self._settings.workers or on_gpus or cores()
+        self._lanes = lanes_of(self._model.name, workers, self._settings.online_workers, on_gpus)
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10))
         for left in reversed(range(STARTS)):
             try:
@@ -155,19 +163,21 @@ class EmbeddedServer:
         """Seconds until `token` will make another one."""
         return max(0.0, self._renew_at["inference"] - time.monotonic())
 
-    async def describe(self) -> dict[str, Any]:
-        """TorchServe's description of the model: `workers` with their `pid` and `status`, queue and batch size.
+    async def describe(self, lane: str | None = None) -> dict[str, Any]:
+        """TorchServe's description of a lane, by default the one of the plain name: `workers` with their `pid` and
+        `status`, queue and batch size.
 
         Raises ServingError when the server has ended or refuses.
         """
+        name = lane or self.model_name
         try:
-            status, body = await self._management(f"/models/{self.model_name}")
+            status, body = await self._management(f"/models/{name}")
         except (aiohttp.ClientError, TimeoutError) as error:
             if self.ended():
                 raise self._end_error() from error
             raise ServingError(f"TorchServe does not answer: {str(error) or type(error).__name__}") from error
         if status != 200:
-            raise ServingError(f"TorchServe does not describe {self.model_name}: {status} {body.strip()[:200]}")
+            raise ServingError(f"TorchServe does not describe {name}: {status} {body.strip()[:200]}")
         described: dict[str, Any] = json.loads(body)[0]
         return described
 
@@ -186,7 +196,7 @@ class EmbeddedServer:
     # Starting
 
     async def _start_once(self, java: Java, home: Path) -> None:
-        self._running = launch(self._settings, self._model, self._workers, java, home, self._environ)
+        self._running = launch(self._settings, self._model, self._lanes, java, home, self._environ)
         self._inference_key = None
         self._renew_at = dict.fromkeys(("inference", "management"), self._running.started + self._half_life)
         try:
@@ -201,10 +211,10 @@ class EmbeddedServer:
         while True:
             self._check_loading()
             with contextlib.suppress(aiohttp.ClientConnectionError, TimeoutError):
-                status, body = await self._management(f"/models/{self.model_name}")
-                if status == 200 and _ready_workers(body) >= self._workers:
+                asked = [(lane, *await self._management(f"/models/{lane.name}")) for lane in self._lanes]
+                if all(status == 200 and _ready_workers(body) >= lane.workers for lane, status, body in asked):
                     return
-                if status == 404:
+                if any(status == 404 for _, status, _ in asked):
                     await self._give_up("TorchServe did not register the model")
             if load_failure(self._alive().log()) is not None:
                 await self._give_up("a worker died")
@@ -327,20 +337,22 @@ async def _watch(server: EmbeddedServer, token_file: Path | None, echo: Callable
         while True:
             echo(log.read())
             write(await server.token())
-            if await _has_ready_worker(server):
+            if await _has_ready_workers(server):
                 last_ready = time.monotonic()
             elif time.monotonic() - last_ready > HOPELESS_SECONDS:
                 raise ServingError(f"no worker has been ready for {HOPELESS_SECONDS:g} s: {server.log_tail(1)}")
             await asyncio.sleep(min(WATCH_SECONDS, server.renewal_due_in() + 0.1))
 
 
-async def _has_ready_worker(server: EmbeddedServer) -> bool:
-    """Whether the server says now that it has one; a slow answer says nothing yet, and an end `token` will see."""
+async def _has_ready_workers(server: EmbeddedServer) -> bool:
+    """Whether the server says now that it has one in each lane; a slow answer says nothing yet, and an end `token` will
+    see.
+    """
     try:
-        described = await server.describe()
+        described = [await server.describe(lane.name) for lane in server.lanes]
     except ServingError:
         return False
-    return any(worker["status"] == "READY" for worker in described["workers"])
+    return all(any(worker["status"] == "READY" for worker in lane["workers"]) for lane in described)
 
 
 def _check_place(path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from batch_client.errors import ServingError, UsageError
+from batch_client.server_lanes import Lane
 
 __all__ = ["LOOPBACK", "PORTS", "Model", "ServerSettings", "configuration", "environment", "model_of",
            "parse_properties"]
@@ -27,14 +28,15 @@ MANIFEST = "MAR-INF/MANIFEST.json"
 MANIFEST_BYTES = 1 << 20
 HELD_BACK = 1 << 30  # bytes: glibc keeps tensors' memory instead of paging it in again for every batch
 # Variables that would override or redirect what is configured here.
-OVERRIDES = re.compile(r"TS_.*|LOG_LOCATION|METRICS_LOCATION|SM_TELEMETRY_LOG|LOG4J_.*")
+OVERRIDES = re.compile(r"TS_.*|LOG_LOCATION|METRICS_LOCATION|SM_TELEMETRY_LOG|LOG4J_.*|BATCH_HANDLER_BULK_LANE")
 
 
 @dataclass(frozen=True)
 class ServerSettings:
     """How to serve one archive.
 
-    archive: the .mar. workers: default the number of GPUs, or else cores. threads: of each worker, default its share of
+    archive: the .mar. workers: default the number of GPUs, or else cores. online_workers: of a lane of its own for
+    online queries, see `lanes_of`. threads: of each worker, default its share of
     the cores. micro_batch: records, default what the archive says. batch_size: requests in one server batch.
     address, port: where it takes requests; a free port by default. metrics_port: shows metrics, which need no token, at
     `address` too; by default they are on a free port of the loopback. startup_seconds: until every worker is ready.
@@ -44,6 +46,7 @@ class ServerSettings:
 
     archive: Path
     workers: int | None = None
+    online_workers: int | None = 0
     threads: int | None = None
     micro_batch: int | None = None
     batch_size: int = 8
@@ -60,6 +63,8 @@ class ServerSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}: give a number of at least 1")
+        if self.online_workers is not None and self.online_workers < 0:
+            raise UsageError(f"online_workers is {self.online_workers}: give 0 or more")
 
 
 class Model(NamedTuple):
@@ -88,7 +93,7 @@ def model_of(archive: Path) -> Model:
 
 
 def configuration(
-    settings: ServerSettings, model: Model, workers: int, ports: Sequence[int], folder: Path, templates: Path,
+    settings: ServerSettings, model: Model, lanes: Sequence[Lane], ports: Sequence[int], folder: Path, templates: Path,
 ) -> str:
     """The text of config.properties: the template, then what this start decides.
 
@@ -107,9 +112,8 @@ def configuration(
         "metrics_config": str(templates / "metrics.yaml"),
         "model_store": str(folder / "models"),
         "workflow_store": str(folder / "workflows"),
-        "default_workers_per_model": str(workers),
-        "models": json.dumps({model.name: {model.version: {"minWorkers": workers, "maxWorkers": workers,
-                                                           "batchSize": settings.batch_size}}}),
+        "models": json.dumps({lane.name: {model.version: {"minWorkers": lane.workers, "maxWorkers": lane.workers,
+                                                          "batchSize": settings.batch_size}} for lane in lanes}),
         "token_expiration_min": str(settings.token_minutes),
     } | dict(settings.extra_properties)
     template = (templates / "config.properties").read_text("ascii")
@@ -130,6 +134,7 @@ def _escape(value: str) -> str:
 
 def environment(
     environ: Mapping[str, str], kept_back: str, tmp: Path, settings: ServerSettings, threads: int,
+    lanes: Sequence[Lane],
 ) -> dict[str, str]:
     """What Java and its workers get to see of `environ`, and what tells a worker its share of the machine.
 
@@ -146,6 +151,8 @@ def environment(
     seen |= {"MALLOC_MMAP_THRESHOLD_": str(HELD_BACK), "MALLOC_TRIM_THRESHOLD_": str(HELD_BACK),
              "MALLOC_ARENA_MAX": "1"}
     seen |= dict.fromkeys(("OMP_NUM_THREADS", "BATCH_HANDLER_THREADS"), str(settings.threads or threads))
+    if len(lanes) > 1:
+        seen["BATCH_HANDLER_BULK_LANE"] = lanes[-1].name
     if settings.micro_batch is not None:
         seen["BATCH_HANDLER_MICRO_BATCH"] = str(settings.micro_batch)
     return seen

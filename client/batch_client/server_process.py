@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +33,7 @@ from batch_client.server_config import (
     environment,
     parse_properties,
 )
+from batch_client.server_lanes import Lane
 
 __all__ = ["ServerProcess", "launch"]
 
@@ -89,7 +90,7 @@ class ServerProcess:
 
 
 def launch(
-    settings: ServerSettings, model: Model, workers: int, java: Java, home: Path, environ: Mapping[str, str],
+    settings: ServerSettings, model: Model, lanes: Sequence[Lane], java: Java, home: Path, environ: Mapping[str, str],
 ) -> ServerProcess:
     """Starts Java under its guard, in a new private folder. Raises ServingError when that can't be done."""
     folder = Path(tempfile.mkdtemp(prefix="batch-client-server-"))
@@ -101,7 +102,7 @@ def launch(
         (folder / "models").chmod(0o500)
         templates = serve_config_dir(environ)
         config = folder / "config.properties"
-        text = configuration(settings, model, workers, free_ports(PORTS), folder, templates)
+        text = configuration(settings, model, lanes, free_ports(PORTS), folder, templates)
         config.write_text(text, "ascii")
         properties = parse_properties(text)
         log_dir = (settings.log_dir or folder).absolute()
@@ -110,10 +111,10 @@ def launch(
         command = [
             *java_command(java, home, folder, templates / "log4j2.xml", properties["vmargs"]),
             "--python", sys.executable, "-f", str(config), "-s", str(folder / "models"),
-            "-w", str(folder / "workflows"), "-ncs", "-m", archive.name,
+            "-w", str(folder / "workflows"), "-ncs", "-m", ",".join(f"{lane.name}={archive.name}" for lane in lanes),
         ]
-        share = max(1, cores() // workers)
-        seen = environment(environ, properties["blacklist_env_vars"], folder / "tmp", settings, share)
+        share = max(1, cores() // lanes[-1].workers)
+        seen = environment(environ, properties["blacklist_env_vars"], folder / "tmp", settings, share, lanes)
         with log.open("ab") as stream:
             log_start = stream.tell()
             guard, lifeline = _guarded(command, folder, seen, stream)

@@ -10,12 +10,12 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batch_handler import content, oip
 from batch_handler.model import Model
-from batch_handler.oip import Array, InferRequest, OipError, Tensor, TensorSpec
+from batch_handler.oip import Array, InferRequest, ModelMetadata, OipError, Tensor, TensorSpec
 from batch_handler.scoring import Failure, Query, Score
 
 __all__ = ["MAX_RECORDS", "RECORD_STATUS", "Exchange", "Pending", "Reply", "Request", "failed", "refused"]
@@ -60,8 +60,9 @@ class Pending:
 class Exchange:
     """The bodies that a model understands."""
 
-    def __init__(self, model: Model, max_records: int = MAX_RECORDS) -> None:
+    def __init__(self, model: Model, max_records: int = MAX_RECORDS, bulk_lane: str | None = None) -> None:
         self._model = model
+        self._bulk_lane = bulk_lane
         self._max_records = max_records
         self._inputs: tuple[TensorSpec, ...] = tuple(spec.tensor() for spec in model.description.inputs)
         self._outputs = tuple(spec.name for spec in model.description.outputs)
@@ -88,8 +89,15 @@ class Exchange:
         if kind == oip.CONTENT_TYPE:
             kind = ""  # what clients say who know no better: look at the body instead
         if request.body is None or (not kind and not request.body):
-            return Reply(json.dumps(self._model.metadata().to_json(), separators=(",", ":")).encode())
+            return Reply(json.dumps(self._metadata().to_json(), separators=(",", ":")).encode())
         return self._read_simple(request, kind or _sniff(request.body))
+
+    def _metadata(self) -> ModelMetadata:
+        """The model's, with the name under which this server takes bulk requests if that is another."""
+        metadata = self._model.metadata()
+        if self._bulk_lane is None:
+            return metadata
+        return replace(metadata, parameters={**metadata.parameters, "bulk_lane": self._bulk_lane})
 
     def _read_simple(self, request: Request, kind: str) -> Pending | Reply:
         body = request.body

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_handler.exchange import MAX_RECORDS, Exchange, Pending, Reply, Request, failed, refused
+from batch_handler.lane import bulk_lane, make_way
 from batch_handler.model import Model, ModelLoadError, Tuning
 from batch_handler.oip import OipError
 from batch_handler.scoring import Failure, Score
@@ -33,9 +34,9 @@ _log = logging.getLogger(__name__)
 class Service:
     """A loaded model behind TorchServe's calling convention."""
 
-    def __init__(self, model: Model, max_records: int = MAX_RECORDS) -> None:
+    def __init__(self, model: Model, max_records: int = MAX_RECORDS, bulk_lane: str | None = None) -> None:
         self._model = model
-        self._exchange = Exchange(model, max_records)
+        self._exchange = Exchange(model, max_records, bulk_lane)
 
     def handle(self, data: Sequence[Mapping[str, Any]], context: Any) -> list[bytes]:
         """Answer a server batch: one body a row; status, content type and headers go into `context`."""
@@ -81,6 +82,9 @@ def initialize(context: Any, environ: Mapping[str, str] | None = None) -> Servic
     """Load the model of `context`; raises `ModelLoadError`, with which the worker never becomes ready."""
     environ = os.environ if environ is None else environ
     properties = context.system_properties
+    lane = bulk_lane(environ)
+    if lane is not None and context.model_name == lane:
+        make_way()  # before the model's own threads are there
     try:
         tuning, max_records = tuning_from(environ, properties.get("gpu_id"))
         model = Model.open(Path(properties["model_dir"]), tuning)
@@ -93,7 +97,7 @@ def initialize(context: Any, environ: Mapping[str, str] | None = None) -> Servic
         "ready: %s %s, %s, fingerprint %s, micro-batches of %d",
         *(described.name, described.version, model.digest, model.fingerprint, model.micro_batch),
     )
-    _WORKER["service"] = service = Service(model, max_records)
+    _WORKER["service"] = service = Service(model, max_records, lane)
     return service
 
 

@@ -17,6 +17,8 @@ __all__ = ["command"]
 @click.command(name="serve")
 @click.argument("archive", type=click.Path(path_type=Path))
 @click.option("--workers", type=click.IntRange(1), help="Processes with the model. Default: one a GPU, or else a core.")
+@click.option("--online-workers", type=click.IntRange(0), help="Processes of a lane of its own for online queries; "
+              "bulk runs use the others at low priority. 0: one lane for both. Default: 1, on GPUs 0.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each worker. Default: its share of the cores.")
 @click.option("--micro-batch", type=click.IntRange(1), help="Records in one run of the model. Default: the archive's.")
 @click.option("--address", default="127.0.0.1", show_default=True,
@@ -35,6 +37,9 @@ def command(archive: Path, token_file: Path | None, log_dir: Path | None, **serv
 
     def announce(server: EmbeddedServer) -> None:
         click.echo(f"serving {server.model_name} at {server.url}")
+        if len(server.lanes) > 1:
+            online, bulk = server.lanes
+            click.echo(f"workers: {online.workers} for online queries, {bulk.workers} for bulk runs ({bulk.name})")
         click.echo(f"metrics at {server.metrics_url}")
         click.echo(f"token in {token_file}" if token_file else "requests need a token: start with --token-out PATH")
 

@@ -1,0 +1,254 @@
+"""Online queries beside a bulk run: how quick they stay, and what they cost the run.
+
+    python benchmarks/interference.py [--queries 2000] [--rounds 10] [--cases two-lanes one-lane …] [--plot PNG]
+
+Queries are single records at Poisson arrivals, 20 a second by default, open loop: a slow answer holds no later query
+up, and latency counts from the moment when a query was due. Each round of each case is: queries alone, then a bulk run
+that begins and warms up, then the run alone and the run with queries, in turns. The run's speed is what the server's
+own counter says; its source is an array of a billion records that has no chunks (--allow-missing), so that it never
+ends by itself. Idle and beside, alone and beside are taken within a minute of each other, since a machine's speed
+drifts. The servers of both arrangements are up all the time, one of them idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import zarr
+from end_to_end import packed
+
+from batch_client.server import EmbeddedServer, ServerSettings
+
+RECORD = (28, 28)
+ENDLESS = 1_000_000_000
+WARM_SECONDS = 3.0
+# Any token is good: the servers are on the loopback, and the runs need not follow renewals.
+OPEN = {"disable_token_authorization": "true"}
+
+
+@dataclass
+class Case:
+    """An arrangement of lanes and a size of bulk requests, and what was seen of it; latencies in ms."""
+
+    name: str
+    online_workers: int
+    request_records: int | None = None
+    idle: list[float] = field(default_factory=list)
+    beside: list[float] = field(default_factory=list)
+    bulk_alone: list[float] = field(default_factory=list)
+    bulk_beside: list[float] = field(default_factory=list)
+
+
+CASES = (
+    Case("one-lane", 0),
+    Case("one-lane-512", 0, 512),
+    Case("one-lane-256", 0, 256),
+    Case("one-lane-128", 0, 128),
+    Case("two-lanes", 1),
+    Case("two-lanes-256", 1, 256),
+)
+
+
+def main() -> None:
+    options = arguments()
+    chosen = [case for case in CASES if case.name in options.cases]
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        archive = packed(options, work, dict(os.environ))
+        zarr.create_array(work / "in.zarr", shape=(ENDLESS, *RECORD), chunks=(1000, *RECORD), dtype="uint8")
+        asyncio.run(measure(options, archive, work, chosen))
+    report(options, chosen)
+    if options.plot is not None:
+        draw(chosen, options.plot)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--queries", type=int, default=2000, help="of each case, over all rounds, idle and beside each")
+    parser.add_argument("--rate", type=float, default=20.0, help="queries a second")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--workers", type=int, help="of a bulk lane, or of the one lane  [default: cores]")
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES],
+                        default=[case.name for case in CASES])
+    parser.add_argument("--model", type=Path, help="a whole pickled module that takes 1x28x28 [default: the demo's]")
+    parser.add_argument("--runtime", choices=["eager", "torchscript"], default="torchscript")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the interference curve (needs matplotlib)")
+    return parser.parse_args()
+
+
+async def measure(options: argparse.Namespace, archive: Path, work: Path, cases: list[Case]) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        servers = {}
+        for online_workers in sorted({case.online_workers for case in cases}):
+            settings = ServerSettings(archive, workers=options.workers, online_workers=online_workers,
+                                      extra_properties=OPEN)
+            servers[online_workers] = await stack.enter_async_context(EmbeddedServer(settings))
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        rng = random.Random(0)
+        for number in range(options.rounds):
+            for case in cases:
+                one = Round(servers[case.online_workers], session, options, rng)
+                await one.run(case, work, alone_first=number % 2 == 0)
+                print(f"round {number + 1}, {case.name}: bulk {case.bulk_beside[-1]:,.0f} records/s beside queries, "
+                      f"{case.bulk_alone[-1]:,.0f} alone", flush=True)
+
+
+class Round:
+    """One round of one case at its server."""
+
+    def __init__(self, server: EmbeddedServer, session: aiohttp.ClientSession, options: argparse.Namespace,
+                 rng: random.Random) -> None:
+        self.server = server
+        self.session = session
+        self.rng = rng
+        self.rate = options.rate
+        self.queries = options.queries // options.rounds
+
+    async def run(self, case: Case, work: Path, *, alone_first: bool) -> None:
+        case.idle += await self.ask()
+        async with self.bulk(case, work):
+            await self.warm()
+            for beside in (False, True) if alone_first else (True, False):
+                before, began = await self.records(), time.perf_counter()
+                if beside:
+                    case.beside += await self.ask()
+                else:
+                    await asyncio.sleep(self.queries / self.rate)
+                after, seconds = await self.records(), time.perf_counter() - began
+                asked = self.queries if beside else 0
+                if len(self.server.lanes) > 1:
+                    plain, bulk = (lane.name for lane in self.server.lanes)
+                    assert after.get(plain, 0) - before.get(plain, 0) == asked, "queries went to another lane"
+                    scored = after[bulk] - before[bulk]
+                else:
+                    scored = sum(after.values()) - sum(before.values()) - asked
+                (case.bulk_beside if beside else case.bulk_alone).append(scored / seconds)
+
+    @contextlib.asynccontextmanager
+    async def bulk(self, case: Case, work: Path) -> AsyncIterator[None]:
+        """A bulk run for the length of the block; its output is thrown away."""
+        output = work / "out.zarr"
+        words = ["run", work / "in.zarr", output, "--allow-missing", "--log", "none", "--endpoint", self.server.url,
+                 "--model", self.server.model_name]
+        if case.request_records is not None:
+            words += ["--request-records", case.request_records]
+        process = await asyncio.create_subprocess_exec(sys.executable, "-m", "batch_client", *map(str, words),
+                                                       stderr=asyncio.subprocess.PIPE)
+        try:
+            yield
+            assert process.returncode is None, "the bulk run ended early"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+            _, said = await process.communicate()
+            shutil.rmtree(output, ignore_errors=True)
+        assert process.returncode == 75, said.decode()
+
+    async def warm(self) -> None:
+        start = await self.records()
+        while await self.records() == start:
+            await asyncio.sleep(0.2)
+        await asyncio.sleep(WARM_SECONDS)
+
+    async def records(self) -> dict[str, float]:
+        """What the server has scored, by lane."""
+        async with self.session.get(self.server.metrics_url) as reply:
+            text = await reply.text()
+        return {name: float(value) for name, value in
+                re.findall(r'^BatchRecords{.*ModelName="([^"]+)".*} (\S+)$', text, re.MULTILINE)}
+
+    async def ask(self) -> list[float]:
+        """Latencies in ms of single records at Poisson arrivals, each from the moment when it was due."""
+        url = f"{self.server.url}/predictions/{self.server.model_name}"
+        image = np.random.default_rng(0).integers(0, 256, RECORD, dtype=np.uint8).tolist()
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+
+        async def one(due: float) -> float:
+            await asyncio.sleep(due - loop.time())
+            async with self.session.post(url, json=[image]) as reply:
+                answer = await reply.json()
+                assert len(answer["predictions"][0]) == 10, answer
+            return (loop.time() - due) * 1e3
+
+        async with asyncio.TaskGroup() as tasks:
+            asked = []
+            for _ in range(self.queries):
+                due += self.rng.expovariate(self.rate)
+                asked.append(tasks.create_task(one(due)))
+        return [task.result() for task in asked]
+
+
+def report(options: argparse.Namespace, cases: list[Case]) -> None:
+    print(f"\n{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {platform.machine()}, {options.runtime}, "
+          f"{options.queries} queries idle and beside in {options.rounds} rounds, {options.rate:g} a second")
+    print("| case | idle p50 / p99 ms | beside p50 / p99 ms | p99 ÷ idle | bulk records/s alone | beside | "
+          "beside ÷ alone (median, range of rounds) |")
+    print("|---|---|---|---|---|---|---|")
+    for case in cases:
+        (idle50, idle99), (beside50, beside99) = percentiles(case.idle), percentiles(case.beside)
+        kept = shares(case)
+        print(f"| {case.name} | {idle50:.1f} / {idle99:.1f} | {beside50:.1f} / {beside99:.1f} | "
+              f"{beside99 / idle99:.2f} | {statistics.median(case.bulk_alone):,.0f} | "
+              f"{statistics.median(case.bulk_beside):,.0f} | {statistics.median(kept):.3f} "
+              f"({min(kept):.3f} to {max(kept):.3f}) |")
+
+
+def percentiles(latencies: list[float]) -> tuple[float, float]:
+    middle, high = np.percentile(latencies, [50, 99])
+    return float(middle), float(high)
+
+
+def shares(case: Case) -> list[float]:
+    return [beside / alone for beside, alone in zip(case.bulk_beside, case.bulk_alone, strict=True)]
+
+
+def draw(cases: list[Case], path: Path) -> None:
+    """The interference curve: online latency against the bulk run's speed, p50 to p99 a bar, idle as a band."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    idle50, idle99 = percentiles([latency for case in cases for latency in case.idle])
+    axes.axhspan(idle50, idle99, color="0.88", label="queries alone, p50 to p99")
+    for online_workers, label, color in ((0, "one lane", "#b5482f"), (1, "two lanes", "#1f6f8b")):
+        ours = [case for case in cases if case.online_workers == online_workers]
+        if not ours:
+            continue
+        speeds = [statistics.median(case.bulk_beside) for case in ours]
+        middles, highs = zip(*(percentiles(case.beside) for case in ours), strict=True)
+        axes.vlines(speeds, middles, highs, color=color, linewidth=2)
+        axes.scatter(speeds, middles, marker="o", color=color, label=f"{label}, p50", zorder=3)
+        axes.scatter(speeds, highs, marker="_", s=160, color=color, label=f"{label}, p99", zorder=3)
+        for case, speed, high in zip(ours, speeds, highs, strict=True):
+            size = "default requests" if case.request_records is None else f"requests of {case.request_records}"
+            axes.annotate(size, (speed, high), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+    axes.set(yscale="log", xlabel="bulk run, records/s, while queries come", ylabel="online latency, ms")
+    axes.margins(x=0.15, y=0.15)
+    axes.legend(fontsize=8, loc="best")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
