@@ -43,7 +43,8 @@ def s3():
 @pytest.fixture(scope="session")
 def clean_environ():
     """The environment of a user who has set nothing: what tests add is all there is."""
-    names = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV")
+    # PYTHONPATH says which checkout is tested.
+    names = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV")
     return {name: os.environ[name] for name in names if name in os.environ}
 
 

@@ -107,9 +107,13 @@ class Served:
         endpoints = [word for url in urls for word in ("--endpoint", url)]
         return [*endpoints, "--model", self.model, "--token-file", str(self.token_file)]
 
-    def workers(self):
-        """Pids of the workers that TorchServe holds for ready."""
-        described = self._call(self._server.describe())
+    @property
+    def metrics_url(self):
+        return self._server.metrics_url
+
+    def workers(self, lane=None):
+        """Pids of the workers that TorchServe holds for ready, of one lane."""
+        described = self._call(self._server.describe(lane))
         return [worker["pid"] for worker in described["workers"] if worker["status"] == "READY"]
 
     def java(self):
