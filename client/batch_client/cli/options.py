@@ -66,8 +66,8 @@ run_options = _stack(
     click.option("--chunk-records", type=int,
                  help="Records in an output chunk, whole input chunks.  [default: up to 8192 and 8 MiB]"),
     click.option("--request-records", type=int,
-                 help="Records in a request, whole micro-batches. Raise it for tiny records, lower it when online "
-                      "queries must stay quick.  [default: about 1 MiB or 0.1 s of compute]"),
+                 help="Records in a request, whole micro-batches. Raise it for tiny records, lower it where online "
+                      "queries share its workers.  [default: about 1 MiB or 0.1 s of compute]"),
     click.option("--in-flight", type=int, default=32, show_default=True,
                  help="The most requests at one endpoint at a time; the run finds the fewest that keep it busy. Raise "
                       "it for servers with more than 16 workers, lower it to leave them to others."),
