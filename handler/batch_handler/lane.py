@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["BULK_LANE", "bulk_lane", "make_way"]
+__all__ = ["BULK_LANE", "bulk_lane_of", "make_way"]
 
 # Environment: the name under which the server has the model for bulk runs. All workers of a server see the same.
 BULK_LANE = "BATCH_HANDLER_BULK_LANE"
@@ -21,7 +21,7 @@ LOWEST_PRIORITY = 19
 _log = logging.getLogger(__name__)
 
 
-def bulk_lane(environ: Mapping[str, str]) -> str | None:
+def bulk_lane_of(environ: Mapping[str, str]) -> str | None:
     """The name of the server's bulk lane; None where one lane is for all."""
     return environ.get(BULK_LANE) or None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_handler.exchange import MAX_RECORDS, Exchange, Pending, Reply, Request, failed, refused
-from batch_handler.lane import bulk_lane, make_way
+from batch_handler.lane import bulk_lane_of, make_way
 from batch_handler.model import Model, ModelLoadError, Tuning
 from batch_handler.oip import OipError
 from batch_handler.scoring import Failure, Score
@@ -82,7 +82,7 @@ def initialize(context: Any, environ: Mapping[str, str] | None = None) -> Servic
     """Load the model of `context`; raises `ModelLoadError`, with which the worker never becomes ready."""
     environ = os.environ if environ is None else environ
     properties = context.system_properties
-    lane = bulk_lane(environ)
+    lane = bulk_lane_of(environ)
     if lane is not None and context.model_name == lane:
         make_way()  # before the model's own threads are there
     try:

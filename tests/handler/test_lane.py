@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from batch_handler.exchange import Exchange, Request
-from batch_handler.lane import BULK_LANE, bulk_lane
+from batch_handler.lane import BULK_LANE, bulk_lane_of
 
 # Prints the priorities of a process's threads: one that was there before, one that came after, the first.
 THREADS = """
@@ -40,4 +40,4 @@ def test_metadata_names_the_bulk_lane_only_where_there_is_one(tiny):
 
 
 def test_an_empty_name_is_none():
-    assert [bulk_lane(environ) for environ in ({}, {BULK_LANE: ""}, {BULK_LANE: "m.bulk"})] == [None, None, "m.bulk"]
+    assert [bulk_lane_of(environ) for environ in ({}, {BULK_LANE: ""}, {BULK_LANE: "m.bulk"})] == [None, None, "m.bulk"]

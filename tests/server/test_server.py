@@ -15,7 +15,8 @@ from batch_client.server import EmbeddedServer, ServerSettings
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SECRETS = {"AWS_SECRET_ACCESS_KEY": "hidden", "AWS_PROFILE": "hidden", "HF_TOKEN": "hidden", "DB_PASSWORD": "hidden",
-           "BATCH_CLIENT_TOKEN_FILE": "hidden", "TS_ALLOWED_URLS": ".*", "TS_ENABLE_MODEL_API": "true"}
+           "BATCH_CLIENT_TOKEN_FILE": "hidden", "TS_ALLOWED_URLS": ".*", "TS_ENABLE_MODEL_API": "true",
+           "BATCH_HANDLER_BULK_LANE": "hidden"}
 HARMLESS = {"TOKENIZERS_PARALLELISM": "false"}
 
 
