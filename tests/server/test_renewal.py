@@ -15,6 +15,7 @@ from batch_client import server as server_module
 from batch_client.errors import ServingError, UsageError
 from batch_client.server import EmbeddedServer, ServerSettings, _secret, _watch, serve_forever
 from batch_client.server_config import Model
+from batch_client.server_lanes import Lane
 from batch_client.server_process import ServerProcess
 
 SLOW = 0.2  # seconds that a call of the management API may take here
@@ -86,6 +87,7 @@ async def running(tmp_path, management, guard):
     async with serving(management) as url, aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(SLOW)) as session:
         server = EmbeddedServer(ServerSettings(Path("echo.mar")))
         server._model = Model("echo", "1.0")
+        server._lanes = (Lane("echo", 1),)
         server._session = session
         properties = {"management_address": url}
         server._running = ServerProcess(guard, -1, tmp_path, log, 0, properties, time.monotonic(), ready=True)
