@@ -12,36 +12,37 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from batch_handler.golden import golden_outputs, golden_records
 from batch_handler.model import DESCRIPTION_FILE, Model, ModelLoadError, Tuning, parse_description
-from batch_handler.oip import Array, OipError, datatype_of
-from batch_handler.runtimes.eager import build_module, said
-from batch_handler.runtimes.torchscript import load_script
-from batch_handler.runtimes.transform import ModelError, Preprocess, collect
+from batch_handler.modelfile import ModelFileError, check_trusted, detect_kind, graph_inputs, open_plainly
+from batch_handler.oip import Array
+from batch_handler.runtimes.aot import compile_package
+from batch_handler.runtimes.device import DeviceError
+from batch_handler.runtimes.transform import ModelError
 from batch_handler.signature import (
+    KINDS,
     FileEntry,
     Golden,
     InputSpec,
     ModelDescription,
     OutputDraft,
-    OutputSpec,
     SignatureError,
     Weights,
     check_name,
+    runtimes_for,
 )
 
-__all__ = ["DEFAULT_MICRO_BATCH", "ArchiveError", "PackRequest", "detect_kind", "pack", "read_description"]
+__all__ = ["DEFAULT_MICRO_BATCH", "ArchiveError", "PackRequest", "pack", "read_description"]
 
 DEFAULT_MICRO_BATCH = 128
 
@@ -50,6 +51,9 @@ _WEIGHTS_FILES = {
     "pickle": "weights.pt",
     "safetensors": "weights.safetensors",
     "torchscript": "model.ts",
+    "exported": "model.pt2",
+    "compiled": "model.pt2",
+    "onnx": "model.onnx",
 }
 _GOLDEN_FILE = "golden.npz"
 _CONFIG_FILE = "model-config.yaml"
@@ -64,12 +68,6 @@ __all__ = ["handle"]
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CREATED = "01/01/1980 00:00:00"
 _MAX_DESCRIPTION_BYTES = 1 << 20
-_GOLDEN_SEED = 20240229
-_GOLDEN_RECORDS = 4
-_TRUST = (
-    "is a pickle of whole objects, which runs code when it is loaded: "
-    "pass --trust-pickle if you trust where it comes from, or save its state_dict"
-)
 
 
 class ArchiveError(ValueError):
@@ -81,9 +79,11 @@ class PackRequest:
     """What to pack.
 
     `arch` is `module:callable` or `FILE.py:callable`, called without arguments to build the module of a
-    state_dict or safetensors file. `outputs` empty takes what the model gives. `golden` is a .npy (one input)
-    or .npz file, or arrays by input name; by default a few random records. `runtime` None is torchscript for a
-    TorchScript file, else eager. `model_config` is the text of TorchServe's `model-config.yaml`.
+    state_dict or safetensors file. `inputs` empty takes what an ONNX graph says, `outputs` empty what the model
+    gives. `golden` is a .npy (one input) or .npz file, or arrays by input name; by default a few random records.
+    `runtime` None is the first of `runtimes_for`; "aot" compiles the module that the file holds. `micro_batch`
+    None is the number of records that a graph is fixed to, else `DEFAULT_MICRO_BATCH`. `model_config` is the text
+    of TorchServe's `model-config.yaml`.
     """
 
     model: Path
@@ -97,7 +97,7 @@ class PackRequest:
     kind: str | None = None
     runtime: str | None = None
     trust_pickle: bool = False
-    micro_batch: int = DEFAULT_MICRO_BATCH
+    micro_batch: int | None = None
     golden: Path | Mapping[str, Array] | None = None
     tolerance: float = 1e-5
 
@@ -106,8 +106,6 @@ def pack(request: PackRequest) -> Path:
     """Write the archive of `request` and return its path; raises `ArchiveError`."""
     try:
         check_name(request.name, request.version)
-        if not request.inputs:
-            raise ArchiveError("the signature has no inputs, wanted at least one")
         with tempfile.TemporaryDirectory(prefix="batch-pack-") as temporary:
             directory = Path(temporary)
             description = _stage(request, directory)
@@ -115,7 +113,9 @@ def pack(request: PackRequest) -> Path:
             (directory / DESCRIPTION_FILE).write_bytes(text)
             Model.open(directory, Tuning(threads=torch.get_num_threads()))
             return _write(request, description, directory)
-    except (SignatureError, ModelError, ModelLoadError) as error:
+    except ModelFileError as error:
+        raise ArchiveError(str(error)) from error
+    except (SignatureError, ModelError, DeviceError, ModelLoadError) as error:
         raise ArchiveError(f"{request.model.name}: {error}") from error
     except OSError as error:
         raise ArchiveError(f"{error.filename or request.model}: {error.strerror or error}") from error
@@ -135,65 +135,54 @@ def read_description(archive: Path) -> ModelDescription:
         raise ArchiveError(f"{archive} can't be read: {error.strerror or error}") from error
 
 
-def detect_kind(path: Path, *, trust_pickle: bool = False) -> str:
-    """One of `signature.KINDS` by suffix and content; raises `ArchiveError` for a pickle nobody vouched for."""
-    if not path.is_file():
-        raise ArchiveError(f"{path} is not a file")
-    if path.suffix == ".safetensors":
-        return "safetensors"
-    if _is_torchscript(path):
-        return "torchscript"
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if trust_pickle:
-            return "pickle"
-        raise ArchiveError(f"{path.name} {_TRUST}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ArchiveError(f"{path.name} is not a model file that torch can read: {error}") from error
-    if isinstance(value, Mapping) and value and all(isinstance(v, torch.Tensor) for v in value.values()):
-        return "state_dict"
-    keys = sorted(map(str, value))[:5] if isinstance(value, Mapping) else type(value).__name__
-    raise ArchiveError(f"{path.name} holds {keys}, wanted a state_dict: names and tensors")
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        # torch.save writes the same kind of zip, without code and constants.
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
 def _stage(request: PackRequest, directory: Path) -> ModelDescription:
     """Put the archive's files into `directory` and describe them."""
     kind = request.kind or detect_kind(request.model, trust_pickle=request.trust_pickle)
-    if kind == "pickle" and not request.trust_pickle:
-        raise ArchiveError(f"{request.model.name} {_TRUST}")
+    if kind not in KINDS:
+        raise ArchiveError(f"kind is {kind!r}, wanted one of {', '.join(KINDS)}")
+    check_trusted(request.model, kind, trust_pickle=request.trust_pickle)
     if kind in ("state_dict", "safetensors") and request.arch is None:
         raise ArchiveError(f"{request.model.name} holds weights only, wanted --arch FILE.py:callable")
     arch, arch_file = _stage_arch(request.arch, directory)
     weights = Weights(_WEIGHTS_FILES[kind], kind, arch)
     shutil.copyfile(request.model, directory / weights.file)
-    forward = _forward(weights, directory)
-    inputs = _golden_inputs(request)
-    outputs, specs = _golden_outputs(forward, request, inputs)
-    golden = {f"input.{spec.name}": array for spec, array in zip(request.inputs, inputs, strict=True)}
+    inputs = request.inputs or _graph_inputs(kind, directory / weights.file)
+    names = [draft.name for draft in request.outputs]
+    model, module = open_plainly(weights, directory, names, request.micro_batch or DEFAULT_MICRO_BATCH)
+    micro_batch = request.micro_batch or model.fixed or DEFAULT_MICRO_BATCH
+    records = golden_records(request.golden, inputs)
+    outputs, specs = golden_outputs(model, records, inputs, request.outputs)
+    golden = {f"input.{spec.name}": array for spec, array in zip(inputs, records, strict=True)}
     golden |= {f"output.{spec.name}": array for spec, array in zip(specs, outputs, strict=True)}
     # mypy: numpy's stub lets keyword arrays collide with allow_pickle, which has a dot less than ours.
     np.savez(directory / _GOLDEN_FILE, **golden)  # type: ignore[arg-type]
+    if request.runtime == "aot" and module is not None:
+        weights, arch_file = _compile(module, inputs, micro_batch, directory), None
     files = [weights.file, _GOLDEN_FILE, *([arch_file] if arch_file else [])]
     return ModelDescription(
         name=request.name,
         version=request.version,
-        runtime=request.runtime or ("torchscript" if kind == "torchscript" else "eager"),
+        runtime=request.runtime or runtimes_for(weights.kind)[0],
         weights=weights,
-        inputs=request.inputs,
+        inputs=inputs,
         outputs=specs,
-        golden=Golden(_GOLDEN_FILE, len(inputs[0]), request.tolerance),
-        micro_batch=request.micro_batch,
+        golden=Golden(_GOLDEN_FILE, len(records[0]), request.tolerance),
+        micro_batch=micro_batch,
         files={name: _entry(directory / name) for name in files},
     )
+
+
+def _graph_inputs(kind: str, path: Path) -> tuple[InputSpec, ...]:
+    if kind != "onnx":
+        raise ArchiveError("the signature has no inputs, wanted at least one")
+    return graph_inputs(path)
+
+
+def _compile(module: torch.nn.Module, inputs: Sequence[InputSpec], micro_batch: int, directory: Path) -> Weights:
+    """The package that takes the place of the weights: what it is compiled from is inside it."""
+    weights = Weights(_WEIGHTS_FILES["compiled"], "compiled")
+    compile_package(module, inputs, micro_batch, directory / weights.file)
+    return weights
 
 
 def _stage_arch(arch: str | None, directory: Path) -> tuple[str | None, str | None]:
@@ -210,131 +199,6 @@ def _stage_arch(arch: str | None, directory: Path) -> tuple[str | None, str | No
     file = f"arch_{hashlib.sha256(code).hexdigest()[:8]}.py"
     (directory / file).write_bytes(code)
     return f"{file}:{name}", file
-
-
-def _forward(weights: Weights, directory: Path) -> Callable[..., Any]:
-    """The model as plainly as it can be run: neither optimised nor laid out anew."""
-    if weights.kind == "torchscript":
-        script: Callable[..., Any] = load_script(directory / weights.file, torch.device("cpu")).eval()
-        return script
-    return build_module(weights, directory).eval()
-
-
-def _golden_inputs(request: PackRequest) -> tuple[Array, ...]:
-    given = request.golden
-    if given is None:
-        return _random_records(request.inputs)
-    if isinstance(given, Path):
-        given = _read_arrays(given, request.inputs)
-    arrays = []
-    for spec in request.inputs:
-        array = given.get(spec.name)
-        if array is None:
-            raise ArchiveError(f"golden records have {sorted(given)}, wanted {spec.name}")
-        if array.dtype != spec.dtype or array.shape[1:] != spec.shape or not len(array):
-            raise ArchiveError(
-                f"golden records of {spec.name} are {array.dtype} {list(array.shape)}, "
-                f"wanted {spec.dtype} {['n', *spec.shape]}"
-            )
-        arrays.append(np.ascontiguousarray(array))
-    if len({len(array) for array in arrays}) != 1:
-        raise ArchiveError("golden records of the inputs differ in number, wanted equally many")
-    return tuple(arrays)
-
-
-def _read_arrays(path: Path, inputs: Sequence[InputSpec]) -> dict[str, Array]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {inputs[0].name: loaded}
-        with loaded:
-            return {name.removeprefix("input."): loaded[name] for name in loaded.files}
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise ArchiveError(f"{path} is neither .npy nor .npz: {error}") from error
-
-
-def _random_records(inputs: Sequence[InputSpec]) -> tuple[Array, ...]:
-    rng = np.random.default_rng(_GOLDEN_SEED)
-    arrays: list[Array] = []
-    for spec in inputs:
-        shape = (_GOLDEN_RECORDS, *spec.shape)
-        if spec.dtype.kind == "f":
-            arrays.append(rng.random(shape).astype(spec.dtype))
-        else:
-            # Bytes are mostly pixels; other integers may be indices of short tables.
-            top = 256 if spec.dtype == np.uint8 and spec.cast else 2
-            arrays.append(rng.integers(0, top, shape).astype(spec.dtype))
-    return tuple(arrays)
-
-
-def _golden_outputs(
-    forward: Callable[..., Any], request: PackRequest, inputs: Sequence[Array]
-) -> tuple[tuple[Array, ...], tuple[OutputSpec, ...]]:
-    cpu = torch.device("cpu")
-    records = len(inputs[0])
-    try:
-        with torch.inference_mode():
-            prepared = [
-                Preprocess(spec, cpu)(torch.from_numpy(array))
-                for spec, array in zip(request.inputs, inputs, strict=True)
-            ]
-            raw = forward(*prepared)
-    except Exception as error:
-        lines = str(error).splitlines() or [""]
-        wanted = ", ".join(f"{spec.name} {list(spec.model_shape)}" for spec in request.inputs)
-        raise ArchiveError(
-            f"{request.model.name} raised {type(error).__name__} on records of {wanted}: {lines[-1][:200]}"
-        ) from error
-    specs = _output_specs(raw, request.outputs, records)
-    outputs = tuple(tensor.numpy() for tensor in collect(raw, specs, records))
-    return outputs, specs
-
-
-def _output_specs(raw: Any, drafts: Sequence[OutputDraft], records: int) -> tuple[OutputSpec, ...]:
-    """The declared outputs, with what they leave open taken from what the model gave."""
-    if isinstance(raw, Mapping):
-        given = dict(raw)
-    else:
-        tensors = [raw] if isinstance(raw, torch.Tensor) else raw
-        if not isinstance(tensors, list | tuple):
-            raise ArchiveError(f"the model gave {type(raw).__name__}, wanted a tensor, or a list or mapping of tensors")
-        names = [draft.name for draft in drafts] or _default_names(len(tensors))
-        if len(names) != len(tensors):
-            raise ArchiveError(f"the model gave {len(tensors)} outputs, the signature names {len(names)}")
-        given = dict(zip(names, tensors, strict=True))
-    specs = []
-    for draft in drafts or [OutputDraft(str(name)) for name in given]:
-        tensor = given.get(draft.name)
-        if draft.name not in given:
-            raise ArchiveError(f"the model gave outputs {sorted(map(str, given))}, wanted {draft.name}")
-        if not isinstance(tensor, torch.Tensor):
-            raise ArchiveError(f"output {draft.name} is {type(tensor).__name__}, wanted a tensor")
-        if tensor.shape[:1] != (records,):
-            raise ArchiveError(
-                f"output {draft.name} has shape {list(tensor.shape)} for {records} records, wanted the records first"
-            )
-        dtype = np.dtype("float32") if draft.softmax else _numpy_dtype(draft.name, tensor)
-        shape = tuple(tensor.shape[1:]) if draft.shape is None else draft.shape
-        specs.append(OutputSpec(draft.name, draft.dtype or dtype, shape, draft.softmax))
-    return tuple(specs)
-
-
-def _default_names(count: int) -> list[str]:
-    return ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
-
-
-def _numpy_dtype(name: str, tensor: torch.Tensor) -> np.dtype[Any]:
-    """What a tensor's elements are for clients; raises `ArchiveError` for those that the protocol can't carry."""
-    if tensor.dtype == torch.bfloat16:  # numpy has none
-        return np.dtype("float32")
-    try:
-        found: np.dtype[Any] = tensor[:0].numpy().dtype
-        datatype_of(found)
-    except OipError as error:
-        raise ArchiveError(f"output {name}: {error}") from error
-    except (TypeError, RuntimeError) as error:  # sparse, quantised or float8
-        raise ArchiveError(f"output {name} is {tensor.dtype}, which numpy can't hold: {said(error)}") from error
-    return found
 
 
 def _entry(path: Path) -> FileEntry:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ _TIMED_SECONDS = 0.25
 # format (8, 11 and 11 bits of significand) times a handful of layers.
 _PRECISION_TOLERANCE = {"float32": 0.0, "tf32": 5e-3, "bfloat16": 5e-2, "float16": 5e-3}
 
+# KServe's name where it has one: https://github.com/kserve/open-inference-protocol
+_PLATFORMS = {"onnx": "onnxruntime_onnx"}
+
+_log = logging.getLogger(__name__)
+
 
 class ModelLoadError(RuntimeError):
     """The model can't be served."""
@@ -54,12 +60,13 @@ class ModelLoadError(RuntimeError):
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a worker runs a model; `micro_batch` None takes the archive's."""
+    """How a worker runs a model; `micro_batch` and `runtime` None take the archive's."""
 
     threads: int = 1
     micro_batch: int | None = None
     precision: str = "float32"
     gpu_id: int | None = None
+    runtime: str | None = None
 
 
 class Model:
@@ -73,6 +80,7 @@ class Model:
         self.micro_batch = micro_batch
         self.numerics = numerics
         self.fingerprint = fingerprint_of(numerics)
+        self.golden_difference = 0.0
         self._scorer = scorer
 
     @classmethod
@@ -91,7 +99,9 @@ class Model:
             check_files(directory, description.files)
             if device is None:
                 device = open_device(tuning.gpu_id, threads=tuning.threads, precision=tuning.precision)
-            runtime = open_runtime(description, directory, device, precision=tuning.precision)
+            runtime = open_runtime(
+                description, directory, device, precision=tuning.precision, runtime=tuning.runtime
+            )
             return cls._ready(description, directory, runtime, tuning, on_lost)
         except (SignatureError, ModelError, DeviceError) as error:
             raise ModelLoadError(f"model in {directory}: {error}") from error
@@ -111,6 +121,10 @@ class Model:
         numerics = {**runtime.numerics, "micro_batch": micro_batch}
         model = cls(description, scorer, micro_batch, numerics)
         model.check_golden(directory, max(description.golden.tolerance, _PRECISION_TOLERANCE[tuning.precision]))
+        _log.info(
+            "scores in %s with %s differ from the golden ones by at most %.3g",
+            *(tuning.precision, numerics.get("runtime"), model.golden_difference),
+        )
         return model
 
     @property
@@ -132,10 +146,11 @@ class Model:
     def metadata(self) -> ModelMetadata:
         """What `GET /predictions/{name}` answers."""
         described = self.description
+        runtime = str(self.numerics.get("runtime"))
         return ModelMetadata(
             name=described.name,
             versions=(described.version,),
-            platform=f"pytorch_{described.runtime}",
+            platform=_PLATFORMS.get(runtime, f"pytorch_{runtime}"),
             inputs=tuple(spec.tensor() for spec in described.inputs),
             outputs=tuple(spec.tensor() for spec in described.outputs),
             parameters={
@@ -144,11 +159,12 @@ class Model:
                 "micro_batch": self.micro_batch,
                 "micro_batch_ms": round(self._scorer.micro_batch_seconds * 1e3, 3),
                 "numerics": dict(self.numerics),
+                "golden_difference": self.golden_difference,
             },
         )
 
     def check_golden(self, directory: Path, tolerance: float) -> None:
-        """Raise `ModelLoadError` unless the golden records give the golden outputs."""
+        """Raise `ModelLoadError` unless the golden records give the golden outputs; keeps how far they are apart."""
         inputs, outputs = read_golden(directory / self.description.golden.file, self.description)
         scored = self._timed(inputs)
         for spec, found, wanted in zip(self.description.outputs, scored, outputs, strict=True):
@@ -158,6 +174,7 @@ class Model:
                     f"golden records of {self.description.name} {self.description.version}: "
                     f"output {spec.name} differs by {worst:.3g}, wanted at most {tolerance:.3g}"
                 )
+            self.golden_difference = max(self.golden_difference, worst)
 
     def _timed(self, inputs: Sequence[Array]) -> tuple[Array, ...]:
         """Score records, a few times where that is quick: clients choose the size of their requests by what a

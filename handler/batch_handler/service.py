@@ -117,6 +117,7 @@ def tuning_from(environ: Mapping[str, str], gpu_id: Any) -> tuple[Tuning, int]:
         micro_batch=micro_batch or None,
         precision=environ.get("BATCH_HANDLER_PRECISION") or "float32",
         gpu_id=None if gpu_id is None else int(gpu_id),
+        runtime=environ.get("BATCH_HANDLER_RUNTIME") or None,
     )
     return tuning, _whole(environ, "BATCH_HANDLER_MAX_RECORDS", MAX_RECORDS) or MAX_RECORDS
 

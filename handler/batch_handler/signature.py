@@ -49,13 +49,26 @@ __all__ = [
     "Weights",
     "canonical_json",
     "check_name",
+    "check_runtime",
     "digest_of",
     "parse_signature",
+    "runtimes_for",
 ]
 
 FORMAT = 1
-KINDS = ("state_dict", "safetensors", "torchscript", "pickle")
-RUNTIMES = ("eager", "torchscript")
+# What can run each kind of weights; the first is what pack takes where nobody chooses.
+_MODULE = ("eager", "torchscript")
+_RUNTIMES_FOR: Mapping[str, tuple[str, ...]] = {
+    "state_dict": _MODULE,
+    "safetensors": _MODULE,
+    "pickle": _MODULE,
+    "exported": _MODULE,
+    "torchscript": ("torchscript",),
+    "compiled": ("aot",),
+    "onnx": ("onnx",),
+}
+KINDS = tuple(_RUNTIMES_FOR)
+RUNTIMES = ("eager", "torchscript", "aot", "onnx")
 
 _MAX_MICRO_BATCH = 65_536
 
@@ -187,7 +200,10 @@ class OutputSpec:
 
 @dataclass(frozen=True)
 class Weights:
-    """The file that holds the parameters, of one of `KINDS`, and what builds the module around them."""
+    """The file that holds the parameters, of one of `KINDS`, and what builds the module around them.
+
+    `exported` is a program of torch.export, `compiled` a package of AOTInductor.
+    """
 
     file: str
     kind: str
@@ -235,8 +251,7 @@ class ModelDescription:
 
     def __post_init__(self) -> None:
         check_name(self.name, self.version)
-        if self.runtime not in RUNTIMES:
-            raise SignatureError(f"runtime is {self.runtime!r}, wanted one of {', '.join(RUNTIMES)}")
+        check_runtime(self.runtime, self.weights.kind)
         _check_micro_batch(self.micro_batch)
         for what, names in (
             ("inputs", [spec.name for spec in self.inputs]),
@@ -370,6 +385,18 @@ def digest_of(description: Mapping[str, Any]) -> str:
     """The digest of `model.json`'s content: without `digest` and `micro_batch`."""
     body = {key: value for key, value in description.items() if key not in ("digest", "micro_batch")}
     return f"sha256:{hashlib.sha256(canonical_json(body)).hexdigest()}"
+
+
+def runtimes_for(kind: str) -> tuple[str, ...]:
+    """The runtimes that weights of one of `KINDS` can run under, the usual one first."""
+    return _RUNTIMES_FOR[kind]
+
+
+def check_runtime(runtime: str, kind: str) -> None:
+    """Raise `SignatureError` unless weights of this kind can run under this runtime."""
+    if runtime not in runtimes_for(kind):
+        wanted = ", ".join(runtimes_for(kind))
+        raise SignatureError(f"runtime is {runtime!r}, wanted one of {wanted} for weights of kind {kind}")
 
 
 def check_name(name: str, version: str) -> None:

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from batch_client.cli import main
-from batch_handler.archive import ArchiveError, detect_kind, pack, read_description
+from batch_handler.archive import ArchiveError, pack, read_description
 from batch_handler.model import Model
+from batch_handler.modelfile import ModelFileError, detect_kind
 from batch_handler.signature import OutputDraft
 
 
@@ -296,14 +297,14 @@ def test_a_wrong_shape_names_what_the_model_was_given(pack_request, tmp_path):
 def test_what_is_no_model_file_or_archive_is_refused(content, tmp_path):
     path = tmp_path / "m.pt"
     path.write_bytes(content)
-    with pytest.raises(ArchiveError):
+    with pytest.raises(ModelFileError):
         detect_kind(path)
     with pytest.raises(ArchiveError):
         read_description(path)
-    with pytest.raises(ArchiveError, match="is not a file"):
+    with pytest.raises(ModelFileError, match="is not a file"):
         detect_kind(tmp_path / "none.pt")
     torch.save({"epoch": 3}, path)
-    with pytest.raises(ArchiveError, match="wanted a state_dict"):
+    with pytest.raises(ModelFileError, match="wanted a state_dict"):
         detect_kind(path)
 
 

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from batch_handler.signature import SignatureDraft
 
 FILE = click.Path(path_type=Path)
+_NOTES = {
+    "torchscript": "optimised TorchScript may turn NaN into 0, which then has status 0",
+    "aot": "compiled for CPUs like this one, and for this version of torch",
+}
 
 
 @click.command("pack")
@@ -22,10 +26,10 @@ FILE = click.Path(path_type=Path)
 @click.option("--version", help="The model's version.  [default: 1.0]")
 @click.option("--arch", metavar="MODULE:CALLABLE", help="What builds the module for weights: FILE.py:callable is "
               "packed with them, module:callable must be installed where the model is served.")
-@click.option("--trust-pickle", is_flag=True, help="Load MODEL although it is a pickle, which can run any code.")
+@click.option("--trust-pickle", is_flag=True, help="Load MODEL although it is a pickle or a .pt2, which can run any code.")
 @click.option("--signature", type=FILE, help="TOML with [model], [[inputs]], [[outputs]], instead of the flags below.")
 @click.option("--input", "input_text", metavar="NAME:DTYPE:SHAPE", help="A record as it travels, such as "
-              "image:uint8:28x28.  [default: that of the golden records]")
+              "image:uint8:28x28.  [default: that of the golden records, or of an ONNX graph]")
 @click.option("--model-shape", metavar="SHAPE", help="A record as the model takes it, such as 1x28x28.  "
               "[default: as it travels]")
 @click.option("--scale", help="Multiply the input, such as 1/255.")
@@ -33,11 +37,13 @@ FILE = click.Path(path_type=Path)
 @click.option("--softmax", is_flag=True, help="Softmax over the output's last axis.")
 @click.option("--golden", type=FILE, help="Sample records (.npy or .npz) that every worker must reproduce before it "
               "serves.  [default: a few random ones]")
-@click.option("--runtime", type=click.Choice(["eager", "torchscript"]), help="How workers run it; torchscript traces, "
-              "freezes and optimises the module at load.  [default: eager, torchscript for TorchScript files]")
-@click.option("--micro-batch", type=int, help="Records in one run of the model.  [default: 128]")
+@click.option("--runtime", type=click.Choice(["eager", "torchscript", "aot", "onnx"]), help="How workers run it; "
+              "torchscript traces, freezes and optimises the module at load, aot compiles it now and needs a C++ "
+              "compiler.  [default: eager, or what the file is made for]")
+@click.option("--micro-batch", type=int, help="Records in one run of the model.  [default: 128, or what the file is "
+              "made for]")
 def command(model: Path, **options: Any) -> None:
-    """Pack MODEL: .safetensors or a state_dict with --arch, a TorchScript file, or a whole pickled module."""
+    """Pack MODEL: .safetensors or a state_dict with --arch, .onnx, .pt2, a TorchScript file, or a pickled module."""
     try:
         # Packing needs torch, which is slow to import and not part of the bare client.
         from batch_handler import archive
@@ -48,7 +54,7 @@ def command(model: Path, **options: Any) -> None:
 
     config = (serve_config_dir() / "model-config.yaml").read_bytes()
     try:
-        draft = _draft(options)
+        draft = _draft(model, options)
         name = options["name"] or draft.name or model.stem
         request = archive.PackRequest(
             model=model,
@@ -61,15 +67,15 @@ def command(model: Path, **options: Any) -> None:
             arch=options["arch"],
             runtime=options["runtime"],
             trust_pickle=options["trust_pickle"],
-            micro_batch=options["micro_batch"] or draft.micro_batch or archive.DEFAULT_MICRO_BATCH,
+            micro_batch=options["micro_batch"] or draft.micro_batch,
             golden=options["golden"],
         )
         path = archive.pack(request)
         description = archive.read_description(path)
     except (SignatureError, archive.ArchiveError) as error:
         raise DataError(str(error)) from error
-    if description.runtime == "torchscript":
-        click.echo("note: optimised TorchScript may turn NaN into 0, which then has status 0", err=True)
+    if note := _NOTES.get(description.runtime):
+        click.echo(f"note: {note}", err=True)
     for spec in description.inputs:
         click.echo(f"takes {spec.name}: {spec.dtype} {spec.shape}", err=True)
     for output in description.outputs:
@@ -77,7 +83,7 @@ def command(model: Path, **options: Any) -> None:
     click.echo(f"{path}  {description.name} {description.version}  {description.digest}")
 
 
-def _draft(options: dict[str, Any]) -> SignatureDraft:
+def _draft(model: Path, options: dict[str, Any]) -> SignatureDraft:
     from batch_handler.signature import InputSpec, OutputDraft, SignatureDraft, parse_signature
 
     signature: Path | None = options["signature"]
@@ -93,10 +99,12 @@ def _draft(options: dict[str, Any]) -> SignatureDraft:
         if draft.inputs:
             return draft
         raise DataError(f"{signature}: has no [[inputs]]")
+    output = OutputDraft(options["output_name"], softmax=options["softmax"])
+    if model.suffix == ".onnx" and not any(options[flag] for flag in ("input_text", "golden", "model_shape", "scale")):
+        return SignatureDraft(None, None, None, (), (output,))
     name, dtype, shape = _input_of(options)
     value = {"name": name, "dtype": dtype, "shape": shape, "scale": options["scale"],
              "model_shape": _shape_of("--model-shape", options["model_shape"]) if options["model_shape"] else None}
-    output = OutputDraft(options["output_name"], softmax=options["softmax"])
     return SignatureDraft(None, None, None, (InputSpec.from_json(value),), (output,))
 
 

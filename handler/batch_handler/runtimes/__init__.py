@@ -1,19 +1,21 @@
 """The ways to run a model: one file each, and one small protocol.
 
 Rule: `prepare(B)` allocates for micro-batches of at most B records, then `run(slot, size)` issues one; a new
-way to run models is one file and one line of the registry.
+way to run models is one file, one line of the registry, and its kinds of weights in `signature.runtimes_for`.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from batch_handler.runtimes.device import Device
+from batch_handler.runtimes.device import PRECISIONS, Device
 from batch_handler.runtimes.slots import Slot
-from batch_handler.signature import ModelDescription
+from batch_handler.runtimes.transform import ModelError
+from batch_handler.signature import ModelDescription, check_runtime
 
 __all__ = ["Opener", "Runtime", "open_runtime"]
 
@@ -32,17 +34,42 @@ class Runtime(Protocol):
 
 Opener = Callable[[ModelDescription, Path, Device, str], Runtime]
 
+
+@dataclass(frozen=True)
+class _Entry:
+    module: str
+    opener: str
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
+
+
 # By name, so that an engine is imported by those who run models with it and by nobody else.
-_OPENERS: Mapping[str, tuple[str, str]] = {
-    "eager": ("batch_handler.runtimes.eager", "open_eager"),
-    "torchscript": ("batch_handler.runtimes.torchscript", "open_torchscript"),
+_RUNTIMES: Mapping[str, _Entry] = {
+    "eager": _Entry("batch_handler.runtimes.eager", "open_eager"),
+    "torchscript": _Entry("batch_handler.runtimes.torchscript", "open_torchscript"),
+    # What is compiled or exported has its dtypes inside.
+    "aot": _Entry("batch_handler.runtimes.aot", "open_aot", ("float32",)),
+    "onnx": _Entry("batch_handler.runtimes.onnx", "open_onnx", ("float32", "tf32")),
 }
 
 
 def open_runtime(
-    description: ModelDescription, directory: Path, device: Device, *, precision: str = "float32"
+    description: ModelDescription,
+    directory: Path,
+    device: Device,
+    *,
+    precision: str = "float32",
+    runtime: str | None = None,
 ) -> Runtime:
-    """Load the model of an archive's directory with the runtime that its description names."""
-    module, name = _OPENERS[description.runtime]
-    opener: Opener = getattr(importlib.import_module(module), name)
+    """Load the model of an archive's directory, with the runtime of its description unless one is named.
+
+    Raises `SignatureError` for a runtime that its weights can't run under, `ModelError` for the rest.
+    """
+    name = runtime or description.runtime
+    check_runtime(name, description.weights.kind)
+    entry = _RUNTIMES[name]
+    if precision not in entry.precisions:
+        raise ModelError(
+            f"precision is {precision}, which runtime {name} does not offer, wanted {' or '.join(entry.precisions)}"
+        )
+    opener: Opener = getattr(importlib.import_module(entry.module), entry.opener)
     return opener(description, directory, device, precision)

@@ -47,7 +47,11 @@ _MEMORY_TEXTS = (
     "can't allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED",
+    "Failed to allocate memory",
+    "bad_alloc",
 )
+# And that the context is poisoned: torch, ONNX Runtime.
+_LOST_TEXTS = ("CUDA error", "CUDA failure")
 
 # What cuBLAS needs to give equal bits from one run to the next:
 # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
@@ -218,6 +222,8 @@ def open_device(gpu_id: int | None, *, threads: int = 1, precision: str = "float
     if precision not in PRECISIONS:
         raise DeviceError(f"precision is {precision!r}, wanted one of {', '.join(PRECISIONS)}")
     if gpu_id is None or gpu_id < 0 or not torch.cuda.is_available():
+        if precision == "tf32":
+            raise DeviceError("precision is tf32, which is of CUDA GPUs; wanted float32, bfloat16 or float16 on a CPU")
         return CpuDevice(threads)
     return CudaDevice(gpu_id, threads=threads, precision=precision)
 
@@ -232,7 +238,7 @@ def classify(error: BaseException) -> BaseException:
     # AcceleratorError is what newer versions raise for errors that CUDA calls sticky; older ones raise
     # RuntimeError with the text alone.
     sticky = getattr(torch, "AcceleratorError", None)
-    if message.startswith("CUDA error") or (sticky is not None and isinstance(error, sticky)):
+    if message.startswith(_LOST_TEXTS) or (sticky is not None and isinstance(error, sticky)):
         return LostDeviceError(f"the device's context is lost: {_first_line(error)}")
     return error
 

@@ -17,7 +17,7 @@ from batch_handler.runtimes.device import PRECISIONS, Device, DeviceError, Event
 from batch_handler.runtimes.transform import ModelError, Preprocess, collect, torch_dtype
 from batch_handler.signature import InputSpec, OutputSpec
 
-__all__ = ["Forward", "Slot", "SlotRuntime"]
+__all__ = ["Forward", "Slot", "SlotRuntime", "autocast"]
 
 Tensor = torch.Tensor
 Forward = Callable[..., Any]
@@ -51,7 +51,11 @@ class Slot:
 
 
 class SlotRuntime:
-    """A torch callable as a runtime: preprocessing, the model and reductions on one device."""
+    """A torch callable as a runtime: preprocessing, the model and reductions on one device.
+
+    `lower` False is for a callable that has its precision inside. `fixed` is the number of records of a
+    callable that takes no other: what is less is computed beside zeros.
+    """
 
     def __init__(
         self,
@@ -62,6 +66,8 @@ class SlotRuntime:
         *,
         numerics: Mapping[str, Any],
         precision: str = "float32",
+        lower: bool = True,
+        fixed: int | None = None,
     ) -> None:
         self.numerics: Mapping[str, Any] = {
             **device.numerics,
@@ -74,10 +80,16 @@ class SlotRuntime:
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
         self._preprocess = [Preprocess(spec, device.torch_device) for spec in inputs]
-        self._autocast = PRECISIONS[precision]
+        self._precision = precision if lower else "float32"
+        self._fixed = fixed
 
     def prepare(self, micro_batch: int) -> tuple[Slot, ...]:
         """Allocate the slots and run zeros through them; raises `CapacityError` where they do not fit."""
+        if self._fixed not in (None, micro_batch):
+            raise ModelError(
+                f"the model takes {self._fixed} records at a time and no other number, "
+                f"found micro-batches of {micro_batch}, wanted {self._fixed}"
+            )
         with _mapped():
             self._device.settle()
             slots = tuple(Slot(self._device, self._inputs, self._outputs, micro_batch) for _ in range(_SLOTS))
@@ -91,17 +103,21 @@ class SlotRuntime:
     def run(self, slot: Slot, size: int) -> None:
         """Issue the first `size` rows of a slot that was waited for."""
         with _mapped(), self._settled_on_error():
-            targets = [target[:size] for target in slot.targets]
-            uploaded = self._device.upload([host[:size] for host in slot.hosts], targets)
-            results, computed = self._device.compute(lambda: self._compute(targets), uploaded)
+            rows = self._fixed or size
+            for array in slot.inputs:
+                array[size:rows] = 0
+            targets = [target[:rows] for target in slot.targets]
+            uploaded = self._device.upload([host[:rows] for host in slot.hosts], targets)
+            results, computed = self._device.compute(lambda: self._compute(targets, size), uploaded)
             landing = [host[:size] for host in slot.landing]
             slot.results, slot.event = self._device.download(results, landing, computed)
 
-    def _compute(self, records: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        size = records[0].shape[0]
-        with torch.inference_mode(), self._precision():
+    def _compute(self, records: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
+        rows = records[0].shape[0]
+        with torch.inference_mode(), autocast(self._precision, self._device.torch_device):
             prepared = [step(tensor) for step, tensor in zip(self._preprocess, records, strict=True)]
-            return collect(self._forward(*prepared), self._outputs, size)
+            results = collect(self._forward(*prepared), self._outputs, rows)
+        return tuple(result[:size] for result in results)
 
     @contextlib.contextmanager
     def _settled_on_error(self) -> Iterator[None]:
@@ -112,10 +128,15 @@ class SlotRuntime:
             self._device.settle()
             raise
 
-    def _precision(self) -> contextlib.AbstractContextManager[object]:
-        if self._autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self._device.torch_device.type, self._autocast)
+
+def autocast(
+    precision: str, device: torch.device, *, cache: bool = True
+) -> contextlib.AbstractContextManager[object]:
+    """Where a precision is lower than float32: what torch can compute in it is computed in it."""
+    dtype = PRECISIONS[precision]
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, cache_enabled=cache)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from batch_handler.runtimes.device import Device
-from batch_handler.runtimes.eager import load_module, said
-from batch_handler.runtimes.slots import SlotRuntime
-from batch_handler.runtimes.transform import ModelError, Preprocess, torch_dtype
+from batch_handler.runtimes.eager import fixed_records, load_module, said
+from batch_handler.runtimes.slots import SlotRuntime, autocast
+from batch_handler.runtimes.transform import ModelError, example_inputs
 from batch_handler.signature import InputSpec, ModelDescription
 
 __all__ = ["load_script", "open_torchscript"]
@@ -30,10 +30,11 @@ def open_torchscript(description: ModelDescription, directory: Path, device: Dev
     where = device.torch_device
     if description.weights.kind == "torchscript":
         script = load_script(directory / description.weights.file, where)
-        layout = "contiguous"
+        layout, fixed, traced = "contiguous", None, False
     else:
         module, layout = load_module(description.weights, directory, where)
-        script = _trace(module, description.inputs, description.micro_batch, where)
+        fixed, traced = fixed_records(module), True
+        script = _trace(module, description.inputs, fixed or description.micro_batch, where, precision)
     script, optimised = _optimise(script.eval())
     return SlotRuntime(
         script,
@@ -42,6 +43,9 @@ def open_torchscript(description: ModelDescription, directory: Path, device: Dev
         description.outputs,
         numerics={"runtime": "torchscript", "layout": layout, "optimised": optimised},
         precision=precision,
+        # A trace has the casts inside; in a file's graph TorchScript puts them where it can.
+        lower=not traced,
+        fixed=fixed,
     )
 
 
@@ -55,16 +59,13 @@ def load_script(path: Path, device: torch.device) -> Any:
         raise ModelError(f"{path.name} is not TorchScript: {first}") from error
 
 
-def _trace(module: Any, inputs: Sequence[InputSpec], micro_batch: int, device: torch.device) -> Any:
-    examples = []
-    for spec in inputs:
-        zeros = torch.zeros((micro_batch, *spec.shape), dtype=torch_dtype(spec.dtype), device=device)
-        examples.append(Preprocess(spec, device)(zeros))
+def _trace(module: Any, inputs: Sequence[InputSpec], records: int, device: torch.device, precision: str) -> Any:
+    examples = example_inputs(inputs, records, device)
     # A graph that a tensor's values steer comes out wrong, and the golden self-test catches it.
     try:
-        with torch.inference_mode(), _deprecated_but_served():
+        with torch.inference_mode(), autocast(precision, device, cache=False), _deprecated_but_served():
             # torch ships no types for it.
-            return torch.jit.trace(module, tuple(examples), check_trace=False)  # type: ignore[no-untyped-call]
+            return torch.jit.trace(module, examples, check_trace=False)  # type: ignore[no-untyped-call]
     except Exception as error:
         raise ModelError(f"the module can't be traced, wanted one that can or runtime eager: {said(error)}") from error
 

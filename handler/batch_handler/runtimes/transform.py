@@ -14,7 +14,7 @@ import torch
 
 from batch_handler.signature import InputSpec, OutputSpec
 
-__all__ = ["ModelError", "Preprocess", "collect", "torch_dtype"]
+__all__ = ["ModelError", "Preprocess", "collect", "example_inputs", "torch_dtype"]
 
 Tensor = torch.Tensor
 
@@ -57,6 +57,12 @@ class Preprocess:
         if self._std is not None:
             values = values.div_(self._std) if owned else values / self._std
         return values
+
+
+def example_inputs(inputs: Sequence[InputSpec], records: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Zeros as the model takes them, (records, *model_shape) each: what graphs are traced and compiled with."""
+    zeros = [torch.zeros((records, *spec.shape), dtype=torch_dtype(spec.dtype), device=device) for spec in inputs]
+    return tuple(Preprocess(spec, device)(tensor) for spec, tensor in zip(inputs, zeros, strict=True))
 
 
 def collect(raw: Any, specs: Sequence[OutputSpec], records: int) -> tuple[Tensor, ...]:

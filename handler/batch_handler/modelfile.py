@@ -1,0 +1,142 @@
+"""A model file as people have it → which kind of weights it is, and the model as plainly as it can be run.
+
+Rule: nothing that runs code when it is loaded is loaded unless somebody vouched for it.
+
+    ModelFileError (ValueError)    a file that can't be packed, or not without --trust-pickle; one line
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batch_handler.runtimes.aot import open_package
+from batch_handler.runtimes.eager import build_module, fixed_records
+from batch_handler.runtimes.onnx import open_graph
+from batch_handler.runtimes.torchscript import load_script
+from batch_handler.signature import InputSpec, Weights
+
+__all__ = ["ModelFileError", "PlainModel", "check_trusted", "detect_kind", "graph_inputs", "open_plainly"]
+
+_SUFFIXES = {".safetensors": "safetensors", ".onnx": "onnx"}
+_RUNS_CODE = {
+    "pickle": "is a pickle of whole objects, which runs code when it is loaded",
+    "exported": "is an exported program, which torch may unpickle, and that runs code",
+    "compiled": "is a compiled package, which is native code",
+}
+_CPU = torch.device("cpu")
+
+
+class ModelFileError(ValueError):
+    """A file that can't be packed."""
+
+
+class PlainModel:
+    """A model that is neither optimised nor laid out anew; `fixed` is the number of records of one that takes no other.
+
+    Called with tensors of any number of records, it computes them beside zeros where it has to.
+    """
+
+    def __init__(self, forward: Callable[..., Any], fixed: int | None = None) -> None:
+        self._forward = forward
+        self.fixed = fixed
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        records = inputs[0].shape[0]
+        if self.fixed in (None, records):
+            return self._forward(*inputs)
+        pieces = [
+            self._forward(*(_padded(tensor[row : row + self.fixed], self.fixed) for tensor in inputs))
+            for row in range(0, records, self.fixed)
+        ]
+        return _joined(pieces, records)
+
+
+def check_trusted(path: Path, kind: str, *, trust_pickle: bool) -> None:
+    """Raise `ModelFileError` for a kind that runs code when it is loaded, unless somebody vouched for the file."""
+    if kind in _RUNS_CODE and not trust_pickle:
+        instead = ", or save its state_dict" if kind == "pickle" else ""
+        raise ModelFileError(
+            f"{path.name} {_RUNS_CODE[kind]}: pass --trust-pickle if you trust where it comes from{instead}"
+        )
+
+
+def detect_kind(path: Path, *, trust_pickle: bool = False) -> str:
+    """One of `signature.KINDS` by suffix and content; raises `ModelFileError` for what nobody vouched for."""
+    if not path.is_file():
+        raise ModelFileError(f"{path} is not a file")
+    kind = _SUFFIXES.get(path.suffix) or _kind_of_zip(path) or _kind_of_pickle(path)
+    check_trusted(path, kind, trust_pickle=trust_pickle)
+    return kind
+
+
+def open_plainly(
+    weights: Weights, directory: Path, outputs: Sequence[str] = (), micro_batch: int = 1
+) -> tuple[PlainModel, torch.nn.Module | None]:
+    """The model of a weights file on the CPU, and its module where it has one; raises `ModelError`.
+
+    `micro_batch` is how many records a compiled package takes that does not say so itself.
+    """
+    path = directory / weights.file
+    if weights.kind == "torchscript":
+        return PlainModel(load_script(path, _CPU).eval()), None
+    if weights.kind == "onnx":
+        graph, _ = open_graph(path, _CPU, outputs, optimised=False)
+        return PlainModel(graph, graph.fixed), None
+    if weights.kind == "compiled":
+        package = open_package(path, _CPU, micro_batch)
+        return PlainModel(package, package.fixed), None
+    module = build_module(weights, directory)
+    return PlainModel(module, fixed_records(module)), module
+
+
+def graph_inputs(path: Path) -> tuple[InputSpec, ...]:
+    """What an ONNX graph says that a record is; raises `SignatureError` where it does not."""
+    return open_graph(path, _CPU, (), optimised=False)[0].specs()
+
+
+def _kind_of_zip(path: Path) -> str | None:
+    """What torch wrote, by the members of its zip; None for `torch.save` and what is no zip."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        # All are below one folder, but in the exports of torch 2.7 and before.
+        names = [f"/{name}" for name in archive.namelist()]
+    if any("/data/aotinductor/" in name for name in names):
+        return "compiled"
+    if any(name.endswith(("/models/model.json", "/serialized_exported_program.json")) for name in names):
+        return "exported"
+    # torch.save writes the same kind of zip, without code and constants.
+    return "torchscript" if any(name.endswith("/constants.pkl") for name in names) else None
+
+
+def _kind_of_pickle(path: Path) -> str:
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return "pickle"
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ModelFileError(f"{path.name} is not a model file that torch can read: {error}") from error
+    if isinstance(value, Mapping) and value and all(isinstance(v, torch.Tensor) for v in value.values()):
+        return "state_dict"
+    keys = sorted(map(str, value))[:5] if isinstance(value, Mapping) else type(value).__name__
+    raise ModelFileError(f"{path.name} holds {keys}, wanted a state_dict: names and tensors")
+
+
+def _padded(tensor: torch.Tensor, records: int) -> torch.Tensor:
+    return torch.cat([tensor, tensor.new_zeros((records - len(tensor), *tensor.shape[1:]))])
+
+
+def _joined(pieces: Sequence[Any], records: int) -> Any:
+    """What a model returned for each piece, as if it had been given all records at once."""
+    first = pieces[0]
+    if isinstance(first, Mapping):
+        return {name: torch.cat([piece[name] for piece in pieces])[:records] for name in first}
+    if isinstance(first, list | tuple):
+        return [torch.cat([piece[index] for piece in pieces])[:records] for index in range(len(first))]
+    return torch.cat(list(pieces))[:records]
