@@ -149,7 +149,8 @@ def _stage(request: PackRequest, directory: Path) -> ModelDescription:
     inputs = request.inputs or _graph_inputs(kind, directory / weights.file)
     names = [draft.name for draft in request.outputs]
     model, module = open_plainly(weights, directory, names, request.micro_batch or DEFAULT_MICRO_BATCH)
-    micro_batch = request.micro_batch or model.fixed or DEFAULT_MICRO_BATCH
+    chosen = request.micro_batch
+    micro_batch = chosen if chosen is not None else model.fixed or DEFAULT_MICRO_BATCH
     records = golden_records(request.golden, inputs)
     outputs, specs = golden_outputs(model, records, inputs, request.outputs)
     golden = {f"input.{spec.name}": array for spec, array in zip(inputs, records, strict=True)}

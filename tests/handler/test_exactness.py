@@ -7,6 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.onnx_files import tiny_onnx
 
 from batch_handler.archive import pack
 from batch_handler.model import Model, Tuning
@@ -17,17 +20,15 @@ WIDE = InputSpec("image", np.dtype("f4"), (6, 6), (1, 6, 6))
 HOSTILE = [np.nan, np.inf, -np.inf, 3e38, -3e38]
 
 
-@pytest.fixture(scope="module", params=["eager", "torchscript"])
-def floats(request, pack_request, unpack, tmp_path_factory):
+@pytest.fixture(scope="module", params=["eager", "torchscript", "aot", "onnx"])
+def floats(request, pack_request, tiny_module, unpack, tmp_path_factory):
     """The tiny model on raw floats, so that NaN and infinities get in."""
-    output = tmp_path_factory.mktemp("floats") / "floats.mar"
-    return Model.open(
-        unpack(
-            pack(
-                dataclasses.replace(pack_request, inputs=(WIDE,), output=output, runtime=request.param, micro_batch=16)
-            )
-        )
-    )
+    folder = tmp_path_factory.mktemp("floats")
+    change = {"inputs": (WIDE,), "output": folder / "floats.mar", "runtime": request.param, "micro_batch": 16}
+    if request.param == "onnx":
+        (folder / "tiny.onnx").write_bytes(tiny_onnx(tiny_module))
+        change |= {"model": folder / "tiny.onnx", "arch": None}
+    return Model.open(unpack(pack(dataclasses.replace(pack_request, **change))))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,22 @@ def test_bits_do_not_depend_on_how_a_run_is_cut(floats, values):
     for cut in (1, 7, 16, 33):
         parts = [floats.score_bulk([values[a : a + cut]], a)[0] for a in range(0, len(values), cut)]
         np.testing.assert_array_equal(bits(np.concatenate(parts)), bits(clean))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    begin=st.integers(0, 40),
+    count=st.integers(1, 40),
+    before=st.lists(st.integers(1, 20), max_size=2),
+    noise=st.sampled_from(HOSTILE),
+)
+def test_bits_are_a_function_of_the_place_alone(floats, values, begin, count, before, noise):
+    # Whatever range is asked for, after and beside whatever else: what the slots held before must not show.
+    clean = floats.score_bulk([values])[0]
+    mine = values[begin : begin + count]
+    others = [Query((np.full((records, 6, 6), noise, np.float32),)) for records in before]
+    found = floats.score([*others, Query((mine,), begin)])[-1].outputs[0]
+    np.testing.assert_array_equal(bits(found), bits(clean[begin : begin + count]))
 
 
 def test_a_restarted_worker_gives_the_same_bits(tiny_dir, tiny, images):
@@ -136,7 +153,7 @@ def test_status_tells_which_records_are_not_finite(floats, values):
     assert score.status.dtype == np.uint8
     finite = np.isfinite(score.outputs[0]).all(axis=1)
     np.testing.assert_array_equal(score.status, np.where(finite, STATUS_OK, STATUS_NOT_FINITE))
-    # An optimised TorchScript graph fuses convolution and ReLU into a kernel that turns NaN into 0.
+    # Optimised graphs fuse convolution and ReLU into a kernel that may turn NaN into 0.
     if floats.description.runtime == "eager":
         assert score.status.tolist() == [STATUS_OK, STATUS_OK, STATUS_NOT_FINITE, STATUS_OK, STATUS_OK]
 

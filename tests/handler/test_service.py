@@ -261,5 +261,7 @@ def test_the_environment_tunes_a_worker():
     assert (tuning.threads, tuning.micro_batch, tuning.gpu_id, most) == (3, 64, 1, 9)
     tuning, most = service.tuning_from({}, None)
     assert (tuning.threads, tuning.micro_batch, tuning.gpu_id, most) == (1, None, None, 65_536)
+    assert tuning.runtime is None
+    assert service.tuning_from({"BATCH_HANDLER_RUNTIME": "torchscript"}, None)[0].runtime == "torchscript"
     with pytest.raises(ModelLoadError, match="BATCH_HANDLER_THREADS is '-1'"):
         service.tuning_from({"BATCH_HANDLER_THREADS": "-1"}, None)

@@ -30,9 +30,7 @@ Tensor = torch.Tensor
 
 # What `compile_package` adds to the metadata that torch writes.
 _RECORDS = "BATCH_HANDLER_RECORDS"
-_ANY_NUMBER = "any"
 _TORCH = "BATCH_HANDLER_TORCH"
-_MOST_RECORDS = 65_536
 
 # torch's names of x86 instruction sets, each with all that is before it, and the compiler's names for code that
 # every CPU with them runs. Its default would be this very CPU (-march=native).
@@ -41,9 +39,13 @@ _MARCH = {"AVX2": "x86-64-v3", "AVX512": "x86-64-v4"}
 
 
 class Package:
-    """A loaded package as a callable. `fixed` is the number of records of code that takes no other."""
+    """A loaded package as a callable that takes `fixed` records at a time and no other number.
 
-    def __init__(self, loader: Any, fixed: int | None) -> None:
+    Packages with a dynamic number were no faster here, and AOTInductor narrowed it on its own: code exported
+    for 1 to 65,536 records and compiled with 128 refused fewer than 16.
+    """
+
+    def __init__(self, loader: Any, fixed: int) -> None:
         # pytree has no public name in torch; the package's own description of its arguments is written in it.
         from torch.utils import _pytree as pytree  # noqa: PLC0415 - private to torch, used here alone
 
@@ -64,7 +66,7 @@ def open_aot(description: ModelDescription, directory: Path, device: Device, pre
         device,
         description.inputs,
         description.outputs,
-        numerics={"runtime": "aot", "records": package.fixed or _ANY_NUMBER},
+        numerics={"runtime": "aot"},
         precision=precision,
         fixed=package.fixed,
     )
@@ -83,8 +85,7 @@ def open_package(path: Path, device: torch.device, records: int) -> Package:
         metadata: Mapping[str, str] = loader.load_metadata_from_package(str(path), "model")
         _check(metadata, device)
         loaded = loader(str(path), "model", False, 1, device.index or 0 if device.type == "cuda" else -1)
-        taken = metadata.get(_RECORDS, str(records))
-        return Package(loaded, None if taken == _ANY_NUMBER else int(taken))
+        return Package(loaded, int(metadata.get(_RECORDS, records)))
     except ModelError:
         raise
     except Exception as error:
@@ -92,9 +93,9 @@ def open_package(path: Path, device: torch.device, records: int) -> Package:
 
 
 def compile_package(module: torch.nn.Module, inputs: Sequence[InputSpec], micro_batch: int, path: Path) -> None:
-    """Write the package of a module for the CPU; raises `ModelError` where torch can't export or compile it.
+    """Write the package of a module, for the CPU and `micro_batch` records at a time.
 
-    The number of records is dynamic where the module allows that, else `micro_batch`.
+    Raises `ModelError` where torch can't export or compile it.
     """
     # Both are as slow to import as they are seldom needed.
     import torch._inductor.config  # noqa: PLC0415
@@ -104,11 +105,11 @@ def compile_package(module: torch.nn.Module, inputs: Sequence[InputSpec], micro_
     with warnings.catch_warnings():
         # torch's own, about its own code.
         warnings.simplefilter("ignore")
-        exported, records = _export(module, inputs, micro_batch)
+        exported = _export(module, inputs, micro_batch)
         config: dict[str, Any] = {
             # Constants are laid out for the kernels that use them.
             "freezing": True,
-            "aot_inductor.metadata": {_RECORDS: records, _TORCH: _release(torch.__version__)},
+            "aot_inductor.metadata": {_RECORDS: str(micro_batch), _TORCH: _release(torch.__version__)},
         }
         march = _MARCH.get(torch.backends.cpu.get_cpu_capability())
         if march is not None and hasattr(torch._inductor.config.cpp, "march"):  # noqa: SLF001 - of newer versions
@@ -124,17 +125,9 @@ def compile_package(module: torch.nn.Module, inputs: Sequence[InputSpec], micro_
             raise ModelError(f"the module can't be compiled, wanted another runtime: {said(error)}") from error
 
 
-def _export(module: torch.nn.Module, inputs: Sequence[InputSpec], micro_batch: int) -> tuple[Any, str]:
-    examples = example_inputs(inputs, micro_batch, torch.device("cpu"))
-    # A size of 1 at export is taken for a constant.
-    if micro_batch > 1:
-        batch = torch.export.Dim("records", min=1, max=max(micro_batch, _MOST_RECORDS))
-        try:
-            return torch.export.export(module, examples, dynamic_shapes=({0: batch},) * len(examples)), _ANY_NUMBER
-        except Exception:  # noqa: BLE001, S110 - a module may rely on the number of records: then it is fixed
-            pass
+def _export(module: torch.nn.Module, inputs: Sequence[InputSpec], micro_batch: int) -> torch.export.ExportedProgram:
     try:
-        return torch.export.export(module, examples), str(micro_batch)
+        return torch.export.export(module, example_inputs(inputs, micro_batch, torch.device("cpu")))
     except Exception as error:
         raise ModelError(f"the module can't be exported, wanted another runtime: {said(error)}") from error
 

@@ -61,9 +61,11 @@ def load_script(path: Path, device: torch.device) -> Any:
 
 def _trace(module: Any, inputs: Sequence[InputSpec], records: int, device: torch.device, precision: str) -> Any:
     examples = example_inputs(inputs, records, device)
-    # A graph that a tensor's values steer comes out wrong, and the golden self-test catches it.
     try:
         with torch.inference_mode(), autocast(precision, device, cache=False), _deprecated_but_served():
+            # A graph that a tensor's values steer comes out wrong, and the golden self-test catches it; the checks
+            # of an exported program are such values, too.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
             # torch ships no types for it.
             return torch.jit.trace(module, examples, check_trace=False)  # type: ignore[no-untyped-call]
     except Exception as error:
