@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.onnx_files import external, field, message, model, node, tensor, tiny_onnx, value_info
 
 from batch_handler.archive import ArchiveError, pack, read_description
 from batch_handler.model import Model, ModelLoadError, Tuning
@@ -20,6 +19,7 @@ from batch_handler.runtimes.aot import missing_instructions
 from batch_handler.runtimes.protobuf import fields_of
 from batch_handler.scoring import Query, Score
 from batch_handler.signature import KINDS, RUNTIMES, OutputDraft, digest_of, runtimes_for
+from support.onnx_files import external, field, message, model, node, tensor, tiny_onnx, value_info
 
 
 def reference(module, images):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.onnx_files import tiny_onnx
 
 from batch_handler.archive import pack
 from batch_handler.model import Model, Tuning
 from batch_handler.scoring import STATUS_NOT_FINITE, STATUS_OK, Query
 from batch_handler.signature import InputSpec, OutputDraft
+from support.onnx_files import tiny_onnx
 
 WIDE = InputSpec("image", np.dtype("f4"), (6, 6), (1, 6, 6))
 HOSTILE = [np.nan, np.inf, -np.inf, 3e38, -3e38]

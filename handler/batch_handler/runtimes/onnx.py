@@ -174,7 +174,7 @@ def open_graph(
     return OnnxGraph(session, device, outputs), numerics
 
 
-def _as_model_error(path: Path, error: Exception) -> Exception:
+def _as_model_error(path: Path, error: Exception) -> BaseException:
     text = " ".join(str(error).split())[:300]
     mapped = classify(RuntimeError(text))
     return ModelError(f"{path.name} can't be loaded as ONNX: {text}") if type(mapped) is RuntimeError else mapped

@@ -65,7 +65,7 @@ def _trace(module: Any, inputs: Sequence[InputSpec], records: int, device: torch
         with torch.inference_mode(), autocast(precision, device, cache=False), _deprecated_but_served():
             # A graph that a tensor's values steer comes out wrong, and the golden self-test catches it; the checks
             # of an exported program are such values, too.
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined] # torch has it
             # torch ships no types for it.
             return torch.jit.trace(module, examples, check_trace=False)  # type: ignore[no-untyped-call]
     except Exception as error:

@@ -1,0 +1,71 @@
+"""The same records through each runtime, in one process, in turn: which one is quickest on this machine.
+
+    python benchmarks/runtimes.py RECORDS.npy [--threads 2] [--rounds 7] NAME=ARCHIVE[:RUNTIME[:PRECISION]] …
+
+RECORDS are what the archives take. The first entry is the ceiling that the others are divided by. Set
+MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ as servers have them. Fails where two entries differ by more than
+their precision allows.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+ALLOWED = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-3}
+
+
+def opened(archive, runtime, precision, threads):
+    from batch_handler.model import Model, Tuning
+
+    folder = Path(tempfile.mkdtemp(prefix="runtimes-"))
+    with zipfile.ZipFile(archive) as mar:
+        mar.extractall(folder)
+    return Model.open(folder, Tuning(threads=threads, runtime=runtime or None, precision=precision))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path)
+    parser.add_argument("entries", nargs="+")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args(argv)
+    records = np.load(arguments.records)
+    models, rates, scores = {}, {}, {}
+    for entry in arguments.entries:
+        name, _, rest = entry.partition("=")
+        archive, runtime, precision = (*rest.split(":"), "", "")[:3]
+        models[name] = opened(archive, runtime, precision or "float32", arguments.threads)
+        rates[name] = []
+        scores[name] = models[name].score_bulk([records])[0]
+        apart = float(np.abs(scores[name] - next(iter(scores.values()))).max())
+        assert apart <= ALLOWED[precision or "float32"], f"{name} differs by {apart}"
+    for _ in range(arguments.rounds):
+        for name, model in models.items():
+            begun = time.perf_counter()
+            model.score_bulk([records])
+            rates[name].append(len(records) / (time.perf_counter() - begun))
+    first = next(iter(rates.values()))
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+          f"{next(iter(models.values())).numerics['isa']}, {arguments.threads} threads, {len(records)} records, "
+          f"{arguments.rounds} rounds, {time.strftime('%Y-%m-%d')}")
+    print("| entry | runtime | precision | records/s | ratio (min to max) | golden difference |\n|---|---|---|---|---|---|")
+    for name, model in models.items():
+        ratios = [mine / other for mine, other in zip(rates[name], first, strict=True)]
+        print(f"| {name} | {model.numerics['runtime']} | {model.numerics['precision']} "
+              f"| {statistics.median(rates[name]):,.0f} "
+              f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
+              f"| {model.golden_difference:.1e} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
