@@ -57,7 +57,8 @@ def main(argv=None):
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
           f"{next(iter(models.values())).numerics['isa']}, {arguments.threads} threads, {len(records)} records, "
           f"{arguments.rounds} rounds, {time.strftime('%Y-%m-%d')}")
-    print("| entry | runtime | precision | records/s | ratio (min to max) | golden difference |\n|---|---|---|---|---|---|")
+    print("| entry | runtime | precision | records/s | ratio (min to max) | golden difference |")
+    print("|---|---|---|---|---|---|")
     for name, model in models.items():
         ratios = [mine / other for mine, other in zip(rates[name], first, strict=True)]
         print(f"| {name} | {model.numerics['runtime']} | {model.numerics['precision']} "

@@ -95,7 +95,7 @@ def test_a_graph_for_a_fixed_number_of_records_is_filled_up(pack_request, tiny_m
     wanted = reference(tiny_module, images)
     for count in (1, 2, 3, 7):
         np.testing.assert_allclose(online(opened, images[:count]), wanted[:count], atol=1e-5)
-    with pytest.raises(ModelLoadError, match="takes 3 records at a time .* found micro-batches of 8, wanted 3"):
+    with pytest.raises(ModelLoadError, match=r"takes 3 records at a time .* found micro-batches of 8, wanted 3"):
         Model.open(directory, Tuning(micro_batch=8))
 
 
@@ -194,7 +194,7 @@ def test_a_foreign_package_is_native_code_and_says_for_what_it_was_compiled(comp
             if name.endswith("_metadata.json"):
                 content = json.dumps({**json.loads(content), "AOTI_MACHINE": "riscv64"}).encode()
             target.writestr(name, content)
-    with pytest.raises(ArchiveError, match="compiled for machine riscv64, this is .*: pack it again here"):
+    with pytest.raises(ArchiveError, match=r"compiled for machine riscv64, this is .*: pack it again here"):
         pack(repacked(pack_request, other, tmp_path))
 
 
@@ -216,7 +216,7 @@ def test_without_a_compiler_one_line_says_so(pack_request, tmp_path):
     from torch._inductor import config
 
     missing = config.patch({"cpp.cxx": ("no-such-compiler",)})
-    with missing, pytest.raises(ArchiveError, match="needs a C\\+\\+ compiler and none was found"):
+    with missing, pytest.raises(ArchiveError, match=r"needs a C\+\+ compiler and none was found"):
         pack(dataclasses.replace(pack_request, runtime="aot", output=tmp_path / "x.mar"))
 
 
@@ -255,10 +255,10 @@ def test_one_table_says_what_runs_what():
 @pytest.mark.parametrize("change", [{"runtime": "onnx"}, {"runtime": "aot", "kind": "torchscript"}])
 def test_a_runtime_that_the_weights_cannot_run_under_is_refused(change, pack_request, tmp_path, tiny_module):
     path = tmp_path / "m.ts"
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
         torch.jit.save(torch.jit.trace(tiny_module, torch.zeros(2, 1, 6, 6)), path)
     model_ = path if "kind" in change else pack_request.model
-    with pytest.raises(ArchiveError, match="runtime is '(onnx|aot)', wanted one of .* for weights of kind"):
+    with pytest.raises(ArchiveError, match=r"runtime is '(onnx|aot)', wanted one of .* for weights of kind"):
         pack(dataclasses.replace(pack_request, model=model_, output=tmp_path / "x.mar", **change))
 
 

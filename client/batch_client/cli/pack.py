@@ -26,7 +26,7 @@ _NOTES = {
 @click.option("--version", help="The model's version.  [default: 1.0]")
 @click.option("--arch", metavar="MODULE:CALLABLE", help="What builds the module for weights: FILE.py:callable is "
               "packed with them, module:callable must be installed where the model is served.")
-@click.option("--trust-pickle", is_flag=True, help="Load MODEL although it is a pickle or a .pt2, which can run any code.")
+@click.option("--trust-pickle", is_flag=True, help="Load MODEL though it is a pickle or .pt2, which can run any code.")
 @click.option("--signature", type=FILE, help="TOML with [model], [[inputs]], [[outputs]], instead of the flags below.")
 @click.option("--input", "input_text", metavar="NAME:DTYPE:SHAPE", help="A record as it travels, such as "
               "image:uint8:28x28.  [default: that of the golden records, or of an ONNX graph]")
@@ -43,7 +43,7 @@ _NOTES = {
 @click.option("--micro-batch", type=int, help="Records in one run of the model.  [default: 128, or what the file is "
               "made for]")
 def command(model: Path, **options: Any) -> None:
-    """Pack MODEL: .safetensors or a state_dict with --arch, .onnx, .pt2, a TorchScript file, or a pickled module."""
+    """Pack MODEL: .safetensors or other weights with --arch, .onnx, .pt2, TorchScript, or a pickled module."""
     try:
         # Packing needs torch, which is slow to import and not part of the bare client.
         from batch_handler import archive
