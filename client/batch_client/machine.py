@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import shutil
 import socket
@@ -12,7 +13,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["cores", "free_ports", "gpus"]
+__all__ = ["cores", "cpu_kind", "device", "free_ports", "gpus"]
+
+CPUINFO_BYTES = 1 << 16  # the first core says what all are
+# From the widest: the first that a core has names it.
+_INSTRUCTIONS = (("amx_tile", "amx"), ("avx512f", "avx512"), ("avx2", "avx2"), ("sve", "sve"), ("asimd", "neon"))
 
 
 def cores() -> int:
@@ -26,15 +31,53 @@ def cores() -> int:
 
 def gpus(environ: Mapping[str, str]) -> int:
     """GPUs that a worker would see, without importing torch."""
+    return len(_gpu_names(environ))
+
+
+def device(environ: Mapping[str, str]) -> str:
+    """What kind of machine this is for a model: `cpu-avx2-2cores`, `cuda-NVIDIA_A10G`, `cuda-NVIDIA_A10G-4gpus`.
+
+    Machines of one kind share their tuning file. Letters, digits, '.', '_', '+' and '-' only.
+    """
+    names = _gpu_names(environ)
+    if names:
+        kinds = "+".join(sorted({re.sub(r"[^A-Za-z0-9.]+", "_", name) for name in names}))
+        return f"cuda-{kinds}" if len(names) == 1 else f"cuda-{kinds}-{len(names)}gpus"
+    cpuinfo = ""
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="ascii", errors="replace") as file:
+        cpuinfo = file.read(CPUINFO_BYTES)
+    return f"cpu-{cpu_kind(cpuinfo, platform.machine())}-{cores()}cores"
+
+
+def cpu_kind(cpuinfo: str, machine: str) -> str:
+    """The widest vector instructions that /proc/cpuinfo lists, or else the architecture."""
+    listed = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
+    flags = listed[1].split() if listed else []
+    return next((name for flag, name in _INSTRUCTIONS if flag in flags), machine.lower() or "any")
+
+
+def _gpu_names(environ: Mapping[str, str]) -> list[str]:
+    wanted = None
     if (visible := environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return len([name for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")])
+        wanted = [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+    if wanted == []:
+        return []
+    listed = _nvidia_smi(environ)
+    if wanted is None:
+        return [name for _, name, _ in listed]
+    by_id = {ident: name for index, name, uuid in listed for ident in (index, uuid)}
+    return [by_id.get(ident, "GPU") for ident in wanted]
+
+
+def _nvidia_smi(environ: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Index, name and UUID of each GPU."""
     nvidia_smi = shutil.which("nvidia-smi", path=environ.get("PATH"))
     if nvidia_smi is None:
-        return 0
+        return []
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run([nvidia_smi, "-L"], capture_output=True, text=True, timeout=20, check=False)
-        return len(re.findall(r"^GPU \d", done.stdout, re.MULTILINE))
-    return 0
+        return re.findall(r"^GPU (\d+): (.*?) \(UUID: ([^)]*)\)", done.stdout, re.MULTILINE)
+    return []
 
 
 def free_ports(count: int) -> list[int]:

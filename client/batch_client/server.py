@@ -21,11 +21,11 @@ import aiohttp
 
 from batch_client.errors import ServingError, UsageError
 from batch_client.java import Java, find_java, torchserve_home
-from batch_client.machine import cores, gpus
+from batch_client.machine import gpus
 from batch_client.server_config import Model, ServerSettings, model_of
 from batch_client.server_lanes import Lane, lanes_of
 from batch_client.server_log import last_words, load_failure, taken_port
-from batch_client.server_process import ServerProcess, launch
+from batch_client.server_process import ServerProcess, launch, settled
 
 __all__ = ["EmbeddedServer", "ServerSettings", "serve_forever"]
 
@@ -104,15 +104,15 @@ class EmbeddedServer:
     async def start(self) -> None:
         """Starts TorchServe and returns when every worker is ready.
 
-        Raises ServingError when something is missing on this machine, the model does not load (with the handler's own
-        reason) or `startup_seconds` are over.
+        Raises ServingError when something is missing on this machine, the tuning file can't be taken, the model does
+        not load (with the handler's own reason) or `startup_seconds` are over.
         """
         self._model = model_of(self._settings.archive)
         home = torchserve_home()
         java = await asyncio.to_thread(find_java, self._environ, bundled=self._bundled_java)
+        self._settings = await asyncio.to_thread(settled, self._settings, self._environ)
         on_gpus = await asyncio.to_thread(gpus, self._environ)
-        workers = self._settings.workers or on_gpus or cores()
-        self._lanes = lanes_of(self._model.name, workers, self._settings.online_workers, on_gpus)
+        self._lanes = lanes_of(self._model.name, self._settings.workers or 1, self._settings.online_workers, on_gpus)
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10))
         for left in reversed(range(STARTS)):
             try:

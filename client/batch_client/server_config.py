@@ -12,21 +12,22 @@ import random
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from batch_client.errors import ServingError, UsageError
 from batch_client.server_lanes import Lane
+from batch_client.tuning import ALLOCATOR_VARIABLES, ALLOCATORS, DEFAULT_ALLOCATOR, Tuning
 
 __all__ = ["LOOPBACK", "PORTS", "Model", "ServerSettings", "configuration", "environment", "model_of",
-           "parse_properties"]
+           "parse_properties", "with_tuning"]
 
 LOOPBACK = "127.0.0.1"
 PORTS = 5  # that `configuration` asks for
 MANIFEST = "MAR-INF/MANIFEST.json"
 MANIFEST_BYTES = 1 << 20
-HELD_BACK = 1 << 30  # bytes: glibc keeps tensors' memory instead of paging it in again for every batch
+CEILING = "BATCH_HANDLER_CEILING"
 # Variables that would override or redirect what is configured here.
 OVERRIDES = re.compile(r"TS_.*|LOG_LOCATION|METRICS_LOCATION|SM_TELEMETRY_LOG|LOG4J_.*|BATCH_HANDLER_BULK_LANE")
 
@@ -41,7 +42,8 @@ class ServerSettings:
     address, port: where it takes requests; a free port by default. metrics_port: shows metrics, which need no token, at
     `address` too; by default they are on a free port of the loopback. startup_seconds: until every worker is ready.
     token_minutes: life of a token. log_dir: default the private temp dir, removed after a clean end.
-    extra_properties: lines for config.properties, which win over all others.
+    extra_properties: lines for config.properties, which win over all others. tuning: what was measured, for all that is
+    left open here and in the environment; the default is the file beside the archive for this kind of machine, if any.
     """
 
     archive: Path
@@ -57,6 +59,7 @@ class ServerSettings:
     token_minutes: float = 60
     log_dir: Path | None = None
     extra_properties: Mapping[str, str] = field(default_factory=dict)
+    tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
         for name in ("workers", "threads", "micro_batch", "batch_size", "port", "metrics_port"):
@@ -90,6 +93,16 @@ def model_of(archive: Path) -> Model:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ServingError(f"{archive} calls its model {name!r}: wanted letters, digits, '.', '_' and '-'")
     return Model(name, version)
+
+
+def with_tuning(settings: ServerSettings, tuning: Tuning) -> ServerSettings:
+    """`settings` with what was measured for what they leave open.
+
+    Workers and threads share the cores: whoever names one of them gets the default of the other, not the file's.
+    """
+    if settings.workers is not None or settings.threads is not None:
+        return replace(settings, tuning=tuning)
+    return replace(settings, tuning=tuning, workers=tuning.workers, threads=tuning.threads)
 
 
 def configuration(
@@ -140,19 +153,26 @@ def environment(
 
     `kept_back` is `blacklist_env_vars`: what workers must not see is not even given to Java, whose own environment they
     could read. Relative entries of PYTHONPATH are made absolute, because a worker starts in its model's folder.
-    `threads` are each worker's if the settings name none.
+    `threads` are each worker's if the settings name none. Settings win over variables of `environ`, and those over
+    the tuning file. The ceiling is told only where nothing was changed since it was measured.
     """
     secret = re.compile(kept_back)
+    ours = (CEILING, *ALLOCATOR_VARIABLES)
     seen = {name: value for name, value in environ.items()
-            if not secret.fullmatch(name) and not OVERRIDES.fullmatch(name)}
+            if not secret.fullmatch(name) and not OVERRIDES.fullmatch(name) and name not in ours}
     if path := seen.get("PYTHONPATH"):
         seen["PYTHONPATH"] = os.pathsep.join(str(Path(entry).absolute()) for entry in path.split(os.pathsep))
     seen |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(tmp))
-    seen |= {"MALLOC_MMAP_THRESHOLD_": str(HELD_BACK), "MALLOC_TRIM_THRESHOLD_": str(HELD_BACK),
-             "MALLOC_ARENA_MAX": "1"}
+    tuning = settings.tuning
+    seen |= ALLOCATORS[tuning.allocator if tuning else DEFAULT_ALLOCATOR]
     seen |= dict.fromkeys(("OMP_NUM_THREADS", "BATCH_HANDLER_THREADS"), str(settings.threads or threads))
     if len(lanes) > 1:
         seen["BATCH_HANDLER_BULK_LANE"] = lanes[-1].name
     if settings.micro_batch is not None:
         seen["BATCH_HANDLER_MICRO_BATCH"] = str(settings.micro_batch)
+    if tuning is not None:
+        measured = tuning.environment()
+        seen = measured | seen
+        if settings.workers == tuning.workers and measured.items() <= seen.items():
+            seen[CEILING] = str(tuning.records_per_s)
     return seen

@@ -16,13 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from batch_client.errors import ServingError
 from batch_client.java import Java, java_command
-from batch_client.machine import cores, free_ports
+from batch_client.machine import cores, device, free_ports, gpus
 from batch_client.resources import serve_config_dir
 from batch_client.server_config import (
     LOOPBACK,
@@ -32,10 +32,12 @@ from batch_client.server_config import (
     configuration,
     environment,
     parse_properties,
+    with_tuning,
 )
 from batch_client.server_lanes import Lane
+from batch_client.tuning import read_tuning
 
-__all__ = ["ServerProcess", "launch"]
+__all__ = ["ServerProcess", "launch", "settled"]
 
 # Between SIGTERM and SIGKILL. Java resets requests in flight at once, and then waits 3 s for nothing.
 JAVA_GRACE_SECONDS = 0.2
@@ -87,6 +89,17 @@ class ServerProcess:
             await asyncio.to_thread(_reap, self.guard)
         finally:
             _remove(self.folder, keep=self.log_path if keep_log else None)
+
+
+def settled(settings: ServerSettings, environ: Mapping[str, str]) -> ServerSettings:
+    """`settings` with the tuning file for this kind of machine, if there is one, and with a number of workers.
+
+    Raises ServingError for a tuning file that can't be taken.
+    """
+    tuning = settings.tuning or read_tuning(settings.archive, lambda: device(environ))
+    if tuning is not None:
+        settings = with_tuning(settings, tuning)
+    return replace(settings, workers=settings.workers or gpus(environ) or cores())
 
 
 def launch(

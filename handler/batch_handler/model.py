@@ -60,20 +60,29 @@ class ModelLoadError(RuntimeError):
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a worker runs a model; `micro_batch` and `runtime` None take the archive's."""
+    """How a worker runs a model; `micro_batch` and `runtime` None take the archive's.
+
+    `ceiling` is what was measured for the whole server, records/s: it decides nothing and is told to clients.
+    """
 
     threads: int = 1
     micro_batch: int | None = None
     precision: str = "float32"
     gpu_id: int | None = None
     runtime: str | None = None
+    ceiling: float | None = None
 
 
 class Model:
     """A description and a scorer that reproduced its golden outputs."""
 
     def __init__(
-        self, description: ModelDescription, scorer: Scorer, micro_batch: int, numerics: Mapping[str, Any]
+        self,
+        description: ModelDescription,
+        scorer: Scorer,
+        micro_batch: int,
+        numerics: Mapping[str, Any],
+        ceiling: float | None = None,
     ) -> None:
         self.description = description
         self.digest = description.digest
@@ -81,6 +90,7 @@ class Model:
         self.numerics = numerics
         self.fingerprint = fingerprint_of(numerics)
         self.golden_difference = 0.0
+        self.ceiling = ceiling
         self._scorer = scorer
 
     @classmethod
@@ -119,7 +129,7 @@ class Model:
         scorer = Scorer(runtime, description.outputs, micro_batch, on_lost=on_lost)
         # How many workers there are is not in it: that changes no bit.
         numerics = {**runtime.numerics, "micro_batch": micro_batch}
-        model = cls(description, scorer, micro_batch, numerics)
+        model = cls(description, scorer, micro_batch, numerics, tuning.ceiling)
         model.check_golden(directory, max(description.golden.tolerance, _PRECISION_TOLERANCE[tuning.precision]))
         _log.info(
             "scores in %s with %s differ from the golden ones by at most %.3g",
@@ -146,6 +156,7 @@ class Model:
     def metadata(self) -> ModelMetadata:
         """What `GET /predictions/{name}` answers."""
         described = self.description
+        known = {} if self.ceiling is None else {"ceiling_records_per_s": self.ceiling}
         runtime = str(self.numerics.get("runtime"))
         return ModelMetadata(
             name=described.name,
@@ -160,6 +171,7 @@ class Model:
                 "micro_batch_ms": round(self._scorer.micro_batch_seconds * 1e3, 3),
                 "numerics": dict(self.numerics),
                 "golden_difference": self.golden_difference,
+                **known,
             },
         )
 

@@ -7,6 +7,7 @@ batch. The archive's `entry.py` imports `handle` from here and is all that Torch
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -118,6 +119,7 @@ def tuning_from(environ: Mapping[str, str], gpu_id: Any) -> tuple[Tuning, int]:
         precision=environ.get("BATCH_HANDLER_PRECISION") or "float32",
         gpu_id=None if gpu_id is None else int(gpu_id),
         runtime=environ.get("BATCH_HANDLER_RUNTIME") or None,
+        ceiling=_positive(environ, "BATCH_HANDLER_CEILING"),
     )
     return tuning, _whole(environ, "BATCH_HANDLER_MAX_RECORDS", MAX_RECORDS) or MAX_RECORDS
 
@@ -129,6 +131,19 @@ def _whole(environ: Mapping[str, str], name: str, default: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise ModelLoadError(f"{name} is {text[:40]!r}, wanted a whole number")
     return int(text)
+
+
+def _positive(environ: Mapping[str, str], name: str) -> float | None:
+    text = environ.get(name, "").strip()
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ModelLoadError(f"{name} is {text[:40]!r}, wanted a number over 0")
+    return value
 
 
 def _request(row: Mapping[str, Any], properties: Mapping[str, Any]) -> Request:

@@ -66,6 +66,8 @@ _RUNTIMES_FOR: Mapping[str, tuple[str, ...]] = {
     "torchscript": ("torchscript",),
     "compiled": ("aot",),
     "onnx": ("onnx",),
+    # No model: what `bench` serves to see how quick everything around one is. `pack` never makes it.
+    "none": ("noop",),
 }
 KINDS = tuple(_RUNTIMES_FOR)
 RUNTIMES = ("eager", "torchscript", "aot", "onnx")

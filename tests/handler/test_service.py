@@ -12,7 +12,7 @@ import pytest
 
 from batch_handler import oip, service
 from batch_handler.archive import pack
-from batch_handler.model import Model, ModelLoadError
+from batch_handler.model import Model, ModelLoadError, Tuning
 from batch_handler.oip import InferRequest, ModelMetadata, RequestedOutput, Tensor
 from batch_handler.service import Service
 
@@ -265,3 +265,24 @@ def test_the_environment_tunes_a_worker():
     assert service.tuning_from({"BATCH_HANDLER_RUNTIME": "torchscript"}, None)[0].runtime == "torchscript"
     with pytest.raises(ModelLoadError, match="BATCH_HANDLER_THREADS is '-1'"):
         service.tuning_from({"BATCH_HANDLER_THREADS": "-1"}, None)
+
+
+def test_a_measured_ceiling_is_told_and_changes_no_bit(tiny, tiny_dir):
+    tuning, _ = service.tuning_from({"BATCH_HANDLER_CEILING": "21400.5", "BATCH_HANDLER_RUNTIME": "eager"}, None)
+    tuned = Model.open(tiny_dir, tuning)
+    assert tuned.metadata().parameters["ceiling_records_per_s"] == 21400.5
+    assert "ceiling_records_per_s" not in tiny.metadata().parameters
+    assert (tuned.fingerprint, tuned.digest) == (tiny.fingerprint, tiny.digest)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "inf", "nan", "fast"])
+def test_a_ceiling_that_is_none_is_refused(value):
+    with pytest.raises(ModelLoadError, match=f"BATCH_HANDLER_CEILING is '{value}', wanted a number over 0"):
+        service.tuning_from({"BATCH_HANDLER_CEILING": value}, None)
+
+
+def test_another_runtime_has_another_fingerprint_and_the_same_digest(tiny, tiny_dir):
+    traced = Model.open(tiny_dir, Tuning(runtime="torchscript"))
+    assert traced.digest == tiny.digest
+    assert traced.fingerprint != tiny.fingerprint
+    assert traced.metadata().platform == "pytorch_torchscript"

@@ -29,6 +29,7 @@ VERBS = {
     "show": "Draw sample records with their predictions; with labels, how many are right.",
     "pack": "Make an archive of a trained model.",
     "serve": "Serve an archive in the foreground.",
+    "bench": "Measure how quick a model can be here, what limits a run, and the best settings.",
 }
 CONFIG = "batch-client.toml"
 ENVIRONMENT = "BATCH_CLIENT"

@@ -52,8 +52,9 @@ server_options = _stack(
     click.option("--model", metavar="NAME", help="The model's name at the endpoints."),
     click.option("--token-file", metavar="FILE", help="File with the endpoints' token; read again when refused."),
     click.option("--token-command", metavar="COMMAND", help="Command that prints the token; run again when refused."),
-    click.option("--workers", type=int, help="Worker processes of the embedded server.  [default: GPUs, else cores]"),
-    click.option("--threads", type=int, help="Threads of each worker.  [default: cores / workers]"),
+    click.option("--workers", type=int,
+                 help="Worker processes of the embedded server.  [default: tuned, or GPUs, else cores]"),
+    click.option("--threads", type=int, help="Threads of each worker.  [default: tuned, or cores / workers]"),
 )
 array_options = _stack(
     click.option("--array", metavar="NAME", help="The array to score, when INPUT is a group."),

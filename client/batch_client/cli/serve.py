@@ -16,11 +16,14 @@ __all__ = ["command"]
 
 @click.command(name="serve")
 @click.argument("archive", type=click.Path(path_type=Path))
-@click.option("--workers", type=click.IntRange(1), help="Processes with the model. Default: one a GPU, or else a core.")
+@click.option("--workers", type=click.IntRange(1),
+              help="Processes with the model. Default: the tuning file's, else one a GPU or a core.")
 @click.option("--online-workers", type=click.IntRange(0), help="Processes of a lane of its own for online queries; "
               "bulk runs use the others at low priority. 0: one lane for both. Default: 1, on GPUs 0.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of each worker. Default: its share of the cores.")
-@click.option("--micro-batch", type=click.IntRange(1), help="Records in one run of the model. Default: the archive's.")
+@click.option("--threads", type=click.IntRange(1),
+              help="Threads of each worker. Default: the tuning file's, or its share of the cores.")
+@click.option("--micro-batch", type=click.IntRange(1),
+              help="Records in one run of the model. Default: the tuning file's, or the archive's.")
 @click.option("--address", default="127.0.0.1", show_default=True,
               help="Where to take requests. Any other than the loopback needs a TLS proxy in front.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Where to take requests. Default: a free one.")

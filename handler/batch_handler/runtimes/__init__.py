@@ -49,6 +49,7 @@ _RUNTIMES: Mapping[str, _Entry] = {
     # What is compiled or exported has its dtypes inside.
     "aot": _Entry("batch_handler.runtimes.aot", "open_aot", ("float32",)),
     "onnx": _Entry("batch_handler.runtimes.onnx", "open_onnx", ("float32", "tf32")),
+    "noop": _Entry("batch_handler.runtimes.noop", "open_noop"),
 }
 
 

@@ -1,0 +1,227 @@
+"""One `bench`: the search, the ceilings and the whole, one after the other; what it starts and writes is gone after it.
+
+The tuning file is the one thing that stays, and only where it is asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from batch_client import __version__
+from batch_client.archives import local_archive
+from batch_client.bench.ceilings import read_alone, wire_alone, write_alone
+from batch_client.bench.search import Way, shares, space_of
+from batch_client.bench.tuner import Found, Trial, find_best
+from batch_client.bench.verdict import Verdict
+from batch_client.bench.workers import ask_handler, workers_of
+from batch_client.errors import UsageError
+from batch_client.java import find_java, torchserve_home
+from batch_client.machine import cores, device, gpus
+from batch_client.pipeline import execute
+from batch_client.plan import MAX_CHUNK_RECORDS, REQUEST_BYTES
+from batch_client.prepare import Services, prepare
+from batch_client.reader import open_source
+from batch_client.resources import serve_config_dir
+from batch_client.server import EmbeddedServer, ServerSettings
+from batch_client.server_config import environment, parse_properties
+from batch_client.serving import Servers
+from batch_client.spec import Records, RunSpec
+from batch_client.storage import Store, child_url, open_store
+from batch_client.transport import HttpTransport
+from batch_client.tuning import ALLOCATORS, DEFAULT_ALLOCATOR, Tuning, write_tuning
+
+__all__ = ["BenchSpec", "Report", "bench"]
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSpec:
+    """What a person asks for.
+
+    archive: path or URL. input, array, anonymous: a source to measure reading and the whole with, as in RunSpec.
+    output: a place for what is written meanwhile, None for a temporary folder here. budget: seconds of measurement.
+    precision: of the model. save: write the tuning file beside the archive.
+    """
+
+    archive: str
+    input: str | None = None
+    array: str | None = None
+    output: str | None = None
+    anonymous: bool = False
+    budget: float = 120.0
+    precision: str = "float32"
+    save: bool = False
+
+    def __post_init__(self) -> None:
+        if self.budget <= 0:
+            raise UsageError(f"--budget {self.budget:g}: wanted seconds")
+        if self.output is not None and self.input is None:
+            raise UsageError("--output is where predictions for INPUT are written: name an INPUT too")
+        if self.save and len(urlsplit(self.archive).scheme) > 1:
+            raise UsageError(f"--save writes beside the archive and {self.archive} is not on this machine: fetch it, "
+                             "measure that, and copy the tuning folder beside the original")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured; `whole_records` were scored for the whole, `saved` is the tuning file if one was written."""
+
+    model: str
+    record_bytes: int
+    found: Found
+    tuning: Tuning
+    verdict: Verdict
+    whole_records: int = 0
+    saved: Path | None = None
+
+    def to_value(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        verdict = self.verdict
+        return {
+            "model": self.model, "device": self.tuning.device, "model_digest": self.tuning.model_digest,
+            "best": vars(self.found.best), "precision": self.tuning.precision,
+            "gain": round(self.found.gain, 3), "search_complete": self.found.complete,
+            "tried": [one.to_value() for one in self.found.tried],
+            "ceilings": {name: round(rate, 1) for name, rate in verdict.ceilings.items()},
+            "whole": None if verdict.whole is None else round(verdict.whole, 1), "whole_records": self.whole_records,
+            "limited_by": verdict.limiter, "next": verdict.next_step,
+            "tuning_file": None if self.saved is None else str(self.saved),
+        }
+
+
+async def bench(spec: BenchSpec, say: Say, environ: Mapping[str, str] = os.environ) -> Report:
+    """Measure `spec.archive` on this machine; `say` gets a line whenever something else is measured.
+
+    Raises the errors of `batch_client.errors`.
+    """
+    torchserve_home()
+    await asyncio.to_thread(find_java, environ, bundled=True)
+    if spec.input is not None:  # a source that can't be read should not wait for the search
+        await open_source(open_store(spec.input, anonymous=spec.anonymous), spec.array)
+    async with local_archive(spec.archive, anonymous=spec.anonymous) as archive:
+        with tempfile.TemporaryDirectory(prefix="batch-client-bench-") as folder:
+            return await _Session(spec, archive, Path(folder), say, environ).run()
+
+
+class _Session:
+    def __init__(self, spec: BenchSpec, archive: Path, folder: Path, say: Say, environ: Mapping[str, str]) -> None:
+        self._spec = spec
+        self._archive = archive
+        self._folder = folder
+        self._say = say
+        self._environ = environ
+        self._seconds = shares(spec.budget, with_input=spec.input is not None)
+        self._gpus = 0
+        self._device = ""
+        self._model: dict[str, Any] = {}
+
+    async def run(self) -> Report:
+        self._say(f"reading {self._spec.archive}")
+        self._gpus = await asyncio.to_thread(gpus, self._environ)
+        self._device = await asyncio.to_thread(device, self._environ)
+        self._model = await ask_handler(["prepare", str(self._archive), str(self._folder)], self._environ)
+        found = await self._search()
+        tuning = self._tuning(found.best, found)
+        ceilings = {"model": found.records_per_s}
+        noop = replace(tuning, runtime="noop", precision="float32")
+        run = self._run_spec()
+        async with self._served(self._folder / "noop.mar", noop) as servers:
+            self._say("wire alone: TorchServe without a model")
+            records = self._request_records(tuning.micro_batch)
+            ceilings["wire"] = await wire_alone(servers, run, records, self._seconds["wire"])
+            if self._spec.input is not None:
+                async with self._scratch("write") as output:
+                    ceilings |= await self._storage(run, servers, output)
+        whole, whole_records = None, 0
+        if self._spec.input is not None:
+            whole, whole_records = await self._whole(run, tuning, min(ceilings.values()))
+        saved = write_tuning(self._archive, tuning) if self._spec.save else None
+        return Report(self._model["name"], self._model["record_bytes"], found, tuning, Verdict(ceilings, whole),
+                      whole_records, saved)
+
+    async def _search(self) -> Found:
+        workers = self._gpus or cores()
+        start = Way(self._model["runtime"], self._model["micro_batch"], workers, max(1, cores() // workers),
+                    DEFAULT_ALLOCATOR)
+        space = space_of(
+            self._model["runtimes"], tuple(ALLOCATORS), cores=cores(), gpus=self._gpus,
+            record_bytes=self._model["record_bytes"], micro_batch=start.micro_batch)
+        return await find_best(start, space, self._opened, seconds=self._seconds["model"], clock=time.monotonic,
+                               say=self._say)
+
+    def _opened(self, way: Way, seconds: float) -> AbstractAsyncContextManager[Trial]:
+        tuning = self._tuning(way)
+        settings = ServerSettings(self._archive, workers=way.workers, threads=way.threads, tuning=tuning)
+        template = (serve_config_dir(self._environ) / "config.properties").read_text("ascii")
+        kept_back = parse_properties(template)["blacklist_env_vars"]
+        environ = environment(self._environ, kept_back, self._folder, settings, way.threads, ()) | tuning.environment()
+        return workers_of(self._folder / "model", environ, count=way.workers, gpus=self._gpus, seconds=seconds,
+                          records=self._request_records(way.micro_batch))
+
+    def _tuning(self, way: Way, found: Found | None = None) -> Tuning:
+        return Tuning(
+            device=self._device, model_digest=self._model["digest"], precision=self._spec.precision, **vars(way),
+            versions={"batch-client": __version__, **self._model["versions"]},
+            records_per_s=1.0 if found is None else round(found.records_per_s, 1),
+            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            table=() if found is None else [one.to_value() for one in found.tried])
+
+    def _request_records(self, micro_batch: int) -> int:
+        """What `run` chooses: whole micro-batches, about 1 MiB."""
+        fitting = REQUEST_BYTES // (max(1, int(self._model["record_bytes"])) * micro_batch)
+        return micro_batch * max(1, min(fitting, MAX_CHUNK_RECORDS // micro_batch))
+
+    def _run_spec(self) -> RunSpec:
+        # Without an INPUT nothing is read or written, and the names stand for nothing.
+        return RunSpec(input=self._spec.input or "input", output=self._spec.output or str(self._folder / "output"),
+                       archive=str(self._archive), array=self._spec.array, anonymous=self._spec.anonymous)
+
+    @asynccontextmanager
+    async def _served(self, archive: Path, tuning: Tuning) -> AsyncIterator[Servers]:
+        settings = ServerSettings(archive, tuning=tuning)
+        environ = {name: value for name, value in self._environ.items() if name not in tuning.environment()}
+        async with EmbeddedServer(settings, environ=environ) as server, HttpTransport() as transport:
+            yield Servers(transport, server, (server.url,), server.model_name)
+
+    @asynccontextmanager
+    async def _scratch(self, name: str) -> AsyncIterator[Store]:
+        """A place that nobody else has, empty again afterwards."""
+        base = self._spec.output or str(self._folder)
+        url = f"{base.rstrip('/')}/bench-{secrets.token_hex(8)}-{name}"
+        store = open_store(url, anonymous=self._spec.anonymous)
+        try:
+            yield store
+        finally:
+            for key in [meta.key async for meta in store.list("")]:
+                await store.delete(key)
+
+    async def _storage(self, run: RunSpec, servers: Servers, output: Store) -> dict[str, float]:
+        source = open_store(run.input, anonymous=run.anonymous)
+        prepared = await prepare(run, Services(servers, source, output))
+        self._say(f"read alone: {prepared.source.url}")
+        read = await read_alone(prepared.source, prepared.plan, run, self._seconds["read"])
+        self._say(f"write alone: {'a temporary folder' if self._spec.output is None else child_url(output.url, '')}")
+        write = await write_alone(output, prepared.plan, run, self._seconds["write"])
+        return {"read": read, "write": write}
+
+    async def _whole(self, run: RunSpec, tuning: Tuning, ceiling: float) -> tuple[float, int]:
+        source_store = open_store(run.input, anonymous=run.anonymous)
+        count = (await open_source(source_store, run.array)).geometry.count
+        records = max(1, min(count, int(ceiling * self._seconds["whole"])))
+        async with self._served(self._archive, tuning) as servers, self._scratch("whole") as output:
+            self._say(f"the whole: {records:,} records")
+            spec = replace(run, output=output.url, records=Records(0, records), max_failed=records)
+            summary = await execute(spec, Services(servers, source_store, output))
+        return summary.records_per_s, records

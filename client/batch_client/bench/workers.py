@@ -1,0 +1,118 @@
+"""The workers of one way to run a model, without a server around them: processes with a worker's environment and code.
+
+Rule: nothing of them outlives the block that they are for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from batch_client.errors import ServingError
+
+__all__ = ["Workers", "ask_handler", "workers_of"]
+
+# A window ends with a request that began in it, and a heavy model's takes a while.
+ANSWER_SECONDS = 120.0
+END_SECONDS = 5.0
+
+
+class Workers:
+    """Processes that are ready to score for as long as they are asked to."""
+
+    def __init__(self, processes: Sequence[_Process]) -> None:
+        self._processes = processes
+
+    async def window(self, seconds: float) -> float:
+        """Records/s of all processes together while each scores for `seconds`, and at least one request.
+
+        Raises ServingError when one fails.
+        """
+        for process in self._processes:
+            process.tell(f"{seconds}\n")
+        answers = [await process.answer(seconds + ANSWER_SECONDS) for process in self._processes]
+        return sum(float(answer["records"]) / float(answer["seconds"]) for answer in answers)
+
+
+@asynccontextmanager
+async def workers_of(
+    directory: Path, environ: Mapping[str, str], *, count: int, records: int, gpus: int, seconds: float,
+) -> AsyncIterator[Workers]:
+    """`count` processes that have loaded the model in `directory`; a request has `records` records.
+
+    Raises ServingError when one has not within `seconds`, with the handler's reason.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        processes = []
+        for number in range(count):
+            words = ["score", str(directory), str(records), str(number % gpus if gpus else -1)]
+            processes.append(await stack.enter_async_context(_process(words, environ, directory)))
+        try:
+            async with asyncio.timeout(seconds):
+                for process in processes:
+                    await process.answer(seconds)
+        except TimeoutError:
+            raise ServingError(f"not loaded within {seconds:.0f} s") from None
+        yield Workers(processes)
+
+
+async def ask_handler(words: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
+    """One answer of `batch_handler.measure`. Raises ServingError with its reason."""
+    async with _process(words, environ, None) as process:
+        return await process.answer(ANSWER_SECONDS)
+
+
+class _Process:
+    def __init__(self, process: asyncio.subprocess.Process, errors: IO[bytes]) -> None:
+        self._process = process
+        self._errors = errors
+
+    def tell(self, line: str) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.write(line.encode())
+
+    async def answer(self, seconds: float) -> dict[str, Any]:
+        assert self._process.stdout is not None  # noqa: S101 - it was asked for
+        try:
+            line = await asyncio.wait_for(self._process.stdout.readline(), seconds)
+        except TimeoutError:
+            raise ServingError(f"no answer within {seconds:.0f} s") from None
+        if not line:
+            raise ServingError(await self._last_words())
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise ServingError(str(answer["error"]))
+        return answer
+
+    async def _last_words(self) -> str:
+        code = await self._process.wait()
+        self._errors.seek(0)
+        said = self._errors.read().decode("utf-8", "replace").split("\n")
+        last = next((line.strip() for line in reversed(said) if line.strip()), "")
+        if "No module named" in last:
+            return f'the handler is not installed here ({last[:100]}): pip install "batch-client[serve]"'
+        return f"the process ended with {code}: {last[:200] or 'it said nothing'}"
+
+
+@asynccontextmanager
+async def _process(words: Sequence[str], environ: Mapping[str, str], folder: Path | None) -> AsyncIterator[_Process]:
+    with tempfile.TemporaryFile() as errors:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "batch_handler.measure", *words, env=dict(environ), cwd=folder,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=errors,
+            start_new_session=True,  # so that a Ctrl-C reaches us alone
+        )
+        try:
+            yield _Process(process, errors)
+        finally:
+            # It holds nothing that is worth a farewell.
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await asyncio.wait_for(process.wait(), END_SECONDS)

@@ -1,0 +1,91 @@
+"""`batch-client bench`: how quick a model can be here, what limits a run, and the best settings for this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batch_client.errors import StoppedError
+
+if TYPE_CHECKING:
+    from batch_client.bench.session import BenchSpec, Report
+
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
+NOTES = {
+    "wire": "TorchServe without a model",
+    "read": "INPUT",
+    "write": "OUTPUT",
+}
+
+
+@click.command("bench")
+@click.argument("archive", metavar="ARCHIVE")
+@click.argument("input_url", metavar="[INPUT]", required=False)
+@click.option("--budget", type=float, default=120.0, show_default=True, metavar="SECONDS",
+              help="How long to measure, about; servers that are started take some seconds more.")
+@click.option("--save", is_flag=True, help="Write the best settings beside ARCHIVE, where `run --archive` and `serve` "
+              "take them on machines of this kind.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True,
+              help="What the model computes in. Others than float32 change its scores: look at them first.")
+@click.option("--output", metavar="URL", help="Write to a folder of its own below this place, and remove it after.  "
+              "[default: a temporary folder on this machine]")
+@click.option("--array", metavar="NAME", help="The array to read, when INPUT is a group.")
+@click.option("--anonymous", is_flag=True, help="Use storage without credentials: public buckets.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def command(input_url: str | None, *, as_json: bool, **options: Any) -> None:
+    """Measure the model of ARCHIVE on this machine, in many ways, and everything around it.
+
+    With INPUT, a Zarr array that the model takes, reading it, writing predictions and the whole run are measured too.
+    """
+    from batch_client.api import run_until_complete
+    from batch_client.bench.session import BenchSpec
+
+    report = run_until_complete(_bench(BenchSpec(input=input_url, **options)))
+    if as_json:
+        click.echo(json.dumps(report.to_value()))
+        return
+    for line in _lines(report, local=options["output"] is None):
+        click.echo(line)
+
+
+async def _bench(spec: BenchSpec) -> Report:
+    from batch_client.bench.session import bench
+    from batch_client.cli.stream import PatientStream
+
+    this = asyncio.current_task()
+    if sys.platform != "win32" and this is not None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, this.cancel)
+    stream = PatientStream()
+    try:
+        return await bench(spec, lambda line: _say(stream, line))
+    except asyncio.CancelledError:
+        raise StoppedError("stopped: nothing was saved, and nothing is left running") from None
+    finally:
+        stream.close()
+
+
+def _say(stream: Any, line: str) -> None:
+    stream.write(f"{line}\n")
+
+
+def _lines(report: Report, *, local: bool) -> list[str]:
+    from batch_client.bench.verdict import table_of, ways_of
+
+    found, verdict = report.found, report.verdict
+    notes = NOTES | {"model": str(found.best)} | ({"write": "a temporary folder here"} if local else {})
+    rows = [(f"{name} alone", rate, notes[name]) for name, rate in verdict.ceilings.items()]
+    if verdict.whole is not None:
+        rows.append(("the whole", verdict.whole, f"{report.whole_records:,} records"))
+    ended = "" if found.complete else "; not all was tried: a larger --budget finds more"
+    lines = [f"{report.model} on {report.tuning.device}", "", *ways_of(found), "",
+             f"best: {found.best}, {found.gain:.2f} times as quick as the defaults{ended}", "",
+             *table_of(rows, report.record_bytes), "", *verdict.lines()]
+    if report.saved is not None:
+        lines.append(f"saved: {report.saved}")
+    return lines

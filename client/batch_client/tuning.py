@@ -1,0 +1,172 @@
+"""What `bench --save` measured for one model on one kind of machine, and the file that keeps it.
+
+    digits.mar                           the archive
+    digits.tuning/cpu-avx2-2cores.json   beside it, one for each kind of machine
+
+Rule: a file that can't be taken as it is, because it is damaged or was measured for another model, is refused and never
+passed over: a server that is slow without a word costs more than one that does not start. All that changes bits is in
+the server's fingerprint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from batch_client.errors import ServingError, StorageError
+
+__all__ = ["ALLOCATORS", "ALLOCATOR_VARIABLES", "DEFAULT_ALLOCATOR", "FORMAT", "Tuning", "read_tuning", "tuning_path",
+           "write_tuning"]
+
+FORMAT = 1
+MAX_BYTES = 1 << 20
+HELD = str(1 << 30)  # bytes: glibc keeps tensors' memory instead of paging it in again for every batch
+# What the C library's allocator is told, by name. https://man7.org/linux/man-pages/man3/mallopt.3.html
+ALLOCATORS: Mapping[str, Mapping[str, str]] = {
+    "glibc-held": {"MALLOC_MMAP_THRESHOLD_": HELD, "MALLOC_TRIM_THRESHOLD_": HELD, "MALLOC_ARENA_MAX": "1"},
+    "glibc-thresholds": {"MALLOC_MMAP_THRESHOLD_": HELD, "MALLOC_TRIM_THRESHOLD_": HELD},
+    "glibc-default": {},
+}
+DEFAULT_ALLOCATOR = "glibc-held"
+ALLOCATOR_VARIABLES = tuple(ALLOCATORS[DEFAULT_ALLOCATOR])
+
+_DESCRIPTION = "model.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
+_COUNTS = {"micro_batch": 65_536, "workers": 4096, "threads": 4096}
+_NAMES = ("device", "runtime", "precision", "allocator")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """The quickest way found to run one model on one kind of machine.
+
+    device: that kind, as `machine.device` names it. model_digest: the archive's. runtime, micro_batch, precision: of
+    each worker. workers, threads: of the server, and of each worker. allocator: one of ALLOCATORS. records_per_s: of
+    all workers together with nothing around them, the ceiling of a run. measured_at: ISO 8601. versions: of the
+    libraries that it was measured with. table: everything that was tried, for people.
+    """
+
+    device: str
+    model_digest: str
+    runtime: str
+    micro_batch: int
+    workers: int
+    threads: int
+    precision: str
+    allocator: str
+    records_per_s: float
+    measured_at: str = ""
+    versions: Mapping[str, str]
+    table: Sequence[Mapping[str, Any]] = ()
+
+    def environment(self) -> dict[str, str]:
+        """What makes a worker run the model in this way."""
+        threads = str(self.threads)
+        return {**ALLOCATORS[self.allocator], "OMP_NUM_THREADS": threads, "BATCH_HANDLER_THREADS": threads,
+                "BATCH_HANDLER_RUNTIME": self.runtime, "BATCH_HANDLER_MICRO_BATCH": str(self.micro_batch),
+                "BATCH_HANDLER_PRECISION": self.precision}
+
+    def to_json(self) -> str:
+        """The text of a tuning file."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: bytes, where: str) -> Self:
+        """Read a tuning file's bytes. Raises ServingError that names `where` for anything else."""
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _refused(where, f"is not JSON ({error})") from error
+        if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+            raise _refused(where, f"is not a tuning file of format {FORMAT}")
+        wanted = {field.name for field in fields(cls)}
+        if wanted != set(value):
+            differing = ", ".join(sorted(wanted ^ set(value)))
+            raise _refused(where, f"has other fields than a tuning file: {differing[:200]}")
+        for name, good in _checks(value).items():
+            if not good:
+                raise _refused(where, f"has {name} {str(value[name])[:100]!r}")
+        return cls(**value)
+
+
+def tuning_path(archive: Path, device: str) -> Path:
+    """Where the tuning file of an archive for a kind of machine is."""
+    return archive.with_suffix(".tuning") / f"{device}.json"
+
+
+def read_tuning(archive: Path, device: Callable[[], str]) -> Tuning | None:
+    """The tuning file beside an archive for this kind of machine, if there is one; `device` is asked only if need be.
+
+    Raises ServingError for a file that is damaged or was measured for another model.
+    """
+    if not archive.with_suffix(".tuning").is_dir():
+        return None
+    path = tuning_path(archive, device())
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _refused(str(path), f"can't be read ({error.strerror})") from error
+    if len(text) > MAX_BYTES:
+        raise _refused(str(path), f"is over {MAX_BYTES:,} bytes")
+    tuning = Tuning.from_json(text, str(path))
+    found = _digest_of(archive)
+    if tuning.model_digest != found:
+        raise _refused(str(path), f"was measured for the model {tuning.model_digest[:19]}…, {archive.name} has "
+                                  f"{found[:19]}…")
+    return tuning
+
+
+def write_tuning(archive: Path, tuning: Tuning) -> Path:
+    """Write the tuning file beside an archive, whole or not at all; an earlier one is replaced.
+
+    Raises StorageError when that can't be done.
+    """
+    path = tuning_path(archive, tuning.device)
+    new = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        new.write_text(tuning.to_json(), "utf-8")
+        new.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path} can't be written: {error.strerror or error}") from error
+    return path
+
+
+def _refused(where: str, why: str) -> ServingError:
+    return ServingError(f"{where} {why}: measure again with `batch-client bench ARCHIVE --save`, or delete the file")
+
+
+def _checks(value: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether each field is what it should be; names end up in the environment of a process."""
+    versions, table, rate = value["versions"], value["table"], value["records_per_s"]
+    return {
+        **{name: isinstance(value[name], str) and _NAME.fullmatch(value[name]) is not None for name in _NAMES},
+        **{name: type(value[name]) is int and 1 <= value[name] <= most for name, most in _COUNTS.items()},
+        "allocator": value["allocator"] in tuple(ALLOCATORS),
+        "model_digest": isinstance(value["model_digest"], str),
+        "records_per_s": type(rate) in (int, float) and 0 < rate < math.inf,
+        "measured_at": isinstance(value["measured_at"], str),
+        "versions": isinstance(versions, dict) and all(isinstance(version, str) for version in versions.values()),
+        "table": isinstance(table, list) and all(isinstance(row, dict) for row in table),
+    }
+
+
+def _digest_of(archive: Path) -> str:
+    """The digest that an archive says its model has; the handler checks it when it loads."""
+    try:
+        with zipfile.ZipFile(archive) as mar, mar.open(_DESCRIPTION) as member:
+            return str(json.loads(member.read(MAX_BYTES))["digest"])
+    except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError, KeyError, TypeError,
+            ValueError) as error:
+        raise ServingError(f"{archive} has no {_DESCRIPTION} with a digest ({error}): `batch-client pack` makes one"
+                           ) from error

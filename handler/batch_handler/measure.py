@@ -1,0 +1,159 @@
+"""What `batch-client bench` asks of the handler, in a process as a worker's is: its environment, its code, no server.
+
+    python -m batch_handler.measure prepare ARCHIVE FOLDER
+    python -m batch_handler.measure score DIRECTORY RECORDS GPU
+
+Rule: answers are JSON lines on what was standard output, and nothing else is: whatever a model prints goes to standard
+error. A failure is an answer with `error`, one line, and exit code 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from batch_handler.model import DESCRIPTION_FILE, Model, ModelLoadError, read_description, read_golden
+from batch_handler.oip import Array
+from batch_handler.runtimes.transform import ModelError
+from batch_handler.service import tuning_from
+from batch_handler.signature import FileEntry, Golden, ModelDescription, SignatureError, Weights, runtimes_for
+
+__all__ = ["main", "prepare", "score"]
+
+# Fresh requests, as a worker gets them, and not one that stays in the cache: so many different ones, within so many
+# bytes.
+_RING = 8
+_RING_BYTES = 64 << 20
+_MEMBERS = ("MAR-INF/MANIFEST.json", "entry.py", "model-config.yaml")
+_NOTHING = "weights.none"
+_GOLDEN = "golden.npz"
+
+
+def prepare(archive: Path, folder: Path) -> dict[str, Any]:
+    """Unpack an archive to FOLDER/model, make FOLDER/noop.mar of it, and say what bench needs to know.
+
+    The second archive takes and gives the same tensors and runs no model; its golden outputs are zeros, so its digest
+    is another. Raises `ModelLoadError`, `SignatureError`, OSError or BadZipFile.
+    """
+    directory = folder / "model"
+    directory.mkdir()
+    with zipfile.ZipFile(archive) as mar:
+        mar.extract(DESCRIPTION_FILE, directory)
+        described = read_description(directory)
+        for name in described.files:
+            mar.extract(name, directory)
+        frame = {name: mar.read(name) for name in _MEMBERS}
+    _write_noop(described, directory, frame, folder / "noop.mar")
+    return {
+        "name": described.name,
+        "digest": described.digest,
+        "runtime": described.runtime,
+        "runtimes": list(runtimes_for(described.weights.kind)),
+        "micro_batch": described.micro_batch,
+        "record_bytes": sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in described.inputs),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }
+
+
+def score(
+    directory: Path,
+    records: int,
+    gpu_id: int | None,
+    windows: Iterable[str],
+    answer: Callable[[Mapping[str, Any]], None],
+) -> None:
+    """Load the model as a worker would, then for each window, a line with its seconds, score requests for so long.
+
+    A request has `records` records, the golden ones over and over. Answers {"ready"} once, then for each window the
+    records scored, the seconds they took (at least one request) and the CPU seconds. Raises `ModelLoadError`,
+    `ModelError`.
+    """
+    tuning, _ = tuning_from(os.environ, gpu_id)
+    model = Model.open(directory, tuning)
+    ring = _requests(directory, model.description, records)
+    for request in ring[:2]:
+        model.score_bulk(request)
+    answer({"ready": True, "fingerprint": model.fingerprint})
+    turn = 0
+    for line in windows:
+        began, cpu, done = time.perf_counter(), time.process_time(), 0
+        end = began + float(line)
+        while not done or time.perf_counter() < end:
+            model.score_bulk(ring[turn % len(ring)])
+            turn += 1
+            done += records
+        answer({
+            "records": done,
+            "seconds": time.perf_counter() - began,
+            "cpu_seconds": time.process_time() - cpu,
+        })
+
+
+def main(argv: Sequence[str]) -> int:
+    """Answer one question; returns the exit code."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def answer(value: Mapping[str, Any]) -> None:
+        print(json.dumps(value), file=answers, flush=True)
+
+    try:
+        match argv:
+            case ["prepare", archive, folder]:
+                answer(prepare(Path(archive), Path(folder)))
+            case ["score", directory, records, gpu]:
+                score(Path(directory), int(records), int(gpu) if int(gpu) >= 0 else None, sys.stdin, answer)
+            case _:
+                answer({"error": f"asked for {' '.join(argv)[:100]!r}, wanted prepare or score"})
+                return 1
+    except (ModelLoadError, ModelError, SignatureError, OSError, KeyError, zipfile.BadZipFile, MemoryError) as error:
+        answer({"error": " ".join(str(error).split())[:500] or type(error).__name__})
+        return 1
+    return 0
+
+
+def _requests(directory: Path, described: ModelDescription, records: int) -> list[tuple[Array, ...]]:
+    golden, _ = read_golden(directory / described.golden.file, described)
+    nbytes = records * sum(array[0].nbytes for array in golden)
+    ring = max(1, min(_RING, _RING_BYTES // max(nbytes, 1)))
+    rows = [np.arange(records) + shift for shift in range(ring)]
+    return [tuple(array[index % len(array)] for array in golden) for index in rows]
+
+
+def _write_noop(described: ModelDescription, directory: Path, frame: Mapping[str, bytes], output: Path) -> None:
+    inputs, outputs = read_golden(directory / described.golden.file, described)
+    golden = {f"input.{spec.name}": array for spec, array in zip(described.inputs, inputs, strict=True)}
+    golden |= {
+        f"output.{spec.name}": np.zeros_like(array) for spec, array in zip(described.outputs, outputs, strict=True)
+    }
+    path = directory.parent / _GOLDEN
+    # mypy: numpy's stub lets keyword arrays collide with allow_pickle, which has a dot less than ours.
+    np.savez(path, **golden)  # type: ignore[arg-type]
+    files = {_NOTHING: b"", _GOLDEN: path.read_bytes()}
+    noop = replace(
+        described,
+        runtime="noop",
+        weights=Weights(_NOTHING, "none"),
+        golden=Golden(_GOLDEN, len(inputs[0]), 0.0),
+        files={name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()},
+    )
+    with zipfile.ZipFile(output, "w") as mar:
+        for name, data in {**frame, DESCRIPTION_FILE: json.dumps(noop.to_json()).encode(), **files}.items():
+            mar.writestr(name, data)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

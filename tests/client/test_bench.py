@@ -1,0 +1,180 @@
+"""The search for the best way to run a model, on a machine whose speeds are known; and what is concluded."""
+
+import math
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batch_client.bench.search import Space, Way, decided, next_way, ratio, shares, space_of, wins
+from batch_client.bench.tuner import find_best
+from batch_client.bench.verdict import Verdict
+from batch_client.errors import ServingError
+
+START = Way("eager", 128, 2, 1, "held")
+SPACE = Space(("eager", "torchscript"), ((2, 1), (1, 2)), ("held", "default"), 4096)
+
+
+class Machine:
+    """Ways with known speeds on a virtual clock, where loading takes as long as measuring does; it drifts."""
+
+    def __init__(self, speed, load=2.0, drift=0.0, broken=()):
+        self.now, self.resident, self.most_resident, self.opened = 0.0, 0, 0, []
+        self._speed, self._load, self._drift, self._broken = speed, load, drift, broken
+
+    def clock(self):
+        return self.now
+
+    @asynccontextmanager
+    async def open(self, way, seconds):
+        assert seconds > 0
+        self.opened.append(way)
+        self.now += self._load
+        if way in self._broken:
+            raise ServingError("golden records differ")
+        self.resident += 1
+        self.most_resident = max(self.most_resident, self.resident)
+        try:
+            yield _Trial(self, way)
+        finally:
+            self.resident -= 1
+
+    def measure(self, way, seconds):
+        self.now += seconds
+        return self._speed(way) * math.exp(-self._drift * self.now)
+
+    def find(self, seconds, space=SPACE):
+        return find_best(START, space, self.open, seconds=seconds, clock=self.clock, say=lambda _: None)
+
+
+class _Trial:
+    def __init__(self, machine, way):
+        self._machine, self._way = machine, way
+
+    async def window(self, seconds):
+        return self._machine.measure(self._way, seconds)
+
+
+def smooth(peak, runtimes, pairs):
+    """Speeds that are products of one factor a setting, with a single peak in the micro-batch."""
+    def speed(way):
+        return (10_000 * runtimes[way.runtime] * pairs[way.workers] * (1.1 if way.allocator == "held" else 1.0)
+                / (1 + 0.2 * abs(math.log2(way.micro_batch / peak))))
+    return speed
+
+
+@given(peak=st.sampled_from([16, 32, 64, 128, 256, 1024, 4096]), eager=st.sampled_from([0.3, 1.0, 2.0]),
+       one=st.sampled_from([0.5, 1.0, 1.5]), drift=st.sampled_from([0.0, 0.001]))
+async def test_the_best_way_is_found_even_where_the_machine_gets_slower(peak, eager, one, drift):
+    speed = smooth(peak, {"eager": eager, "torchscript": 1.0}, {1: one, 2: 1.0})
+    machine = Machine(speed, drift=drift)
+    found = await machine.find(10_000)
+    assert found.complete
+    best = found.best
+    assert (best.micro_batch, best.allocator) == (peak, "held")
+    assert best.runtime == ("eager" if eager >= 1.0 else "torchscript")
+    assert best.workers == (1 if one == 1.5 else 2)
+    assert found.gain == pytest.approx(speed(best) / speed(START), rel=0.02)
+    assert machine.resident == 0
+    assert machine.most_resident == 2
+    assert len(set(machine.opened)) == len(machine.opened) == len(found.tried)
+
+
+@given(budget=st.floats(5, 300), load=st.floats(0.1, 20))
+async def test_the_budget_is_kept_and_the_beginning_is_always_measured(budget, load):
+    machine = Machine(smooth(1024, {"eager": 1.0, "torchscript": 2.0}, {1: 1.0, 2: 1.0}), load=load)
+    found = await machine.find(budget)
+    one_way = load + 11 * 1.5
+    assert machine.now <= max(budget, one_way)
+    assert found.tried[0].way == START
+    assert found.records_per_s > 0
+    assert found.complete or machine.now > budget - 2 * one_way
+
+
+async def test_a_way_that_does_not_work_is_passed_over_with_its_reason():
+    broken = [replace(START, runtime="torchscript")]
+    machine = Machine(smooth(128, {"eager": 1.0, "torchscript": 9.0}, {1: 1.0, 2: 1.0}), broken=broken)
+    found = await machine.find(1000)
+    assert found.best == START
+    assert [one.failure for one in found.tried if one.way in broken] == ["golden records differ"]
+
+
+async def test_a_model_that_does_not_load_at_all_ends_the_search():
+    machine = Machine(lambda _: 1.0, broken=[START])
+    with pytest.raises(ServingError, match="golden"):
+        await machine.find(1000)
+    assert machine.resident == 0
+
+
+async def test_when_the_best_way_itself_is_gone_no_other_is_blamed_for_it():
+    machine = Machine(lambda _: 5000.0)
+    measure = machine.measure
+
+    def dying(way, seconds):
+        if way == START and len(machine.opened) > 2:
+            raise ServingError("the process ended with -9")
+        return measure(way, seconds)
+
+    machine.measure = dying
+    with pytest.raises(ServingError, match="-9"):
+        await machine.find(1000)
+    assert machine.resident == 0
+
+
+async def test_ways_that_are_as_quick_change_nothing():
+    found = await Machine(lambda _: 5000.0).find(1000)
+    assert (found.best, found.gain, found.records_per_s) == (START, 1.0, 5000.0)
+
+
+@given(st.lists(st.floats(1e3, 1e6), min_size=2, max_size=6), st.floats(0.5, 2))
+def test_a_steady_ratio_is_seen_through_any_linear_drift(ends, wanted):
+    first, last = ends[0], ends[-1]
+    steps = 10
+    rates = [first + (last - first) * step / steps for step in range(steps + 1)]
+    assert ratio(rates[::2], [rate * wanted for rate in rates[1::2]]) == pytest.approx(wanted)
+
+
+def test_one_lucky_median_is_no_win():
+    assert wins([100] * 6, [103] * 5)
+    assert wins([100] * 6, [99, 103, 103, 103, 103])
+    assert not wins([100] * 6, [90, 99, 103, 150, 150])
+    assert not wins([100] * 6, [101] * 5)
+    assert not wins([100] * 3, [60, 300])
+
+
+def test_a_clear_loser_is_given_up_early_and_a_close_one_is_not():
+    assert decided([100, 100, 100], [50, 50])
+    assert not decided([100, 100], [50])
+    assert not decided([100, 100, 100], [101, 102])
+    assert decided([100] * 6, [101] * 5)
+
+
+def test_what_is_worth_trying_on_a_machine():
+    def pairs(**machine):
+        return space_of(["eager"], ["held"], micro_batch=128, **{"record_bytes": 784, "gpus": 0, **machine}).shares
+
+    assert pairs(cores=1) == ((1, 1),)
+    assert pairs(cores=2) == ((2, 1), (1, 2))
+    assert pairs(cores=16) == ((16, 1), (1, 16), (4, 4))
+    assert pairs(cores=8, gpus=1) == ((1, 8), (2, 4))
+    heavy = space_of(["eager"], ["held"], cores=2, gpus=0, record_bytes=1 << 21, micro_batch=256)
+    assert heavy.most_micro_batch == 256
+    tried = [START]
+    while (way := next_way(START, replace(SPACE, most_micro_batch=200), tried)) is not None:
+        tried.append(way)
+    assert {way.micro_batch for way in tried} == {32, 64, 128}
+
+
+@pytest.mark.parametrize("with_input", [True, False])
+def test_the_budget_is_shared_out_whole(with_input):
+    assert sum(shares(120, with_input=with_input).values()) == pytest.approx(120)
+
+
+def test_the_lowest_ceiling_limits_until_the_whole_is_far_below_it():
+    ceilings = {"model": 20_000.0, "wire": 600_000.0, "read": 9_000.0, "write": 100_000.0}
+    assert Verdict(ceilings).limiter == "read"
+    assert "input chunks" in Verdict(ceilings, 8_800.0).next_step
+    assert "in flight" in Verdict(ceilings, 4_000.0).next_step
+    assert Verdict(ceilings, 4_500.0).lines()[0] == "limited by: the read; the whole reaches 50% of it"

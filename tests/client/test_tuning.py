@@ -1,0 +1,183 @@
+"""Tuning files: what is read, what is refused, and what wins over what."""
+
+import json
+import zipfile
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batch_client.archives import local_archive
+from batch_client.errors import CredentialsError, ServingError
+from batch_client.machine import cpu_kind, device
+from batch_client.server_config import ServerSettings, environment
+from batch_client.server_process import settled
+from batch_client.storage import MemoryStore
+from batch_client.tuning import ALLOCATORS, MAX_BYTES, Tuning, read_tuning, tuning_path, write_tuning
+
+DIGEST = "sha256:" + "1" * 64
+MEASURED = Tuning(device="cpu-avx2-2cores", model_digest=DIGEST, runtime="torchscript", micro_batch=256, workers=3,
+                  threads=2, precision="float32", allocator="glibc-default", records_per_s=21_400.5,
+                  measured_at="2026-01-01T00:00:00+00:00", versions={"torch": "2.13.0"}, table=({"workers": 3},))
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,30}", fullmatch=True)
+
+
+@pytest.fixture
+def archive(tmp_path):
+    path = tmp_path / "digits.mar"
+    with zipfile.ZipFile(path, "w") as mar:
+        mar.writestr("model.json", json.dumps({"digest": DIGEST}))
+    return path
+
+
+def test_without_a_file_there_is_nothing_and_the_machine_is_not_looked_at(archive):
+    assert read_tuning(archive, lambda: pytest.fail("asked")) is None
+    tuning_path(archive, "x").parent.mkdir()
+    assert read_tuning(archive, lambda: "cpu-avx2-2cores") is None
+
+
+@given(runtime=NAMES, precision=NAMES, counts=st.tuples(*[st.integers(1, 4096)] * 3),
+       rate=st.floats(1e-6, 1e12), allocator=st.sampled_from(list(ALLOCATORS)),
+       versions=st.dictionaries(st.text(max_size=9), st.text(max_size=9), max_size=3))
+def test_what_is_written_is_what_is_read(runtime, precision, counts, rate, allocator, versions):
+    tuning = replace(MEASURED, runtime=runtime, precision=precision, workers=counts[0], threads=counts[1],
+                     micro_batch=counts[2], records_per_s=rate, allocator=allocator, versions=versions)
+    again = Tuning.from_json(tuning.to_json().encode(), "here")
+    assert replace(again, table=tuple(again.table)) == tuning
+
+
+def test_the_file_beside_the_archive_is_found_and_replaced(archive):
+    path = write_tuning(archive, replace(MEASURED, micro_batch=64))
+    assert path == archive.parent / "digits.tuning" / "cpu-avx2-2cores.json"
+    write_tuning(archive, MEASURED)
+    assert read_tuning(archive, lambda: MEASURED.device).micro_batch == 256
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    assert read_tuning(archive, lambda: "cpu-avx512-2cores") is None
+
+
+def test_a_file_of_another_model_is_refused_and_not_passed_over(archive):
+    write_tuning(archive, replace(MEASURED, model_digest="sha256:" + "2" * 64))
+    with pytest.raises(ServingError, match=r"measured for the model sha256:222.*has sha256:111.*--save`, or delete"):
+        read_tuning(archive, lambda: MEASURED.device)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("format", 2), ("micro_batch", 0), ("micro_batch", "64"), ("micro_batch", True), ("workers", 10**9),
+    ("threads", 1.5), ("runtime", "a\nb"), ("runtime", ""), ("precision", "x=y z"), ("allocator", "jemalloc"),
+    ("records_per_s", 0), ("records_per_s", float("inf")), ("records_per_s", "9"), ("versions", {"a": 1}),
+    ("table", [1]), ("micro-batch", 64), ("allocator", ["glibc-held"]), ("device", None)])
+def test_a_damaged_file_is_refused_in_one_line(field, value):
+    text = json.dumps({**json.loads(MEASURED.to_json()), field: value}).encode()
+    with pytest.raises(ServingError, match="here") as caught:
+        Tuning.from_json(text, "here")
+    assert "\n" not in str(caught.value)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_refused_and_nothing_else_is_raised(data):
+    with pytest.raises(ServingError):
+        Tuning.from_json(data, "here")
+
+
+def test_a_file_is_read_within_a_bound(archive):
+    path = write_tuning(archive, MEASURED)
+    path.write_bytes(b" " * MAX_BYTES + path.read_bytes())
+    with pytest.raises(ServingError, match=f"over {MAX_BYTES:,} bytes"):
+        read_tuning(archive, lambda: MEASURED.device)
+
+
+def seen(archive, environ=None, **settings):
+    """What a worker gets: its settings, and how many there are."""
+    decided = settled(ServerSettings(archive, **settings), environ or {})
+    return environment(environ or {}, "SECRET", archive.parent, decided, 7, ()), decided.workers
+
+
+@pytest.fixture
+def tuned(archive):
+    write_tuning(archive, replace(MEASURED, device=device({})))
+    return archive
+
+
+def test_the_file_wins_over_defaults(tuned):
+    environ, workers = seen(tuned)
+    assert workers == 3
+    assert MEASURED.environment().items() <= environ.items()
+    assert environ["BATCH_HANDLER_CEILING"] == "21400.5"
+    assert not any(name.startswith("MALLOC_") for name in environ)
+
+
+def test_without_it_the_defaults_hold_memory_and_promise_no_ceiling(archive):
+    environ, workers = seen(archive, {"BATCH_HANDLER_CEILING": "1", "MALLOC_ARENA_MAX": "9"})
+    assert workers >= 1
+    assert ALLOCATORS["glibc-held"].items() <= environ.items()
+    assert environ["BATCH_HANDLER_THREADS"] == "7"
+    assert not {"BATCH_HANDLER_CEILING", "BATCH_HANDLER_MICRO_BATCH", "BATCH_HANDLER_RUNTIME"} & set(environ)
+
+
+@pytest.mark.parametrize(("settings", "environ", "changed"), [
+    ({"micro_batch": 32}, {}, {"BATCH_HANDLER_MICRO_BATCH": "32"}),
+    ({}, {"BATCH_HANDLER_MICRO_BATCH": "16"}, {"BATCH_HANDLER_MICRO_BATCH": "16"}),
+    ({"micro_batch": 32}, {"BATCH_HANDLER_MICRO_BATCH": "16"}, {"BATCH_HANDLER_MICRO_BATCH": "32"}),
+    ({}, {"BATCH_HANDLER_RUNTIME": "eager"}, {"BATCH_HANDLER_RUNTIME": "eager"}),
+    ({"threads": 5}, {}, {"BATCH_HANDLER_THREADS": "5", "OMP_NUM_THREADS": "5"}),
+    ({"workers": 5}, {}, {"BATCH_HANDLER_THREADS": "7", "OMP_NUM_THREADS": "7"}),
+])
+def test_flags_win_over_variables_and_those_over_the_file_whose_ceiling_is_then_not_promised(
+        tuned, settings, environ, changed):
+    found, workers = seen(tuned, environ, **settings)
+    assert changed.items() <= found.items()
+    assert "BATCH_HANDLER_CEILING" not in found
+    assert settings.get("workers", workers) == workers
+    rest = {name: value for name, value in MEASURED.environment().items() if name not in changed}
+    assert rest.items() <= found.items()
+
+
+async def test_an_archive_that_is_fetched_brings_its_file(tuned):
+    async with local_archive(tuned.as_uri()) as fetched:
+        assert fetched != tuned
+        assert read_tuning(fetched, lambda: device({})).micro_batch == MEASURED.micro_batch
+
+
+async def test_a_store_that_shows_only_the_archive_has_no_file(archive, monkeypatch):
+    class Guarded(MemoryStore):
+        async def get(self, key, start=None, stop=None):
+            if key not in self.objects:
+                raise CredentialsError("access denied")  # what S3 says to whom may not list
+            return await super().get(key, start, stop)
+
+    store = Guarded()
+    store.objects["digits.mar"] = archive.read_bytes()
+    monkeypatch.setattr("batch_client.archives.open_store", lambda *_, **__: store)
+    async with local_archive("s3://models/digits.mar") as fetched:
+        assert read_tuning(fetched, lambda: device({})) is None
+
+
+@pytest.mark.parametrize(("text", "machine", "kind"), [
+    ("flags\t\t: fpu avx avx2\n", "x86_64", "avx2"),
+    ("flags\t: avx2 avx512f avx512_bf16\nflags\t: avx2\n", "x86_64", "avx512"),
+    ("flags\t: avx2 avx512f amx_tile\n", "x86_64", "amx"),
+    ("flags\t: sse2\n", "x86_64", "x86_64"),
+    ("Features\t: fp asimd\n", "aarch64", "neon"),
+    ("Features\t: fp asimd sve\n", "aarch64", "sve"),
+    ("", "arm64", "arm64"),
+    ("", "", "any"),
+])
+def test_the_kind_of_a_cpu(text, machine, kind):
+    assert cpu_kind(text, machine) == kind
+
+
+@pytest.mark.parametrize(("listed", "visible", "name"), [
+    ("GPU 0: NVIDIA A10G (UUID: GPU-a)", None, "cuda-NVIDIA_A10G"),
+    ("GPU 0: NVIDIA A10G (UUID: GPU-a)\nGPU 1: NVIDIA A10G (UUID: GPU-b)", None, "cuda-NVIDIA_A10G-2gpus"),
+    ("GPU 0: NVIDIA A10G (UUID: GPU-a)\nGPU 1: Tesla T4 (UUID: GPU-b)", None, "cuda-NVIDIA_A10G+Tesla_T4-2gpus"),
+    ("GPU 0: NVIDIA A10G (UUID: GPU-a)\nGPU 1: Tesla T4 (UUID: GPU-b)", "1", "cuda-Tesla_T4"),
+    ("GPU 0: NVIDIA A10G (UUID: GPU-a)\nGPU 1: Tesla T4 (UUID: GPU-b)", "GPU-a", "cuda-NVIDIA_A10G"),
+])
+def test_gpus_are_named_as_their_driver_names_them(tmp_path, listed, visible, name):
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text(f"#!/bin/sh\ncat <<'END'\n{listed}\nEND\n")
+    driver.chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    assert device(environ) == name
+    assert device(environ | {"CUDA_VISIBLE_DEVICES": ""}).startswith("cpu-")
