@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from batch_client.errors import DataError, StoppedError
 from batch_client.events import ChunkWritten, Event, RecordFailed, RequestDone, RunStarted
-from batch_client.forecast import Answer, Forecast, forecast
+from batch_client.forecast import Answer, Forecast, Sample, forecast
 from batch_client.pipeline import execute
 from batch_client.plan import Plan
 from batch_client.prepare import Services
@@ -18,10 +18,6 @@ from batch_client.summary import peak_memory
 
 __all__ = ["Calibration", "calibrate"]
 
-SECONDS = 20.0
-# A model of a second a record needs longer for the same certainty.
-MOST_SECONDS = 120.0
-ENOUGH_ANSWERS = 60
 # Output that is held before the calibration ends, whatever else it wants.
 MOST_BYTES = 256 * MIB
 
@@ -44,10 +40,10 @@ class _Watcher:
     """Notes when answers come, and ends the run when there are enough of them."""
 
     def __init__(self, services: Services, stop: asyncio.Event) -> None:
-        self.answers: list[Answer] = []
         self.plan: Plan | None = None
         self.failed = self._written = 0
         self.began = services.clock()
+        self.sample = Sample(self.began)
         self._clock = services.clock
         self._stop = stop
 
@@ -55,15 +51,14 @@ class _Watcher:
         match event:
             case RunStarted():
                 self.plan, self.began = event.plan, self._clock()
+                self.sample = Sample(self.began)
             case RequestDone():
-                self.answers.append(Answer(self._clock(), event.records))
+                self.sample.add(Answer(self._clock(), event.records))
             case RecordFailed():
                 self.failed += 1
             case ChunkWritten():
                 self._written += event.bytes_written
-        spent = self._clock() - self.began
-        enough = spent >= SECONDS and len(self.answers) >= ENOUGH_ANSWERS
-        if enough or spent >= MOST_SECONDS or self._written >= MOST_BYTES:
+        if self.sample.enough(self._clock()) or self._written >= MOST_BYTES:
             self._stop.set()
 
 
@@ -84,7 +79,8 @@ async def calibrate(spec: RunSpec, services: Services) -> Calibration:
             raise
     if watcher.plan is None:
         raise DataError("the calibration ended before its first record")
-    answered = sum(answer.records for answer in watcher.answers)
+    answers = watcher.sample.answers
     parts = 1 if spec.part is None else spec.part[1]
-    return Calibration(watcher.plan, forecast(watcher.answers, -(-watcher.plan.count // parts)), answered,
-                       watcher.failed, services.clock() - watcher.began, peak_memory())
+    return Calibration(watcher.plan, forecast(answers, -(-watcher.plan.count // parts)),
+                       sum(answer.records for answer in answers), watcher.failed, services.clock() - watcher.began,
+                       peak_memory())

@@ -14,8 +14,12 @@ from itertools import pairwise
 
 from batch_client.plan import Plan
 
-__all__ = ["Answer", "Cost", "Forecast", "Prices", "cost_of", "forecast"]
+__all__ = ["Answer", "Cost", "Forecast", "Prices", "Sample", "cost_of", "forecast"]
 
+# What a calibration waits for: time for the pipeline to settle, and answers for an interval. A model of a second a
+# record needs longer for the same certainty, but nobody waits for ever.
+SECONDS, MOST_SECONDS = 20.0, 120.0
+ENOUGH_ANSWERS = 60
 # Answers that came while the pipeline filled, as a share of all.
 WARM_UP = 0.2
 # The 97.5th percentile of Student's t for 2, 3, … degrees of freedom: 3, 4, … batches, 95 % between the two ends.
@@ -32,6 +36,24 @@ class Answer:
 
     at: float
     records: int
+
+
+class Sample:
+    """The answers of the first seconds of a run, until they are enough to forecast it."""
+
+    def __init__(self, began: float) -> None:
+        self.answers: list[Answer] = []
+        self._began = began
+
+    def add(self, answer: Answer) -> None:
+        """Note an answer, unless there are enough."""
+        if not self.enough(answer.at):
+            self.answers.append(answer)
+
+    def enough(self, now: float) -> bool:
+        """Whether nothing more is noted."""
+        spent = now - self._began
+        return spent >= MOST_SECONDS or (spent >= SECONDS and len(self.answers) >= ENOUGH_ANSWERS)
 
 
 @dataclass(frozen=True)

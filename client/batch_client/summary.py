@@ -9,6 +9,7 @@ from typing import Any
 
 from batch_client.bottleneck import Bottleneck, find_bottleneck
 from batch_client.events import ChunkWritten, Event, Published, RequestDone, RequestRetried, RunStarted
+from batch_client.forecast import Answer, Sample, forecast
 from batch_client.prepare import Prepared
 from batch_client.spec import RunSpec
 from batch_client.timesheet import Timesheet
@@ -26,6 +27,9 @@ class RunSummary:
     `limited_by` is a value of `bottleneck.Limit` and `advice` the next thing to turn, `time_shares` the run's time by
     what was waited for; None and empty where nothing was scored. `ceiling_records_per_s` is what the model alone was
     measured at on the servers of the run, None where they do not say.
+
+    `forecast_seconds` is what `plan --calibrate` would have forecast for these records from the run's first seconds,
+    `forecast_error` how far that was off: 0.1 is a tenth too long. None for runs too short for a forecast.
     """
 
     records: int
@@ -51,6 +55,8 @@ class RunSummary:
     time_shares: Mapping[str, float]
     ceiling_records_per_s: float | None
     percent_of_ceiling: float | None
+    forecast_seconds: float | None
+    forecast_error: float | None
 
     def to_value(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,6 +79,7 @@ class Tally:
         self._clock = clock
         self._timesheet = Timesheet(clock, cpu)
         self._started = clock()
+        self._sample = Sample(self._started)
         self._scored = self._requests = self._retries = self._read = self._written = 0
         self._published = Published("", "")
 
@@ -81,8 +88,10 @@ class Tally:
         match event:
             case RunStarted():
                 self._started = self._clock()
+                self._sample = Sample(self._started)
             case RequestDone():
                 self._requests += 1
+                self._sample.add(Answer(self._clock(), event.records))
             case RequestRetried():
                 self._retries += 1
             case ChunkWritten():
@@ -99,6 +108,7 @@ class Tally:
         rate = self._scored / seconds if seconds > 0 else 0.0
         found = find_bottleneck(self._timesheet.totals())
         ceiling = contract.ceiling
+        expected = forecast(self._sample.answers, self._scored) if self._sample.enough(self._clock()) else None
         return RunSummary(
             records=prepared.plan.count,
             scored=self._scored,
@@ -123,6 +133,8 @@ class Tally:
             time_shares={} if found is None else _rounded(found),
             ceiling_records_per_s=ceiling,
             percent_of_ceiling=None if ceiling is None or found is None else round(100 * rate / ceiling, 1),
+            forecast_seconds=None if expected is None else round(expected.seconds, 3),
+            forecast_error=None if expected is None else round(expected.seconds / seconds - 1, 4),
         )
 
 

@@ -75,9 +75,9 @@ def test_a_cost_is_machines_for_the_time_and_the_stores_requests():
 
 @pytest.mark.parametrize("part", [None, (2, 2)])
 def test_a_calibration_forecasts_the_run_and_leaves_nothing(part):
-    records = np.random.default_rng(0).integers(0, 99, (80_000, 3), np.uint8)
-    world = World(1, server=SimulatedServer(seconds=0.05), records=records, source=make_source(records, (80, 3)))
-    spec = world.spec(chunk_records=80, part=part)
+    records = np.random.default_rng(0).integers(0, 99, (4_000, 3), np.uint8)
+    world = World(1, server=SimulatedServer(seconds=0.5), records=records, source=make_source(records, (40, 3)))
+    spec = world.spec(chunk_records=40, part=part)
     services = Services(world.server.servers(), world.source, world.output,
                         clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(0))
 
@@ -90,6 +90,18 @@ def test_a_calibration_forecasts_the_run_and_leaves_nothing(part):
     assert found.records < len(records) / 2
     assert found.forecast.seconds == pytest.approx(summary.seconds, rel=0.05)
     assert found.forecast.records == summary.scored
+    assert summary.forecast_seconds == pytest.approx(found.forecast.seconds, rel=0.02)
+    assert summary.forecast_error == pytest.approx(summary.forecast_seconds / summary.seconds - 1, abs=1e-3)
+    assert abs(summary.forecast_error) < 0.05
+
+
+def test_a_run_that_was_over_before_its_forecast_has_none():
+    world = World(3)
+    services = Services(world.server.servers(), world.source, world.output,
+                        clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(0))
+    summary = run_virtually(execute(world.spec(), services))
+    assert summary.scored == len(world.records)
+    assert (summary.forecast_seconds, summary.forecast_error) == (None, None)
 
 
 def test_a_source_that_is_done_before_the_time_is_up_is_forecast_too():
