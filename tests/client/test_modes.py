@@ -255,8 +255,9 @@ def test_a_run_goes_on_with_the_server_that_has_its_model(root):
 
     async def run():
         fate = calm()
-        fate.at, fate.kinds = {40}, ("crash before",)
+        fate.at, fate.kinds = set(range(40, 80)), ("crash before",)
         await world.live(fate)
+        assert world.ends == ["crash"]
         summary = await run_on(two_servers(newer, SimulatedServer()), world, world.output)
         assert newer.requests == 0
         assert summary.root == root
