@@ -18,8 +18,7 @@ import time
 import zipfile
 from pathlib import Path
 
-# What the embedded server sets for its workers: batch_client/server_config.py.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_ARENA_MAX": "1"}
+from measure import ALLOCATOR
 
 
 def worker(archive: str, records: str, count: int, threads: int) -> None:

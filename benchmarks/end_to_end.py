@@ -1,10 +1,14 @@
 """Zarr on S3 → TorchServe → Zarr on S3, all on this machine, against the ceiling: the model alone in memory.
 
     python benchmarks/end_to_end.py [--pairs 15] [--records 200000] [--runtime torchscript] [--model MODEL]
+    python benchmarks/end_to_end.py --heavy [--pairs 15] [--records 2000]
+    python benchmarks/end_to_end.py --fast
 
-Pairs are interleaved, since a machine's speed drifts; the figure is the median of the pairs' ratios with a 95 %
-bootstrap interval. The run's seconds are those of its own summary: from the first read to publication, the server's
-start left out. The ceiling is measured by `ceiling.py`.
+Pairs are interleaved, since a machine's speed drifts; a figure is the median of the pairs' ratios with a 95 % bootstrap
+interval. The server is `batch-client serve` in a process of its own, warmed up by one run that does not count, so that
+its Java and workers can be read before and after each run. A run's seconds are those of its own summary: from the first
+read to publication. CPU seconds are of client, Java and workers over the same time; the object store's are left out.
+The ceiling is measured by `ceiling.py`.
 """
 
 from __future__ import annotations
@@ -12,116 +16,203 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import zarr
+import psutil
 from ceiling import better, rate
-from obstore.store import S3Store
-from zarr.storage import ObjectStore
+from measure import cpu_seconds, family, interval, machine, row, today
+from workload import HEAVY, SMALL, command, given_images, summary_of, workload_flags
 
 from batch_client.demo.objectstore import SeaweedServer
-
-CHUNK = 1000
 
 
 def main() -> None:
     options = arguments()
-    with tempfile.TemporaryDirectory() as folder, SeaweedServer() as server:
+    load = HEAVY if options.heavy else SMALL
+    count = options.records or (2_000 if options.heavy else 200_000)
+    with tempfile.TemporaryDirectory() as folder, SeaweedServer() as store:
         work = Path(folder)
-        environ = {**os.environ, **server.environ()}
-        server.create_bucket("bench")
-        archive = packed(options, work, environ)
-        images = images_of(options)
+        images = load.images(count) if options.heavy else given_images(options.images, count)
         np.save(work / "records.npy", images)
-        write_source(server, images)
-        way = better(archive, work / "records.npy", len(images))
+        source = load.store(store, images)
+        archive = load.pack(work, options.runtime, options.model)
+        way = better(archive, work / "records.npy", count)
         print(f"ceiling: processes x threads = {way[0]} x {way[1]}", flush=True)
         pairs = []
-        for number in range(options.pairs):
-            ceiling, cpu = rate(archive, work / "records.npy", len(images), *way)
-            ours = run(archive, environ, number)
-            pairs.append((ours["records_per_s"], ceiling))
-            print(f"pair {number + 1}: run {ours['records_per_s']:,.0f} records/s, ceiling {ceiling:,.0f} "
-                  f"({cpu:.0f} CPU s per million), ratio {ours['records_per_s'] / ceiling:.3f}", flush=True)
-        report(pairs, len(images), options.runtime)
+        with served(archive, work) as server:
+            environ = {**os.environ, **store.environ()}
+            run(server, source, "warm-up", environ)
+            for number in range(options.pairs):
+                ceiling = rate(archive, work / "records.npy", count, *way)
+                ours = run(server, source, f"{number}", environ)
+                fast = run(server, source, f"{number}-fast", environ, "--fast") if options.fast else None
+                pairs.append(Pair(ours, *ceiling, fast))
+                print(f"pair {number + 1}: {pairs[-1]}", flush=True)
+        report(pairs, f"{'heavy, ' if options.heavy else ''}{options.runtime}", count)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--records", type=int, default=200_000)
-    parser.add_argument("--model", type=Path, help="a whole pickled module that takes 1x28x28 [default: the demo's]")
+    parser.add_argument("--records", type=int, help="[default: 200,000; with --heavy 2,000]")
     parser.add_argument("--runtime", choices=["eager", "torchscript"], default="torchscript")
-    parser.add_argument("--images", type=Path, help=".npz with uint8 images (n, 28, 28) [default: random ones]")
-    return parser.parse_args()
+    parser.add_argument("--heavy", action="store_true", help="a network of ResNet-50's size and 3x112x112 records")
+    parser.add_argument("--fast", action="store_true", help="after each run another one with --fast")
+    workload_flags(parser)
+    options = parser.parse_args()
+    if options.heavy and (options.model or options.images):
+        parser.error("--heavy brings its own model and records")
+    return options
 
 
-def packed(options: argparse.Namespace, work: Path, environ: dict[str, str]) -> Path:
-    common = ["--runtime", options.runtime, "--input", "image:uint8:28x28", "--model-shape", "1x28x28", "--scale",
-              "1/255", "--softmax", "-o", str(work / "bench.mar")]
-    if options.model is None:
-        import torch
-        from safetensors.torch import save_file
+@dataclass(frozen=True)
+class Cpu:
+    """CPU seconds by what used them."""
 
-        from batch_client.demo import network
+    client: float
+    java: float
+    workers: float
 
-        torch.manual_seed(0)
-        save_file(network.make_model().state_dict(), work / "weights.safetensors")
-        words = [str(work / "weights.safetensors"), "--arch", f"{network.__file__}:make_model"]
-    else:
-        words = [str(options.model), "--trust-pickle"]
-    cli(["pack", *words, *common], environ)
-    return work / "bench.mar"
+    def __sub__(self, other: Cpu) -> Cpu:
+        return Cpu(self.client - other.client, self.java - other.java, self.workers - other.workers)
+
+    @property
+    def total(self) -> float:
+        return self.client + self.java + self.workers
 
 
-def images_of(options: argparse.Namespace) -> np.ndarray:
-    if options.images is None:
-        return np.random.default_rng(0).integers(0, 256, (options.records, 28, 28), dtype=np.uint8)
-    known = np.load(options.images)["images"]
-    return np.resize(known, (options.records, 28, 28))
+@dataclass(frozen=True)
+class Run:
+    """One run: its records, its seconds, CPU seconds in them."""
+
+    records: int
+    seconds: float
+    cpu: Cpu
+
+    @property
+    def rate(self) -> float:
+        return self.records / self.seconds
+
+    @property
+    def cpu_per_million(self) -> float:
+        return self.cpu.total / self.records * 1e6
+
+    @property
+    def idle(self) -> float:
+        """The share of the machine's cores that the workers left: they are one thread a core together."""
+        return 1 - self.cpu.workers / self.seconds / (os.cpu_count() or 1)
 
 
-def write_source(server: SeaweedServer, images: np.ndarray) -> None:
-    store = ObjectStore(S3Store(
-        "bench", prefix="in.zarr", endpoint=server.endpoint_url, region="us-east-1", access_key_id=server.access_key,
-        secret_access_key=server.secret_key, client_options={"allow_http": True}))
-    zarr.create_array(store=store, data=images, chunks=(CHUNK, 28, 28), config={"write_empty_chunks": True})
+@dataclass(frozen=True)
+class Pair:
+    """A run, the ceiling's records a second and CPU seconds per million, and a run with --fast if asked for."""
+
+    ours: Run
+    ceiling: float
+    ceiling_cpu: float
+    fast: Run | None
+
+    @property
+    def ratio(self) -> float:
+        return self.ours.rate / self.ceiling
+
+    @property
+    def cpu_ratio(self) -> float:
+        return self.ours.cpu_per_million / self.ceiling_cpu
+
+    def __str__(self) -> str:
+        fast = f", with --fast {self.fast.rate:,.1f}" if self.fast else ""
+        return (f"run {self.ours.rate:,.1f} records/s, ceiling {self.ceiling:,.1f}, ratio {self.ratio:.3f}; CPU s per "
+                f"million {self.ours.cpu_per_million:,.1f} / {self.ceiling_cpu:,.1f} = {self.cpu_ratio:.3f}{fast}")
 
 
-def run(archive: Path, environ: dict[str, str], number: int) -> dict[str, float]:
-    said = cli(["run", "s3://bench/in.zarr", f"s3://bench/out-{number}.zarr", "--archive", str(archive), "--log",
-                "none", "--json"], environ)
-    summary: dict[str, float] = json.loads(said)
-    assert summary["failed"] == 0
-    return summary
+@dataclass(frozen=True)
+class Server:
+    """`batch-client serve`, where a client finds it and which processes score."""
+
+    url: str
+    model: str
+    token_file: Path
+    java: list[psutil.Process]
+    workers: list[psutil.Process]
+
+    def cpu(self, client: psutil.Process) -> Cpu:
+        return Cpu(cpu_seconds([client]), cpu_seconds(self.java), cpu_seconds(self.workers))
 
 
-def cli(words: list[str], environ: dict[str, str]) -> str:
-    done = subprocess.run([sys.executable, "-m", "batch_client", *words], env=environ, capture_output=True,
-                          text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return done.stdout
+@contextmanager
+def served(archive: Path, work: Path) -> Iterator[Server]:
+    token = work / "token"
+    process = subprocess.Popen(command("serve", archive, "--token-out", token, "--log-dir", work),
+                               stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        said = [line for line, _ in zip(process.stdout, range(3), strict=False)]
+        if len(said) < 3:
+            sys.exit("the server did not start")
+        _, model, _, url = said[0].split()
+        while not token.exists() and process.poll() is None:  # it is written just after it is announced
+            time.sleep(0.05)
+        below = family(process.pid)[1:]
+        workers = [one for one in below if any("model_service_worker" in word for word in one.cmdline())]
+        java = [one for one in below if one.name() == "java"]
+        assert workers, below
+        assert java, below
+        yield Server(url, model, token, java, workers)
+    finally:
+        process.terminate()
+        process.wait()
 
 
-def report(pairs: list[tuple[float, float]], records: int, runtime: str) -> None:
-    ratios = [ours / ceiling for ours, ceiling in pairs]
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(10_000))
-    print(f"\n{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {platform.machine()}, {runtime}, {records:,} "
-          f"records in {-(-records // CHUNK)} input chunks, {len(pairs)} interleaved pairs")
-    print(f"run      {statistics.median(ours for ours, _ in pairs):>8,.0f} records/s (median)")
-    print(f"ceiling  {statistics.median(ceiling for _, ceiling in pairs):>8,.0f} records/s (median)")
-    print(f"ratio    {statistics.median(ratios):.3f}, 95 % interval {medians[249]:.3f} to {medians[9749]:.3f}, "
-          f"range {min(ratios):.3f} to {max(ratios):.3f}")
+def run(server: Server, source: str, name: str, environ: Mapping[str, str], *flags: str) -> Run:
+    """A run whose log says when it begins and ends; processor time is read at those two lines."""
+    words = command("run", source, f"s3://bench/out-{name}.zarr", "--endpoint", server.url, "--model", server.model,
+                    "--token-file", server.token_file, "--log", "json", "--json", *flags)
+    with subprocess.Popen(words, env=dict(environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        client, at, log = psutil.Process(process.pid), {}, []
+        for line in process.stderr:
+            log.append(line)
+            event = json.loads(line).get("event") if line.startswith("{") else None
+            if event in {"run started", "published"}:
+                at[event] = server.cpu(client)
+        said = process.stdout.read()
+    if process.returncode:
+        sys.exit("".join(log))
+    summary = summary_of(said)
+    return Run(summary["records"], summary["seconds"], at["published"] - at["run started"])
+
+
+def report(pairs: list[Pair], what: str, records: int) -> None:
+    runs = [pair.ours for pair in pairs]
+    per_million = [statistics.median(part) * 1e6 / records for part in (
+        [one.cpu.client for one in runs], [one.cpu.java for one in runs], [one.cpu.workers for one in runs])]
+    print(f"\n{today()}, {machine()}, {what}, {records:,} records, {len(pairs)} interleaved pairs; medians\n")
+    print(row("date", "model, runtime", "records", "run, records/s", "ceiling, records/s", "ratio (95 % interval)",
+              "CPU s per million, run / ceiling", "ratio (95 % interval)", "workers idle"))
+    print(row(*["---"] * 9))
+    print(row(today(), what, f"{records:,}", f"{statistics.median(one.rate for one in runs):,.1f}",
+              f"{statistics.median(pair.ceiling for pair in pairs):,.1f}", interval([pair.ratio for pair in pairs]),
+              f"{statistics.median(one.cpu_per_million for one in runs):,.1f} / "
+              f"{statistics.median(pair.ceiling_cpu for pair in pairs):,.1f}",
+              interval([pair.cpu_ratio for pair in pairs]),
+              f"{statistics.median(one.idle for one in runs):.1%}"))
+    print("\nCPU s per million: client {:.2f}, Java {:.2f}, workers {:.1f}".format(*per_million))
+    print(f"client at 25,000 records/s: {per_million[0] * 0.025:.1%} of a core")
+    fast = [pair.ours.rate / pair.fast.rate for pair in pairs if pair.fast]
+    if fast:
+        print(f"exact / --fast: {interval(fast)}")
 
 
 if __name__ == "__main__":

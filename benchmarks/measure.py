@@ -1,0 +1,109 @@
+"""What every benchmark here needs: a median with its interval, what processes used, and what it ran on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import random
+import statistics
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+__all__ = ["ALLOCATOR", "Interval", "PeakMemory", "cpu_seconds", "family", "interval", "machine", "row", "today"]
+
+# What the embedded server sets for its workers (batch_client/server_config.py): every tuned contender has it.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_ARENA_MAX": "1"}
+
+RESAMPLES = 10_000
+SAMPLE_SECONDS = 0.25
+
+
+class Interval(NamedTuple):
+    """A median and its 95 % bootstrap interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The median with a percentile bootstrap interval (Efron 1979), seeded, so that it can be computed again."""
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    return Interval(statistics.median(values), medians[RESAMPLES // 40], medians[-RESAMPLES // 40])
+
+
+def today() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%d}"
+
+
+def machine() -> str:
+    """Cores, architecture and vector units of this machine, such as `2 cores, x86_64 with AVX2, no GPU`."""
+    flags = ""
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text("utf-8")
+    units = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if f" {flag}" in flags), "")
+    gpu = "with a GPU" if Path("/dev/nvidia0").exists() else "no GPU"
+    return f"{os.cpu_count()} cores, {platform.machine()}{f' with {units}' if units else ''}, {gpu}"
+
+
+def row(*cells: object) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and everything below it that runs now."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def cpu_seconds(processes: Sequence[psutil.Process]) -> float:
+    """User and system seconds so far, those of ended children included; to 10 ms a process (Linux's clock tick)."""
+    return sum(sum(process.cpu_times()[:4]) for process in processes)
+
+
+@dataclass
+class PeakMemory:
+    """The most memory that a process and all below it had at one time, in bytes, each shared page counted once (PSS).
+
+    Looking costs the machine some milliseconds a process each time, so no run whose time counts is watched.
+    """
+
+    pid: int
+    peak: int = 0
+    _over: threading.Event = field(default_factory=threading.Event)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[PeakMemory]:
+        watcher = threading.Thread(target=self._watch)
+        watcher.start()
+        try:
+            yield self
+        finally:
+            self._over.set()
+            watcher.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(SAMPLE_SECONDS):
+            self.peak = max(self.peak, sum(_pss(process) for process in family(self.pid)))
+
+
+def _pss(process: psutil.Process) -> int:
+    try:
+        pages: Mapping[str, int] = process.memory_full_info()._asdict()
+    except psutil.Error:
+        return 0  # it has ended since it was listed
+    return pages.get("pss", pages["uss"])

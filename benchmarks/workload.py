@@ -1,0 +1,120 @@
+"""What is scored: a model and its records, packed and stored the same for every contender."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from obstore.store import S3Store
+from zarr.storage import ObjectStore
+
+from batch_client.demo.objectstore import REGION, SeaweedServer
+
+__all__ = ["HEAVY", "SMALL", "Workload", "cli", "command", "given_images", "workload_flags"]
+
+BUCKET = "bench"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A kind of record and the network for it.
+
+    network: module with `make_model`. shape: of a record as it travels, uint8. chunk: records in an input chunk.
+    """
+
+    network: str
+    shape: tuple[int, ...]
+    model_shape: tuple[int, ...]
+    micro_batch: int
+    chunk: int
+
+    def images(self, count: int) -> np.ndarray:
+        """Random records, uint8 (count, *shape), always the same."""
+        return np.random.default_rng(0).integers(0, 256, (count, *self.shape), dtype=np.uint8)
+
+    def module(self) -> Any:
+        """The untrained network in eval mode, its weights always the same."""
+        import torch
+
+        torch.manual_seed(0)
+        return import_module(self.network).make_model().eval()
+
+    def pack(self, work: Path, runtime: str, model: Path | None = None) -> Path:
+        """The archive of `model`, a whole pickled module, or of the untrained network."""
+        sizes = ["x".join(map(str, shape)) for shape in (self.shape, self.model_shape)]
+        words = ["--runtime", runtime, "--input", f"image:uint8:{sizes[0]}", "--model-shape", sizes[1], "--scale",
+                 "1/255", "--softmax", "--micro-batch", str(self.micro_batch), "-o", str(work / "bench.mar")]
+        if model is None:
+            import torch
+
+            torch.save(self.module().state_dict(), work / "weights.pt")
+            cli("pack", work / "weights.pt", "--arch", f"{import_module(self.network).__file__}:make_model", *words)
+        else:
+            cli("pack", model, "--trust-pickle", *words)
+        return work / "bench.mar"
+
+    def store(self, place: Path | SeaweedServer, images: np.ndarray) -> str:
+        """Write the records as a Zarr array into a folder or onto the S3 server; returns its URL or path."""
+        if isinstance(place, Path):
+            store: Any = place / "in.zarr"
+            where = str(store)
+        else:
+            place.create_bucket(BUCKET)
+            store = ObjectStore(S3Store(
+                BUCKET, prefix="in.zarr", endpoint=place.endpoint_url, region=REGION, access_key_id=place.access_key,
+                secret_access_key=place.secret_key, client_options={"allow_http": True}))
+            where = f"s3://{BUCKET}/in.zarr"
+        zarr.create_array(store=store, data=images, chunks=(self.chunk, *self.shape),
+                          config={"write_empty_chunks": True})
+        return where
+
+
+SMALL = Workload("batch_client.demo.network", (28, 28), (1, 28, 28), 128, 1000)
+HEAVY = Workload("resnet", (3, 112, 112), (3, 112, 112), 8, 100)
+
+
+def workload_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of benchmarks that score 28 x 28 images."""
+    parser.add_argument("--model", type=Path, help="a whole pickled module that takes 1x28x28; it is loaded, so trust "
+                        "it [default: the demo's network, untrained]")
+    parser.add_argument("--images", type=Path, help=".npz with uint8 images (n, 28, 28), repeated [default: random]")
+
+
+def given_images(path: Path | None, count: int) -> np.ndarray:
+    if path is None:
+        return SMALL.images(count)
+    return np.resize(np.load(path)["images"], (count, *SMALL.shape))
+
+
+def command(*words: object) -> list[str]:
+    """The command line of `batch-client`, by this interpreter."""
+    return [sys.executable, "-m", "batch_client", *map(str, words)]
+
+
+def cli(*words: object, environ: Mapping[str, str] = os.environ) -> str:
+    """The standard output of a `batch-client` command; ends the benchmark with its error if it fails."""
+    return output_of(command(*words), environ)
+
+
+def output_of(words: Sequence[str], environ: Mapping[str, str]) -> str:
+    done = subprocess.run(words, env=dict(environ), capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return done.stdout
+
+
+def summary_of(said: str) -> dict[str, Any]:
+    """The JSON of a run, all of whose records have to be scored."""
+    summary: dict[str, Any] = json.loads(said)
+    assert summary["failed"] == 0, summary
+    return summary
