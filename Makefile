@@ -2,6 +2,7 @@
 # make test    linters, types and all tests
 # make chaos   5,000 seeded schedules, and the fault tests at full size: about half an hour
 # make bench   this client against the same model in one process
+# make compare this client and what could be run instead: Dask, Ray, LitServe, Triton, plain processes, TorchServe
 # All of them make the environment first, in .venv; nothing else on the machine is changed.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test chaos lint bench clean
+.PHONY: demo test chaos lint bench compare clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.serve
@@ -29,6 +30,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/end_to_end.py
+
+compare: $(VENV)/.dev
+	$(BIN)/python benchmarks/compare.py --environments $(VENV)/benchmarks
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "batch-client needs Python 3.11 or newer: make PYTHON=python3.11")'

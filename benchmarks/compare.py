@@ -37,7 +37,7 @@ import zarr
 from ceiling import better, rate
 from contenders.job import CLASSES, Job, store_of
 from environments import EnvironmentFailedError, default_folder, interpreter
-from measure import ALLOCATOR, PeakMemory, family, interval, machine, row, today
+from measure import ALLOCATOR, PeakMemory, family, heading, interval, machine, row, today
 from workload import SMALL, given_images, workload_flags
 
 from batch_client.demo.objectstore import SeaweedServer
@@ -244,8 +244,7 @@ def report(results: Results, options: argparse.Namespace) -> None:
     where = "S3 on this machine" if options.s3 else "local files"
     print(f"\n{today()}, {machine()}; {options.records:,} records, Zarr to Zarr on {where}, {options.rounds} "
           "interleaved rounds; medians, ratios with 95 % intervals\n")
-    print(row("what", "records/s", "of the ceiling", "ours ÷ this", "peak memory, MB", "whole command, s"))
-    print(row(*["---"] * 6))
+    print(heading("what", "records/s", "of the ceiling", "ours ÷ this", "peak memory, MB", "whole command, s"))
     ceiling, ours = results.rates[CEILING], results.rates.get(OURS, [])
     print(row("ceiling: the model alone, records in memory", f"{statistics.median(ceiling):,.0f}", "1", "", "", ""))
     for name in sorted(results.rates.keys() - {CEILING}, key=lambda name: -statistics.median(results.rates[name])):

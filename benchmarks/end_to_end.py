@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from ceiling import better, rate
-from measure import cpu_seconds, family, interval, machine, row, today
+from measure import cpu_seconds, family, heading, interval, stamped
 from workload import HEAVY, SMALL, command, given_images, summary_of, workload_flags
 
 from batch_client.demo.objectstore import SeaweedServer
@@ -198,11 +198,11 @@ def report(pairs: list[Pair], what: str, records: int) -> None:
     runs = [pair.ours for pair in pairs]
     per_million = [statistics.median(part) * 1e6 / records for part in (
         [one.cpu.client for one in runs], [one.cpu.java for one in runs], [one.cpu.workers for one in runs])]
-    print(f"\n{today()}, {machine()}, {what}, {records:,} records, {len(pairs)} interleaved pairs; medians\n")
-    print(row("date", "model, runtime", "records", "run, records/s", "ceiling, records/s", "ratio (95 % interval)",
-              "CPU s per million, run / ceiling", "ratio (95 % interval)", "workers idle"))
-    print(row(*["---"] * 9))
-    print(row(today(), what, f"{records:,}", f"{statistics.median(one.rate for one in runs):,.1f}",
+    print(f"\n{len(pairs)} interleaved pairs; medians\n")
+    print(heading("date", "machine", "model, runtime", "records", "run, records/s", "ceiling, records/s",
+                  "ratio (95 % interval)", "CPU s per million, run / ceiling", "ratio (95 % interval)",
+                  "workers idle"))
+    print(stamped(what, f"{records:,}", f"{statistics.median(one.rate for one in runs):,.1f}",
               f"{statistics.median(pair.ceiling for pair in pairs):,.1f}", interval([pair.ratio for pair in pairs]),
               f"{statistics.median(one.cpu_per_million for one in runs):,.1f} / "
               f"{statistics.median(pair.ceiling_cpu for pair in pairs):,.1f}",

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import psutil
 
-__all__ = ["ALLOCATOR", "Interval", "PeakMemory", "cpu_seconds", "family", "interval", "machine", "row", "today"]
+__all__ = ["ALLOCATOR", "Interval", "PeakMemory", "cpu_seconds", "family", "heading", "interval", "machine",
+           "row", "stamped", "today"]
 
 # What the embedded server sets for its workers (batch_client/server_config.py): every tuned contender has it.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_ARENA_MAX": "1"}
@@ -60,6 +61,16 @@ def machine() -> str:
 def row(*cells: object) -> str:
     """A row of a Markdown table."""
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def heading(*titles: str) -> str:
+    """The first two rows of a Markdown table."""
+    return f"{row(*titles)}\n{row(*['---'] * len(titles))}"
+
+
+def stamped(*cells: object) -> str:
+    """A row that begins with the date and the machine."""
+    return row(today(), machine(), *cells)
 
 
 def family(pid: int) -> list[psutil.Process]:

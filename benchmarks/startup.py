@@ -1,0 +1,138 @@
+"""What does not depend on the model: starting, planning, resuming.
+
+    python benchmarks/startup.py [--repeats 15] [--ledger-chunks 1000000]
+
+- `batch-client --help`, beside Python that does nothing.
+- The embedded server: `batch-client predict RECORD.npy --archive MODEL.mar`, from the command to its first reply.
+- Planning 10⁹ records: `batch-client plan` on a Zarr array that has metadata only, against a server that computes
+  nothing (`noop_server.py`); then, without the command, choosing all sizes and going through every unit of work.
+- The ledger of 10⁶ chunks on local files, written and read by the client's own code, with the memory that it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import zarr
+from measure import heading, interval, stamped
+from workload import SMALL, command
+
+from batch_client.ledger import ChunkProof, Ledger, LedgerView, Row
+from batch_client.plan import Geometry, OutputGeometry, make_plan
+from batch_client.spec import RunSpec
+from batch_client.storage import open_store
+
+BILLION = 1_000_000_000
+CHUNK = 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--ledger-chunks", type=int, default=1_000_000)
+    parser.add_argument("--ledger-of", metavar="FOLDER", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.ledger_of:
+        asyncio.run(read_ledger(options.ledger_of))
+        return
+    print(f"{options.repeats} repeats\n")
+    print(heading("date", "machine", "what", "seconds (95 % interval)"))
+    with tempfile.TemporaryDirectory() as folder:
+        work, many = Path(folder), options.repeats
+        tell("Python that does nothing", [seconds_of([sys.executable, "-c", "pass"]) for _ in range(many)])
+        tell("`batch-client --help`", [seconds_of(command("--help")) for _ in range(many)])
+        archive = SMALL.pack(work, "torchscript")
+        np.save(work / "record.npy", SMALL.images(1))
+        predict = command("predict", work / "record.npy", "--archive", archive)
+        tell("embedded server, command to first reply", [first_line(predict) for _ in range(many)])
+        with noop_server() as url:
+            source = planned(work)
+            plan = command("plan", source, work / "out.zarr", "--endpoint", url, "--model", "noop")
+            tell("`batch-client plan`, 10⁹ records", [seconds_of(plan) for _ in range(many)])
+        tell("choosing sizes and going through all units of 10⁹ records", [walk() for _ in range(many)])
+        asyncio.run(write_ledger(work / "ledger", options.ledger_chunks))
+        said = subprocess.run([sys.executable, __file__, "--ledger-of", work / "ledger"], stdout=subprocess.PIPE,
+                              text=True, check=True)
+        print(said.stdout, end="")
+
+
+def tell(what: str, seconds: list[float]) -> None:
+    print(stamped(what, interval(seconds)), flush=True)
+
+
+def seconds_of(words: list[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(words, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - began
+
+
+def first_line(words: list[str]) -> float:
+    """Seconds until a command prints; it is then waited for."""
+    began = time.perf_counter()
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        seconds = time.perf_counter() - began
+        process.stdout.read()
+    assert process.returncode == 0
+    return seconds
+
+
+@contextmanager
+def noop_server() -> Iterator[str]:
+    with subprocess.Popen([sys.executable, Path(__file__).with_name("noop_server.py"), "784"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield server.stdout.readline().strip()
+
+
+def planned(work: Path) -> Path:
+    zarr.create_array(work / "in.zarr", shape=(BILLION, 784), chunks=(CHUNK, 784), dtype="uint8")
+    return work / "in.zarr"
+
+
+def walk() -> float:
+    began = time.perf_counter()
+    plan = make_plan(RunSpec(input="in", output="out", archive="model.mar"),
+                     Geometry((BILLION, 784), np.dtype(np.uint8), CHUNK), np.dtype(np.uint8),
+                     (OutputGeometry("scores", np.dtype(np.float32), (10,)),), 128)
+    assert sum(unit.count for unit in plan.units()) == BILLION
+    return time.perf_counter() - began
+
+
+async def write_ledger(folder: Path, chunks: int) -> None:
+    """Rows as a run of 28 x 28 images writes them: one of scores, one of statuses, one input chunk."""
+    ledger = Ledger(open_store(str(folder)), "writer", time.monotonic)
+    for unit in range(chunks):
+        proofs = tuple(ChunkProof(f"{name}/c/{unit}{last}", size, f"{unit:064x}")
+                       for name, last, size in (("scores", "/0", 40_004), ("record_status", "", 1_004)))
+        await ledger.add(Row(unit, proofs, {f"c/{unit}/0/0": f'"{unit:032x}"'}, CHUNK, 0, 0))
+    await ledger.flush()
+
+
+async def read_ledger(folder: str) -> None:
+    """In a process of its own, so that its peak memory is that of reading."""
+    view, before = LedgerView(open_store(folder)), peak_megabytes()
+    began = time.perf_counter()
+    await view.refresh()
+    seconds = time.perf_counter() - began
+    print(stamped(f"reading the ledger of {len(view.rows):,} chunks ({before:.0f} MB before, "
+                  f"{peak_megabytes():.0f} MB at most)", f"{seconds:.3f} (one reading)"))
+
+
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The wire alone: how many bytes a run moves through TorchServe when the model computes nothing.
+
+    python benchmarks/wire.py [--record-bytes 784 150528] [--repeats 15] [--megabytes 1000]
+
+A whole run, from its first read to publication, by the client's own code, with input and output in memory instead of in
+storage; the embedded TorchServe with its own settings and our handler, whose model returns the first two bytes of each
+record. So everything of a run is there (checksums both ways, micro-batches, digests, ledger) but the model and the
+store. The first run warms up and does not count. CPU seconds are of this process, Java and the workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import tempfile
+from pathlib import Path
+
+import psutil
+import zarr
+import zarr.storage
+from measure import cpu_seconds, family, heading, interval, stamped
+from workload import cli
+
+from batch_client.api import run_until_complete
+from batch_client.pipeline import execute
+from batch_client.prepare import Services
+from batch_client.serving import Servers, open_servers
+from batch_client.spec import RunSpec
+from batch_client.storage import MemoryStore
+
+CHUNK_BYTES = 1 << 20
+INPUT, OUTPUT = "memory://in", "memory://out"
+SIGNATURE = """
+[[inputs]]
+name = "bytes"
+dtype = "uint8"
+shape = [{0}]
+cast = false
+[[outputs]]
+name = "y"
+"""
+
+
+class Memory(MemoryStore):
+    """Objects in memory whose ETags cost nothing."""
+
+    @staticmethod
+    def _etag(data: bytes) -> str:
+        return f'"{len(data)}"'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record-bytes", type=int, nargs="+", default=[784, 150_528])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--megabytes", type=int, default=1000, help="of records in one run")
+    options = parser.parse_args()
+    print(f"{options.repeats} runs of {options.megabytes} MB each\n")
+    print(heading("date", "machine", "bytes a record", "MB/s (95 % interval)", "records/s (95 % interval)",
+                  "CPU s per GB: client", "Java", "workers"))
+    for size in options.record_bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            archive = packed(Path(folder), size)
+            run_until_complete(measured(archive, size, options.megabytes * 1_000_000 // size, options.repeats))
+
+
+def packed(work: Path, size: int) -> Path:
+    """The archive of a TorchScript module that slices its input."""
+    import torch
+
+    class Slice(torch.nn.Module):
+        def forward(self, records: torch.Tensor) -> torch.Tensor:
+            return records[:, :2]
+
+    torch.jit.script(Slice()).save(str(work / "slice.pt"))
+    (work / "slice.toml").write_text(SIGNATURE.format(size), "utf-8")
+    cli("pack", work / "slice.pt", "--signature", work / "slice.toml", "-o", work / "slice.mar")
+    return work / "slice.mar"
+
+
+async def records_in_memory(count: int, size: int) -> Memory:
+    """An uncompressed Zarr array all of whose chunks are one and the same object, so that it takes little memory."""
+    chunk = max(1, CHUNK_BYTES // size)
+    written: dict[str, zarr.core.buffer.Buffer] = {}
+    zarr.create_array(zarr.storage.MemoryStore(written), shape=(count, size), chunks=(chunk, size), dtype="uint8",
+                      compressors=None)
+    store, block = Memory(INPUT), bytes(range(1, 251)) * math.ceil(chunk * size / 250)
+    store.objects = {key: value.to_bytes() for key, value in written.items()}
+    store.objects |= dict.fromkeys((f"c/{index}/0" for index in range(-(-count // chunk))), block[:chunk * size])
+    return store
+
+
+async def measured(archive: Path, size: int, count: int, repeats: int) -> None:
+    source = await records_in_memory(count, size)
+    spec = RunSpec(input=INPUT, output=OUTPUT, archive=str(archive))
+    async with open_servers(spec) as servers:
+        await once(spec, servers, source)
+        before = used()
+        rates = [await once(spec, servers, source) for _ in range(repeats)]
+        gigabytes = repeats * count * size / 1e9
+        spent = [(now - then) / gigabytes for now, then in zip(used(), before, strict=True)]
+    print(stamped(f"{size:,}", interval_of([rate * size / 1e6 for rate in rates]), interval_of(rates),
+                  *(f"{seconds:.2f}" for seconds in spent)), flush=True)
+
+
+async def once(spec: RunSpec, servers: Servers, source: Memory) -> float:
+    """Records a second of one run."""
+    summary = await execute(spec, Services(servers, source, Memory(OUTPUT)))
+    assert summary.published
+    assert summary.failed == 0
+    return summary.records / summary.seconds
+
+
+def used() -> tuple[float, float, float]:
+    """CPU seconds so far of this process, Java and the workers."""
+    here, *below = family(psutil.Process().pid)
+    java = [one for one in below if one.name() == "java"]
+    workers = [one for one in below if any("model_service_worker" in word for word in one.cmdline())]
+    return statistics.fsum(here.cpu_times()[:2]), cpu_seconds(java), cpu_seconds(workers)
+
+
+def interval_of(values: list[float]) -> str:
+    found = interval(values)
+    return f"{found.median:,.0f} ({found.low:,.0f} to {found.high:,.0f})"
+
+
+if __name__ == "__main__":
+    main()
