@@ -16,9 +16,9 @@ async def main() -> None:
     url = f"http://127.0.0.1:{port}"
     server = [job.python, str(Path(__file__).with_name("litserve_server.py")), str(port), job.model,
               str(job.processes)]
-    with running(server, job):
+    with running(server, job) as process:
         async with aiohttp.ClientSession() as session:
-            await until_ready(session, f"{url}/health")
+            await until_ready(process, session, f"{url}/health")
 
             async def ask(records: np.ndarray) -> np.ndarray:
                 async with session.post(f"{url}/predict", data=records.tobytes(), headers=HEADERS) as reply:

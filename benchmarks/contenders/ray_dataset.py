@@ -1,8 +1,8 @@
-"""Ray Data: `ray_dataset.py JOB eager|tuned`. Tasks read blocks, a pool of actors scores them, tasks write.
+"""Ray Data: `ray_dataset.py JOB eager|tuned`. Read blocks, score them in a pool of actors, write in tasks.
 
-Stages, as Ray Data's guide for batch inference has them. eager scores input chunks with the module as it is loaded;
-tuned scores two input chunks at a time with the tuned forward and the allocator settings. The clock starts when the
-last actor is ready, whatever was read before, and stops at the last write.
+Stages, as Ray Data's guide for batch inference has them; Ray fuses reading into the actors. eager scores input chunks
+with the module as it is loaded; tuned scores two input chunks at a time with the tuned forward and the allocator
+settings. The clock starts when the last actor is ready, whatever another has done before, and stops at the last write.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
@@ -30,26 +31,29 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], job: Job, environ: dict[str, str] | None = None) -> Iterator[None]:
+def running(command: Sequence[str], job: Job,
+            environ: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A server in a process group of its own, which is ended as a whole: launchers do not hand signals on."""
     process = subprocess.Popen(command, cwd=job.work, env={**os.environ, **(environ or {})}, start_new_session=True,
                                stdout=subprocess.DEVNULL)
     try:
-        yield
+        yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-async def until_ready(session: aiohttp.ClientSession, url: str) -> None:
+async def until_ready(server: subprocess.Popen[bytes], session: aiohttp.ClientSession, url: str) -> None:
+    """Returns when the server answers 200 at `url`."""
     async with asyncio.timeout(READY_SECONDS):
-        while True:
+        while server.poll() is None:
             with contextlib.suppress(aiohttp.ClientError):
                 async with session.get(url) as reply:
                     if reply.status == 200:
                         return
             await asyncio.sleep(0.1)
+    sys.exit(f"the server ended with exit code {server.returncode}")
 
 
 async def drive(job: Job, ask: Ask, records_a_request: int, in_flight: int) -> float:

@@ -46,7 +46,7 @@ async def main() -> None:
     job, ports = the_job(), [free_port() for _ in range(5)]
     environ = {"JAVA_HOME": str(Path(find_java().path).parents[1]), "TEMP": job.work, "TMPDIR": job.work,
                "OMP_NUM_THREADS": "1"}
-    with running(configured(job, ports), job, environ):
+    with running(configured(job, ports), job, environ) as process:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=IN_FLIGHT)) as session:
             url = f"http://127.0.0.1:{ports[0]}/predictions/bench"
 
@@ -55,7 +55,7 @@ async def main() -> None:
                     reply.raise_for_status()
                     return np.frombuffer(await reply.read(), np.float32).reshape(1, CLASSES)
 
-            await until_ready(session, f"http://127.0.0.1:{ports[0]}/ping")
+            await until_ready(process, session, f"http://127.0.0.1:{ports[0]}/ping")
             images = job.images()
             await asyncio.gather(*(ask(images[index:index + 1]) for index in range(IN_FLIGHT)))
             job.answer(await drive(job, ask, 1, IN_FLIGHT))

@@ -15,9 +15,9 @@ async def main() -> None:
     ports = [str(free_port()) for _ in range(3)]
     server = [job.python, str(Path(__file__).with_name("triton_server.py")), *ports, job.model, str(CLASSES),
               str(job.processes)]
-    with running(server, job):
+    with running(server, job) as process:
         async with aiohttp.ClientSession() as session:
-            await until_ready(session, f"http://127.0.0.1:{ports[0]}/v2/models/bench/ready")
+            await until_ready(process, session, f"http://127.0.0.1:{ports[0]}/v2/models/bench/ready")
         async with aio.InferenceServerClient(f"127.0.0.1:{ports[0]}") as client:
 
             async def ask(records: np.ndarray) -> np.ndarray:
