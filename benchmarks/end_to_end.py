@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from ceiling import better, rate
-from measure import cpu_seconds, family, heading, interval, stamped
+from measure import cpu_seconds, heading, interval, java_and_workers, stamped
 from workload import HEAVY, SMALL, command, given_images, summary_of, workload_flags
 
 from batch_client.demo.objectstore import SeaweedServer
@@ -156,18 +156,13 @@ def served(archive: Path, work: Path) -> Iterator[Server]:
                                stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        said = [line for line, _ in zip(process.stdout, range(3), strict=False)]
+        said = [line for _, line in zip(range(3), process.stdout, strict=False)]
         if len(said) < 3:
             sys.exit("the server did not start")
         _, model, _, url = said[0].split()
         while not token.exists() and process.poll() is None:  # it is written just after it is announced
             time.sleep(0.05)
-        below = family(process.pid)[1:]
-        workers = [one for one in below if any("model_service_worker" in word for word in one.cmdline())]
-        java = [one for one in below if one.name() == "java"]
-        assert workers, below
-        assert java, below
-        yield Server(url, model, token, java, workers)
+        yield Server(url, model, token, *java_and_workers(process.pid))
     finally:
         process.terminate()
         process.wait()

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import psutil
 
-__all__ = ["ALLOCATOR", "Interval", "PeakMemory", "cpu_seconds", "family", "heading", "interval", "machine",
-           "row", "stamped", "today"]
+__all__ = ["ALLOCATOR", "Interval", "PeakMemory", "cpu_seconds", "family", "heading", "interval",
+           "java_and_workers", "machine", "row", "stamped", "today"]
 
 # What the embedded server sets for its workers (batch_client/server_config.py): every tuned contender has it.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_ARENA_MAX": "1"}
@@ -79,6 +79,16 @@ def family(pid: int) -> list[psutil.Process]:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
     return []
+
+
+def java_and_workers(pid: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
+    """TorchServe's own process and those with the model, below the process that started it."""
+    below = family(pid)[1:]
+    java = [one for one in below if one.name() == "java"]
+    workers = [one for one in below if any("model_service_worker" in word for word in one.cmdline())]
+    assert java, below
+    assert workers, below
+    return java, workers
 
 
 def cpu_seconds(processes: Sequence[psutil.Process]) -> float:

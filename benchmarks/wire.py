@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import tempfile
 from pathlib import Path
 
 import psutil
 import zarr
 import zarr.storage
-from measure import cpu_seconds, family, heading, interval, stamped
+from measure import cpu_seconds, heading, interval, java_and_workers, stamped
 from workload import cli
 
 from batch_client.api import run_until_complete
@@ -114,10 +113,9 @@ async def once(spec: RunSpec, servers: Servers, source: Memory) -> float:
 
 def used() -> tuple[float, float, float]:
     """CPU seconds so far of this process, Java and the workers."""
-    here, *below = family(psutil.Process().pid)
-    java = [one for one in below if one.name() == "java"]
-    workers = [one for one in below if any("model_service_worker" in word for word in one.cmdline())]
-    return statistics.fsum(here.cpu_times()[:2]), cpu_seconds(java), cpu_seconds(workers)
+    here = psutil.Process()
+    java, workers = java_and_workers(here.pid)
+    return math.fsum(here.cpu_times()[:2]), cpu_seconds(java), cpu_seconds(workers)
 
 
 def interval_of(values: list[float]) -> str:
