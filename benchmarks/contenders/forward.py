@@ -24,7 +24,7 @@ def forward(kind: str, model: str) -> Score:
 
 
 def module_of(model: str) -> torch.nn.Module:
-    return torch.load(model, map_location="cpu", weights_only=False)
+    return torch.load(model, map_location="cpu", weights_only=False).eval()
 
 
 def eager(model: str) -> Score:
@@ -40,7 +40,7 @@ def eager(model: str) -> Score:
 def tuned(model: str) -> Score:
     """Frozen, optimised TorchScript in channels_last, micro-batches of 128, one thread, no gradients."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    module = module_of(model).eval().requires_grad_(requires_grad=False).to(memory_format=torch.channels_last)
+    module = module_of(model).requires_grad_(requires_grad=False).to(memory_format=torch.channels_last)
     graph = torch.jit.optimize_for_inference(torch.jit.freeze(traced(module)))
 
     @torch.inference_mode()

@@ -25,7 +25,7 @@ HEADERS = {"Content-Type": "application/octet-stream"}
 def configured(job: Job, ports: list[int]) -> list[str]:
     """Archive the model, write config.properties; returns the command line."""
     work, here = Path(job.work), Path(__file__).parent
-    traced(module_of(job.model).eval()).save(work / "model.pt")
+    traced(module_of(job.model)).save(work / "model.pt")
     # The program beside this interpreter, as its documentation calls it.
     programs = Path(sys.executable).parent
     subprocess.run([programs / "torch-model-archiver", "--model-name", "bench", "--version", "1.0",
