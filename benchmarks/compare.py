@@ -131,6 +131,9 @@ def arguments() -> argparse.Namespace:
                         help=f"of {', '.join(CONTENDERS)} [default: all]")
     parser.add_argument("--s3", action="store_true", help="input and output on an S3 server on this machine")
     parser.add_argument("--environments", type=Path, default=default_folder(), help="[default: %(default)s]")
+    parser.add_argument("--triton-python", default=sys.executable, help="pytriton's binary holds a Python of its own, "
+                        "which breaks on the library of some patch releases (3.11.7): another one of this minor "
+                        "version [default: this one]")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one contender [default: 900]")
     parser.add_argument("--json", type=Path, help="write all rounds' figures into this file")
     workload_flags(parser)
@@ -175,7 +178,8 @@ class Arena:
         contender = CONTENDERS[name]
         python = sys.executable
         if contender.environment is not None:
-            python = str(interpreter(contender.environment, self._options.environments))
+            base = self._options.triton_python if name == "triton" else sys.executable
+            python = str(interpreter(contender.environment, self._options.environments, base))
         self._number += 1
         output = (f"{self._source.removesuffix('in.zarr')}out-{self._number}.zarr")
         answer, seconds, peak = self._call(contender, python, output, watched=watched)

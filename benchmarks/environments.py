@@ -29,17 +29,19 @@ def default_folder() -> Path:
     return Path(cache) / "batch-client-benchmarks"
 
 
-def interpreter(name: str, folder: Path) -> Path:
-    """The Python of the environment with `requirements/NAME.txt`, made if it is not there as they are now.
+def interpreter(name: str, folder: Path, base: str = sys.executable) -> Path:
+    """The Python of the environment with `requirements/NAME.txt`, made by `base` if it is not there as they are now.
+
+    `base` is of the same minor version as this interpreter, whose compiled packages it has to load.
 
     Raises EnvironmentFailedError with pip's own reason.
     """
-    home, wanted = folder / name, _wanted(name)
+    home, wanted = folder / name, _wanted(name, base)
     python, done = home / "bin" / "python", home / "requirements.done"
     if done.is_file() and done.read_text("utf-8") == wanted:
         return python
     print(f"making the environment of {name} in {home}", flush=True)
-    _call([sys.executable, "-m", "venv", "--clear", str(home)])
+    _call([base, "-m", "venv", "--clear", str(home)])
     _layer(python)
     _call([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r",
            str(REQUIREMENTS / f"{name}.txt")])
@@ -47,10 +49,10 @@ def interpreter(name: str, folder: Path) -> Path:
     return python
 
 
-def _wanted(name: str) -> str:
+def _wanted(name: str, base: str) -> str:
     """What an environment was made from: another interpreter or other versions make another one."""
     files = (REQUIREMENTS / f"{part}.txt" for part in ("shared", name))
-    return "\n".join([sys.executable, sys.version, *(file.read_text("utf-8") for file in files)])
+    return "\n".join([base, sys.executable, sys.version, *(file.read_text("utf-8") for file in files)])
 
 
 def _layer(python: Path) -> None:

@@ -10,10 +10,6 @@ from forward import tuned
 from pytriton.decorators import batch
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig
-from tritonclient.utils import InferenceServerException
-
-# Instances of a model wait one second for the first of them, which a busy machine may not keep.
-STARTS = 5
 
 
 class Scorer:
@@ -39,10 +35,4 @@ def serve(http: str, grpc: str, metrics: str, model: str, classes: str, workers:
 
 
 if __name__ == "__main__":
-    for left in reversed(range(STARTS)):
-        try:
-            serve(*sys.argv[1:])
-            break
-        except InferenceServerException:
-            if not left:
-                raise
+    serve(*sys.argv[1:])
