@@ -3,6 +3,7 @@
 # make chaos   5,000 seeded schedules, and the fault tests at full size: about half an hour
 # make bench   this client against the same model in one process
 # make compare this client and what could be run instead: Dask, Ray, LitServe, Triton, plain processes, TorchServe
+# make gpu-check  on a machine with a GPU: the handler's core against the model alone, overlap, bits over restarts
 # All of them make the environment first, in .venv; nothing else on the machine is changed.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test chaos lint bench compare clean
+.PHONY: demo test chaos lint bench compare gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.serve
@@ -30,6 +31,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/end_to_end.py
+
+gpu-check: $(VENV)/.dev
+	$(BIN)/python benchmarks/gpu_check.py
 
 compare: $(VENV)/.dev
 	$(BIN)/python benchmarks/compare.py --environments $(VENV)/benchmarks

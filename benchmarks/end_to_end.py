@@ -152,8 +152,8 @@ class Server:
 @contextmanager
 def served(archive: Path, work: Path) -> Iterator[Server]:
     token = work / "token"
-    process = subprocess.Popen(command("serve", archive, "--token-out", token, "--log-dir", work),
-                               stdout=subprocess.PIPE, text=True)
+    words = command("serve", archive, "--online-workers", 0, "--token-out", token, "--log-dir", work)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         said = [line for _, line in zip(range(3), process.stdout, strict=False)]

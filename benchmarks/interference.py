@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import math
 import os
-import platform
 import random
 import re
 import shutil
@@ -28,13 +27,13 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import aiohttp
 import numpy as np
 import zarr
-from end_to_end import packed
+from measure import machine, today
+from workload import SMALL
 
 from batch_client.server import EmbeddedServer, ServerSettings
 
@@ -87,7 +86,7 @@ def main() -> None:
         sys.exit("cases with a scheduling of their own and without share a server: compare with two-lanes-nice-19")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        archive = packed(options, work, dict(os.environ))
+        archive = SMALL.pack(work, options.runtime, options.model)
         zarr.create_array(work / "in.zarr", shape=(ENDLESS, *RECORD), chunks=(1000, *RECORD), dtype="uint8")
         asyncio.run(measure(options, archive, work, chosen))
     report(options, chosen)
@@ -239,7 +238,7 @@ def schedule(pid: int, policy: int, nice: int) -> None:
 
 
 def report(options: argparse.Namespace, cases: list[Case]) -> None:
-    print(f"\n{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {platform.machine()}, {options.runtime}, "
+    print(f"\n{today()}, {machine()}, {options.runtime}, "
           f"{options.queries} queries idle and beside in {options.rounds} rounds, {options.rate:g} a second")
     print("| case | idle p50 / p99 ms | beside p50 / p99 ms | p99 ÷ idle | turned away | bulk alone, records/s | "
           "beside | beside ÷ alone (range) |")

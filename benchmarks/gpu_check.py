@@ -1,0 +1,156 @@
+"""What no machine without a GPU can show: the handler's core on this one's, without TorchServe and without a network.
+
+    python benchmarks/gpu_check.py [--archive MODEL.mar] [--device cuda] [--records N] [--restarts 3]
+
+- **Ratio**: records a second of the handler's core (records in host memory, two slots, upload, model, download) over
+  the model alone (records on the device already). Upload and download should hide behind the model: 0.95 or more.
+- **Overlap**: the same micro-batches one after another, each waited for, over both slots at once. More than 1 is what
+  the second slot wins; at most 2.
+- **Bits**: SHA-256 of the scores of the same records in fresh processes, cut into requests of other sizes each time,
+  each record in its place. They have to be one.
+- **Precision**: the same records by tf32, bfloat16 and float16: largest difference in scores, and speed.
+
+Ends with 1 when bits differ, and with 2 when there is no such device. `--device cpu` tries the program itself: a CPU
+copies nothing, so its overlap says nothing, and precisions are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import machine, row, today
+from workload import HEAVY
+
+ROUNDS = 5
+PRECISIONS = ("tf32", "bfloat16", "float16")
+# Micro-batches a request, in one life after another: places must not depend on it.
+REQUEST_SIZES = (1, 3, 8)
+
+
+def main() -> None:
+    options = arguments()
+    if options.job:
+        print(json.dumps(work(**json.loads(options.job))))
+        return
+    require_device(options.device)
+    with tempfile.TemporaryDirectory() as folder:
+        archive = options.archive or HEAVY.pack(Path(folder), "eager")
+        unpacked = Path(folder) / "model"
+        zipfile.ZipFile(archive).extractall(unpacked)
+        sys.exit(check(options, {"directory": str(unpacked), "device": options.device, "records": options.records}))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archive", type=Path, help="[default: an untrained network of ResNet-50's size]")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--records", type=int, default=4096)
+    parser.add_argument("--restarts", type=int, default=3)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def require_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device that this torch can use: nothing was checked (--device cpu tries the program)",
+              file=sys.stderr)
+        sys.exit(2)
+
+
+def check(options: argparse.Namespace, job: dict[str, Any]) -> int:
+    lives = [life(job, request=REQUEST_SIZES[number % len(REQUEST_SIZES)]) for number in range(options.restarts)]
+    first, digests = lives[0], {one["digest"] for one in lives}
+    print(f"{today()}, {first['gpu'] or machine()}, {options.records:,} records, medians of {ROUNDS} rounds")
+    print(row("what", "figure"))
+    print(row("---", "---:"))
+    print(row("model alone, records/s", f"{first['alone']:,.0f}"))
+    print(row("handler's core, records/s", f"{first['core']:,.0f}"))
+    print(row("ratio (0.95 or more)", f"{first['core'] / first['alone']:.3f}"))
+    print(row("overlap (1 to 2)", f"{first['core'] / first['serial']:.3f}"))
+    print(row(f"bits over {len(lives)} restarts", "equal" if len(digests) == 1 else "DIFFERENT"))
+    for precision in PRECISIONS if options.device == "cuda" else ():
+        other = life(job, request=REQUEST_SIZES[0], precision=precision)
+        worst = max(abs(a - b) for a, b in zip(first["sample"], other["sample"], strict=True))
+        print(row(f"{precision}: largest difference, speed", f"{worst:.2g}, {other['core'] / first['core']:.2f} x"))
+    return 0 if len(digests) == 1 else 1
+
+
+def life(job: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """One process of its own, from its start to its end."""
+    words = [sys.executable, __file__, "--job", json.dumps(job | more)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def work(directory: str, device: str, records: int, request: int, precision: str = "float32") -> dict[str, Any]:
+    """What a life measures: rates in records a second, the digest of all scores, and some of them."""
+    import torch
+
+    from batch_handler.model import Model, Tuning
+    from batch_handler.runtimes import open_runtime
+    from batch_handler.runtimes.device import open_device
+
+    gpu = 0 if device == "cuda" else None
+    threads = torch.get_num_threads()
+    model = Model.open(Path(directory), Tuning(threads=threads, precision=precision, gpu_id=gpu))
+    spec = model.description.inputs[0]
+    rows = np.random.default_rng(0).integers(0, 256, (records, *spec.shape)).astype(spec.dtype)
+    step = request * model.micro_batch
+
+    def core() -> np.ndarray:
+        return np.concatenate([model.score_bulk([rows[at:at + step]], at)[0] for at in range(0, records, step)])
+
+    seam = open_device(gpu, threads=threads, precision=precision)
+    runtime = open_runtime(model.description, Path(directory), seam, precision=precision)
+    slot = runtime.prepare(model.micro_batch)[0]
+    whole = max(1, records // model.micro_batch)
+    slot.inputs[0][:] = np.resize(rows, slot.inputs[0].shape)
+
+    def serial() -> None:
+        for _ in range(whole):
+            runtime.run(slot, model.micro_batch)
+            slot.wait()
+
+    def alone() -> None:
+        for _ in range(whole):
+            seam.compute(lambda: runtime._compute(slot.targets, model.micro_batch), seam.upload((), ()))  # noqa: SLF001 - without the copies
+        seam.settle()
+
+    scores = core()
+    done = whole * model.micro_batch
+    return {
+        "gpu": torch.cuda.get_device_name(gpu) if gpu is not None else None,
+        "alone": done / timed(alone), "serial": done / timed(serial), "core": records / timed(core),
+        "digest": hashlib.sha256(np.ascontiguousarray(scores)).hexdigest(),
+        "sample": scores.reshape(records, -1)[:256].ravel()[:4096].astype(float).tolist(),
+    }
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Median seconds, after one time that does not count."""
+    action()
+    seconds = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""`make gpu-check` runs from end to end on a CPU, sees bits that differ, and says so where there is no GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from batch_handler.archive import PackRequest, pack
+from batch_handler.signature import InputSpec, OutputDraft
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_check.py"
+REPEATABLE = "torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))"
+# Weights that are drawn when the module is built, and not part of what is packed.
+OTHER_EACH_LIFE = f"torch.nn.Sequential(*{REPEATABLE}, torch.nn.Dropout(0.0), Noise())"
+ARCH = """
+import os
+import torch
+
+class Noise(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shift = int.from_bytes(os.urandom(2)) * 1e-11
+
+    def forward(self, scores):
+        return scores + self.shift
+
+def make_model():
+    return {module}
+"""
+
+
+def checked(tmp_path, module):
+    (tmp_path / "arch.py").write_text(ARCH.format(module=module))
+    torch.manual_seed(1)
+    torch.save(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)).state_dict(), tmp_path / "tiny.pt")
+    archive = pack(PackRequest(
+        model=tmp_path / "tiny.pt", output=tmp_path / "tiny.mar", name="tiny", version="1",
+        inputs=(InputSpec("x", np.dtype("u1"), (4, 4), (4, 4), scale=1 / 255),), outputs=(OutputDraft("scores"),),
+        arch=f"{tmp_path / 'arch.py'}:make_model", model_config=b"minWorkers: 1\n", micro_batch=8))
+    return script("--device", "cpu", "--archive", str(archive), "--records", "100", "--restarts", "2")
+
+
+def script(*words):
+    return subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("module", "code", "said"), [(REPEATABLE, 0, "equal"), (OTHER_EACH_LIFE, 1, "DIFFERENT")])
+def test_bits_over_restarts_are_compared(tmp_path, module, code, said):
+    done = checked(tmp_path, module)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert f"| bits over 2 restarts | {said} |" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_machine_without_a_gpu_is_told_that_nothing_was_checked():
+    done = script()
+    assert done.returncode == 2
+    assert "nothing was checked" in done.stderr
