@@ -73,7 +73,7 @@ def toy_archive(tmp_path_factory, clean_environ):
 def toy_server(toy_archive, clean_environ, tmp_path_factory):
     """`batch-client serve` with the small model, as an operator starts it."""
     folder = tmp_path_factory.mktemp("served")
-    with ServeProcess(toy_archive, folder, clean_environ, "--workers", "1", "--threads", "1") as server:
+    with ServeProcess(toy_archive, folder, clean_environ, "--workers", "1x1") as server:
         yield server
 
 

@@ -88,7 +88,7 @@ def test_serve_takes_the_file_and_its_fingerprint_says_so(benched, toy_server, c
 
 def test_a_run_takes_the_file_too_and_a_flag_wins_over_it(benched, source, clean_environ, tmp_path):
     archive = altered(benched[0], tmp_path, micro_batch=64, workers=2, threads=2)
-    words = ["run", source, tmp_path / "out.zarr", "--archive", archive, "--workers", "1", "--threads", "1", "--json"]
+    words = ["run", source, tmp_path / "out.zarr", "--archive", archive, "--workers", "1x1", "--json"]
     run_cli(words, clean_environ, check=True)
     run = json.loads((tmp_path / "out.zarr" / "_run" / "spec.json").read_text())
     assert run["micro_batch"] == 64

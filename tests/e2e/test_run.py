@@ -179,7 +179,7 @@ def test_a_second_signal_ends_at_once_with_the_same_exit_code(source, s3_environ
 def test_a_client_that_is_killed_leaves_no_java_and_the_same_command_goes_on(
         source, s3_environ, toy_archive, bulk_scores):
     arguments = ["run", source, "s3://data/toy-killed.zarr", "--chunk-records", "200", "--request-records", "16",
-                 "--in-flight", "1", "--archive", toy_archive, "--workers", "1", "--threads", "1"]
+                 "--in-flight", "1", "--archive", toy_archive, "--workers", "1x1"]
     client = subprocess.Popen(command(*arguments, "--log", "json"), env=s3_environ, stderr=subprocess.PIPE, text=True)
     for line in client.stderr:
         if "chunk written" in line:

@@ -33,7 +33,7 @@ def test_a_client_that_is_killed_again_and_again(scale, sources, undisturbed, mo
     rng = random.Random(4)
     environ = {**s3_environ, "TOY_SECONDS": str(PACE)}
     # In a full run each life has a server of its own, which must not outlive it.
-    server = moody_server.flags if scale is QUICK else ["--archive", moody_archive, "--workers", "1", "--threads", "1"]
+    server = moody_server.flags if scale is QUICK else ["--archive", moody_archive, "--workers", "1x1"]
     lives = 10 if scale is FULL else 3
     for _ in range(lives):
         with Client(sources(scale), output, scale, server, environ) as client:

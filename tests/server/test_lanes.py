@@ -95,7 +95,7 @@ def test_an_output_begun_with_lanes_goes_on_at_a_server_without(served, source, 
     done = run_cli(["run", source, whole, *run_flags("--json", *served.flags)], clean_environ, check=True)
     wanted = json.loads(done.stdout)
     run_cli(["run", source, mixed, *run_flags("--part", "1/2", *served.flags)], clean_environ, check=True)
-    one_lane = ["--archive", toy_archive, "--workers", "1", "--threads", "1"]
+    one_lane = ["--archive", toy_archive, "--workers", "1x1"]
     done = run_cli(["run", source, mixed, *run_flags("--json", *one_lane)], clean_environ, check=True)
     summary = json.loads(done.stdout)
     assert 0 < summary["scored"] < 1000

@@ -13,7 +13,8 @@ from batch_client.errors import UsageError
 if TYPE_CHECKING:
     from batch_client.spec import RunSpec
 
-__all__ = ["BYTES", "ByteSize", "array_options", "run_options", "server_options", "spec_of"]
+__all__ = ["BYTES", "WORKERS", "ByteSize", "WorkersAndThreads", "array_options", "run_options", "server_options",
+           "spec_of", "split_workers"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -33,7 +34,28 @@ class ByteSize(click.ParamType[int]):
         return int(found[1]) * _UNITS[found[2].upper()]
 
 
+class WorkersAndThreads(click.ParamType[tuple[int, int | None]]):
+    """Processes, and threads of each if wanted: `2`, `2x4`."""
+
+    name = "workers"
+
+    def convert(self, value: Any, param: click.Parameter | None,
+                ctx: click.Context | None) -> tuple[int, int | None]:
+        found = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", str(value).strip())
+        if found is None:
+            self.fail(f"{value!r}: wanted processes, and threads of each if need be, such as 2 or 2x4", param, ctx)
+        return int(found[1]), int(found[2]) if found[2] else None
+
+
 BYTES = ByteSize()
+WORKERS = WorkersAndThreads()
+
+
+def split_workers(ctx: click.Context, param: click.Parameter, value: tuple[int, int | None] | None) -> int | None:
+    """What a command gets: `workers`, and `threads` beside it."""
+    del param
+    workers, ctx.params["threads"] = value or (None, None)
+    return workers
 
 
 def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -52,9 +74,8 @@ server_options = _stack(
     click.option("--model", metavar="NAME", help="The model's name at the endpoints."),
     click.option("--token-file", metavar="FILE", help="File with the endpoints' token; read again when refused."),
     click.option("--token-command", metavar="COMMAND", help="Command that prints the token; run again when refused."),
-    click.option("--workers", type=int,
-                 help="Worker processes of the embedded server.  [default: tuned, or GPUs, else cores]"),
-    click.option("--threads", type=int, help="Threads of each worker.  [default: tuned, or cores / workers]"),
+    click.option("--workers", type=WORKERS, callback=split_workers, metavar="W[xT]", help="Worker processes of the "
+                 "embedded server, and threads of each, such as 2x4.  [default: tuned, or GPUs, or cores]"),
 )
 array_options = _stack(
     click.option("--array", metavar="NAME", help="The array to score, when INPUT is a group."),

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from batch_client.cli.options import WORKERS, split_workers
+
 if TYPE_CHECKING:
     from batch_client.server import EmbeddedServer
 
@@ -16,12 +18,10 @@ __all__ = ["command"]
 
 @click.command(name="serve")
 @click.argument("archive", type=click.Path(path_type=Path))
-@click.option("--workers", type=click.IntRange(1),
-              help="Processes with the model. Default: the tuning file's, else one a GPU or a core.")
+@click.option("--workers", type=WORKERS, callback=split_workers, metavar="W[xT]", help="Processes with the model, and "
+              "threads of each, such as 2x4. Default: the tuning file's, else one a GPU or a core.")
 @click.option("--online-workers", type=click.IntRange(0), help="Processes of a lane of its own for online queries; "
               "bulk runs use the others at low priority. 0: one lane for both. Default: 1, on GPUs 0.")
-@click.option("--threads", type=click.IntRange(1),
-              help="Threads of each worker. Default: the tuning file's, or its share of the cores.")
 @click.option("--micro-batch", type=click.IntRange(1),
               help="Records in one run of the model. Default: the tuning file's, or the archive's.")
 @click.option("--address", default="127.0.0.1", show_default=True,
