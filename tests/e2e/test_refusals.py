@@ -45,6 +45,7 @@ REFUSALS = [
     (["in.zarr", "out", "--max-bytes-in-flight", "1K"], 64, "raise that to at least 7200"),
     (["in.zarr", "out", "--records", "5:900"], 64, "wanted 0 <= A < B <= 100"),
     (["in.zarr", "out", "--chunk-records", "70"], 64, "multiple of the source's 50"),
+    (["in.zarr", "out", "--workers", "2x"], 64, "wanted processes, and threads of each if need be, such as 2 or 2x4"),
     (["in.zarr", "in.zarr"], 64, "the output needs a place of its own"),
     (["in.zarr", "out", "--in-flight", "many"], 64, "--help"),
     (["in.zarr"], 64, "Missing argument 'OUTPUT'"),
