@@ -56,7 +56,7 @@ async def test_a_run_that_is_stopped_leaves_a_page(folder, toy_server):
         if isinstance(event, RecordsScored):
             stop.set()
 
-    spec = RunSpec(input=str(folder / "in.zarr"), output=str(folder / "out.zarr"), chunk_records=50,
+    spec = RunSpec(input=str(folder / "in.zarr"), output=str(folder / "out.zarr"), chunk_records=50, in_flight=1,
                    endpoints=(toy_server.url,), model=toy_server.model, token_file=str(toy_server.token_file))
     with pytest.raises(StoppedError):
         await _run_with_report(spec, (at_the_first,), stop, folder / "page.html")

@@ -283,9 +283,10 @@ async def test_serve_runs_until_it_is_asked_to_stop(make_archive, family, until,
         str(make_archive()), "--workers", "1", "--token-out", str(token_file),
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(CLIENT)})
     try:
-        announced = [(await serve.stdout.readline()).decode().strip() for _ in range(3)]
+        announced = [(await serve.stdout.readline()).decode().strip() for _ in range(4)]
         assert announced[0].startswith("serving echo at http://127.0.0.1:")
-        assert announced[2] == f"token in {token_file}"
+        assert announced[1] == "workers: 1 for online queries, 1 for bulk runs (echo.bulk)"
+        assert announced[3] == f"token in {token_file}"
         await until(token_file.exists)
         assert token_file.stat().st_mode & 0o777 == 0o600
         headers = {"Authorization": f"Bearer {token_file.read_text()}"}
