@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,18 @@ def make_model() -> torch.nn.Module:
     return torch.nn.Sequential(
         torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(4), torch.nn.Flatten(), torch.nn.Linear(16, 10))
 '''
+# clock_gettime of a process whose wall clock is an hour ahead.
+SHIFTED = """
+#define _GNU_SOURCE
+#include <time.h>
+#include <unistd.h>
+#include <sys/syscall.h>
+int clock_gettime(clockid_t id, struct timespec *t) {
+    int r = syscall(SYS_clock_gettime, id, t);
+    if (id == CLOCK_REALTIME) t->tv_sec += 3600;
+    return r;
+}
+"""
 
 
 @pytest.fixture(scope="session")
@@ -99,8 +112,11 @@ def no_leftovers():
 
 
 @pytest.fixture(scope="session")
-def have_compiler():
+def an_hour_ahead(tmp_path_factory):
+    """Variables for a process whose clock, and that of all it starts, is to be an hour ahead."""
     if shutil.which("cc") is None:
         pytest.skip("no C compiler here to build a library that shifts a process's clock")
-
-
+    folder = tmp_path_factory.mktemp("clock")
+    (folder / "shift.c").write_text(SHIFTED)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / "shift.so", folder / "shift.c"], check=True)
+    return {"LD_PRELOAD": str(folder / "shift.so")}

@@ -1,13 +1,15 @@
 """Servers that die, stop, restart, run out of room or turn into another model: the same root, or the right refusal."""
 
 import random
+import re
 import signal
+from datetime import datetime, timedelta
 from time import monotonic
 
 import psutil
 import pytest
 
-from support.faults import FULL, LONG, PACE, Client, each_scale, only_full, open_output, run
+from support.faults import FULL, LONG, PACE, QUICK, Client, each_scale, only_full, open_output, run
 from support.proxy import Fault, FaultProxy
 from support.served import OPEN, Served, free_port
 
@@ -137,3 +139,14 @@ def test_an_outage_sees_no_more_requests_than_usual(scale, sources, undisturbed,
         summary = client.finish()
     assert summary["root"] == wanted
     assert 3 <= during <= 1.1 * rate * seconds
+
+
+def test_a_server_whose_clock_is_an_hour_ahead(
+        an_hour_ahead, sources, undisturbed, moody_archive, s3_environ, output, tmp_path):
+    """It shows in the server's log and in nothing else; tokens are renewed on the way."""
+    with Served(moody_archive, tmp_path, PACE, environ=an_hour_ahead, token_minutes=0.05) as server:
+        summary = run(sources(QUICK), output, QUICK, server.flags, s3_environ)
+        stamps = re.findall(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", server.log_path.read_text(), re.MULTILINE)
+        assert server.renewals > 0
+    assert summary["root"] == undisturbed(QUICK).root
+    assert abs(datetime.fromisoformat(stamps[-1]) - datetime.now()) > timedelta(minutes=55)  # noqa: DTZ005 - as Java

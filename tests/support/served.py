@@ -33,11 +33,11 @@ class Served:
     The token file is rewritten within a moment whenever the server's token is renewed.
     """
 
-    def __init__(self, archive, folder, pace=0.0, **settings):
+    def __init__(self, archive, folder, pace=0.0, environ=None, **settings):
         self.model = "toy"
         self.token_file = folder / "token"
         self._settings = ServerSettings(archive=archive, threads=1, **{"workers": 2, **settings})
-        self._environ = {**os.environ, "TOY_SECONDS": str(pace)}
+        self._environ = {**os.environ, "TOY_SECONDS": str(pace), **(environ or {})}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="served", daemon=True)
         self._server = None
@@ -106,6 +106,10 @@ class Served:
         """What `run` needs to use this server's token at these addresses."""
         endpoints = [word for url in urls for word in ("--endpoint", url)]
         return [*endpoints, "--model", self.model, "--token-file", str(self.token_file)]
+
+    @property
+    def log_path(self):
+        return self._server.log_path
 
     @property
     def metrics_url(self):
