@@ -123,6 +123,11 @@ def main() -> None:
     report(results, options)
 
 
+def absolute(text: str) -> Path:
+    """Not resolved: a Python in an environment is a link, and only its own place makes it that environment's."""
+    return Path(text).absolute()
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
@@ -130,7 +135,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME",
                         help=f"of {', '.join(CONTENDERS)} [default: all]")
     parser.add_argument("--s3", action="store_true", help="input and output on an S3 server on this machine")
-    parser.add_argument("--environments", type=Path, default=default_folder(), help="[default: %(default)s]")
+    parser.add_argument("--environments", type=absolute, default=default_folder(), help="[default: %(default)s]")
     parser.add_argument("--triton-python", default=sys.executable, help="pytriton's binary holds a Python of its own, "
                         "which breaks on the library of some patch releases (3.11.7): another one of this minor "
                         "version [default: this one]")
@@ -212,7 +217,11 @@ class Arena:
             if process.returncode or not lines:
                 why = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
                 raise FailedError(f"exit code {process.returncode}: {why[-1][:300] if why else 'it said nothing'}")
-            return json.loads(lines[-1]), seconds, watch.peak
+            try:
+                answer = {key: float(value) for key, value in json.loads(lines[-1]).items()}
+            except (ValueError, TypeError, AttributeError):
+                raise FailedError(f"its last line is no answer: {lines[-1][:300]}") from None
+            return answer, seconds, watch.peak
 
     @staticmethod
     def _environ(contender: Contender) -> dict[str, str]:
@@ -222,8 +231,11 @@ class Arena:
         return {**os.environ, **tuned, "PYTHONPATH": path}
 
     def _check(self, output: str, records: int) -> None:
-        found = zarr.open(store_of(output), mode="r")
-        scores = (found["scores"] if isinstance(found, zarr.Group) else found)[:]
+        try:
+            found = zarr.open(store_of(output), mode="r")
+            scores = (found["scores"] if isinstance(found, zarr.Group) else found)[:]
+        except (OSError, KeyError, ValueError) as error:
+            raise FailedError(f"its output can't be read: {type(error).__name__}: {error}") from error
         if scores.shape != (records, CLASSES):
             raise FailedError(f"its output has shape {scores.shape}, wanted {(records, CLASSES)}")
         difference = float(np.abs(scores - self._expected[:records]).max())

@@ -8,12 +8,13 @@ from forward import tuned
 from job import Job, the_job
 
 
-def share(job: Job, number: int, ready: Barrier) -> None:
+def share(job: Job, number: int, ready: Barrier, done: Barrier) -> None:
     score, images, scores = tuned(job.model), job.images(), job.scores()
     blocks = job.blocks()
     ready.wait()
     for block in blocks[len(blocks) * number // job.processes:len(blocks) * (number + 1) // job.processes]:
         scores[block] = score(images[block])
+    done.wait()
 
 
 def main() -> None:
@@ -21,14 +22,16 @@ def main() -> None:
     job.create_scores()
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(job.processes + 1)
-    processes = [context.Process(target=share, args=(job, number, ready)) for number in range(job.processes)]
+    done = context.Barrier(job.processes + 1)
+    processes = [context.Process(target=share, args=(job, number, ready, done)) for number in range(job.processes)]
     for process in processes:
         process.start()
     ready.wait()
     began = time.perf_counter()
+    done.wait()
+    seconds = time.perf_counter() - began
     for process in processes:
         process.join()
-    seconds = time.perf_counter() - began
     assert not any(process.exitcode for process in processes)
     job.answer(seconds)
 

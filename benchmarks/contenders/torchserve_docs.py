@@ -44,8 +44,7 @@ def configured(job: Job, ports: list[int]) -> list[str]:
 
 async def main() -> None:
     job, ports = the_job(), [free_port() for _ in range(5)]
-    environ = {"JAVA_HOME": str(Path(find_java().path).parents[1]), "TEMP": job.work, "TMPDIR": job.work,
-               "OMP_NUM_THREADS": "1"}
+    environ = {"JAVA_HOME": str(Path(find_java().path).parents[1]), "TEMP": job.work, "TMPDIR": job.work}
     with running(configured(job, ports), job, environ) as process:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=IN_FLIGHT)) as session:
             url = f"http://127.0.0.1:{ports[0]}/predictions/bench"

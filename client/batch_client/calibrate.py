@@ -7,19 +7,19 @@ import sys
 from dataclasses import dataclass, replace
 
 from batch_client.errors import DataError, StoppedError
-from batch_client.events import ChunkWritten, Event, RecordFailed, RequestDone, RunStarted
+from batch_client.events import Event, RecordFailed, RequestDone, RunStarted
 from batch_client.forecast import Answer, Forecast, Sample, forecast
 from batch_client.pipeline import execute
 from batch_client.plan import Plan
 from batch_client.prepare import Services
-from batch_client.spec import MIB, RunSpec
+from batch_client.spec import RunSpec
 from batch_client.storage import MemoryStore
 from batch_client.summary import peak_memory
 
 __all__ = ["Calibration", "calibrate"]
 
-# Output that is held before the calibration ends, whatever else it wants.
-MOST_BYTES = 256 * MIB
+# In the key of each chunk of an array (Zarr v3's default encoding), and of nothing else.
+CHUNK = "/c/"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class _Watcher:
 
     def __init__(self, services: Services, stop: asyncio.Event) -> None:
         self.plan: Plan | None = None
-        self.failed = self._written = 0
+        self.failed = 0
         self.began = services.clock()
         self.sample = Sample(self.began)
         self._clock = services.clock
@@ -56,20 +56,25 @@ class _Watcher:
                 self.sample.add(Answer(self._clock(), event.records))
             case RecordFailed():
                 self.failed += 1
-            case ChunkWritten():
-                self._written += event.bytes_written
-        if self.sample.enough(self._clock()) or self._written >= MOST_BYTES:
+        if self.sample.enough(self._clock()):
             self._stop.set()
+
+
+class _Forgetful(MemoryStore):
+    """Takes chunks and drops their bytes: nobody will read them, and a run does not hold them either."""
+
+    async def create(self, key: str, data: bytes | memoryview) -> bool:
+        return await super().create(key, b"" if CHUNK in key else data)
 
 
 async def calibrate(spec: RunSpec, services: Services) -> Calibration:
     """Score the first records of `spec` for some seconds and forecast the whole. Writes nothing anywhere.
 
-    Raises what the run would raise before its first record, and StoppedError when no server answers.
+    Raises what the run would raise at its beginning and in these seconds, and StoppedError when no server answers.
     """
     stop = asyncio.Event()
     watcher = _Watcher(services, stop)
-    aside = replace(services, output_store=MemoryStore("memory://calibration"), reuse_store=None)
+    aside = replace(services, output_store=_Forgetful("memory://calibration"), reuse_store=None)
     alike = replace(spec, output=aside.output_store.url, reuse=None, overwrite=False, part=None,
                     max_failed=sys.maxsize)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -148,7 +147,7 @@ def _contract_of(url: str, body: bytes) -> ModelContract:
 
 
 def _positive(value: object) -> float | None:
-    """A number over zero, None for anything that can't be one."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    """A number that can be a rate or a time, None for anything else: what a server says must not end a run."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 <= value <= 1e12:
         return None
     return float(value)

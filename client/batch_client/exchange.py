@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import random
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
@@ -279,6 +278,6 @@ def _decode(reply: HttpReply) -> InferReply:
 
 def _seconds(milliseconds: object) -> float:
     """What a server says it took; 0 for what can't be a time."""
-    if not isinstance(milliseconds, int | float) or not 0 <= milliseconds < math.inf:
+    if not isinstance(milliseconds, int | float) or not 0 <= milliseconds <= 1e12:
         return 0.0
     return milliseconds / 1e3

@@ -26,8 +26,9 @@ WARM_UP = 0.2
 STUDENT = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 LEAST_BATCHES, MOST_BATCHES = 3, len(STUDENT) + 2
 ANSWERS_A_BATCH = 2
-# Of a run's objects beside its chunks: one ledger segment for as many output chunks (ledger.py), and the metadata.
-CHUNKS_A_SEGMENT = 64
+# Of a run's objects beside its chunks: a ledger segment for as many output chunks or seconds, whatever comes first
+# (ledger.py), at most one a chunk.
+CHUNKS_A_SEGMENT, SECONDS_A_SEGMENT = 64, 10.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a whole run; the ends are those of the forecast's interval."""
+    """Of a run, or of its part; the ends are those of the forecast's interval."""
 
     total: float
     low: float
@@ -111,9 +112,16 @@ def _seconds_a_record(answers: Sequence[Answer], first: int, last: int) -> float
     return (answers[last].at - answers[first].at) / records
 
 
-def cost_of(plan: Plan, prices: Prices, found: Forecast | None) -> Cost:
-    """Machines for the forecast's time, if there is one, and the store's requests of an undisturbed run."""
-    puts = plan.objects_written + -(-plan.unit_count // CHUNKS_A_SEGMENT)
-    requests = puts / 1000 * prices.thousand_puts + plan.objects_read / 1000 * prices.thousand_gets
-    low, middle, high = (0.0,) * 3 if found is None else (found.seconds_low, found.seconds, found.seconds_high)
-    return Cost(*(requests + seconds / 3600 * prices.hour for seconds in (middle, low, high)))
+def cost_of(plan: Plan, prices: Prices, found: Forecast | None, parts: int = 1) -> Cost:
+    """Machines for the forecast's time, if there is one, and the store's requests of an undisturbed run, or of one of
+    its `parts`.
+    """
+    seconds = (0.0,) * 3 if found is None else (found.seconds, found.seconds_low, found.seconds_high)
+    return Cost(*(_requests(plan, prices, each, parts) + each / 3600 * prices.hour for each in seconds))
+
+
+def _requests(plan: Plan, prices: Prices, seconds: float, parts: int) -> float:
+    units = plan.unit_count / parts
+    segments = min(units, max(units / CHUNKS_A_SEGMENT, seconds / SECONDS_A_SEGMENT))
+    puts, gets = plan.objects_written / parts + segments, plan.objects_read / parts
+    return puts / 1000 * prices.thousand_puts + gets / 1000 * prices.thousand_gets

@@ -30,7 +30,6 @@ from batch_handler.runtimes.aot import compile_package
 from batch_handler.runtimes.device import DeviceError
 from batch_handler.runtimes.transform import ModelError
 from batch_handler.signature import (
-    KINDS,
     FileEntry,
     Golden,
     InputSpec,
@@ -138,8 +137,8 @@ def read_description(archive: Path) -> ModelDescription:
 def _stage(request: PackRequest, directory: Path) -> ModelDescription:
     """Put the archive's files into `directory` and describe them."""
     kind = request.kind or detect_kind(request.model, trust_pickle=request.trust_pickle)
-    if kind not in KINDS:
-        raise ArchiveError(f"kind is {kind!r}, wanted one of {', '.join(KINDS)}")
+    if kind not in _WEIGHTS_FILES:
+        raise ArchiveError(f"kind is {kind!r}, wanted one of {', '.join(_WEIGHTS_FILES)}")
     check_trusted(request.model, kind, trust_pickle=request.trust_pickle)
     if kind in ("state_dict", "safetensors") and request.arch is None:
         raise ArchiveError(f"{request.model.name} holds weights only, wanted --arch FILE.py:callable")

@@ -37,7 +37,6 @@ from batch_handler.oip import OipError, TensorSpec, datatype_of
 __all__ = [
     "FORMAT",
     "KINDS",
-    "RUNTIMES",
     "FileEntry",
     "Golden",
     "InputSpec",
@@ -70,7 +69,6 @@ _RUNTIMES_FOR: Mapping[str, tuple[str, ...]] = {
     "none": ("noop",),
 }
 KINDS = tuple(_RUNTIMES_FOR)
-RUNTIMES = ("eager", "torchscript", "aot", "onnx")
 
 _MAX_MICRO_BATCH = 65_536
 

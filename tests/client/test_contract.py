@@ -31,6 +31,7 @@ def test_outputs_whose_names_cannot_name_arrays_are_refused(name):
 
 @pytest.mark.parametrize(("told", "seconds"), [
     (12.5, 0.0125), (3, 0.003), (0, None), (-1, None), ("fast", None), (None, None), (1e999, None),
+    (10**400, None), (1e-310, None), (True, None),
 ])
 def test_what_a_micro_batch_takes_is_a_time_or_unknown_and_makes_no_other_model(told, seconds):
     contract = _contract_of("http://s", metadata("scores", micro_batch_ms=told))

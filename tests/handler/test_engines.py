@@ -18,7 +18,7 @@ from batch_handler.modelfile import ModelFileError, detect_kind
 from batch_handler.runtimes.aot import missing_instructions
 from batch_handler.runtimes.protobuf import fields_of
 from batch_handler.scoring import Query, Score
-from batch_handler.signature import KINDS, RUNTIMES, OutputDraft, digest_of, runtimes_for
+from batch_handler.signature import KINDS, OutputDraft, digest_of, runtimes_for
 from support.onnx_files import external, field, message, model, node, tensor, tiny_onnx, value_info
 
 
@@ -105,6 +105,7 @@ def test_a_graph_for_a_fixed_number_of_records_is_filled_up(pack_request, tiny_m
                                 [], [])),
     ("subgraph", lambda: model([message((4, "If"), (5, message((6, message((5, external("w", (2,), "w")))))))],
                                [], [])),
+    ("function", lambda: model([], [], []) + field(25, message((11, message((5, external("w", (2,), "w"))))))),
 ])
 def test_a_graph_that_keeps_weights_in_another_file_is_refused(place, content, pack_request, tmp_path):
     path = tmp_path / "outside.onnx"
@@ -199,17 +200,19 @@ def test_a_foreign_package_is_native_code_and_says_for_what_it_was_compiled(comp
 
 
 @pytest.mark.parametrize(("package", "cpu", "missing"), [
-    ("AVX2", "AVX2", ""),
-    ("AVX2", "AVX512", ""),
-    ("AVX512", "AVX2", "AVX512"),
-    ("AVX512 AVX512_VNNI", "AVX512", ""),
-    ("AVX2", "DEFAULT", "AVX2"),
-    ("AVX512 AMX_TILE", "AVX2", "AVX512 AMX_TILE"),
-    ("ASIMD", "DEFAULT", ""),
-    ("", "DEFAULT", ""),
+    ("AVX2", ["AVX2"], ""),
+    ("AVX2", ["AVX512"], ""),
+    ("AVX512", ["AVX2"], "AVX512"),
+    ("AVX512 AVX512_VNNI", ["AVX512"], "AVX512_VNNI"),
+    ("AVX512 AVX512_VNNI", ["AVX512", "AVX512_VNNI"], ""),
+    ("AVX2", ["DEFAULT"], "AVX2"),
+    ("AVX512 AMX_TILE", ["AVX2"], "AVX512 AMX_TILE"),
+    ("AVX512 AVX512_VNNI AMX_TILE", ["AVX512", "AVX512_VNNI"], "AMX_TILE"),
+    ("ASIMD", ["DEFAULT"], ""),
+    ("", ["DEFAULT"], ""),
 ])
 def test_instructions_that_a_cpu_lacks_are_named(package, cpu, missing):
-    assert missing_instructions(package, cpu) == missing
+    assert missing_instructions(package, cpu[0], frozenset(cpu[1:])) == missing
 
 
 def test_without_a_compiler_one_line_says_so(pack_request, tmp_path):
@@ -248,9 +251,11 @@ def test_a_pt2_is_not_loaded_unless_somebody_vouches_for_it(tiny_module, pack_re
 # --- Which runtime, which precision.
 
 
-def test_one_table_says_what_runs_what():
-    packable = {runtime for kind in KINDS if kind != "none" for runtime in runtimes_for(kind)}
-    assert set(RUNTIMES) == packable
+def test_one_table_says_what_runs_what_and_pack_offers_it():
+    from batch_client.cli.pack import command
+
+    offered = next(option.type.choices for option in command.params if option.name == "runtime")
+    assert set(offered) == {runtime for kind in KINDS if kind != "none" for runtime in runtimes_for(kind)}
 
 
 @pytest.mark.parametrize("change", [{"runtime": "onnx"}, {"runtime": "aot", "kind": "torchscript"}])

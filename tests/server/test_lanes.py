@@ -18,6 +18,7 @@ from batch_client.errors import UsageError
 from batch_client.server import ServerSettings
 from batch_client.server_lanes import lanes_of
 from support.cli import command, run_cli
+from support.faults import until
 from support.served import Served
 
 QUERIES = 40
@@ -75,8 +76,13 @@ def test_a_run_goes_to_the_bulk_lane_and_queries_beside_it_to_the_other(served, 
     assert bulk.returncode == 0, said
     scores = zarr.open_group(output, mode="r")["scores"][:]
     np.testing.assert_allclose(np.array(answers), scores[:QUERIES], atol=1e-5)
-    grown = {name: count - before.get(name, 0) for name, count in records(served).items()}
-    assert grown == {"toy": QUERIES, "toy.bulk": len(toy_images)}
+
+    def grown():
+        return {name: count - before.get(name, 0) for name, count in records(served).items()}
+
+    wanted = {"toy": QUERIES, "toy.bulk": len(toy_images)}
+    until(lambda: grown() == wanted)  # the counter is a moment behind the replies
+    assert grown() == wanted
 
 
 async def ask(server, images):

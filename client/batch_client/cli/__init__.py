@@ -22,7 +22,7 @@ __all__ = ["main"]
 # Verb → its one-line help: shown without importing what the verb needs.
 VERBS = {
     "run": "Score an array in order, or go on with a run that was stopped.",
-    "plan": "Show what a run would do; sends no record and writes nothing.",
+    "plan": "Show what a run would do, and with --calibrate how long it takes; writes nothing.",
     "predict": "Score one query and print the answer.",
     "status": "Say how far a run is, from any machine; --clean takes an abandoned one away.",
     "verify": "Prove an output complete; --deep reads every byte, --replay scores some of it again.",

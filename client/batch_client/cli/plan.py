@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from batch_client.calibrate import Calibration
     from batch_client.forecast import Prices
     from batch_client.plan import Plan
+    from batch_client.spec import RunSpec
 
 PRICE = click.FloatRange(min=0)
 
@@ -39,10 +40,10 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
     spec = spec_of(input_url, output_url, options)
     if calibrate:
         found = api.run_until_complete(api.calibrate(spec))
-        figures = _figures(found.plan) | _forecast(found) | _cost(found.plan, prices, found)
+        figures = _figures(found.plan) | _forecast(found) | _cost(found.plan, prices, found, spec)
     else:
         plan = api.run_until_complete(api.plan(spec))
-        figures = _figures(plan) | _cost(plan, prices, None)
+        figures = _figures(plan) | _cost(plan, prices, None, spec)
     if as_json:
         click.echo(json.dumps(figures))
         return
@@ -72,13 +73,15 @@ def _forecast(found: Calibration) -> dict[str, Any]:
     }
 
 
-def _cost(plan: Plan, prices: Prices | None, found: Calibration | None) -> dict[str, Any]:
+def _cost(plan: Plan, prices: Prices | None, found: Calibration | None, spec: RunSpec) -> dict[str, Any]:
     from batch_client.forecast import cost_of
 
     if prices is None:
         return {}
-    cost = cost_of(plan, prices, None if found is None else found.forecast)
-    if prices.hour and (found is None or found.forecast is None):
+    cost = cost_of(plan, prices, None if found is None else found.forecast, 1 if spec.part is None else spec.part[1])
+    if found is None:
+        return {"cost_of_requests": round(cost.total, 4)}
+    if found.forecast is None:
         return {"cost": None}
     return {"cost": [round(value, 4) for value in (cost.total, cost.low, cost.high)]}
 

@@ -109,10 +109,14 @@ def compile_package(module: torch.nn.Module, inputs: Sequence[InputSpec], micro_
         config: dict[str, Any] = {
             # Constants are laid out for the kernels that use them.
             "freezing": True,
+            # As many as the worker that runs it has, not as many as the machine that compiles it.
+            "cpp.dynamic_threads": True,
             "aot_inductor.metadata": {_RECORDS: str(micro_batch), _TORCH: _release(torch.__version__)},
         }
         march = _MARCH.get(torch.backends.cpu.get_cpu_capability())
-        if march is not None and hasattr(torch._inductor.config.cpp, "march"):  # noqa: SLF001 - of newer versions
+        if march is not None:
+            if not hasattr(torch._inductor.config.cpp, "march"):  # noqa: SLF001 - its public name
+                raise ModelError(f"torch {torch.__version__} compiles for this very CPU alone, wanted a newer one")
             config["cpp.march"] = march
         try:
             with torch.no_grad():
@@ -144,19 +148,28 @@ def _check(metadata: Mapping[str, str], device: torch.device) -> None:
     ):
         if found not in (None, here):
             raise ModelError(f"the package was compiled for {what} {found}, this is {here}: pack it again here")
-    missing = missing_instructions(metadata.get("AOTI_CPU_ISA", ""), torch.backends.cpu.get_cpu_capability())
+    missing = missing_instructions(metadata.get("AOTI_CPU_ISA", ""), torch.backends.cpu.get_cpu_capability(), _beside())
     if missing:
         raise ModelError(f"the package was compiled for {missing}, which this CPU lacks: pack it on one like this")
 
 
-def missing_instructions(compiled: str, here: str) -> str:
-    """Which of a package's instruction sets, such as "AVX512 AMX_TILE", a CPU of torch's capability `here` lacks."""
+def _beside() -> frozenset[str]:
+    """What this CPU has beside torch's capability, by the names that torch gives to a package."""
+    # torch has no public names for these.
+    found = {"AVX512_VNNI": torch.cpu._is_vnni_supported(), "AMX_TILE": torch.cpu._is_amx_tile_supported()}  # noqa: SLF001
+    return frozenset(name for name, has in found.items() if has)
+
+
+def missing_instructions(compiled: str, here: str, beside: frozenset[str]) -> str:
+    """Which of a package's instruction sets, such as "AVX512 AMX_TILE", a CPU of torch's capability `here` lacks that
+    has those of `beside` too.
+    """
     lacking = []
     for name in compiled.split():
         if name in _X86:
             lacks = here not in _X86 or _X86.index(here) < _X86.index(name)
         elif name.startswith(("AVX512", "AMX")):
-            lacks = here != "AVX512" or (name.startswith("AMX") and not torch.cpu._is_amx_tile_supported())  # noqa: SLF001 - torch has no public name for it
+            lacks = name not in beside
         else:
             lacks = False  # other architectures: the machine's name was compared
         if lacks:

@@ -76,6 +76,9 @@ class Event(Protocol):
     def wait(self) -> None:
         """Block the host until it is done; raises what the work raised."""
 
+    def done(self) -> bool:
+        """Whether it is; never blocks, never raises what the work raised."""
+
 
 class Device(Protocol):
     """Where a runtime computes: buffers, and the three operations of a micro-batch.
@@ -108,6 +111,9 @@ class Device(Protocol):
 class _Done:
     def wait(self) -> None:
         """Nothing was left to do when the call returned."""
+
+    def done(self) -> bool:
+        return True
 
 
 _DONE = _Done()
@@ -153,6 +159,13 @@ class _CudaEvent:
 
     def wait(self) -> None:
         self.event.synchronize()
+
+    def done(self) -> bool:
+        # A poisoned context makes the question itself raise; waiting says so where errors are expected.
+        try:
+            return bool(self.event.query())
+        except RuntimeError:
+            return True
 
 
 class CudaDevice:

@@ -45,7 +45,7 @@ _DTYPES = {
 _MESSAGES: Mapping[str, Mapping[int, str]] = {
     "model": {7: "graph", 25: "function"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "function": {7: "node"},
+    "function": {7: "node", 11: "attribute"},
     "node": {5: "attribute"},
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
@@ -170,6 +170,9 @@ def open_graph(
         session = ort.InferenceSession(content, options, providers=chosen)
     except Exception as error:  # its errors have no base class of their own
         raise _as_model_error(path, error) from error
+    if session.get_providers()[0] != provider:
+        # It goes on without a provider that can't be opened, and without the options above.
+        raise ModelError(f"ONNX Runtime can't use {provider} here: are its CUDA and cuDNN installed?")
     numerics = {"onnxruntime": ort.__version__, "provider": session.get_providers()[0]}
     return OnnxGraph(session, device, outputs), numerics
 

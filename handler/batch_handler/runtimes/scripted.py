@@ -40,6 +40,9 @@ class ScriptedEvent:
         if self.error is not None:
             raise self.error
 
+    def done(self) -> bool:
+        return self.landed
+
     def land(self) -> None:
         """Do the work now; only for the first of its stream."""
         if isinstance(self._after, ScriptedEvent):

@@ -41,6 +41,11 @@ class Slot:
         self.results: Sequence[Tensor] = ()
         self.event: Event | None = None
 
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would not block."""
+        return self.event is None or self.event.done()
+
     def wait(self) -> tuple[Array, ...]:
         """Block until what was issued is done; the outputs, (size, *shape) each, until the next `run`."""
         event, self.event = self.event, None
