@@ -41,7 +41,7 @@ __all__ = [
 DESCRIPTION_FILE = "model.json"
 _MAX_DESCRIPTION_BYTES = 1 << 20
 _FINGERPRINT_DIGITS = 16
-_TIMED_RUNS = 3
+_TIMED_RUNS = 8
 _TIMED_SECONDS = 0.25
 
 # How far lower precision may be from the golden outputs, which were made in float32: the unit roundoff of the
