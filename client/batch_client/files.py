@@ -20,9 +20,9 @@ def replace_file(path: Path, text: str, mode: int = 0o644) -> None:
     new = path.parent / f".{secrets.token_hex(8)}.part"
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        with open(descriptor, "wb") as stream:
+        with os.fdopen(descriptor, "wb") as stream:
             stream.write(data)
-        os.replace(new, path)
+        new.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             new.unlink()
