@@ -1,4 +1,8 @@
-"""An archive by path or URL → a file on this machine, for as long as it is needed."""
+"""An archive by path or URL → a file on this machine, for as long as it is needed.
+
+Rule: the tuning file beside it is optional. A store that has none says so; a web server may answer any name with an
+error or a page, so from there only what is a tuning file is one, and `tuning` refuses it if it is damaged.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from batch_client.errors import CredentialsError, ServingError
+from batch_client.errors import CredentialsError, ServingError, StorageError
 from batch_client.machine import device
-from batch_client.storage import Store, open_store
-from batch_client.tuning import tuning_path
+from batch_client.storage import Store, child_url, open_store
+from batch_client.tuning import MAX_BYTES, is_tuning, tuning_path
 
 __all__ = ["local_archive"]
 
@@ -30,9 +34,10 @@ async def local_archive(location: str, *, anonymous: bool = False) -> AsyncItera
     """The archive at a path, or fetched from s3://, https:// or another store's URL to a temporary file, with the
     tuning file for this kind of machine beside it where there is one.
 
-    Raises ServingError when there is none.
+    Raises ServingError when there is none, or a tuning file beside it is too large for one.
     """
-    if len(urlsplit(location).scheme) <= 1:
+    scheme = urlsplit(location).scheme
+    if len(scheme) <= 1:
         yield _existing(location)
         return
     base, _, name = location.rstrip("/").rpartition("/")
@@ -43,16 +48,28 @@ async def local_archive(location: str, *, anonymous: bool = False) -> AsyncItera
     with tempfile.TemporaryDirectory(prefix="batch-client-") as folder:
         path = Path(folder) / name
         path.write_bytes(blob.data)
-        await _fetch_tuning(store, path)
+        await _fetch_tuning(store, path, web=scheme in ("http", "https"))
         yield path
 
 
-async def _fetch_tuning(store: Store, archive: Path) -> None:
+async def _fetch_tuning(store: Store, archive: Path, *, web: bool) -> None:
     path = tuning_path(archive, await asyncio.to_thread(device, os.environ))
+    key = f"{path.parent.name}/{path.name}"
     try:
-        blob = await store.get(f"{path.parent.name}/{path.name}")
+        # Not every web server gives ranges, and most give a size: so it is asked for before the bytes are.
+        meta = await store.head(key)
+        if meta is None or (web and meta.size > MAX_BYTES):
+            return
+        if meta.size > MAX_BYTES:
+            raise ServingError(f"{child_url(store.url, key)} is over {MAX_BYTES:,} bytes, which no tuning file is: "
+                               "delete it")
+        blob = await store.get(key)
     except CredentialsError:  # what S3 says of a missing object to whom may not list: there is none
         return
-    if blob is not None:
+    except StorageError:
+        if web:
+            return
+        raise
+    if blob is not None and (not web or is_tuning(bytes(blob.data))):
         path.parent.mkdir()
         path.write_bytes(blob.data)

@@ -1,8 +1,11 @@
-"""What this machine has for a server. Rule: everything here is looked up now, and nothing is changed or kept."""
+"""What this machine has for a server. Rule: nothing is changed, and nothing kept but the list of GPUs: a process sees
+those that were there when it first asked, and the driver's program is slow.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import re
@@ -62,22 +65,21 @@ def _gpu_names(environ: Mapping[str, str]) -> list[str]:
         wanted = [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
     if wanted == []:
         return []
-    listed = _nvidia_smi(environ)
+    nvidia_smi = shutil.which("nvidia-smi", path=environ.get("PATH"))
+    listed = () if nvidia_smi is None else _listed_by(nvidia_smi)
     if wanted is None:
         return [name for _, name, _ in listed]
     by_id = {ident: name for index, name, uuid in listed for ident in (index, uuid)}
     return [by_id.get(ident, "GPU") for ident in wanted]
 
 
-def _nvidia_smi(environ: Mapping[str, str]) -> list[tuple[str, str, str]]:
+@functools.cache
+def _listed_by(nvidia_smi: str) -> tuple[tuple[str, str, str], ...]:
     """Index, name and UUID of each GPU."""
-    nvidia_smi = shutil.which("nvidia-smi", path=environ.get("PATH"))
-    if nvidia_smi is None:
-        return []
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run([nvidia_smi, "-L"], capture_output=True, text=True, timeout=20, check=False)
-        return re.findall(r"^GPU (\d+): (.*?) \(UUID: ([^)]*)\)", done.stdout, re.MULTILINE)
-    return []
+        return tuple(re.findall(r"^GPU (\d+): (.*?) \(UUID: ([^)]*)\)", done.stdout, re.MULTILINE))
+    return ()
 
 
 def free_ports(count: int) -> list[int]:

@@ -20,6 +20,7 @@ from typing import Any, Self
 import aiohttp
 
 from batch_client.errors import ServingError, UsageError
+from batch_client.files import replace_file
 from batch_client.java import Java, find_java, torchserve_home
 from batch_client.machine import gpus
 from batch_client.server_config import Model, ServerSettings, model_of
@@ -112,7 +113,8 @@ class EmbeddedServer:
         java = await asyncio.to_thread(find_java, self._environ, bundled=self._bundled_java)
         self._settings = await asyncio.to_thread(settled, self._settings, self._environ)
         on_gpus = await asyncio.to_thread(gpus, self._environ)
-        self._lanes = lanes_of(self._model.name, self._settings.workers or 1, self._settings.online_workers, on_gpus)
+        assert self._settings.workers is not None  # noqa: S101 - settled
+        self._lanes = lanes_of(self._model.name, self._settings.workers, self._settings.online_workers, on_gpus)
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10))
         for left in reversed(range(STARTS)):
             try:
@@ -386,13 +388,7 @@ def _secret(path: Path | None) -> Iterator[Callable[[str | None], None]]:
 
 def _write_secret(path: Path, text: str) -> None:
     """Replaces `path` at once by a file that only its owner can read; raises UsageError when that can't be done."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        new.unlink(missing_ok=True)
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as stream:
-            stream.write(text)
-        new.replace(path)
+        replace_file(path, text, 0o600)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
         raise UsageError(f"--token-out {path}: can't be written: {error.strerror}") from error

@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
+import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from batch_client.errors import ServingError, StorageError
+from batch_client.errors import ServingError, StorageError, UsageError
+from batch_client.files import replace_file
 
-__all__ = ["ALLOCATORS", "ALLOCATOR_VARIABLES", "DEFAULT_ALLOCATOR", "FORMAT", "Tuning", "read_tuning", "tuning_path",
-           "write_tuning"]
+__all__ = ["ALLOCATORS", "ALLOCATOR_VARIABLES", "DEFAULT_ALLOCATOR", "FORMAT", "MAX_BYTES", "Tuning", "is_tuning",
+           "read_tuning", "require_place", "tuning_path", "write_tuning"]
 
 FORMAT = 1
 MAX_BYTES = 1 << 20
@@ -126,17 +127,37 @@ def read_tuning(archive: Path, device: Callable[[], str]) -> Tuning | None:
     return tuning
 
 
+def is_tuning(text: bytes) -> bool:
+    """Whether bytes are a tuning file at all, of whatever format, and not, say, a web server's page."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and "format" in value
+
+
+def require_place(archive: Path, device: str) -> None:
+    """Raises UsageError where `write_tuning` could not write: to be told before a measurement, not after it."""
+    path = tuning_path(archive, device)
+    if path.is_dir():
+        raise UsageError(f"--save: {path} is a folder: wanted a file there, or nothing")
+    folder = path.parent if path.parent.exists() else archive.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--save: can't write in {folder}: {error.strerror}") from error
+
+
 def write_tuning(archive: Path, tuning: Tuning) -> Path:
     """Write the tuning file beside an archive, whole or not at all; an earlier one is replaced.
 
     Raises StorageError when that can't be done.
     """
     path = tuning_path(archive, tuning.device)
-    new = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(exist_ok=True)
-        new.write_text(tuning.to_json(), "utf-8")
-        new.replace(path)
+        replace_file(path, tuning.to_json())
     except OSError as error:
         raise StorageError(f"{path} can't be written: {error.strerror or error}") from error
     return path

@@ -1,20 +1,23 @@
 """Tuning files: what is read, what is refused, and what wins over what."""
 
 import json
+import threading
 import zipfile
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_client.archives import local_archive
-from batch_client.errors import CredentialsError, ServingError
-from batch_client.machine import cpu_kind, device
+from batch_client.errors import CredentialsError, ServingError, StorageError, UsageError
+from batch_client.machine import cpu_kind, device, gpus
 from batch_client.server_config import ServerSettings, environment
 from batch_client.server_process import settled
 from batch_client.storage import MemoryStore
-from batch_client.tuning import ALLOCATORS, MAX_BYTES, Tuning, read_tuning, tuning_path, write_tuning
+from batch_client.tuning import ALLOCATORS, MAX_BYTES, Tuning, read_tuning, require_place, tuning_path, write_tuning
 
 DIGEST = "sha256:" + "1" * 64
 MEASURED = Tuning(device="cpu-avx2-2cores", model_digest=DIGEST, runtime="torchscript", micro_batch=256, workers=3,
@@ -54,6 +57,30 @@ def test_the_file_beside_the_archive_is_found_and_replaced(archive):
     assert read_tuning(archive, lambda: MEASURED.device).micro_batch == 256
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     assert read_tuning(archive, lambda: "cpu-avx512-2cores") is None
+
+
+def test_a_file_that_can_t_be_written_leaves_nothing_beside_it(archive):
+    path = tuning_path(archive, MEASURED.device)
+    path.mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"can't be written: Is a directory"):
+        write_tuning(archive, MEASURED)
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(UsageError, match="is a folder"):
+        require_place(archive, MEASURED.device)
+
+
+def test_a_place_for_the_file_is_looked_for_without_making_it(archive):
+    require_place(archive, MEASURED.device)
+    assert list(archive.parent.iterdir()) == [archive]
+    write_tuning(archive, MEASURED)
+    require_place(archive, MEASURED.device)
+    assert [one.name for one in archive.with_suffix(".tuning").iterdir()] == [f"{MEASURED.device}.json"]
+    with pytest.raises(UsageError, match="can't write in /proc"):
+        require_place(Path("/proc/digits.mar"), MEASURED.device)  # read-only, even for root
+    archive.with_suffix(".tuning").rename(archive.parent / "elsewhere")
+    archive.with_suffix(".tuning").write_text("in the way")
+    with pytest.raises(UsageError, match=r"can't write in .*Not a directory"):
+        require_place(archive, MEASURED.device)
 
 
 def test_a_file_of_another_model_is_refused_and_not_passed_over(archive):
@@ -141,16 +168,99 @@ async def test_an_archive_that_is_fetched_brings_its_file(tuned):
 
 async def test_a_store_that_shows_only_the_archive_has_no_file(archive, monkeypatch):
     class Guarded(MemoryStore):
-        async def get(self, key, start=None, stop=None):
+        async def head(self, key):
             if key not in self.objects:
                 raise CredentialsError("access denied")  # what S3 says to whom may not list
-            return await super().get(key, start, stop)
+            return await super().head(key)
 
     store = Guarded()
     store.objects["digits.mar"] = archive.read_bytes()
     monkeypatch.setattr("batch_client.archives.open_store", lambda *_, **__: store)
     async with local_archive("s3://models/digits.mar") as fetched:
         assert read_tuning(fetched, lambda: device({})) is None
+
+
+class _Web:
+    """A web server with an archive, and `answer` (status, body) for every other name."""
+
+    def __init__(self, archive, answer):
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                status, body = (200, archive.read_bytes()) if self.path == f"/{archive.name}" else answer
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            do_GET = do_HEAD  # noqa: N815 - names that http.server wants
+
+            def log_message(self, *_):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/{archive.name}"
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@pytest.mark.parametrize("answer", [
+    (404, b""), (400, b"Bad Request"), (403, b"no"), (405, b""), (200, b"<html>Log in</html>"), (200, b""),
+    (200, b'{"error": "no such page"}'), (200, b" " * MAX_BYTES + MEASURED.to_json().encode()),
+])
+async def test_a_web_server_that_has_no_file_has_none_whatever_it_answers(archive, monkeypatch, answer):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # says that plain HTTP is meant
+    with _Web(archive, answer) as web:
+        async with local_archive(web.url) as fetched:
+            assert fetched.read_bytes() == archive.read_bytes()
+            assert read_tuning(fetched, lambda: device({})) is None
+
+
+async def test_a_web_server_that_has_a_file_gives_it_and_a_damaged_one_is_refused(archive, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with _Web(archive, (200, MEASURED.to_json().encode())) as web:
+        async with local_archive(web.url) as fetched:
+            assert read_tuning(fetched, lambda: device({})).micro_batch == MEASURED.micro_batch
+    with _Web(archive, (200, json.dumps({"format": 1, "workers": 3}).encode())) as web:
+        async with local_archive(web.url) as fetched:
+            with pytest.raises(ServingError, match="has other fields"):
+                read_tuning(fetched, lambda: device({}))
+
+
+class _Failing(MemoryStore):
+    async def head(self, key):
+        raise StorageError("500 Internal Server Error")
+
+
+@pytest.mark.parametrize(("scheme", "store", "text", "error"), [
+    ("https", _Failing, b"", None),
+    ("s3", _Failing, b"", StorageError),
+    ("s3", MemoryStore, b"<html>", ServingError),
+    ("s3", MemoryStore, b" " * MAX_BYTES + b"{}", ServingError),
+])
+async def test_a_store_that_fails_or_has_a_damaged_file_is_heard(archive, monkeypatch, scheme, store, text, error):
+    found = store()
+    found.objects = {"digits.mar": archive.read_bytes(), f"digits.tuning/{device({})}.json": text}
+    monkeypatch.setattr("batch_client.archives.open_store", lambda *_, **__: found)
+
+    async def read():
+        async with local_archive(f"{scheme}://models/digits.mar") as fetched:
+            return read_tuning(fetched, lambda: device({}))
+
+    if error is None:
+        assert await read() is None
+    else:
+        with pytest.raises(error):
+            await read()
 
 
 @pytest.mark.parametrize(("text", "machine", "kind"), [
@@ -176,8 +286,10 @@ def test_the_kind_of_a_cpu(text, machine, kind):
 ])
 def test_gpus_are_named_as_their_driver_names_them(tmp_path, listed, visible, name):
     driver = tmp_path / "nvidia-smi"
-    driver.write_text(f"#!/bin/sh\ncat <<'END'\n{listed}\nEND\n")
+    driver.write_text(f"#!/bin/sh\necho >> {tmp_path}/starts\ncat <<'END'\n{listed}\nEND\n")
     driver.chmod(0o755)
     environ = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
     assert device(environ) == name
     assert device(environ | {"CUDA_VISIBLE_DEVICES": ""}).startswith("cpu-")
+    assert gpus(environ) == gpus(environ)
+    assert (tmp_path / "starts").read_text() == "\n"  # the program is slow
