@@ -17,7 +17,7 @@ from batch_client.tokens import authorization
 from batch_client.transport import HttpReply, Transport, TransportError
 from batch_handler.oip import ModelMetadata, OipError
 
-__all__ = ["ModelContract", "fetch_contract"]
+__all__ = ["ModelContract", "contract_of", "fetch_contract"]
 
 METADATA_SECONDS = 30
 # The fingerprint of a server that gives none: any Open Inference Protocol server but ours.
@@ -79,7 +79,7 @@ async def fetch_contract(servers: Servers, url: str) -> ModelContract:
         reply = await _get_with_token(servers, url, path)
         verdict = read_reply(reply.status, reply.body)
         if verdict.outcome is Outcome.RESULT:
-            return _contract_of(url, reply.body)
+            return contract_of(url, reply.body)
         # A proxy may refuse the first path for reasons of its own; what counts is what the handler's answers.
         if verdict.outcome not in (Outcome.NO_MODEL, Outcome.TOKEN):
             break
@@ -106,7 +106,11 @@ async def _get(transport: Transport, url: str, path: str, token: str | None) -> 
         raise ServingError(f"{url}: can't be reached ({error}): check --endpoint and that the server runs") from error
 
 
-def _contract_of(url: str, body: bytes) -> ModelContract:
+def contract_of(url: str, body: bytes) -> ModelContract:
+    """The contract in OIP metadata, as the server or archive at `url` gives it.
+
+    Raises ServingError where the client can't use such a model.
+    """
     try:
         metadata = ModelMetadata.from_json(json.loads(body))
     except (OipError, ValueError) as error:

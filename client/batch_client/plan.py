@@ -21,7 +21,8 @@ import numpy as np
 from batch_client.errors import DataError, UsageError
 from batch_client.spec import MIB, RunSpec
 
-__all__ = ["Geometry", "OutputGeometry", "Plan", "Span", "Unit", "make_plan"]
+__all__ = ["MAX_CHUNK_RECORDS", "MAX_REQUEST_BYTES", "Geometry", "OutputGeometry", "Plan", "Span", "Unit",
+           "default_request", "make_plan"]
 
 MAX_CHUNK_RECORDS = 8192
 MAX_CHUNK_BYTES_IN = 64 * MIB
@@ -211,7 +212,7 @@ def make_plan(
         raise UsageError(f"--chunk-records {grid}: wanted a multiple of the source's {source.chunk_records} records a "
                          f"chunk, such as {nearest}")
     wire_bytes = max(1, math.prod(source.record_shape) * wire_dtype.itemsize)
-    request = spec.request_records or _default_request(wire_bytes, micro_batch, grid, micro_batch_seconds)
+    request = spec.request_records or default_request(wire_bytes, micro_batch, grid, micro_batch_seconds)
     if request % micro_batch:
         raise UsageError(f"--request-records {request}: wanted a multiple of the server's micro-batch, {micro_batch}")
     if request > micro_batch and request * wire_bytes > MAX_REQUEST_BYTES:
@@ -240,7 +241,11 @@ def _default_chunk(source: Geometry, outputs: tuple[OutputGeometry, ...]) -> int
     return max(1, records // source.chunk_records) * source.chunk_records
 
 
-def _default_request(wire_bytes: int, micro_batch: int, grid: int, micro_batch_seconds: float | None) -> int:
+def default_request(wire_bytes: int, micro_batch: int, grid: int, micro_batch_seconds: float | None) -> int:
+    """Records in a request where nobody says how many: whole micro-batches within REQUEST_BYTES and a grid chunk of
+    `grid` records and, where it is known what a micro-batch takes, REQUEST_COMPUTE_SECONDS; at least one micro-batch.
+    wire_bytes: of one record, over 0.
+    """
     most = REQUEST_BYTES // (wire_bytes * micro_batch)
     if micro_batch_seconds is not None:
         most = min(most, round(REQUEST_COMPUTE_SECONDS / micro_batch_seconds))

@@ -22,7 +22,7 @@ from batch_client.serving import Servers, open_servers
 from batch_client.spec import RunIdentity, RunSpec
 from batch_client.storage import Store, open_store
 
-__all__ = ["Prepared", "Services", "prepare", "serving"]
+__all__ = ["Prepared", "Services", "geometry_for", "prepare", "serving"]
 
 # The fingerprint in the identity of a run that is not exact: its records may be scored by numerics of any kind.
 ANY_NUMERICS = "any"
@@ -78,7 +78,7 @@ async def prepare(spec: RunSpec, services: Services) -> Prepared:
     source = await open_source(services.source_store, spec.array)
     pool = Pool(services.servers.urls, spec.in_flight, services.clock, services.rng)
     contract = await _agree(spec, services, pool)
-    geometry = _checked(source, contract)
+    geometry = geometry_for(source, contract)
     plan = make_plan(spec, geometry, contract.input_dtype, contract.outputs, contract.micro_batch,
                      contract.micro_batch_seconds)
     return Prepared(source, contract, plan, _identity(spec, services, source, contract, plan), pool)
@@ -154,8 +154,8 @@ async def _model_of_output(spec: RunSpec, store: Store) -> tuple[str, str, Mappi
         return None  # what it is, the comparison of identities says
 
 
-def _checked(source: Source, contract: ModelContract) -> Geometry:
-    """The source's geometry, once it is clear that the model takes its records."""
+def geometry_for(source: Source, contract: ModelContract) -> Geometry:
+    """The source's geometry, once it is clear that the model takes its records; raises DataError where it does not."""
     found = source.geometry
     if _squeezed(found.record_shape) != _squeezed(contract.input_shape):
         raise DataError(f"{source.url}: a record has shape {found.record_shape}, model {contract.name} takes "

@@ -1,7 +1,7 @@
 """What `batch-client bench` asks of the handler, in a process as a worker's is: its environment, its code, no server.
 
     python -m batch_handler.measure prepare ARCHIVE FOLDER
-    python -m batch_handler.measure score DIRECTORY RECORDS GPU
+    python -m batch_handler.measure score DIRECTORY GPU
 
 Rule: answers are JSON lines on what was standard output, and nothing else is: whatever a model prints goes to standard
 error. A failure is an answer with `error`, one line, and exit code 1.
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from batch_handler.model import DESCRIPTION_FILE, Model, ModelLoadError, read_description, read_golden
-from batch_handler.oip import Array
+from batch_handler.oip import Array, ModelMetadata
 from batch_handler.runtimes.transform import ModelError
 from batch_handler.service import tuning_from
 from batch_handler.signature import FileEntry, Golden, ModelDescription, SignatureError, Weights, runtimes_for
@@ -64,29 +64,35 @@ def prepare(archive: Path, folder: Path) -> dict[str, Any]:
         "runtimes": list(runtimes_for(described.weights.kind)),
         "micro_batch": described.micro_batch,
         "record_bytes": sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in described.inputs),
+        "metadata": _metadata_of(described),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
 
 
 def score(
     directory: Path,
-    records: int,
     gpu_id: int | None,
-    windows: Iterable[str],
+    lines: Iterable[str],
     answer: Callable[[Mapping[str, Any]], None],
 ) -> None:
-    """Load the model as a worker would, then for each window, a line with its seconds, score requests for so long.
+    """Load the model as a worker would and score requests for as long as each line asks.
 
-    A request has `records` records, the golden ones over and over. Answers {"ready"} once, then for each window the
+    Answers {"ready"} once, with what a micro-batch takes. The first line is the records of a request, the golden ones
+    over and over; it is answered when two were scored. Each further line is the seconds of a window, answered with the
     records scored, the seconds they took (at least one request) and the CPU seconds. Raises `ModelLoadError`,
     `ModelError`.
     """
     tuning, _ = tuning_from(os.environ, gpu_id)
     model = Model.open(directory, tuning)
+    answer({"ready": True, "fingerprint": model.fingerprint, "micro_batch_ms": model.micro_batch_ms})
+    windows = iter(lines)
+    records = int(next(windows, "0"))
+    if not records:  # whoever asked is gone
+        return
     ring = _requests(directory, model.description, records)
     for request in ring[:2]:
         model.score_bulk(request)
-    answer({"ready": True, "fingerprint": model.fingerprint})
+    answer({"request_records": records})
     turn = 0
     for line in windows:
         began, cpu, done = time.perf_counter(), time.process_time(), 0
@@ -114,8 +120,8 @@ def main(argv: Sequence[str]) -> int:
         match argv:
             case ["prepare", archive, folder]:
                 answer(prepare(Path(archive), Path(folder)))
-            case ["score", directory, records, gpu]:
-                score(Path(directory), int(records), int(gpu) if int(gpu) >= 0 else None, sys.stdin, answer)
+            case ["score", directory, gpu]:
+                score(Path(directory), int(gpu) if int(gpu) >= 0 else None, sys.stdin, answer)
             case _:
                 answer({"error": f"asked for {' '.join(argv)[:100]!r}, wanted prepare or score"})
                 return 1
@@ -123,6 +129,18 @@ def main(argv: Sequence[str]) -> int:
         answer({"error": " ".join(str(error).split())[:500] or type(error).__name__})
         return 1
     return 0
+
+
+def _metadata_of(described: ModelDescription) -> dict[str, Any]:
+    """What a server will say of the model, as far as it is known before a worker has loaded it."""
+    return ModelMetadata(
+        name=described.name,
+        versions=(described.version,),
+        platform="",
+        inputs=tuple(spec.tensor() for spec in described.inputs),
+        outputs=tuple(spec.tensor() for spec in described.outputs),
+        parameters={"model_digest": described.digest, "micro_batch": described.micro_batch},
+    ).to_json()
 
 
 def _requests(directory: Path, described: ModelDescription, records: int) -> list[tuple[Array, ...]]:

@@ -142,6 +142,11 @@ class Model:
         """How many micro-batches were computed so far."""
         return self._scorer.micro_batches
 
+    @property
+    def micro_batch_ms(self) -> float:
+        """What the quickest full micro-batch took, in milliseconds; infinite if there was none."""
+        return round(self._scorer.micro_batch_seconds * 1e3, 3)
+
     def score(self, queries: Sequence[Query]) -> list[Score | Failure]:
         """Score the queries of a server batch."""
         return self._scorer.score(queries)
@@ -168,7 +173,7 @@ class Model:
                 "model_digest": self.digest,
                 "fingerprint": self.fingerprint,
                 "micro_batch": self.micro_batch,
-                "micro_batch_ms": round(self._scorer.micro_batch_seconds * 1e3, 3),
+                "micro_batch_ms": self.micro_batch_ms,
                 "numerics": dict(self.numerics),
                 "golden_difference": self.golden_difference,
                 **known,

@@ -3,15 +3,25 @@
 import math
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from importlib import import_module
 
+import click
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batch_client.bench.ceilings import write_alone
 from batch_client.bench.search import Space, Way, decided, next_way, ratio, shares, space_of, wins
+from batch_client.bench.session import BenchSpec
 from batch_client.bench.tuner import find_best
-from batch_client.bench.verdict import Verdict
-from batch_client.errors import ServingError
+from batch_client.bench.verdict import Ceilings
+from batch_client.bottleneck import Limit
+from batch_client.cli.options import AMOUNT
+from batch_client.errors import ServingError, UsageError
+from batch_client.plan import MAX_REQUEST_BYTES, OutputGeometry
+from batch_client.storage import MemoryStore
+from support.plans import plan_of, spec
 
 START = Way("eager", 128, 2, 1, "held")
 SPACE = Space(("eager", "torchscript"), ((2, 1), (1, 2)), ("held", "default"), 4096)
@@ -153,18 +163,61 @@ def test_a_clear_loser_is_given_up_early_and_a_close_one_is_not():
 
 def test_what_is_worth_trying_on_a_machine():
     def pairs(**machine):
-        return space_of(["eager"], ["held"], micro_batch=128, **{"record_bytes": 784, "gpus": 0, **machine}).shares
+        return space_of(["eager"], ["held"], micro_batch=128, **{"record_bytes": 784, "gpus": 0, **machine}).splits
 
     assert pairs(cores=1) == ((1, 1),)
     assert pairs(cores=2) == ((2, 1), (1, 2))
     assert pairs(cores=16) == ((16, 1), (1, 16), (4, 4))
     assert pairs(cores=8, gpus=1) == ((1, 8), (2, 4))
-    heavy = space_of(["eager"], ["held"], cores=2, gpus=0, record_bytes=1 << 21, micro_batch=256)
-    assert heavy.most_micro_batch == 256
     tried = [START]
     while (way := next_way(START, replace(SPACE, most_micro_batch=200), tried)) is not None:
         tried.append(way)
     assert {way.micro_batch for way in tried} == {32, 64, 128}
+
+
+@given(record_bytes=st.integers(1, MAX_REQUEST_BYTES), data=st.data())
+def test_no_micro_batch_is_tried_that_no_request_can_carry(record_bytes, data):
+    micro_batch = data.draw(st.integers(1, min(65_536, MAX_REQUEST_BYTES // record_bytes)))
+    space = space_of(["eager"], ["held"], cores=2, gpus=0, record_bytes=record_bytes, micro_batch=micro_batch)
+    assert micro_batch <= space.most_micro_batch <= MAX_REQUEST_BYTES // record_bytes
+
+
+@pytest.mark.parametrize(("record_bytes", "micro_batch", "todo"), [
+    (3 * 224 * 224 * 4, 128, "128 records has 77,070,336 bytes, .* at most 62,914,560: pack it with --micro-batch 104"),
+    (100 << 20, 1, "no server takes such a record"),
+])
+def test_an_archive_whose_own_micro_batch_no_request_can_carry_is_refused(record_bytes, micro_batch, todo):
+    with pytest.raises(ServingError, match=todo):
+        space_of(["eager"], ["held"], cores=2, gpus=0, record_bytes=record_bytes, micro_batch=micro_batch)
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, math.nan, math.inf])
+def test_a_budget_that_never_ends_is_none(budget):
+    with pytest.raises(UsageError, match="wanted seconds"):
+        BenchSpec(archive="m.mar", budget=budget)
+
+
+@pytest.mark.parametrize(("verb", "flags"), [("bench", {"budget"}), ("plan", {"price_per_hour", "price_per_1000_puts",
+                                                                              "price_per_1000_gets"})])
+@pytest.mark.parametrize("text", ["nan", "inf", "1e999"])
+def test_amounts_are_finite(verb, flags, text):
+    options = [one for one in import_module(f"batch_client.cli.{verb}").command.params if one.type is AMOUNT]
+    assert {one.name for one in options} == flags
+    for option in options:
+        with pytest.raises(click.BadParameter, match="wanted a finite number"):
+            option.type_cast_value(None, text)
+        assert option.type_cast_value(None, "2.5") == 2.5
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.int16, np.bool_, np.float32, np.float16])
+async def test_what_is_written_to_measure_writing_is_random_in_any_dtype(dtype):
+    plan = plan_of(count=1000, chunk=1000, output=OutputGeometry("label", np.dtype(dtype), ()))
+    store = MemoryStore()
+    assert await write_alone(store, plan, spec(), 0.01) > 0
+    (chunk,) = (data for key, data in store.objects.items() if key.startswith("label/c"))
+    values = np.frombuffer(chunk, dtype, 1000)
+    half = 0.5 if np.dtype(dtype).kind in "bf" else np.iinfo(dtype).max // 2 + np.iinfo(dtype).min // 2
+    assert 400 < (values > half).sum() < 600
 
 
 @pytest.mark.parametrize("with_input", [True, False])
@@ -173,8 +226,8 @@ def test_the_budget_is_shared_out_whole(with_input):
 
 
 def test_the_lowest_ceiling_limits_until_the_whole_is_far_below_it():
-    ceilings = {"model": 20_000.0, "wire": 600_000.0, "read": 9_000.0, "write": 100_000.0}
-    assert Verdict(ceilings).limiter == "read"
-    assert "input chunks" in Verdict(ceilings, 8_800.0).next_step
-    assert "in flight" in Verdict(ceilings, 4_000.0).next_step
-    assert Verdict(ceilings, 4_500.0).lines()[0] == "limited by: the read; the whole reaches 50% of it"
+    rates = {Limit.MODEL: 20_000.0, Limit.WIRE: 600_000.0, Limit.READING: 9_000.0, Limit.WRITING: 100_000.0}
+    assert Ceilings(rates).limit is Limit.READING
+    assert "input chunks" in Ceilings(rates, 8_800.0).advice
+    assert "in flight" in Ceilings(rates, 4_000.0).advice
+    assert Ceilings(rates, 4_500.0).lines()[0] == "limited by: reading; the whole reaches 50% of this ceiling"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_client.bottleneck import BACKLOG, Limit, Totals, Waiting, find_bottleneck, knee
-from batch_client.contract import _contract_of
+from batch_client.contract import contract_of
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.spec import RunSpec
@@ -151,7 +151,7 @@ def test_only_a_rate_is_taken_for_a_ceiling(said, taken):
     tensor = {"datatype": "FP32", "shape": [-1, 3]}
     body = {"name": "m", "versions": ["1"], "platform": "", "inputs": [{"name": "x", **tensor}],
             "outputs": [{"name": "y", **tensor}], "parameters": {"ceiling_records_per_s": said}}
-    assert _contract_of("http://s", json.dumps(body).encode()).ceiling == taken
+    assert contract_of("http://s", json.dumps(body).encode()).ceiling == taken
 
 
 seconds = st.floats(0, 1e6)

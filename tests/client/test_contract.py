@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from batch_client.contract import _contract_of
+from batch_client.contract import contract_of
 from batch_client.errors import ServingError
 
 
@@ -17,14 +17,14 @@ def metadata(*outputs, **parameters):
 
 @pytest.mark.parametrize("name", ["scores", "dense_1.bias-add", "0", "record_statuses"])
 def test_outputs_whose_names_can_name_arrays_are_taken(name):
-    assert _contract_of("http://s", metadata(name)).output_names == (name,)
+    assert contract_of("http://s", metadata(name)).output_names == (name,)
 
 
 @pytest.mark.parametrize("name", ["dense/BiasAdd", "scores:0", "../up", ".hidden", "_run", "", "a\nb", "scores\n", "é",
                                   "record_status"])
 def test_outputs_whose_names_cannot_name_arrays_are_refused(name):
     with pytest.raises(ServingError) as caught:
-        _contract_of("http://s", metadata("fine", name))
+        contract_of("http://s", metadata("fine", name))
     assert str(caught.value).startswith(f"http://s: model foreign names an output {name!r}")
     assert "\n" not in str(caught.value)
 
@@ -34,6 +34,6 @@ def test_outputs_whose_names_cannot_name_arrays_are_refused(name):
     (10**400, None), (1e-310, None), (True, None),
 ])
 def test_what_a_micro_batch_takes_is_a_time_or_unknown_and_makes_no_other_model(told, seconds):
-    contract = _contract_of("http://s", metadata("scores", micro_batch_ms=told))
+    contract = contract_of("http://s", metadata("scores", micro_batch_ms=told))
     assert contract.micro_batch_seconds == seconds
-    assert contract == _contract_of("http://s", metadata("scores"))
+    assert contract == contract_of("http://s", metadata("scores"))

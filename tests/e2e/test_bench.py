@@ -1,5 +1,6 @@
 """`bench --save` on real parts, and who takes what it saves."""
 
+import asyncio
 import json
 import shutil
 import signal
@@ -12,7 +13,27 @@ import psutil
 import pytest
 import zarr
 
+from batch_client.api import run_until_complete
+from batch_client.bench.workers import ask_handler, workers_of
+from batch_client.errors import ServingError
+from batch_client.plan import default_request
 from support.cli import ServeProcess, command, run_cli
+
+SLOW = """
+import time
+
+import torch
+
+
+class Slow(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(144, 2)
+
+    def forward(self, images):
+        time.sleep(0.2)
+        return self.linear(images.flatten(1))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +51,7 @@ def benched(toy_archive, source, clean_environ, tmp_path_factory):
     scratch = folder / "scratch"
     done = run_cli(["bench", archive, source, "--output", scratch, "--budget", "20", "--save", "--json"], clean_environ,
                    check=True)
-    assert not [path for path in scratch.rglob("*") if path.is_file()]
+    assert list(scratch.iterdir()) == []
     return archive, json.loads(done.stdout), done.stderr
 
 
@@ -61,9 +82,10 @@ def test_everything_is_measured_and_the_best_is_saved(benched):
     archive, said, progress = benched
     path, value = saved(archive)
     assert said["tuning_file"] == str(path)
-    assert set(said["ceilings"]) == {"model", "wire", "read", "write"}
+    assert set(said["ceilings"]) == {"model", "wire", "reading", "writing"}
     assert min(*said["ceilings"].values(), said["whole"]) > 0
     assert said["limited_by"] in said["ceilings"]
+    assert said["advice"]
     assert said["tried"][0]["runtime"] == "eager"
     assert {name: value[name] for name in said["best"]} == said["best"]
     assert value["records_per_s"] == said["ceilings"]["model"]
@@ -103,6 +125,69 @@ def test_a_file_that_was_measured_for_another_model_serves_nothing(benched, sour
     assert done.stderr.count("\n") == 1
 
 
+def test_what_was_measured_is_printed_although_it_can_t_be_saved(toy_archive, clean_environ, tmp_path):
+    archive = Path(shutil.copy(toy_archive, tmp_path))
+    with subprocess.Popen(command("bench", archive, "--budget", "1", "--save", "--json"), env=clean_environ, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as bench:
+        next(line for line in bench.stderr if line.startswith("model alone"))
+        archive.with_suffix(".tuning").write_text("in the way")
+        said, rest = bench.communicate(timeout=120)
+    assert bench.returncode == 74
+    assert json.loads(said)["tuning_file"] is None
+    assert json.loads(said)["ceilings"]["wire"] > 0
+    assert rest.splitlines()[-1].endswith("json can't be written: File exists")
+
+
+def until_reaped(child):
+    """Waits for the loop to take notice of a child's end, without taking its exit code away."""
+    end = time.monotonic() + 30
+    while child.is_running() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_a_worker_that_is_killed_between_windows_is_told_of_in_one_line(toy_archive, clean_environ, tmp_path):
+    async def bench():
+        await ask_handler(["prepare", str(toy_archive), str(tmp_path)], clean_environ)
+        async with workers_of(tmp_path / "model", clean_environ, count=1, records_of=lambda _: 16, gpus=0,
+                              seconds=120) as workers:
+            assert await workers.window(0.01) > 0
+            (child,) = (one for one in psutil.Process().children() if "batch_handler.measure" in one.cmdline())
+            child.kill()
+            await asyncio.to_thread(until_reaped, child)
+            await asyncio.sleep(0.2)  # the loop has seen its pipes end
+            await workers.window(0.01)
+
+    with pytest.raises(ServingError, match="the process ended with -9") as caught:
+        run_until_complete(bench())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_is_measured_in_requests_of_the_size_that_a_run_would_send(clean_environ, tmp_path):
+    import safetensors.torch
+
+    scope = {}
+    exec(SLOW, scope)  # noqa: S102 - the text above
+    (tmp_path / "slow.py").write_text(SLOW)
+    safetensors.torch.save_file(scope["Slow"]().state_dict(), tmp_path / "slow.safetensors")
+    run_cli(["pack", "slow.safetensors", "--arch", "slow.py:Slow", "--input", "image:uint8:12x12", "--model-shape",
+             "1x12x12", "--micro-batch", "16", "-o", "slow.mar"], clean_environ, cwd=tmp_path, check=True)
+    told = []
+
+    def records_of(took):
+        told.append(took)
+        return default_request(144, 16, 8192, took)
+
+    async def bench():
+        await ask_handler(["prepare", str(tmp_path / "slow.mar"), str(tmp_path)], clean_environ)
+        async with workers_of(tmp_path / "model", clean_environ, count=2, records_of=records_of, gpus=0,
+                              seconds=120) as workers:
+            return workers.records
+
+    assert run_until_complete(bench()) == 16
+    assert min(told) >= 0.2
+    assert default_request(144, 16, 8192, None) == 7280
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_bench_that_is_stopped_leaves_nothing(toy_archive, clean_environ, tmp_path, number):
     environ = {**clean_environ, "TMPDIR": str(tmp_path)}
@@ -128,11 +213,21 @@ def test_a_bench_that_is_stopped_leaves_nothing(toy_archive, clean_environ, tmp_
     (["{toy}", "--output", "x"], 64, "name an INPUT"),
     (["s3://bucket/toy.mar", "--save"], 64, "not on this machine"),
     (["{text}"], 69, "not a zip file"),
+    (["{toy}", "--budget", "nan"], 64, "wanted a finite number"),
+    (["{toy}", "empty.zarr"], 65, "no records"),
+    (["{toy}", "wide.zarr"], 65, "a record has shape (9, 12), model toy takes (12, 12)"),
+    (["{toy}", "wide.zarr", "--output", "text.mar"], 64, "this is a file; wanted a folder"),
+    (["{blocked}", "--save"], 64, "can't write in"),
 ])
 def test_what_can_t_be_measured_is_refused_in_one_line(toy_archive, clean_environ, tmp_path, words, code, reason):
     (tmp_path / "text.mar").write_text("no archive")
-    places = {"toy": toy_archive, "text": tmp_path / "text.mar"}
+    zarr.create_array(tmp_path / "empty.zarr", shape=(0, 12, 12), chunks=(1, 12, 12), dtype="uint8")
+    zarr.create_array(tmp_path / "wide.zarr", shape=(5, 9, 12), chunks=(1, 9, 12), dtype="uint8")
+    blocked = Path(shutil.copy(toy_archive, tmp_path / "blocked.mar"))
+    blocked.with_suffix(".tuning").write_text("in the way")
+    places = {"toy": toy_archive, "text": tmp_path / "text.mar", "blocked": blocked}
     done = run_cli(["bench", *(word.format(**places) for word in words)], clean_environ, cwd=tmp_path)
     assert done.returncode == code
     assert reason in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+    assert "model alone" not in done.stderr

@@ -31,6 +31,10 @@ def test_an_archive_is_described_and_unpacked(prepared, tiny):
     assert (said["name"], said["digest"], said["micro_batch"]) == ("tiny", tiny.digest, tiny.micro_batch)
     assert said["runtimes"][0] == "eager"
     assert said["record_bytes"] == 36
+    assert said["metadata"]["parameters"] == {"model_digest": tiny.digest, "micro_batch": tiny.micro_batch}
+    wanted = tiny.metadata().to_json()
+    assert [said["metadata"][name] for name in ("name", "inputs", "outputs")] == [
+        wanted[name] for name in ("name", "inputs", "outputs")]
     assert Model.open(folder / "model").digest == tiny.digest
 
 
@@ -54,9 +58,11 @@ def test_no_setting_makes_a_models_archive_give_zeros(prepared):
 
 def test_scoring_answers_each_window(prepared):
     environ = {"BATCH_HANDLER_MICRO_BATCH": "32"}
-    done = ask("score", prepared[0] / "model", 64, -1, stdin="0.05\n0.05\n", environ=environ)
-    ready, *windows = map(json.loads, done.stdout.splitlines())
+    done = ask("score", prepared[0] / "model", -1, stdin="64\n0.05\n0.05\n", environ=environ)
+    ready, told, *windows = map(json.loads, done.stdout.splitlines())
     assert ready["ready"]
+    assert ready["micro_batch_ms"] > 0
+    assert told == {"request_records": 64}
     assert len(windows) == 2
     for window in windows:
         assert window["records"] % 64 == 0
@@ -65,8 +71,8 @@ def test_scoring_answers_each_window(prepared):
 
 
 @pytest.mark.parametrize(("words", "environ", "reason"), [
-    (("score", "{model}", 64, -1), {"BATCH_HANDLER_RUNTIME": "tensorrt"}, "runtime is 'tensorrt'"),
-    (("score", "{folder}", 64, -1), {}, "model.json"),
+    (("score", "{model}", -1), {"BATCH_HANDLER_RUNTIME": "tensorrt"}, "runtime is 'tensorrt'"),
+    (("score", "{folder}", -1), {}, "model.json"),
     (("prepare", "{folder}/nothing.mar", "{folder}"), {}, "nothing.mar"),
     (("guess",), {}, "wanted prepare or score"),
 ])

@@ -6,6 +6,7 @@ The parts are the run's own, so that a ceiling is what a run would see if nothin
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -86,7 +87,7 @@ async def write_alone(store: Store, plan: Plan, spec: RunSpec, seconds: float) -
     layout = await OutputLayout.open(plan, spec.codec)
     writer = ChunkWriter(store, layout, exact=True)
     rng = np.random.default_rng(0)
-    values = {output.name: rng.random((plan.chunk_records, *output.shape)).astype(output.dtype)
+    values = {output.name: _random((plan.chunk_records, *output.shape), output.dtype, rng)
               for output in plan.outputs}
     units = plan.units()
 
@@ -126,12 +127,17 @@ async def _rate(works: list[Work], seconds: float) -> float:
 def _random_requests(contract: ModelContract, records: int) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     shape, dtype = (records, *contract.input_shape), contract.input_dtype
-    nbytes = int(np.prod(shape)) * dtype.itemsize
-    ring = max(1, min(RING, RING_BYTES // max(1, nbytes)))
+    ring = max(1, min(RING, RING_BYTES // max(1, math.prod(shape) * dtype.itemsize)))
+    return [_random(shape, dtype, rng) for _ in range(ring)]
+
+
+def _random(shape: tuple[int, ...], dtype: np.dtype[np.generic], rng: np.random.Generator) -> np.ndarray:
+    """Floats in [0, 1), truth values, or integers over all that the dtype holds: what no codec makes small."""
     if dtype.kind == "f":
-        return [rng.random(shape).astype(dtype) for _ in range(ring)]
-    return [rng.integers(0, 2, shape).astype(dtype) if dtype.itemsize > 1 or dtype.kind == "b"
-            else rng.integers(0, 128, shape).astype(dtype) for _ in range(ring)]
+        return rng.random(shape).astype(dtype)
+    if dtype.kind == "b":
+        return rng.random(shape) < 0.5
+    return np.frombuffer(rng.bytes(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
 
 
 def _around(plan: Plan) -> Iterator[Unit]:

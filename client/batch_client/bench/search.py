@@ -13,13 +13,15 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from batch_client.errors import ServingError
+from batch_client.plan import MAX_REQUEST_BYTES
+
 __all__ = ["MARGIN", "ROUNDS", "Space", "Way", "decided", "next_way", "ratio", "shares", "space_of", "wins"]
 
 MARGIN = 1.02  # the ratio from which a way counts as better: below it is noise
 ROUNDS = 5  # pairs of windows for two ways that are close
 CLEAR_AFTER, CLEAR = 2, 1.25  # pairs after which so large a ratio is believed
 LEAST_MICRO_BATCH, MOST_MICRO_BATCH = 8, 4096
-MOST_MICRO_BATCH_BYTES = 256 << 20
 MANY_CORES = 8
 
 
@@ -40,10 +42,10 @@ class Way:
 
 @dataclass(frozen=True)
 class Space:
-    """What may be chosen: pairs of workers and threads of each, and the most records in a micro-batch."""
+    """What may be chosen; `splits` are pairs of workers and threads of each, `most_micro_batch` is in records."""
 
     runtimes: tuple[str, ...]
-    shares: tuple[tuple[int, int], ...]
+    splits: tuple[tuple[int, int], ...]
     allocators: tuple[str, ...]
     most_micro_batch: int
 
@@ -52,16 +54,22 @@ def space_of(
     runtimes: Sequence[str], allocators: Sequence[str], *, cores: int, gpus: int, record_bytes: int, micro_batch: int,
 ) -> Space:
     """What is worth trying on a machine: one process with all cores, one a core, on many cores one in between; on GPUs
-    one or two workers each. `micro_batch` is the archive's, which is always allowed.
+    one or two workers each. `micro_batch` is the archive's, which may be over MOST_MICRO_BATCH.
+
+    Raises ServingError where it is over what a request may have: a bulk request has whole micro-batches.
     """
+    fitting = MAX_REQUEST_BYTES // max(1, record_bytes)
+    if micro_batch > fitting:
+        todo = f"pack it with --micro-batch {fitting} or less" if fitting else "no server takes such a record"
+        raise ServingError(f"the archive's micro-batch of {micro_batch:,} records has {micro_batch * record_bytes:,} "
+                           f"bytes, and a request at most {MAX_REQUEST_BYTES:,}: {todo}")
     if gpus:
         counts = [gpus, 2 * gpus]
     else:
         middle = 1 << (cores.bit_length() // 2)
         counts = [cores, 1, *([middle] if cores >= MANY_CORES else [])]
     pairs = dict.fromkeys((count, max(1, cores // count)) for count in counts)
-    by_bytes = MOST_MICRO_BATCH_BYTES // max(1, record_bytes)
-    return Space(tuple(runtimes), tuple(pairs), tuple(allocators), max(micro_batch, min(MOST_MICRO_BATCH, by_bytes)))
+    return Space(tuple(runtimes), tuple(pairs), tuple(allocators), max(micro_batch, min(MOST_MICRO_BATCH, fitting)))
 
 
 def next_way(best: Way, space: Space, tried: Collection[Way]) -> Way | None:
@@ -72,7 +80,7 @@ def next_way(best: Way, space: Space, tried: Collection[Way]) -> Way | None:
 def _neighbours(best: Way, space: Space) -> Iterator[Way]:
     for runtime in space.runtimes:
         yield replace(best, runtime=runtime)
-    for workers, threads in space.shares:
+    for workers, threads in space.splits:
         yield replace(best, workers=workers, threads=threads)
     for size in (best.micro_batch * 2, best.micro_batch // 2, best.micro_batch * 4, best.micro_batch // 4):
         if LEAST_MICRO_BATCH <= size <= space.most_micro_batch:
@@ -114,5 +122,5 @@ def shares(budget: float, *, with_input: bool) -> dict[str, float]:
     """Seconds of the budget for each thing that is measured; what starts servers takes comes on top."""
     if not with_input:
         return {"model": 0.85 * budget, "wire": 0.15 * budget}
-    return {"model": 0.6 * budget, "wire": 0.1 * budget, "read": 0.05 * budget, "write": 0.05 * budget,
+    return {"model": 0.6 * budget, "wire": 0.1 * budget, "reading": 0.05 * budget, "writing": 0.05 * budget,
             "whole": 0.2 * budget}

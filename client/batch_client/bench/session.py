@@ -6,32 +6,37 @@ The tuning file is the one thing that stays, and only where it is asked for.
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import os
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from batch_client import __version__
 from batch_client.archives import local_archive
 from batch_client.bench.ceilings import read_alone, wire_alone, write_alone
 from batch_client.bench.search import Way, shares, space_of
 from batch_client.bench.tuner import Found, Trial, find_best
-from batch_client.bench.verdict import Verdict
+from batch_client.bench.verdict import Ceilings
 from batch_client.bench.workers import ask_handler, workers_of
-from batch_client.errors import UsageError
+from batch_client.bottleneck import Limit
+from batch_client.contract import contract_of
+from batch_client.errors import StorageError, UsageError
 from batch_client.java import find_java, torchserve_home
 from batch_client.machine import cores, device, gpus
 from batch_client.pipeline import execute
-from batch_client.plan import MAX_CHUNK_RECORDS, REQUEST_BYTES
-from batch_client.prepare import Services, prepare
-from batch_client.reader import open_source
+from batch_client.plan import MAX_CHUNK_RECORDS, default_request, make_plan
+from batch_client.prepare import Services, geometry_for, prepare
+from batch_client.reader import Source, open_source
 from batch_client.resources import serve_config_dir
 from batch_client.server import EmbeddedServer, ServerSettings
 from batch_client.server_config import environment, parse_properties
@@ -39,9 +44,9 @@ from batch_client.serving import Servers
 from batch_client.spec import Records, RunSpec
 from batch_client.storage import Store, child_url, open_store
 from batch_client.transport import HttpTransport
-from batch_client.tuning import ALLOCATORS, DEFAULT_ALLOCATOR, Tuning, write_tuning
+from batch_client.tuning import ALLOCATORS, DEFAULT_ALLOCATOR, Tuning, require_place, write_tuning
 
-__all__ = ["BenchSpec", "Report", "bench"]
+__all__ = ["BenchReport", "BenchSpec", "bench"]
 
 Say = Callable[[str], None]
 
@@ -65,7 +70,7 @@ class BenchSpec:
     save: bool = False
 
     def __post_init__(self) -> None:
-        if self.budget <= 0:
+        if not 0 < self.budget < math.inf:
             raise UsageError(f"--budget {self.budget:g}: wanted seconds")
         if self.output is not None and self.input is None:
             raise UsageError("--output is where predictions for INPUT are written: name an INPUT too")
@@ -75,49 +80,57 @@ class BenchSpec:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was measured; `whole_records` were scored for the whole, `saved` is the tuning file if one was written."""
+class BenchReport:
+    """What was measured; `whole_records` were scored for the whole. `saved` is the tuning file if one was written,
+    `unsaved` why it could not be.
+    """
 
     model: str
     record_bytes: int
     found: Found
     tuning: Tuning
-    verdict: Verdict
+    ceilings: Ceilings
     whole_records: int = 0
     saved: Path | None = None
+    unsaved: StorageError | None = None
 
     def to_value(self) -> dict[str, Any]:
         """What `--json` prints."""
-        verdict = self.verdict
+        ceilings = self.ceilings
         return {
             "model": self.model, "device": self.tuning.device, "model_digest": self.tuning.model_digest,
             "best": vars(self.found.best), "precision": self.tuning.precision,
             "gain": round(self.found.gain, 3), "search_complete": self.found.complete,
             "tried": [one.to_value() for one in self.found.tried],
-            "ceilings": {name: round(rate, 1) for name, rate in verdict.ceilings.items()},
-            "whole": None if verdict.whole is None else round(verdict.whole, 1), "whole_records": self.whole_records,
-            "limited_by": verdict.limiter, "next": verdict.next_step,
+            "ceilings": {part.value: round(rate, 1) for part, rate in ceilings.rates.items()},
+            "whole": None if ceilings.whole is None else round(ceilings.whole, 1), "whole_records": self.whole_records,
+            "limited_by": ceilings.limit.value, "advice": ceilings.advice,
             "tuning_file": None if self.saved is None else str(self.saved),
         }
 
 
-async def bench(spec: BenchSpec, say: Say, environ: Mapping[str, str] = os.environ) -> Report:
+async def bench(spec: BenchSpec, say: Say, environ: Mapping[str, str] = os.environ) -> BenchReport:
     """Measure `spec.archive` on this machine; `say` gets a line whenever something else is measured.
 
-    Raises the errors of `batch_client.errors`.
+    Raises the errors of `batch_client.errors`, and what can be refused at once before anything is measured.
     """
     torchserve_home()
     await asyncio.to_thread(find_java, environ, bundled=True)
-    if spec.input is not None:  # a source that can't be read should not wait for the search
-        await open_source(open_store(spec.input, anonymous=spec.anonymous), spec.array)
+    source = None
+    if spec.input is not None:
+        source = await open_source(open_store(spec.input, anonymous=spec.anonymous), spec.array)
+    if spec.output is not None:
+        open_store(spec.output, anonymous=spec.anonymous)
     async with local_archive(spec.archive, anonymous=spec.anonymous) as archive:
         with tempfile.TemporaryDirectory(prefix="batch-client-bench-") as folder:
-            return await _Session(spec, archive, Path(folder), say, environ).run()
+            return await _Session(spec, source, archive, Path(folder), say, environ).run()
 
 
 class _Session:
-    def __init__(self, spec: BenchSpec, archive: Path, folder: Path, say: Say, environ: Mapping[str, str]) -> None:
+    def __init__(self, spec: BenchSpec, source: Source | None, archive: Path, folder: Path, say: Say,
+                 environ: Mapping[str, str]) -> None:
         self._spec = spec
+        self._source = source
         self._archive = archive
         self._folder = folder
         self._say = say
@@ -126,30 +139,50 @@ class _Session:
         self._gpus = 0
         self._device = ""
         self._model: dict[str, Any] = {}
+        self._grid_records = MAX_CHUNK_RECORDS
+        self._request_records: dict[Way, int] = {}
 
-    async def run(self) -> Report:
+    async def run(self) -> BenchReport:
         self._say(f"reading {self._spec.archive}")
         self._gpus = await asyncio.to_thread(gpus, self._environ)
         self._device = await asyncio.to_thread(device, self._environ)
+        if self._spec.save:
+            require_place(self._archive, self._device)
         self._model = await ask_handler(["prepare", str(self._archive), str(self._folder)], self._environ)
+        run = self._run_spec()
+        self._require_fitting(run)
         found = await self._search()
         tuning = self._tuning(found.best, found)
-        ceilings = {"model": found.records_per_s}
+        rates = {Limit.MODEL: found.records_per_s}
         noop = replace(tuning, runtime="noop", precision="float32")
-        run = self._run_spec()
         async with self._served(self._folder / "noop.mar", noop) as servers:
             self._say("wire alone: TorchServe without a model")
-            records = self._request_records(tuning.micro_batch)
-            ceilings["wire"] = await wire_alone(servers, run, records, self._seconds["wire"])
-            if self._spec.input is not None:
+            rates[Limit.WIRE] = await wire_alone(servers, run, self._request_records[found.best], self._seconds["wire"])
+            if self._source is not None:
                 async with self._scratch("write") as output:
-                    ceilings |= await self._storage(run, servers, output)
+                    rates |= await self._storage(run, servers, output)
         whole, whole_records = None, 0
-        if self._spec.input is not None:
-            whole, whole_records = await self._whole(run, tuning, min(ceilings.values()))
-        saved = write_tuning(self._archive, tuning) if self._spec.save else None
-        return Report(self._model["name"], self._model["record_bytes"], found, tuning, Verdict(ceilings, whole),
-                      whole_records, saved)
+        if self._source is not None:
+            whole_records = max(1, min(self._source.geometry.count, int(min(rates.values()) * self._seconds["whole"])))
+            whole = await self._whole(run, tuning, whole_records)
+        report = BenchReport(self._model["name"], self._model["record_bytes"], found, tuning, Ceilings(rates, whole),
+                             whole_records)
+        return self._saved(report) if self._spec.save else report
+
+    def _require_fitting(self, run: RunSpec) -> None:
+        """Raises what `run` would be refused with: for its model, and for its source where there is one."""
+        contract = contract_of(self._spec.archive, json.dumps(self._model["metadata"]).encode())
+        if self._source is not None:
+            plan = make_plan(run, geometry_for(self._source, contract), contract.input_dtype, contract.outputs,
+                             contract.micro_batch)
+            self._grid_records = plan.grid_records
+
+    def _saved(self, report: BenchReport) -> BenchReport:
+        """`report` with its tuning file, or with why there is none: what was measured is not lost for that."""
+        try:
+            return replace(report, saved=write_tuning(self._archive, report.tuning))
+        except StorageError as error:
+            return replace(report, unsaved=error)
 
     async def _search(self) -> Found:
         workers = self._gpus or cores()
@@ -161,14 +194,20 @@ class _Session:
         return await find_best(start, space, self._opened, seconds=self._seconds["model"], clock=time.monotonic,
                                say=self._say)
 
-    def _opened(self, way: Way, seconds: float) -> AbstractAsyncContextManager[Trial]:
+    @asynccontextmanager
+    async def _opened(self, way: Way, seconds: float) -> AsyncIterator[Trial]:
+        def records_of(took: float | None) -> int:
+            return default_request(max(1, self._model["record_bytes"]), way.micro_batch, self._grid_records, took)
+
         tuning = self._tuning(way)
         settings = ServerSettings(self._archive, workers=way.workers, threads=way.threads, tuning=tuning)
         template = (serve_config_dir(self._environ) / "config.properties").read_text("ascii")
         kept_back = parse_properties(template)["blacklist_env_vars"]
         environ = environment(self._environ, kept_back, self._folder, settings, way.threads, ()) | tuning.environment()
-        return workers_of(self._folder / "model", environ, count=way.workers, gpus=self._gpus, seconds=seconds,
-                          records=self._request_records(way.micro_batch))
+        async with workers_of(self._folder / "model", environ, count=way.workers, records_of=records_of,
+                              gpus=self._gpus, seconds=seconds) as workers:
+            self._request_records[way] = workers.records
+            yield workers
 
     def _tuning(self, way: Way, found: Found | None = None) -> Tuning:
         return Tuning(
@@ -177,11 +216,6 @@ class _Session:
             records_per_s=1.0 if found is None else round(found.records_per_s, 1),
             measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
             table=() if found is None else [one.to_value() for one in found.tried])
-
-    def _request_records(self, micro_batch: int) -> int:
-        """What `run` chooses: whole micro-batches, about 1 MiB."""
-        fitting = REQUEST_BYTES // (max(1, int(self._model["record_bytes"])) * micro_batch)
-        return micro_batch * max(1, min(fitting, MAX_CHUNK_RECORDS // micro_batch))
 
     def _run_spec(self) -> RunSpec:
         # Without an INPUT nothing is read or written, and the names stand for nothing.
@@ -206,22 +240,24 @@ class _Session:
         finally:
             for key in [meta.key async for meta in store.list("")]:
                 await store.delete(key)
+            place = urlsplit(store.url)
+            if place.scheme == "file":  # where folders stay when what was in them is gone
+                await asyncio.to_thread(shutil.rmtree, unquote(place.path), ignore_errors=True)
 
-    async def _storage(self, run: RunSpec, servers: Servers, output: Store) -> dict[str, float]:
+    async def _storage(self, run: RunSpec, servers: Servers, output: Store) -> dict[Limit, float]:
         source = open_store(run.input, anonymous=run.anonymous)
         prepared = await prepare(run, Services(servers, source, output))
-        self._say(f"read alone: {prepared.source.url}")
-        read = await read_alone(prepared.source, prepared.plan, run, self._seconds["read"])
-        self._say(f"write alone: {'a temporary folder' if self._spec.output is None else child_url(output.url, '')}")
-        write = await write_alone(output, prepared.plan, run, self._seconds["write"])
-        return {"read": read, "write": write}
+        self._say(f"reading alone: {prepared.source.url}")
+        reading = await read_alone(prepared.source, prepared.plan, run, self._seconds["reading"])
+        self._say(f"writing alone: {'a temporary folder' if self._spec.output is None else child_url(output.url, '')}")
+        writing = await write_alone(output, prepared.plan, run, self._seconds["writing"])
+        return {Limit.READING: reading, Limit.WRITING: writing}
 
-    async def _whole(self, run: RunSpec, tuning: Tuning, ceiling: float) -> tuple[float, int]:
+    async def _whole(self, run: RunSpec, tuning: Tuning, records: int) -> float:
+        """Records/s of a run over the first `records`."""
         source_store = open_store(run.input, anonymous=run.anonymous)
-        count = (await open_source(source_store, run.array)).geometry.count
-        records = max(1, min(count, int(ceiling * self._seconds["whole"])))
         async with self._served(self._archive, tuning) as servers, self._scratch("whole") as output:
             self._say(f"the whole: {records:,} records")
             spec = replace(run, output=output.url, records=Records(0, records), max_failed=records)
             summary = await execute(spec, Services(servers, source_store, output))
-        return summary.records_per_s, records
+        return summary.records_per_s

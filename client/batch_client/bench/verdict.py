@@ -7,58 +7,60 @@ from dataclasses import dataclass
 
 from batch_client.bench.search import Way
 from batch_client.bench.tuner import Found
+from batch_client.bottleneck import Limit
 
-__all__ = ["Verdict", "table_of", "ways_of"]
+__all__ = ["Ceilings", "table_of", "ways_of"]
 
 # Below this part of the lowest ceiling, it is what is around the parts that costs.
 NEAR = 0.85
 
-_NEXT: Mapping[str, str] = {
-    "model": "a GPU, more cores or more machines (run --endpoint, several times), or lower precision, if its scores "
-             "are good enough (bench --precision bfloat16)",
-    "wire": "larger requests (run --request-records), or several servers (run --endpoint, several times)",
-    "read": "a machine nearer to the source, larger input chunks, or more read ahead (run --max-bytes-in-flight)",
-    "write": "a machine nearer to the output, or larger output chunks (run --chunk-records)",
+_ADVICE: Mapping[Limit, str] = {
+    Limit.MODEL: "a GPU, more cores or more machines (run --endpoint, several times), or lower precision, if its "
+                 "scores are good enough (bench --precision bfloat16)",
+    Limit.WIRE: "larger requests (run --request-records), or several servers (run --endpoint, several times)",
+    Limit.READING: "a machine nearer to the source, larger input chunks, or more read ahead (run "
+                   "--max-bytes-in-flight)",
+    Limit.WRITING: "a machine nearer to the output, or larger output chunks (run --chunk-records)",
 }
 _SHARED = ("more in flight (run --in-flight), a longer run, where start and end count less; or fewer things that share "
            "the cores")
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Records/s of each part alone, by name, and of the whole where it was measured."""
+class Ceilings:
+    """Records/s of each part alone, and of the whole where it was measured."""
 
-    ceilings: Mapping[str, float]
+    rates: Mapping[Limit, float]
     whole: float | None = None
 
     @property
-    def limiter(self) -> str:
+    def limit(self) -> Limit:
         """The part with the lowest ceiling."""
-        return min(self.ceilings, key=lambda name: self.ceilings[name])
+        return min(self.rates, key=lambda part: self.rates[part])
 
     @property
     def reached(self) -> float | None:
         """The whole as a part of the lowest ceiling."""
-        return None if self.whole is None else self.whole / self.ceilings[self.limiter]
+        return None if self.whole is None else self.whole / self.rates[self.limit]
 
     @property
-    def next_step(self) -> str:
+    def advice(self) -> str:
         """What to turn next."""
-        return _SHARED if self.reached is not None and self.reached < NEAR else _NEXT[self.limiter]
+        return _SHARED if self.reached is not None and self.reached < NEAR else _ADVICE[self.limit]
 
     def lines(self) -> list[str]:
         """For people."""
-        said = f"limited by: the {self.limiter}"
+        said = f"limited by: {self.limit.phrase}"
         if self.reached is not None:
-            said += f"; the whole reaches {self.reached:.0%} of it"
-        return [said, f"next: {self.next_step}"]
+            said += f"; the whole reaches {self.reached:.0%} of this ceiling"
+        return [said, f"advice: {self.advice}"]
 
 
 def table_of(rows: Sequence[tuple[str, float, str]], record_bytes: int) -> list[str]:
     """Lines of name, records/s, MB/s of records as they travel, and a note."""
-    lines = [f"{'':<12}{'records/s':>12}{'MB/s':>9}"]
+    lines = [f"{'':<15}{'records/s':>12}{'MB/s':>9}"]
     for name, rate, note in rows:
-        lines.append(f"{name:<12}{rate:>12,.0f}{rate * record_bytes / 1e6:>9,.1f}  {note}".rstrip())
+        lines.append(f"{name:<15}{rate:>12,.0f}{rate * record_bytes / 1e6:>9,.1f}  {note}".rstrip())
     return lines
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -25,10 +26,11 @@ END_SECONDS = 5.0
 
 
 class Workers:
-    """Processes that are ready to score for as long as they are asked to."""
+    """Processes that are ready to score requests of `records` records for as long as they are asked to."""
 
-    def __init__(self, processes: Sequence[_Process]) -> None:
+    def __init__(self, processes: Sequence[_Process], records: int) -> None:
         self._processes = processes
+        self.records = records
 
     async def window(self, seconds: float) -> float:
         """Records/s of all processes together while each scores for `seconds`, and at least one request.
@@ -43,24 +45,31 @@ class Workers:
 
 @asynccontextmanager
 async def workers_of(
-    directory: Path, environ: Mapping[str, str], *, count: int, records: int, gpus: int, seconds: float,
+    directory: Path, environ: Mapping[str, str], *, count: int, records_of: Callable[[float | None], int], gpus: int,
+    seconds: float,
 ) -> AsyncIterator[Workers]:
-    """`count` processes that have loaded the model in `directory`; a request has `records` records.
+    """`count` processes that have loaded the model in `directory`. `records_of` says how many records a request has,
+    given the seconds that a micro-batch takes, None if unknown: the least of all processes, which load side by side.
 
     Raises ServingError when one has not within `seconds`, with the handler's reason.
     """
     async with contextlib.AsyncExitStack() as stack:
         processes = []
         for number in range(count):
-            words = ["score", str(directory), str(records), str(number % gpus if gpus else -1)]
+            words = ["score", str(directory), str(number % gpus if gpus else -1)]
             processes.append(await stack.enter_async_context(_process(words, environ, directory)))
         try:
             async with asyncio.timeout(seconds):
+                ready = [await process.answer(seconds) for process in processes]
+                took = min(float(answer["micro_batch_ms"]) for answer in ready) / 1e3
+                records = records_of(took if 0 < took < math.inf else None)
+                for process in processes:
+                    process.tell(f"{records}\n")
                 for process in processes:
                     await process.answer(seconds)
         except TimeoutError:
             raise ServingError(f"not loaded within {seconds:.0f} s") from None
-        yield Workers(processes)
+        yield Workers(processes, records)
 
 
 async def ask_handler(words: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
@@ -75,7 +84,10 @@ class _Process:
         self._errors = errors
 
     def tell(self, line: str) -> None:
-        if self._process.stdin is not None:
+        assert self._process.stdin is not None  # noqa: S101 - it was asked for
+        # To one that has ended nothing can be said, of which asyncio makes an OSError and uvloop a RuntimeError; how it
+        # ended, `answer` says.
+        with contextlib.suppress(OSError, RuntimeError):
             self._process.stdin.write(line.encode())
 
     async def answer(self, seconds: float) -> dict[str, Any]:

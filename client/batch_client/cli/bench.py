@@ -10,23 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from batch_client.cli.options import AMOUNT
 from batch_client.errors import StoppedError
 
 if TYPE_CHECKING:
-    from batch_client.bench.session import BenchSpec, Report
+    from batch_client.bench.session import BenchReport, BenchSpec
 
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 NOTES = {
     "wire": "TorchServe without a model",
-    "read": "INPUT",
-    "write": "OUTPUT",
+    "reading": "INPUT",
+    "writing": "OUTPUT",
 }
 
 
 @click.command("bench")
 @click.argument("archive", metavar="ARCHIVE")
 @click.argument("input_url", metavar="[INPUT]", required=False)
-@click.option("--budget", type=float, default=120.0, show_default=True, metavar="SECONDS",
+@click.option("--budget", type=AMOUNT, default=120.0, show_default=True, metavar="SECONDS",
               help="How long to measure, about; servers that are started take some seconds more.")
 @click.option("--save", is_flag=True, help="Write the best settings beside ARCHIVE, where `run --archive` and `serve` "
               "take them on machines of this kind.")
@@ -48,12 +49,14 @@ def command(input_url: str | None, *, as_json: bool, **options: Any) -> None:
     report = run_until_complete(_bench(BenchSpec(input=input_url, **options)))
     if as_json:
         click.echo(json.dumps(report.to_value()))
-        return
-    for line in _lines(report, local=options["output"] is None):
-        click.echo(line)
+    else:
+        for line in _lines(report, local=options["output"] is None):
+            click.echo(line)
+    if report.unsaved is not None:
+        raise report.unsaved
 
 
-async def _bench(spec: BenchSpec) -> Report:
+async def _bench(spec: BenchSpec) -> BenchReport:
     from batch_client.bench.session import bench
     from batch_client.cli.stream import PatientStream
 
@@ -74,18 +77,18 @@ def _say(stream: Any, line: str) -> None:
     stream.write(f"{line}\n")
 
 
-def _lines(report: Report, *, local: bool) -> list[str]:
+def _lines(report: BenchReport, *, local: bool) -> list[str]:
     from batch_client.bench.verdict import table_of, ways_of
 
-    found, verdict = report.found, report.verdict
-    notes = NOTES | {"model": str(found.best)} | ({"write": "a temporary folder here"} if local else {})
-    rows = [(f"{name} alone", rate, notes[name]) for name, rate in verdict.ceilings.items()]
-    if verdict.whole is not None:
-        rows.append(("the whole", verdict.whole, f"{report.whole_records:,} records"))
+    found, ceilings = report.found, report.ceilings
+    notes = NOTES | {"model": str(found.best)} | ({"writing": "a temporary folder here"} if local else {})
+    rows = [(f"{part.value} alone", rate, notes[part.value]) for part, rate in ceilings.rates.items()]
+    if ceilings.whole is not None:
+        rows.append(("the whole", ceilings.whole, f"{report.whole_records:,} records"))
     ended = "" if found.complete else "; not all was tried: a larger --budget finds more"
     lines = [f"{report.model} on {report.tuning.device}", "", *ways_of(found), "",
              f"best: {found.best}, {found.gain:.2f} times as quick as the defaults{ended}", "",
-             *table_of(rows, report.record_bytes), "", *verdict.lines()]
+             *table_of(rows, report.record_bytes), "", *ceilings.lines()]
     if report.saved is not None:
         lines.append(f"saved: {report.saved}")
     return lines

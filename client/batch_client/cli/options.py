@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,8 +14,8 @@ from batch_client.errors import UsageError
 if TYPE_CHECKING:
     from batch_client.spec import RunSpec
 
-__all__ = ["BYTES", "WORKERS", "ByteSize", "WorkersAndThreads", "array_options", "run_options", "server_options",
-           "spec_of", "split_workers"]
+__all__ = ["AMOUNT", "BYTES", "WORKERS", "ByteSize", "FiniteRange", "WorkersAndThreads", "array_options", "run_options",
+           "server_options", "spec_of", "split_workers"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -34,6 +35,16 @@ class ByteSize(click.ParamType[int]):
         return int(found[1]) * _UNITS[found[2].upper()]
 
 
+class FiniteRange(click.FloatRange):
+    """A number within bounds that is neither NaN, which is within any, nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r}: wanted a finite number", param, ctx)
+        return number
+
+
 class WorkersAndThreads(click.ParamType[tuple[int, int | None]]):
     """Processes, and threads of each if wanted: `2`, `2x4`."""
 
@@ -47,6 +58,7 @@ class WorkersAndThreads(click.ParamType[tuple[int, int | None]]):
         return int(found[1]), int(found[2]) if found[2] else None
 
 
+AMOUNT = FiniteRange(min=0)
 BYTES = ByteSize()
 WORKERS = WorkersAndThreads()
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batch_client.cli.options import run_options, spec_of
+from batch_client.cli.options import AMOUNT, run_options, spec_of
 from batch_client.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,17 +16,15 @@ if TYPE_CHECKING:
     from batch_client.plan import Plan
     from batch_client.spec import RunSpec
 
-PRICE = click.FloatRange(min=0)
-
 
 @click.command("plan")
 @click.argument("input_url", metavar="INPUT")
 @click.argument("output_url", metavar="OUTPUT")
 @run_options
 @click.option("--calibrate", is_flag=True, help="Score the first records for 20 s and forecast time and memory.")
-@click.option("--price-per-hour", type=PRICE, help="What the machines cost an hour; needs --calibrate.")
-@click.option("--price-per-1000-puts", type=PRICE, help="What the store asks for 1,000 writes.")
-@click.option("--price-per-1000-gets", type=PRICE, help="What the store asks for 1,000 reads.")
+@click.option("--price-per-hour", type=AMOUNT, help="What the machines cost an hour; needs --calibrate.")
+@click.option("--price-per-1000-puts", type=AMOUNT, help="What the store asks for 1,000 writes.")
+@click.option("--price-per-1000-gets", type=AMOUNT, help="What the store asks for 1,000 reads.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, **options: Any) -> None:
     """Show what `run` with the same words would do. Nothing is written, and no record is sent but with --calibrate."""
