@@ -61,7 +61,8 @@ class Totals:
     waited: time by what was waited for and by how many requests were in flight meanwhile; it adds up to the run.
     in_flight: the most requests that may be in flight. requests, request_seconds, compute_seconds: of attempts that
     gave a result, from send to last byte, and in the model as the servers say (0 where they do not). least_overhead:
-    the shortest time that a request took beyond its computing. wasted_seconds: of attempts without a result.
+    the shortest time that a request took beyond its computing, averaged where it differs between servers or changes
+    during the run (`timesheet.py`). wasted_seconds: of attempts without a result.
     cpu_seconds: of the thread of the event loop.
     """
 

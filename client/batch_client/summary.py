@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from batch_client.spec import RunSpec
 from batch_client.timesheet import Timesheet
 
 __all__ = ["RunSummary", "Tally", "peak_memory"]
+
+STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,11 @@ def peak_memory() -> int:
     """Peak resident bytes of this process; 0 where the system does not say."""
     if sys.platform == "linux":
         # Not getrusage: its peak survives exec, so it is at least that of whatever started this process.
-        lines = Path("/proc/self/status").read_text("ascii").splitlines()
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+        with suppress(OSError):
+            # The name of the process is in it, in whatever encoding.
+            lines = STATUS.read_text("ascii", errors="replace").splitlines()
+            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+        return 0
     if sys.platform == "win32":
         return 0
     import resource  # noqa: PLC0415 - does not exist on Windows

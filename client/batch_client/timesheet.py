@@ -16,6 +16,10 @@ __all__ = ["Timesheet"]
 
 # More in flight are counted as this many: what matters is whether the servers have enough.
 MOST_LEVELS = 1024
+# A way is judged over at least so many seconds, and over so many times the requests that may come back at once.
+SPAN_SECONDS, SPAN_ROUNDS = 10.0, 4
+# A server that computes less than this share of the most that it was seen to has workers that wait for requests.
+IDLE = 0.5
 
 
 class Timesheet:
@@ -35,7 +39,7 @@ class Timesheet:
         self._since: defaultdict[tuple[Waiting, int], float] = defaultdict(float)
         self._sent = self._requests = self._granted = 0
         self._request_seconds = self._compute_seconds = self._wasted_seconds = 0.0
-        self._least_overhead = float("inf")
+        self._ways: dict[str, _Way] = {}
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
@@ -70,7 +74,7 @@ class Timesheet:
             requests=self._requests,
             request_seconds=self._request_seconds,
             compute_seconds=self._compute_seconds,
-            least_overhead=self._least_overhead if self._requests else 0.0,
+            least_overhead=sum(way.seconds for way in self._ways.values()) / max(self._requests, 1),
             wasted_seconds=self._wasted_seconds,
             cpu_seconds=0.0 if self._began is None else self._cpu() - self._cpu_began,
         )
@@ -88,7 +92,9 @@ class Timesheet:
         self._request_seconds += event.seconds
         compute = min(event.compute_ms / 1e3, event.seconds)
         self._compute_seconds += compute
-        self._least_overhead = min(self._least_overhead, event.seconds - compute)
+        if event.endpoint not in self._ways:
+            self._ways[event.endpoint] = _Way(self._began or 0.0, self._most * SPAN_ROUNDS)
+        self._ways[event.endpoint].add(self._at, compute, event.seconds - compute)
 
     def _advance(self) -> None:
         if self._began is None:
@@ -110,3 +116,41 @@ class Timesheet:
             if self._steps[step]:
                 return waiting
         return Waiting.SERVERS if self._in_flight else Waiting.CLIENT
+
+
+class _Way:
+    """The way to a server and back: the shortest time that a request took there beyond its computing.
+
+    A queue that always stands looks the same as a longer way. So a way is taken to be longer than it was only over a
+    span in which its server computed much less than it can: there nothing has to queue.
+    """
+
+    def __init__(self, now: float, span_requests: int) -> None:
+        self._span_requests = span_requests
+        self._least = self._current = float("inf")
+        self._busiest = self._settled = 0.0
+        self._open(now)
+
+    def _open(self, now: float) -> None:
+        self._began = now
+        self._requests = 0
+        self._computed = 0.0
+        self._span_least = float("inf")
+
+    @property
+    def seconds(self) -> float:
+        """What all requests so far were on the way, together."""
+        return self._settled + (self._requests * min(self._current, self._span_least) if self._requests else 0.0)
+
+    def add(self, now: float, compute: float, beyond: float) -> None:
+        """A request that was answered `now`: seconds in the model, and beyond that."""
+        self._requests += 1
+        self._computed += compute
+        self._span_least = min(self._span_least, beyond)
+        if now - self._began >= SPAN_SECONDS and self._requests >= self._span_requests:
+            busy = self._computed / (now - self._began)
+            self._busiest = max(self._busiest, busy)
+            self._least = min(self._least, self._span_least)
+            self._current = self._span_least if busy < IDLE * self._busiest else self._least
+            self._settled += self._requests * self._current
+            self._open(now)

@@ -25,10 +25,12 @@ RECORDS = np.random.default_rng(2).integers(0, 99, (640, 3), np.uint8)
 
 class Workers(SimulatedServer):
     """Computes so many requests at once, each for `compute` seconds; the rest queue. Each also travels for `wire`
-    seconds. The first `ill` requests are failed after a while, or turned away at once."""
+    seconds, and where there is `later` from so many seconds on for that long. The first `ill` requests are failed after
+    a while, or turned away at once."""
 
-    def __init__(self, workers=2, compute=0.1, wire=0.01, ill=0, turned_away=0, ceiling=None):
+    def __init__(self, workers=2, compute=0.1, wire=0.01, ill=0, turned_away=0, ceiling=None, later=None):
         super().__init__()
+        self.began, self.later = asyncio.get_running_loop().time(), later
         self.free = asyncio.Semaphore(workers)
         self.compute, self.wire, self.ill, self.turned_away, self.ceiling = compute, wire, ill, turned_away, ceiling
 
@@ -44,7 +46,8 @@ class Workers(SimulatedServer):
         if self.turned_away:
             self.turned_away -= 1
             return HttpReply(503, {}, b'{"code": 503, "type": "ServiceUnavailableException", "message": "full"}')
-        await asyncio.sleep(self.wire)
+        moved = self.later is not None and asyncio.get_running_loop().time() >= self.began + self.later[0]
+        await asyncio.sleep(self.later[1] if moved else self.wire)
         async with self.free:
             await asyncio.sleep(self.compute)
             if self.ill:
@@ -123,6 +126,27 @@ def test_the_stage_that_is_slow_is_named(name, source):
 def test_what_made_it_slow_is_what_is_named(source):
     """The negative control: the same run without the slow stage is limited by something else."""
     assert scored(source).limited_by == scored(source, get=0.01, create=0.01).limited_by == Limit.MODEL.value
+
+
+@pytest.fixture(scope="module")
+def many():
+    """Of 1,000 requests: with two workers that compute for 0.1 s each, a run of many spans."""
+    return make_source(np.random.default_rng(2).integers(0, 99, (4000, 3), np.uint8), (16, 3)).objects
+
+
+def test_a_way_that_becomes_longer_is_no_queue(many):
+    """For 20 s of the run two workers compute all the time; from then on a request travels for ten times as long as it
+    computes, which the shortest way of the run would call a queue at the model."""
+    summary = scored(many, server={"wire": 0.001, "later": (20.0, 1.0)})
+    assert summary.limited_by == Limit.WIRE.value, summary.time_shares
+
+
+def test_a_queue_that_always_stands_is_no_longer_way(many):
+    """The negative control: each request of the later spans finds a queue, and the model is the limit all the same."""
+    summary = scored(many, server={"wire": 0.001}, in_flight=8)
+    assert summary.seconds > 45
+    assert summary.limited_by == Limit.MODEL.value, summary.time_shares
+    assert summary.time_shares[Limit.MODEL.value] > 0.95
 
 
 def test_a_budget_that_the_requests_hold_is_the_thing_to_raise(source):

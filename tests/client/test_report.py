@@ -2,12 +2,15 @@
 
 import asyncio
 import io
+import itertools
 import random
+import sys
+import tracemalloc
 import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -25,7 +28,7 @@ from batch_client.pipeline import execute
 from batch_client.plan import Geometry, OutputGeometry, make_plan
 from batch_client.report import Report, render
 from batch_client.report.charts import HEIGHT, WIDTH, columns, nice_ticks, shares_bar
-from batch_client.report.collect import MOST_NAMES, MOST_SAMPLES, MOST_SCORES
+from batch_client.report.collect import MOST_NAMES, MOST_SAMPLES, MOST_SCORED_BYTES, MOST_SCORES
 from batch_client.report.sketches import EvenSample, LogHistogram, Timeline
 from batch_client.report.thumbnail import thumbnail
 from batch_client.spec import RunSpec
@@ -35,13 +38,14 @@ from support.virtual import run_virtually
 from support.world import World
 
 SVG = "{http://www.w3.org/2000/svg}"
-NASTY = "<script>alert('x')</script>&\x00\x1b\n\"' http://evil.example/x.png ]]>"
+NASTY = "<script>alert('x')</script>&\x00\x1b\n\"' http://evil.example/x.png ]]>\ud800\udcff\uffff"
 positive = st.floats(1e-6, 1e6)
 
 
 def parsed(page):
     """The page as XML: everything that is opened is closed, and nothing is there that may not be."""
-    return ET.fromstring(page.partition("\n")[2])  # noqa: S314 - our own page
+    # As bytes: what can't be encoded can't be written either.
+    return ET.fromstring(page.partition("\n")[2].encode())  # noqa: S314 - our own page
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e7), st.sampled_from("ab"), st.integers(1, 9)), max_size=40))
@@ -99,23 +103,38 @@ def test_a_record_that_is_no_picture_has_no_thumbnail(record):
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9), st.integers(1, 10))
+@example(900719925.9882812, 1e-06, 5)
 def test_ticks_are_few_and_inside(low, width, most):
     ticks = nice_ticks(low, low + width, most)
     assert len(ticks) <= most + 1
-    assert all(low - width * 1e-6 <= tick <= low + width * (1 + 1e-6) for tick in ticks)
+    # Of an axis far from zero a tick is no more exact than its floats.
+    slack = width * 1e-6 + np.spacing(abs(low) + width)
+    assert all(low - slack <= tick <= low + width + slack for tick in ticks)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False),
+       st.integers(1, 10))
+@example(0.0, sys.float_info.max, 4)
+@example(-sys.float_info.max, sys.float_info.max, 8)
+@example(-sys.float_info.max, sys.float_info.max, 1)
+@example(0.0, 5e-324, 5)
+@example(1e300, float(np.nextafter(1e300, np.inf)), 5)
+def test_any_two_numbers_have_ticks(one, other, most):
+    ticks = nice_ticks(one, other, most)
+    assert 1 <= len(ticks) <= most + 3
+    assert all(np.isfinite(ticks))
 
 
 amounts = st.floats(0, 1e9)
 
 
 @given(data=st.data(), count=st.integers(0, 50), marks=st.lists(st.floats(0, 1), max_size=3),
-       level=st.none() | st.floats(0.1, 1e10))
+       level=st.none() | st.floats(5e-324, sys.float_info.max))
 def test_nothing_is_drawn_outside_a_chart(data, count, marks, level):
     series = [(NASTY, data.draw(st.lists(amounts, min_size=count, max_size=count))) for _ in range(2)]
     chart = ET.fromstring(columns(  # noqa: S314 - our own chart
-        series, x_label="x", y_label=NASTY.replace("\x00", "").replace("\x1b", ""), x_ticks=[(0, "0"), (1, "1")],
-        marks=[(mark, "m") for mark in marks], level=level and (level, "l"))
-        .replace("\x00", "").replace("\x1b", ""))
+        series, x_label="x", y_label=NASTY, x_ticks=[(0, "0"), (1, "1")], marks=[(mark, "m") for mark in marks],
+        level=level and (level, "l")).encode())
     height = float(chart.get("viewBox").split()[3])
     for box in chart.iter(f"{SVG}rect"):
         x, y, wide, high = (float(box.get(name)) for name in ("x", "y", "width", "height"))
@@ -133,6 +152,7 @@ def test_shares_fill_their_bar_and_small_ones_are_left_out():
 
 
 def started(output="memory://out"):
+    """The event of a run over 1,000 records; its plan does not matter here."""
     outputs = (OutputGeometry("scores", np.dtype(np.float32), (4,)),)
     spec = RunSpec(input="i", output=output, endpoints=("http://s",), model="m")
     plan = make_plan(spec, Geometry((1000, 12, 12), np.dtype(np.uint8), 100), np.dtype(np.uint8), outputs, 4)
@@ -177,6 +197,8 @@ def test_what_others_say_is_text_and_nothing_is_loaded():
     assert "alert('x')" in text
     assert "Limited by" in text
     assert "of the ceiling" in text
+    # The clock of a request begins before there is a connection for it.
+    assert "From asking for a connection to the last byte" in text
     assert len([1 for _ in root.iter(f"{SVG}svg")]) == 5
 
 
@@ -209,6 +231,53 @@ def test_predictions_of_any_shape_are_gathered(data, shape, record, kind):
     assert gathered.statuses[0] == seen
     assert len(gathered.scores) == 0 if kind in ("i8", "u1", "?") or 0 in shape else set(gathered.scores) == {1.0}
     parsed(render(gathered))
+
+
+def all_of(*values):
+    return st.lists(st.floats(allow_nan=True, allow_infinity=True) | st.sampled_from(values), max_size=20)
+
+
+@settings(deadline=None)
+@given(st.sampled_from([0.0, -1.0, 1e-320, -5e-324, 0.3, 3.7, 1e15, 1e300, sys.float_info.max, -sys.float_info.max])
+       .flatmap(lambda value: all_of(value, float(np.nextafter(value, 0.0)), -value)))
+@example([sys.float_info.max, -sys.float_info.max])
+@example([3.7, float(np.nextafter(3.7, 4))])
+def test_scores_of_any_value_are_drawn(values):
+    report = Report("x", itertools.count(1.0).__next__, lambda: 0.0)
+    report(started())
+    report(RequestSent("http://s", 1))
+    report(RequestDone("http://s", 1, 1, 1, 1.0, 5.0))
+    report(RecordsScored(0, np.zeros((len(values), 2), np.uint8), {"\ud800": np.array(values, np.float64)},
+                         np.zeros(len(values), np.uint8)))
+    data = report.data()
+    np.testing.assert_array_equal(data.scores, [value for value in values if np.isfinite(value)])
+    root = parsed(render(data))
+    if len(data.scores) > 1:
+        assert "Half of the records score above" in "".join(root.itertext())
+    assert not {"nan", "inf", "-inf"} & {value for element in root.iter() for value in element.attrib.values()}
+
+
+def test_large_outputs_are_neither_copied_nor_cast_nor_all_looked_at():
+    """Maps of 512 x 512 floats, 64 in a request: the highest of each is found in place."""
+    report = Report("x", lambda: 1.0, lambda: 0.0)
+    report(started())
+    maps = np.ones((64, 512, 512), np.float32)
+    maps[1, 100, 100] = 7.0
+    event = RecordsScored(0, np.zeros((64, 3), np.uint8), {"maps": maps}, np.zeros(64, np.uint8))
+    tracemalloc.start()
+    try:
+        report(event)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < maps[0].nbytes
+    data = report.data()
+    # Every fourth of 64: what is looked at of one event is bounded.
+    assert len(data.scores) * maps[0].nbytes <= MOST_SCORED_BYTES
+    assert len(data.scores) == 16
+    for start in range(64, 640, 64):
+        report(RecordsScored(start, event.records, event.outputs, event.status))
+    assert 8 <= len(report.data().scores) <= 16
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,14 +1,16 @@
 """`run --report` as a user has it: a page after every run that began, also after one that ended early."""
 
 import asyncio
+import json
 import shutil
 import xml.etree.ElementTree as ET
 
 import pytest
 import zarr
 
-from batch_client.cli.run import _run_with_report
-from batch_client.errors import StoppedError
+from batch_client.api import run, run_async
+from batch_client.cli.run import _page_about
+from batch_client.errors import StoppedError, StorageError
 from batch_client.events import RecordsScored
 from batch_client.spec import RunSpec
 from support.cli import run_cli
@@ -32,10 +34,25 @@ def test_a_run_leaves_a_page_and_says_what_limited_it(folder, clean_environ, toy
     assert "1,000 records scored" in text
     assert "Limited by" in text
     assert toy_server.model in text
+    before = (folder / "page.html").read_bytes()
     again = run_cli(["run", "in.zarr", "out.zarr", "--report", "page.html", *toy_server.flags], clean_environ,
                     cwd=folder, check=True)
     assert "limited by" not in again.stderr
-    assert "published already" in text_of(folder / "page.html")
+    assert again.stderr.splitlines()[-1] == "page.html is kept as it is: nothing was scored"
+    assert (folder / "page.html").read_bytes() == before
+    run_cli(["run", "in.zarr", "out.zarr", "--report", "other.html", *toy_server.flags], clean_environ, cwd=folder,
+            check=True)
+    assert "published already" in text_of(folder / "other.html")
+
+
+def test_a_page_that_cant_be_written_takes_nothing_from_what_the_run_came_to(folder, clean_environ, toy_server):
+    """The page has the output's name, which is a folder by then: 74, with the figures."""
+    done = run_cli(["run", "in.zarr", "out.zarr", "--report", "out.zarr", "--json", "--log", "none",
+                    *toy_server.flags], clean_environ, cwd=folder)
+    assert done.returncode == 74
+    assert json.loads(done.stdout)["published"]
+    assert done.stderr == "batch-client: out.zarr: the report can't be written: Is a directory\n"
+    assert sorted(path.name for path in folder.iterdir()) == ["in.zarr", "out.zarr"]
 
 
 def test_a_run_that_ends_early_leaves_a_page_that_says_why(folder, clean_environ, toy_server):
@@ -58,8 +75,8 @@ async def test_a_run_that_is_stopped_leaves_a_page(folder, toy_server):
 
     spec = RunSpec(input=str(folder / "in.zarr"), output=str(folder / "out.zarr"), chunk_records=50, in_flight=1,
                    endpoints=(toy_server.url,), model=toy_server.model, token_file=str(toy_server.token_file))
-    with pytest.raises(StoppedError):
-        await _run_with_report(spec, (at_the_first,), stop, folder / "page.html")
+    with pytest.raises(StoppedError), _page_about(spec, folder / "page.html") as observers:
+        await run_async(spec, (at_the_first, *observers), stop)
     assert "stopped before the end" in text_of(folder / "page.html")
 
 
@@ -72,15 +89,10 @@ def test_a_page_that_can_no_longer_be_written_is_said_and_the_output_is_there(fo
         if isinstance(event, RecordsScored):
             shutil.rmtree(place, ignore_errors=True)
 
-    from batch_client.api import run_until_complete
-    from batch_client.errors import StorageError
-
     spec = RunSpec(input=str(folder / "in.zarr"), output=str(folder / "out.zarr"), endpoints=(toy_server.url,),
                    model=toy_server.model, token_file=str(toy_server.token_file))
 
-    async def run():
-        return await _run_with_report(spec, (drop,), asyncio.Event(), place / "page.html")
-
-    with pytest.raises(StorageError, match="the report can't be written: No such file or directory"):
-        run_until_complete(run())
+    with pytest.raises(StorageError, match="the report can't be written: No such file or directory"), \
+            _page_about(spec, place / "page.html") as observers:
+        run(spec, (drop, *observers))
     assert (folder / "out.zarr" / "zarr.json").exists()

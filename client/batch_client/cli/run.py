@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from batch_client.cli.options import run_options, spec_of
+from batch_client.cli.stream import say
 from batch_client.errors import StorageError, UsageError
+from batch_client.files import replace_file
 
 if TYPE_CHECKING:
     from batch_client.events import Observer
@@ -40,19 +42,17 @@ def command(input_url: str, output_url: str, *, as_json: bool, log: str, page: P
     or by one that is started here for --archive.
     """
     from batch_client.api import run_until_complete
-    from batch_client.cli.stream import say
 
     spec = spec_of(input_url, output_url, options)
-    if page is not None:
-        _require_writable(page)
-    summary = run_until_complete(_run(spec, log, page))
-    if as_json:
-        click.echo(json.dumps(summary.to_value()))
-    else:
-        say(_sentence(summary))
+    with _page_about(spec, page) as observers:
+        summary = run_until_complete(_run(spec, log, observers))
+        if as_json:
+            click.echo(json.dumps(summary.to_value()))
+        else:
+            say(_sentence(summary))
 
 
-async def _run(spec: RunSpec, log: str, page: Path | None) -> RunSummary:
+async def _run(spec: RunSpec, log: str, observers: tuple[Observer, ...]) -> RunSummary:
     from batch_client.api import run_async
     from batch_client.cli.observers import LogLines, ProgressBar
     from batch_client.cli.stream import PatientStream
@@ -63,42 +63,42 @@ async def _run(spec: RunSpec, log: str, page: Path | None) -> RunSummary:
     shown: list[LogLines | ProgressBar] = []
     if log != "none":
         shown.append(ProgressBar(stream) if log == "bar" else LogLines(stream))
-    observers: tuple[Observer, ...] = tuple(shown)
     try:
-        if page is None:
-            return await run_async(spec, observers, stop)
-        return await _run_with_report(spec, observers, stop, page)
+        return await run_async(spec, (*shown, *observers), stop)
     finally:
         for observer in shown:
             observer.close()
         stream.close()
 
 
-async def _run_with_report(spec: RunSpec, observers: tuple[Observer, ...], stop: asyncio.Event,
-                           page: Path) -> RunSummary:
-    """A run that leaves a page behind, also where it ends early."""
-    from batch_client.api import run_async
-    from batch_client.cli.stream import say
+@contextmanager
+def _page_about(spec: RunSpec, page: Path | None) -> Iterator[tuple[Observer, ...]]:
+    """The observers of a run that leaves a page behind, also where it ends early: then the run's own error stands,
+    whatever becomes of the page. Raises UsageError before the run, and StorageError after one that went well.
+    """
     from batch_client.report import Report
 
+    if page is None:
+        yield ()
+        return
+    _require_writable(page)
     report = Report(spec.input)
     try:
-        summary = await run_async(spec, (*observers, report), stop)
+        yield (report,)
     except BaseException as error:
         try:
             _write(page, report, str(error) or "it was interrupted")
         except StorageError as second:
-            say(f"batch-client: {second}")
+            say(f"batch-client: {' '.join(str(second).split())}")
         raise
     _write(page, report)
-    return summary
 
 
 def _require_writable(page: Path) -> None:
     """Raises UsageError where no page can be written: to be told before the run, not after it."""
-    if page.is_dir():
-        raise UsageError(f"--report {page}: this is a folder; wanted a file such as {page / 'report.html'}")
     try:
+        if page.is_dir():
+            raise UsageError(f"--report {page}: this is a folder; wanted a file such as {page / 'report.html'}")
         with tempfile.TemporaryFile(dir=page.parent):
             pass
     except OSError as error:
@@ -106,20 +106,23 @@ def _require_writable(page: Path) -> None:
 
 
 def _write(page: Path, report: Report, ending: str = "") -> None:
-    """The page, whole or not at all; none for a run that did not begin. Raises StorageError."""
+    """The page, whole or not at all; none for a run that did not begin, and none over an earlier one where the output
+    was published before. Raises StorageError, whatever went wrong: no page is worth the outcome of a run.
+    """
     from batch_client.report import render
 
     if not report.has_something_to_say:
         return
-    text = render(report.data(ending))
-    part = page.with_name(f".{page.name}.{os.getpid()}")
     try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(page)
+        if report.found_published and page.exists():
+            say(f"{page} is kept as it is: nothing was scored")
+            return
+        replace_file(page, render(report.data(ending)))
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise StorageError(f"{page}: the report can't be written: {error.strerror}") from error
+        raise StorageError(f"{page}: the report can't be written: {error.strerror or error}") from error
+    except Exception as error:
+        raise StorageError(f"{page}: the report can't be drawn: {type(error).__name__}: {error}; a bug in "
+                           "batch-client, please report it") from error
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:

@@ -6,10 +6,12 @@ The bare client has no matplotlib, and a page without scripts needs no more than
 from __future__ import annotations
 
 import math
+import re
+import sys
 from collections.abc import Sequence
 from html import escape
 
-__all__ = ["COLOURS", "columns", "nice_ticks", "number", "shares_bar"]
+__all__ = ["COLOURS", "columns", "nice_ticks", "number", "shares_bar", "text_of"]
 
 WIDTH, HEIGHT = 720, 230
 # Classes s0, s1, … that the page has colours for.
@@ -17,6 +19,16 @@ COLOURS = 8
 _LEFT, _RIGHT, _TOP, _BOTTOM = 80, 14, 14, 46
 _ROW = 14
 _BAR_HEIGHT = 34
+# Powers of ten below it are not exact enough for an axis.
+_LEAST_STEP = 1e-300
+# No page may hold them: control characters, halves of surrogate pairs (names of files that are not UTF-8 have such,
+# and JSON can spell them), and what is no character. https://www.w3.org/TR/xml/#charsets
+_NO_CHARACTER = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+
+
+def text_of(value: object) -> str:
+    """Anybody's words as text of a page: escaped, with a replacement character for each that no page may hold."""
+    return escape(_NO_CHARACTER.sub("\N{REPLACEMENT CHARACTER}", str(value)))
 
 
 def number(value: float) -> str:
@@ -27,14 +39,17 @@ def number(value: float) -> str:
 
 
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """At most `most` + 1 round numbers within [low, high], 1, 2 or 5 times a power of ten apart."""
-    if not high > low:
+    """At most `most` + 1 round numbers within [low, high], 1, 2 or 5 times a power of ten apart; `low` alone where the
+    two are too near each other or, for `most` up to 2, too far apart for that.
+    """
+    # In halves, since the difference of two floats may be over the largest one.
+    raw = (high / 2 - low / 2) / most * 2
+    if not _LEAST_STEP < raw < math.inf:
         return [low]
-    raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [at * step for at in range(first, last + 1)]
+    return [at * step for at in range(first, last + 1) if math.isfinite(at * step)] or [low]
 
 
 def columns(
@@ -54,7 +69,8 @@ def columns(
     """
     count = max((len(values) for _, values in stacks), default=0)
     heights = [sum(values[at] for _, values in stacks) for at in range(count)]
-    ticks = nice_ticks(0.0, max([*heights, level[0] if level else 0.0, 1e-12]) * 1.05, 4)
+    most = max([*heights, level[0] if level else 0.0, 1e-12])
+    ticks = nice_ticks(0.0, min(most * 1.05, sys.float_info.max), 4)
     top = max(ticks[-1], *heights, level[0] if level else 0.0)
     head = _TOP + (_ROW * len(stacks) + 6 if len(stacks) > 1 else _ROW * len(marks))
     plot = _Plot(_LEFT, head, WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM, top)
@@ -63,7 +79,7 @@ def columns(
         at = plot.y(level[0])
         parts.append(f'<line class="level" x1="{plot.left}" x2="{plot.right}" y1="{at:.1f}" y2="{at:.1f}"/>'
                      f'<text class="note" x="{plot.right}" y="{at - 4:.1f}" text-anchor="end">'
-                     f"{escape(level[1])}</text>")
+                     f"{text_of(level[1])}</text>")
     # The one on the right begins highest: so no line goes through a text.
     parts += [_mark(plot, row, place, text) for row, (place, text) in enumerate(sorted(marks, reverse=True))]
     if len(stacks) > 1:
@@ -71,7 +87,7 @@ def columns(
                   for series, (name, _) in enumerate(stacks)]
     middle = plot.top + plot.height / 2
     parts.append(f'<text class="label" x="14" y="{middle:.1f}" text-anchor="middle" '
-                 f'transform="rotate(-90 14 {middle:.1f})">{escape(y_label)}</text>')
+                 f'transform="rotate(-90 14 {middle:.1f})">{text_of(y_label)}</text>')
     return _svg(plot.bottom + _BOTTOM, f"{y_label} by {x_label}", parts)
 
 
@@ -100,13 +116,13 @@ class _Plot:
         self._most = most
 
     def y(self, value: float) -> float:
-        return self.bottom - self.height * value / self._most
+        return self.bottom - self.height * (value / self._most)
 
 
 def _grid(plot: _Plot, ticks: Sequence[float]) -> str:
     return "".join(
         f'<line class="grid" x1="{plot.left}" x2="{plot.right}" y1="{plot.y(tick):.1f}" y2="{plot.y(tick):.1f}"/>'
-        f'<text x="{plot.left - 6}" y="{plot.y(tick) + 4:.1f}" text-anchor="end">{escape(number(tick))}</text>'
+        f'<text x="{plot.left - 6}" y="{plot.y(tick) + 4:.1f}" text-anchor="end">{text_of(number(tick))}</text>'
         for tick in ticks)
 
 
@@ -129,11 +145,11 @@ def _columns(plot: _Plot, stacks: Sequence[tuple[str, Sequence[float]]], count: 
 def _x_axis(plot: _Plot, ticks: Sequence[tuple[float, str]], label: str) -> str:
     texts = "".join(
         f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{plot.bottom}" y2="{plot.bottom + 4}"/>'
-        f'<text x="{x:.1f}" y="{plot.bottom + 17}" text-anchor="middle">{escape(text)}</text>'
+        f'<text x="{x:.1f}" y="{plot.bottom + 17}" text-anchor="middle">{text_of(text)}</text>'
         for x, text in ((plot.left + place * plot.width, text) for place, text in ticks))
     return (f'<line class="axis" x1="{plot.left}" x2="{plot.right}" y1="{plot.bottom}" y2="{plot.bottom}"/>{texts}'
             f'<text class="label" x="{plot.left + plot.width / 2:.1f}" y="{plot.bottom + 36}" text-anchor="middle">'
-            f'{escape(label)}</text>')
+            f'{text_of(label)}</text>')
 
 
 def _mark(plot: _Plot, row: int, place: float, text: str) -> str:
@@ -141,14 +157,14 @@ def _mark(plot: _Plot, row: int, place: float, text: str) -> str:
     x, y = plot.left + place * plot.width, _TOP + _ROW * row
     side, anchor = (-5, "end") if x > 2 * _LEFT else (5, "start")
     return (f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 8}" y2="{plot.bottom}"/>'
-            f'<text class="note" x="{x + side:.1f}" y="{y + 2}" text-anchor="{anchor}">{escape(text)}</text>')
+            f'<text class="note" x="{x + side:.1f}" y="{y + 2}" text-anchor="{anchor}">{text_of(text)}</text>')
 
 
 def _legend_line(series: int, x: float, y: float, text: str) -> str:
     return (f'<rect class="s{series % COLOURS}" x="{x}" y="{y}" width="11" height="11"/>'
-            f'<text x="{x + 17}" y="{y + 10}">{escape(text)}</text>')
+            f'<text x="{x + 17}" y="{y + 10}">{text_of(text)}</text>')
 
 
 def _svg(height: float, label: str, parts: Sequence[str]) -> str:
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
-            f'aria-label="{escape(label)}">{"".join(parts)}</svg>')
+            f'aria-label="{text_of(label)}">{"".join(parts)}</svg>')

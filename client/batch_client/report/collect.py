@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,8 @@ __all__ = ["Report", "ReportData", "Sample"]
 # Names in the timeline: records that have their prediction; all others are reasons of retries.
 SCORED = "records"
 MOST_SCORES = 4096
+# Of one event, to find its scores: they are looked for in the run's event loop.
+MOST_SCORED_BYTES = 16 << 20
 MOST_SAMPLES = 16
 MOST_VALUES = 10
 # Reasons and servers beyond these many share a line.
@@ -74,7 +75,6 @@ class ReportData:
     ending: str
     seconds: float
     stored: int
-    failed: int
     held: int
     requests: int
     retries: int
@@ -116,6 +116,11 @@ class Report:
         """Whether a run began, or was found published."""
         return self._started is not None or self._published is not None
 
+    @property
+    def found_published(self) -> bool:
+        """Whether the output was published before this run, which therefore scored nothing."""
+        return self._started is None and self._published is not None
+
     def __call__(self, event: Event) -> None:
         self._timesheet(event)
         match event:
@@ -128,10 +133,9 @@ class Report:
             case RequestRetried():
                 self._retried(event)
             case ChunkWritten():
-                self._counts.update(stored=event.records, failed=event.failed, read=event.bytes_read,
-                                    written=event.bytes_written)
+                self._counts.update(stored=event.records, read=event.bytes_read, written=event.bytes_written)
             case ChunkHeld():
-                self._counts.update(held=1, failed=event.failed)
+                self._counts.update(held=1)
             case Published():
                 self._published = event
 
@@ -145,7 +149,6 @@ class Report:
             ending=ending,
             seconds=totals.seconds,
             stored=self._counts["stored"],
-            failed=self._counts["failed"],
             held=self._counts["held"],
             requests=self._counts["requests"],
             retries=self._counts["retries"],
@@ -184,14 +187,17 @@ class Report:
         self._statuses += np.bincount(event.status, minlength=256)
         if self._score_name is None:
             self._score_name = _score_output(event.outputs)
+            if self._score_name:
+                self._scores = EvenSample(_most_scores(event.outputs[self._score_name]))
         for row in self._samples.take(count):
             self._samples.items.append(_sample(event, row, self._score_name or next(iter(event.outputs))))
         if self._score_name:
-            array = event.outputs[self._score_name]
-            rows = list(self._scores.take(count))
-            flat = array[rows].reshape(len(rows), math.prod(array.shape[1:])).astype(np.float64)
-            highest = np.where(event.status[rows] == 0, flat.max(axis=1, initial=-np.inf), np.nan)
-            self._scores.items.extend(highest.tolist())
+            rows = self._scores.take(count)
+            # Views: nothing but the few highest values is copied or cast.
+            chosen = slice(rows.start, rows.stop, rows.step)
+            array = event.outputs[self._score_name][chosen]
+            highest = array.max(axis=tuple(range(1, array.ndim)), initial=-np.inf).astype(np.float64)
+            self._scores.items.extend(np.where(event.status[chosen] == 0, highest, np.nan).tolist())
 
 
 def _bounded(name: str, names: set[str]) -> str:
@@ -206,13 +212,18 @@ def _score_output(outputs: Mapping[str, np.ndarray]) -> str:
     return next((name for name, array in outputs.items() if array.dtype.kind == "f"), "")
 
 
+def _most_scores(array: np.ndarray) -> int:
+    """How many scores are kept, and so how many records of one event are looked at; at least two."""
+    return min(MOST_SCORES, max(2, MOST_SCORED_BYTES // max(1, array.nbytes // max(1, len(array)))))
+
+
 def _sample(event: RecordsScored, row: int, output: str) -> Sample:
-    values = event.outputs[output][row].ravel().astype(np.float64)
+    values = event.outputs[output][row].ravel()
     finite = values.size > 0 and bool(np.isfinite(values).all())
     return Sample(
         index=event.start + row,
         status=int(event.status[row]),
-        values=tuple(values[:MOST_VALUES].tolist()),
+        values=tuple(values[:MOST_VALUES].astype(np.float64).tolist()),
         top=int(values.argmax()) if finite and values.size > 1 else None,
         highest=float(values.max()) if finite else float("nan"),
         picture=thumbnail(event.records[row]),

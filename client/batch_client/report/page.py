@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import base64
 import math
+import sys
 from collections.abc import Iterable, Sequence
-from html import escape
 
 import numpy as np
 
 from batch_client.bottleneck import Bottleneck, Limit
-from batch_client.report.charts import columns, nice_ticks, number, shares_bar
+from batch_client.report.charts import columns, nice_ticks, number, shares_bar, text_of
 from batch_client.report.collect import SCORED, ReportData, Sample
 from batch_client.report.sketches import LogHistogram
 from batch_client.report.style import STYLE
@@ -33,7 +33,7 @@ def render(data: ReportData) -> str:
     found = data.bottleneck
     heading = _heading(data)
     parts = [
-        f"<h1>{_text(heading)}</h1>",
+        f"<h1>{text_of(heading)}</h1>",
         _ending(data),
         "" if found is None else _verdict(found),
         _section("This run", _definitions(_figures(data))),
@@ -46,32 +46,27 @@ def render(data: ReportData) -> str:
             '<meta http-equiv="Content-Security-Policy" '
             'content="default-src \'none\'; style-src \'unsafe-inline\'; img-src data:"/>'
             '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
-            f"<title>{_text(heading)}</title><style>{STYLE}</style></head><body><main>\n"
+            f"<title>{text_of(heading)}</title><style>{STYLE}</style></head><body><main>\n"
             + "\n".join(part for part in parts if part) + "\n</main></body></html>\n")
 
 
-def _text(value: object) -> str:
-    """Escaped, without the control characters that no page may hold."""
-    return escape("".join(sign if sign >= " " and sign != "\x7f" else "�" for sign in str(value)))
-
-
 def _section(title: str, body: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>{body}</section>"
+    return f"<section><h2>{text_of(title)}</h2>{body}</section>"
 
 
 def _figure(title: str, note: str, chart: str) -> str:
-    said = f"<p>{_text(note)}</p>" if note else ""
-    return f"<figure><figcaption><h2>{_text(title)}</h2>{said}</figcaption>{chart}</figure>"
+    said = f"<p>{text_of(note)}</p>" if note else ""
+    return f"<figure><figcaption><h2>{text_of(title)}</h2>{said}</figcaption>{chart}</figure>"
 
 
 def _definitions(rows: Iterable[tuple[str, str]], kind: str = "short") -> str:
-    items = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in rows)
+    items = "".join(f"<div><dt>{text_of(name)}</dt><dd>{text_of(value)}</dd></div>" for name, value in rows)
     return f'<dl class="{kind}">{items}</dl>'
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Cells of `rows` are HTML already."""
-    return ('<div class="wide"><table><thead><tr>' + "".join(f"<th>{_text(name)}</th>" for name in head)
+    return ('<div class="wide"><table><thead><tr>' + "".join(f"<th>{text_of(name)}</th>" for name in head)
             + "</tr></thead><tbody>"
             + "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
             + "</tbody></table></div>")
@@ -88,8 +83,8 @@ def _heading(data: ReportData) -> str:
 
 
 def _ending(data: ReportData) -> str:
-    if data.ending:
-        return f'<p class="ending">This run ended before its output was published: {_text(data.ending)}</p>'
+    if data.ending and data.published is None:
+        return f'<p class="ending">This run ended before its output was published: {text_of(data.ending)}</p>'
     if data.published is None:
         return '<p class="ending">This part is done; the output is published when all parts are.</p>'
     if data.published.already:
@@ -98,8 +93,8 @@ def _ending(data: ReportData) -> str:
 
 
 def _verdict(found: Bottleneck) -> str:
-    return (f'<p class="verdict">Limited by <strong>{_text(found.limit.phrase)}</strong>: {_text(found.evidence)}. '
-            f"Next: {_text(found.advice)}.</p>")
+    return (f'<p class="verdict">Limited by <strong>{text_of(found.limit.phrase)}</strong>: {text_of(found.evidence)}. '
+            f"Next: {text_of(found.advice)}.</p>")
 
 
 def _figures(data: ReportData) -> list[tuple[str, str]]:
@@ -202,7 +197,7 @@ def _latency(latency: LogHistogram) -> str:
         x_ticks=[(place(tick), _seconds(tick)) for tick in _round_numbers(*ends)],
         marks=[(place(seconds), f"{percent} % within {_seconds(seconds)}") for percent, seconds in exact.items()])
     return _figure(f"Half of the requests took {_seconds(exact[50])} or less, one in a hundred over "
-                   f"{_seconds(exact[99])}", "From the first byte sent to the last byte received.", chart)
+                   f"{_seconds(exact[99])}", "From asking for a connection to the last byte received.", chart)
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
@@ -228,24 +223,37 @@ def _retries(data: ReportData) -> str:
 
 
 def _scores(data: ReportData) -> str:
-    low, high = float(data.scores.min()), float(data.scores.max())
-    if low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
-    counts, _ = np.histogram(data.scores, _SCORE_COLUMNS, (low, high))
-    middle = float(np.median(data.scores))
+    low, high = _score_range(data.scores)
+    # In halves, since the difference of two floats may be over the largest one.
+    counts, _ = np.histogram(data.scores / 2, _SCORE_COLUMNS, (low / 2, high / 2))
+    middle = float(np.median(data.scores / 2)) * 2
+
+    def place(value: float) -> float:
+        return (value / 2 - low / 2) / (high / 2 - low / 2)
+
     chart = columns([("records", [float(count) for count in counts])],
                     x_label=f"highest value of {data.score_name} for a record", y_label="records of the sample",
-                    x_ticks=[((tick - low) / (high - low), number(tick)) for tick in nice_ticks(low, high, 8)],
-                    marks=[((middle - low) / (high - low), f"median {middle:.6g}")])
+                    x_ticks=[(place(tick), number(tick)) for tick in nice_ticks(low, high, 8)],
+                    marks=[(place(middle), f"median {middle:.6g}")])
     return _figure(f"Half of the records score above {middle:.6g}",
                    f"Of {len(data.scores):,} records, evenly spaced among those scored.", chart)
 
 
+def _score_range(scores: np.ndarray) -> tuple[float, float]:
+    """Of the axis; wide enough for columns that differ, whatever finite floats the scores are."""
+    low, high = float(scores.min()), float(scores.max())
+    if low >= 0 and high <= 1:
+        return 0.0, 1.0
+    largest = max(abs(low), abs(high))
+    if high / 2 - low / 2 < max(1e-9 * largest, 1e-300):
+        more = max(0.5, 1e-9 * largest)
+        low, high = max(low - more, -sys.float_info.max), min(high + more, sys.float_info.max)
+    return low, high
+
+
 def _servers(data: ReportData) -> str:
     return _table(["server", "requests", "records", "attempts without a result"],
-                  [[_text(url), f"{server.requests:,}", f"{server.records:,}", f"{server.retries:,}"]
+                  [[text_of(url), f"{server.requests:,}", f"{server.records:,}", f"{server.retries:,}"]
                    for url, server in data.servers.items()])
 
 

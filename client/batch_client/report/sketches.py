@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Generic, TypeVar
 
 __all__ = ["EvenSample", "LogHistogram", "Timeline"]
@@ -90,7 +90,7 @@ class EvenSample(Generic[T]):
         self._seen = 0
         self.items: list[T] = []
 
-    def take(self, count: int) -> Iterator[int]:
+    def take(self, count: int) -> range:
         """Which of the next `count` things of the stream to append to `items`: their numbers from 0."""
         chosen = self._chosen(count)
         while len(self.items) + len(chosen) > self._most:
@@ -98,7 +98,7 @@ class EvenSample(Generic[T]):
             self._every *= 2
             chosen = self._chosen(count)
         self._seen += count
-        return iter(chosen)
+        return chosen
 
     def _chosen(self, count: int) -> range:
         return range(-self._seen % self._every, count, self._every)
