@@ -123,6 +123,8 @@ def test_any_two_numbers_have_ticks(one, other, most):
     ticks = nice_ticks(one, other, most)
     assert 1 <= len(ticks) <= most + 3
     assert all(np.isfinite(ticks))
+    if most >= 4 and other / 2 - one / 2 > max(1e-299, 1e-6 * max(abs(one), abs(other))):
+        assert len(ticks) >= 2
 
 
 amounts = st.floats(0, 1e9)

@@ -1,4 +1,4 @@
-"""The file of `run --report`: whatever becomes of it, a run ends with what it came to, and nothing is left beside it."""
+"""The file of `run --report`: whatever becomes of it, a run ends with what it came to; nothing is left beside it."""
 
 import random
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 import xml.etree.ElementTree as ET
 
@@ -53,6 +54,15 @@ def test_a_page_that_cant_be_written_takes_nothing_from_what_the_run_came_to(fol
     assert json.loads(done.stdout)["published"]
     assert done.stderr == "batch-client: out.zarr: the report can't be written: Is a directory\n"
     assert sorted(path.name for path in folder.iterdir()) == ["in.zarr", "out.zarr"]
+
+
+def test_an_input_whose_name_is_not_utf_8_has_a_page(folder, clean_environ, toy_server):
+    name = os.fsdecode(b"in-\xfc.zarr")
+    (folder / "in.zarr").rename(folder / name)
+    run_cli(["run", name, "out.zarr", "--report", "page.html", *toy_server.flags], clean_environ, cwd=folder,
+            check=True)
+    assert "in-\ufffd.zarr" in text_of(folder / "page.html")
+    assert sorted(path.name for path in folder.iterdir()) == [name, "out.zarr", "page.html"]
 
 
 def test_a_run_that_ends_early_leaves_a_page_that_says_why(folder, clean_environ, toy_server):
