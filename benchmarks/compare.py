@@ -188,7 +188,7 @@ class Arena:
         self._number += 1
         output = (f"{self._source.removesuffix('in.zarr')}out-{self._number}.zarr")
         answer, seconds, peak = self._call(contender, python, output, watched=watched)
-        self._check(output, answer["records"])
+        self._check(output, int(answer["records"]))
         if "://" not in output:
             shutil.rmtree(output)
         return answer["records"] / answer["seconds"], seconds, peak
