@@ -159,7 +159,7 @@ def _write_noop(described: ModelDescription, directory: Path, frame: Mapping[str
     }
     path = directory.parent / _GOLDEN
     # mypy: numpy's stub lets keyword arrays collide with allow_pickle, which has a dot less than ours.
-    np.savez(path, **golden)  # type: ignore[arg-type]
+    np.savez(path, **golden)  # type: ignore[arg-type] # see above
     files = {_NOTHING: b"", _GOLDEN: path.read_bytes()}
     noop = replace(
         described,

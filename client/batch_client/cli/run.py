@@ -76,11 +76,11 @@ def _page_about(spec: RunSpec, page: Path | None) -> Iterator[tuple[Observer, ..
     """The observers of a run that leaves a page behind, also where it ends early: then the run's own error stands,
     whatever becomes of the page. Raises UsageError before the run, and StorageError after one that went well.
     """
-    from batch_client.report import Report
-
     if page is None:
         yield ()
         return
+    from batch_client.report import Report
+
     _require_writable(page)
     report = Report(spec.input)
     try:

@@ -97,10 +97,9 @@ def compile_package(module: torch.nn.Module, inputs: Sequence[InputSpec], micro_
 
     Raises `ModelError` where torch can't export or compile it.
     """
-    # Both are as slow to import as they are seldom needed.
-    import torch._inductor.config  # noqa: PLC0415
-    from torch._inductor import aoti_compile_and_package  # noqa: PLC0415
-    from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415
+    import torch._inductor.config  # noqa: PLC0415 - slow to import, and only `pack` compiles
+    from torch._inductor import aoti_compile_and_package  # noqa: PLC0415 - the same
+    from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415 - the same
 
     with warnings.catch_warnings():
         # torch's own, about its own code.
@@ -156,7 +155,10 @@ def _check(metadata: Mapping[str, str], device: torch.device) -> None:
 def _beside() -> frozenset[str]:
     """What this CPU has beside torch's capability, by the names that torch gives to a package."""
     # torch has no public names for these.
-    found = {"AVX512_VNNI": torch.cpu._is_vnni_supported(), "AMX_TILE": torch.cpu._is_amx_tile_supported()}  # noqa: SLF001
+    found = {
+        "AVX512_VNNI": torch.cpu._is_vnni_supported(),  # noqa: SLF001 - see above
+        "AMX_TILE": torch.cpu._is_amx_tile_supported(),  # noqa: SLF001 - see above
+    }
     return frozenset(name for name, has in found.items() if has)
 
 
