@@ -20,6 +20,8 @@ __all__ = ["Bottleneck", "Limit", "Totals", "Waiting", "find_bottleneck", "knee"
 LOOP_IS_BUSY = 0.85
 # Requests that queue at the servers, on average while there are any: below this they were not seen to have enough.
 BACKLOG = 0.5
+# Of the model's ceiling: below this share the model is slower in the run than it was alone.
+NEAR_CEILING = 0.85
 # In flight, of the most that may be: at and above this share more could be asked for.
 ALL_TAKEN = 0.9
 
@@ -105,10 +107,13 @@ _ADVICE = {
     Limit.ENDS: "nothing to turn: so short a run is its start and its end",
 }
 _MORE_BYTES = "raise --max-bytes-in-flight"
+_SHARED = "run longer, or give the client and the store other cores than the model's"
 
 
-def find_bottleneck(totals: Totals) -> Bottleneck | None:
-    """What limited a run; None for one that sent nothing."""
+def find_bottleneck(totals: Totals, of_ceiling: float | None = None) -> Bottleneck | None:
+    """What limited a run; None for one that sent nothing. of_ceiling: its speed as a share of the model's alone, where
+    that is known.
+    """
     if not totals.requests or not sum(totals.waited.values()):
         return None
     shares = _shares(totals)
@@ -120,6 +125,8 @@ def find_bottleneck(totals: Totals) -> Bottleneck | None:
     advice = _ADVICE[limit]
     if limit is Limit.READING and _seconds(totals, Waiting.BUDGET) > _seconds(totals, Waiting.READ):
         advice = _MORE_BYTES
+    if limit is Limit.MODEL and of_ceiling is not None and of_ceiling < NEAR_CEILING:
+        advice = _SHARED
     return Bottleneck(limit, _evidence(limit, totals, shares), advice, shares)
 
 
@@ -161,7 +168,7 @@ def _shares(totals: Totals) -> dict[Limit, float]:
              Waiting.CLIENT: Limit.CLIENT, Waiting.REST: Limit.FAILURES, Waiting.ENDS: Limit.ENDS}
     servers = 0.0
     for (waiting, in_flight), elapsed in totals.waited.items():
-        fed = min(1.0, in_flight / most) if waiting not in (Waiting.REST, Waiting.ENDS) else 0.0
+        fed = _fed(in_flight, most) if waiting not in (Waiting.REST, Waiting.ENDS) else 0.0
         if waiting is Waiting.SERVERS:
             fed = 1.0
         else:
@@ -174,6 +181,11 @@ def _shares(totals: Totals) -> dict[Limit, float]:
     seconds[Limit.WIRE] += servers * (1 - wasted) * (1 - model)
     whole = sum(seconds.values())
     return {limit: value / whole for limit, value in seconds.items()}
+
+
+def _fed(in_flight: int, most: float) -> float:
+    """How much of what the servers can use they have. Where requests take no time but to queue, N* is 0."""
+    return 1.0 if in_flight and in_flight >= most else in_flight / most if most else 0.0
 
 
 def _model_share(totals: Totals) -> float:

@@ -116,8 +116,8 @@ class Tally:
         contract = prepared.contract
         seconds = self._clock() - self._started
         rate = self._scored / seconds if seconds > 0 else 0.0
-        found = find_bottleneck(self._timesheet.totals())
         ceiling = contract.ceiling
+        found = find_bottleneck(self._timesheet.totals(), None if ceiling is None else rate / ceiling)
         expected = forecast(self._sample.answers, self._scored) if self._sample.enough(self._clock()) else None
         return RunSummary(
             records=prepared.plan.count,

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batch_client.bottleneck import BACKLOG, Limit, Totals, Waiting, find_bottleneck, knee
@@ -159,6 +159,13 @@ def test_an_event_loop_that_is_never_idle_is_the_limit_whatever_waits(source):
     assert scored(source, cpu=lambda: next(ticks)).limited_by == Limit.CLIENT.value
 
 
+def test_far_below_the_ceiling_more_workers_are_not_the_advice(source):
+    near, far = (scored(source, server={"ceiling": ceiling, "compute": 0.1}) for ceiling in (80.0, 200.0))
+    assert near.limited_by == far.limited_by == "model"
+    assert "add workers" in near.advice
+    assert "other cores" in far.advice
+
+
 def test_a_ceiling_that_the_server_states_is_compared_with(source):
     summary = scored(source, server={"ceiling": 80.0, "compute": 0.1})
     assert summary.ceiling_records_per_s == 80.0
@@ -191,6 +198,7 @@ def totals(draw):
                   compute + requests * least + queued, compute, least, wasted, draw(seconds))
 
 
+@example(Totals(1.0, {(Waiting.SERVERS, 1): 1.0, (Waiting.READ, 0): 1.0}, 1, 1, 1.0, 0.0, 0.0, 0.0, 0.0))
 @given(totals())
 def test_shares_are_of_the_whole_and_the_limit_is_one_of_them(sums):
     found = find_bottleneck(sums)

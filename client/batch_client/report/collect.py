@@ -154,7 +154,7 @@ class Report:
             retries=self._counts["retries"],
             bytes_read=self._counts["read"],
             bytes_written=self._counts["written"],
-            bottleneck=find_bottleneck(totals),
+            bottleneck=find_bottleneck(totals, self._of_ceiling(totals.seconds)),
             timeline=self._timeline,
             latency=self._latency,
             servers=self._servers,
@@ -163,6 +163,11 @@ class Report:
             scores=_finite(self._scores.items),
             samples=sorted(self._samples.items, key=lambda sample: sample.index),
         )
+
+    def _of_ceiling(self, seconds: float) -> float | None:
+        if self._started is None or self._started.ceiling is None or seconds <= 0:
+            return None
+        return self._counts["stored"] / seconds / self._started.ceiling
 
     def _done(self, event: RequestDone) -> None:
         self._counts.update(requests=1)
