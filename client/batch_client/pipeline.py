@@ -84,7 +84,7 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     root = await published_root(output)
     if root is not None:
         emit(Published(spec.output, root, already=True))
-        failed = sum(row.failed for row in (await read_manifest(output)).rows)
+        failed = sum(_failures_of(row, spec) for row in (await read_manifest(output)).rows)
         return tally.summary(spec, prepared, failed)
     layout = await OutputLayout.open(prepared.plan, spec.codec)
     run = _Run(spec, services, prepared, layout, emit, stop or asyncio.Event())
@@ -100,6 +100,10 @@ async def _is_begun(output: Store, identity: RunIdentity) -> bool:
         return False
     spec = await output.get(SPEC_KEY)
     return spec is not None and bytes(spec.data) == identity.to_json()
+
+
+def _failures_of(row: Row, spec: RunSpec) -> int:
+    return row.failed + (row.not_finite if spec.require_finite else 0)
 
 
 class _Run:
@@ -136,7 +140,8 @@ class _Run:
     @property
     def failed(self) -> int:
         """Failures of everything proven by anyone, being written or held back here."""
-        by_unit = {index: self._failures_of(row) for index, row in self._view.rows.items() if row.ok < row.records}
+        rows = self._view.rows.items()
+        by_unit = {index: _failures_of(row, self._spec) for index, row in rows if row.ok < row.records}
         return sum((self._writing | by_unit | self._held).values())
 
     async def to_the_end(self, reusable: Sequence[Row]) -> str | None:
@@ -280,9 +285,6 @@ class _Run:
         if self.failed > self._spec.max_failed + HOPELESS:
             raise self._too_many()
         return False
-
-    def _failures_of(self, row: Row) -> int:
-        return row.failed + (row.not_finite if self._spec.require_finite else 0)
 
     def _too_many(self) -> DataError:
         failed, where = self.failed, child_url(self._store.url, FAILED_PREFIX)

@@ -220,6 +220,23 @@ async def test_a_published_run_is_found_done():
     assert events == [Published("memory://out", first.root, already=True)]
 
 
+class WithNan(SimulatedServer):
+    """Its first record has no finite prediction."""
+
+    def predict(self, records, first_row):
+        y = super().predict(records, first_row)
+        y[0] = np.nan if first_row == 0 else y[0]
+        return y
+
+
+async def test_what_is_published_is_counted_as_it_is_asked_for():
+    source, output = await source_of(records_of(20), (20, 3)), MemoryStore("memory://out")
+    assert (await execute(spec(), services(WithNan(), source, output))).failed == 0
+    assert (await execute(spec(), services(WithNan(), source, output))).failed == 0
+    strict = await execute(spec(require_finite=True), services(WithNan(), source, output))
+    assert (strict.already_published, strict.failed) == (True, 1)
+
+
 @pytest.mark.parametrize(("options", "field"), [
     ({"codec": "zstd"}, "codec"), ({"records": Records(0, 10)}, "stop"), ({"chunk_records": 10}, "grid_records"),
 ])
