@@ -152,7 +152,7 @@ class Server:
 @contextmanager
 def served(archive: Path, work: Path) -> Iterator[Server]:
     token = work / "token"
-    words = command("serve", archive, "--online-workers", 0, "--token-out", token, "--log-dir", work)
+    words = command("serve", archive, "--token-out", token, "--log-dir", work)
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from batch_client.dialect import Outcome, read_reply
 from batch_client.errors import CredentialsError, ServingError
 from batch_client.plan import OutputGeometry
+from batch_client.regions import usable_folder
 from batch_client.serving import Servers
 from batch_client.tokens import authorization
 from batch_client.transport import HttpReply, Transport, TransportError
@@ -36,7 +38,8 @@ class ModelContract:
     ceiling: records/s of the model alone on that server, all its workers together, where it was measured.
     micro_batch_seconds: about what a micro-batch takes there, None if unknown.
     bulk_lane: the name under which this server takes bulk requests, if it is not `name`.
-    These three are the server's own business: servers that differ in them have the same model.
+    shared_memory: the folder in which it and this client share memory, None for a server on another machine.
+    These four are the server's own business: servers that differ in them have the same model.
     """
 
     name: str
@@ -52,6 +55,7 @@ class ModelContract:
     ceiling: float | None = field(default=None, compare=False)
     micro_batch_seconds: float | None = field(default=None, compare=False)
     bulk_lane: str | None = field(default=None, compare=False)
+    shared_memory: Path | None = field(default=None, compare=False)
 
     def on_the_wire(self, records: np.ndarray) -> np.ndarray:
         """Records (n, *source's record shape) as they travel: the model's record shape and dtype, little-endian."""
@@ -147,6 +151,7 @@ def contract_of(url: str, body: bytes) -> ModelContract:
         ceiling=_positive(parameters.get("ceiling_records_per_s")),
         micro_batch_seconds=None if took is None else took / 1e3,
         bulk_lane=lane if isinstance(lane, str) and LANE_NAME.fullmatch(lane) else None,
+        shared_memory=usable_folder(parameters.get("shared_memory")),
     )
 
 

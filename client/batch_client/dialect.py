@@ -31,6 +31,7 @@ class Outcome(Enum):
     BROKEN = "the connection broke"
     CORRUPT = "the reply does not belong to the request or was altered"
     OTHER_MODEL = "the reply is another model's"
+    NOT_SHARED = "the server can't read the records in shared memory"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ _BY_STATUS = {
     404: Outcome.NO_MODEL,
     405: Outcome.NO_MODEL,
     408: Outcome.BROKEN,
+    410: Outcome.NOT_SHARED,
     413: Outcome.TOO_LARGE,
     415: Outcome.REFUSED,
     422: Outcome.REFUSED,

@@ -12,6 +12,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from batch_client.errors import BatchClientError, MismatchError, ServingError
 from batch_client.limiter import Limiter
@@ -29,11 +30,13 @@ class Endpoint:
     """One server and its state; times are of the pool's clock.
 
     lane: the name under which it takes bulk requests, None for the model's own.
+    shared_memory: the folder in which it finds the records of requests, None to send them.
     """
 
     url: str
     limiter: Limiter
     lane: str | None = None
+    shared_memory: Path | None = None
     in_flight: int = 0
     broken: int = 0
     ejections: int = 0

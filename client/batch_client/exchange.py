@@ -92,6 +92,7 @@ class Exchange:
         self.pool = pool
         self._transport = servers.transport
         self._tokens = servers.tokens
+        self._regions = servers.regions
         self._contract = contract
         self._exact = exact
         self._patience = patience
@@ -118,7 +119,7 @@ class Exchange:
                 with timed(Step.ROOM, self._emit, self._clock):
                     endpoint = await held.enter_async_context((room or self.pool.room)())
                 # Only now: records that wait for room are held once, as they were read.
-                message, ident = self._encode(span, self._contract.on_the_wire(rows))
+                message, ident = self._placed(endpoint, span, self._contract.on_the_wire(rows), held)
                 sent_at, lane = self._clock(), endpoint.lane
                 verdict, prediction = await self._attempt(endpoint, message, ident, span, tries)
                 if verdict.outcome is Outcome.NO_MODEL:
@@ -145,8 +146,21 @@ class Exchange:
         idle = self._clock() - max(self._last_success, since)
         return idle if idle > self._patience else None
 
-    def _encode(self, span: Span, rows: np.ndarray) -> tuple[Message, str]:
+    def _placed(self, endpoint: Endpoint, span: Span, rows: np.ndarray,
+                held: AsyncExitStack) -> tuple[Message, str]:
+        """A request and its id. Its records are in the server's shared memory while `held` lasts, or in its body."""
         ident = f"{self._nonce}-{next(self._numbers)}"
+        if endpoint.shared_memory is not None:
+            message = self._encode(ident, span, rows, ident)
+            try:
+                held.enter_context(self._regions.region(endpoint.shared_memory, ident, message.shared))
+            except OSError:
+                endpoint.shared_memory = None  # full, or gone with its server: from now on they are sent
+            else:
+                return message, ident
+        return self._encode(ident, span, rows), ident
+
+    def _encode(self, ident: str, span: Span, rows: np.ndarray, in_region: str | None = None) -> Message:
         parameters: dict[str, object] = {"binary_data_output": True}
         outputs: tuple[RequestedOutput, ...] = ()
         if self._exact:
@@ -155,7 +169,8 @@ class Exchange:
             # Only a bulk reply has a status for each record without being asked.
             outputs = tuple(RequestedOutput(name) for name in (*self._contract.output_names, RECORD_STATUS))
         inputs = (Tensor(self._contract.input_name, rows),)
-        return encode_request(InferRequest(id=ident, inputs=inputs, outputs=outputs, parameters=parameters)), ident
+        request = InferRequest(id=ident, inputs=inputs, outputs=outputs, parameters=parameters)
+        return encode_request(request, region=in_region)
 
     async def _attempt(self, endpoint: Endpoint, message: Message, ident: str, span: Span,
                        tries: _Tries) -> tuple[Verdict, Prediction | None]:
@@ -202,6 +217,8 @@ class Exchange:
                         f"{endpoint.url} refuses the token: {verdict.reason}"))
             case Outcome.BROKEN | Outcome.CORRUPT:
                 self.pool.broke(endpoint, sent_at)
+            case Outcome.NOT_SHARED:
+                endpoint.shared_memory = None
             case Outcome.OTHER_MODEL:
                 self.pool.strange(endpoint, verdict.reason)
 

@@ -21,18 +21,36 @@ import numpy as np
 from batch_client.errors import DataError, UsageError
 from batch_client.spec import MIB, RunSpec
 
-__all__ = ["MAX_CHUNK_RECORDS", "MAX_REQUEST_BYTES", "Geometry", "OutputGeometry", "Plan", "Span", "Unit",
-           "default_request", "make_plan"]
+__all__ = ["MAX_CHUNK_RECORDS", "MAX_REQUEST_BYTES", "Geometry", "OutputGeometry", "Plan", "RequestSize", "Span",
+           "Unit", "default_request", "make_plan"]
 
 MAX_CHUNK_RECORDS = 8192
 MAX_CHUNK_BYTES_IN = 64 * MIB
 MAX_CHUNK_BYTES_OUT = 8 * MIB
+# Of a request's body; and of what lies in shared memory, where only the number of requests costs.
 REQUEST_BYTES = 1 * MIB
+SHARED_REQUEST_BYTES = 4 * MIB
 # A request's share of a worker: long enough that what each request costs beside the model is a few percent of it, short
-# enough that others are not kept waiting, and that a model that is slow has its requests spread over all workers.
+# enough that a slow model has its requests spread over all workers; and that others are not kept waiting, where there
+# are others.
 REQUEST_COMPUTE_SECONDS = 0.1
+ALONE_COMPUTE_SECONDS = 0.2
 # The server's own bound on one body (serve_config/config.properties) leaves room for the header.
 MAX_REQUEST_BYTES = 60 * MIB
+
+
+@dataclass(frozen=True)
+class RequestSize:
+    """The most of a request where nobody says how many records: bytes of it, and seconds of a worker's compute."""
+
+    nbytes: int = REQUEST_BYTES
+    seconds: float = REQUEST_COMPUTE_SECONDS
+
+    @classmethod
+    def at(cls, *, shared_memory: bool, alone: bool) -> RequestSize:
+        """For servers with which the client shares memory or not, whose workers have no other requests or have."""
+        return cls(SHARED_REQUEST_BYTES if shared_memory else REQUEST_BYTES,
+                   ALONE_COMPUTE_SECONDS if alone else REQUEST_COMPUTE_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -190,11 +208,13 @@ def make_plan(
     outputs: tuple[OutputGeometry, ...],
     micro_batch: int,
     micro_batch_seconds: float | None = None,
+    most: RequestSize = RequestSize(),
 ) -> Plan:
     """Choose every size of a run.
 
     An output chunk is as many whole input chunks as fit 8 MiB out, 64 MiB in and 8,192 records, at least one. A request
-    is as many micro-batches as fit 1 MiB and, where the server says what one takes, 0.1 s of compute, at least one.
+    is as many micro-batches as fit the bytes of `most` and, where the server says what one takes, its seconds, at least
+    one.
 
     Raises DataError for a source without records, UsageError for sizes that can't be met; both numbers are in the text.
     """
@@ -212,7 +232,8 @@ def make_plan(
         raise UsageError(f"--chunk-records {grid}: wanted a multiple of the source's {source.chunk_records} records a "
                          f"chunk, such as {nearest}")
     wire_bytes = max(1, math.prod(source.record_shape) * wire_dtype.itemsize)
-    request = spec.request_records or default_request(wire_bytes, micro_batch, grid, micro_batch_seconds)
+    request = spec.request_records or default_request(wire_bytes, micro_batch, grid, micro_batch_seconds,
+                                                              most)
     if request % micro_batch:
         raise UsageError(f"--request-records {request}: wanted a multiple of the server's micro-batch, {micro_batch}")
     if request > micro_batch and request * wire_bytes > MAX_REQUEST_BYTES:
@@ -241,12 +262,13 @@ def _default_chunk(source: Geometry, outputs: tuple[OutputGeometry, ...]) -> int
     return max(1, records // source.chunk_records) * source.chunk_records
 
 
-def default_request(wire_bytes: int, micro_batch: int, grid: int, micro_batch_seconds: float | None) -> int:
-    """Records in a request where nobody says how many: whole micro-batches within REQUEST_BYTES and a grid chunk of
-    `grid` records and, where it is known what a micro-batch takes, REQUEST_COMPUTE_SECONDS; at least one micro-batch.
+def default_request(wire_bytes: int, micro_batch: int, grid: int, micro_batch_seconds: float | None,
+                    most: RequestSize = RequestSize()) -> int:
+    """Records in a request where nobody says how many: whole micro-batches within the bytes of `most` and a grid chunk
+    of `grid` records and, where it is known what a micro-batch takes, the seconds of `most`; at least one micro-batch.
     wire_bytes: of one record, over 0.
     """
-    most = REQUEST_BYTES // (wire_bytes * micro_batch)
+    count = most.nbytes // (wire_bytes * micro_batch)
     if micro_batch_seconds is not None:
-        most = min(most, round(REQUEST_COMPUTE_SECONDS / micro_batch_seconds))
-    return max(1, min(most, -(-grid // micro_batch))) * micro_batch
+        count = min(count, round(most.seconds / micro_batch_seconds))
+    return max(1, min(count, -(-grid // micro_batch))) * micro_batch

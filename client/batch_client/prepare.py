@@ -16,7 +16,7 @@ from batch_client.contract import ModelContract, fetch_contract
 from batch_client.endpoint import Pool
 from batch_client.errors import BatchClientError, DataError, MismatchError, ServingError
 from batch_client.layout import SPEC_KEY
-from batch_client.plan import Geometry, Plan, make_plan
+from batch_client.plan import Geometry, Plan, RequestSize, make_plan
 from batch_client.reader import Source, open_source
 from batch_client.serving import Servers, open_servers
 from batch_client.spec import RunIdentity, RunSpec
@@ -80,7 +80,7 @@ async def prepare(spec: RunSpec, services: Services) -> Prepared:
     contract = await _agree(spec, services, pool)
     geometry = geometry_for(source, contract)
     plan = make_plan(spec, geometry, contract.input_dtype, contract.outputs, contract.micro_batch,
-                     contract.micro_batch_seconds)
+                     contract.micro_batch_seconds, _request_size(contract, services.servers))
     return Prepared(source, contract, plan, _identity(spec, services, source, contract, plan), pool)
 
 
@@ -107,12 +107,18 @@ async def _agree(spec: RunSpec, services: Services, pool: Pool) -> ModelContract
                 "another OUTPUT"))
             continue
         endpoint.lane = found.bulk_lane
+        endpoint.shared_memory = found.shared_memory
         agreed = agreed or found
         ceilings.append(found.ceiling)
     if agreed is None:
         reasons = [endpoint.left_out for endpoint in pool.endpoints if endpoint.left_out is not None]
         raise reasons[0] if reasons else ServingError("no endpoint was given")
     return replace(agreed, ceiling=_sum_of(ceilings))
+
+
+def _request_size(contract: ModelContract, servers: Servers) -> RequestSize:
+    return RequestSize.at(shared_memory=contract.shared_memory is not None,
+                          alone=servers.alone or contract.bulk_lane is not None)
 
 
 def _sum_of(ceilings: Sequence[float | None]) -> float | None:

@@ -23,6 +23,7 @@ from batch_client.errors import ServingError, UsageError
 from batch_client.files import replace_file
 from batch_client.java import Java, find_java, torchserve_home
 from batch_client.machine import gpus
+from batch_client.regions import sweep
 from batch_client.server_config import Model, ServerSettings, model_of
 from batch_client.server_lanes import Lane, lanes_of
 from batch_client.server_log import last_words, load_failure, taken_port
@@ -35,6 +36,7 @@ LOG_SETTLE_SECONDS = 0.5  # a dying worker's traceback comes in many lines
 WATCH_SECONDS = 2.0  # between looks at a server that serves
 RENEWAL_TRIES = 10  # of a token's renewal while the old one still lives
 STARTS = 3  # tries, when somebody else took a free port in between
+ABANDONED_SECONDS = 900.0  # no client waits as long for an answer
 HOPELESS_SECONDS = 600.0  # without a ready worker; TorchServe itself gives a worker up after maxRetryTimeoutInSec
 
 
@@ -114,7 +116,8 @@ class EmbeddedServer:
         self._settings = await asyncio.to_thread(settled, self._settings, self._environ)
         on_gpus = await asyncio.to_thread(gpus, self._environ)
         assert self._settings.workers is not None  # noqa: S101 - settled
-        self._lanes = lanes_of(self._model.name, self._settings.workers, self._settings.online_workers, on_gpus)
+        self._lanes = lanes_of(self._model.name, self._settings.workers, self._settings.online_workers, on_gpus,
+                               self._settings.batch_size)
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10))
         for left in reversed(range(STARTS)):
             try:
@@ -186,6 +189,11 @@ class EmbeddedServer:
     def log_tail(self, lines: int = 20) -> str:
         """The last lines of the server's log."""
         return "\n".join(self._alive().log().splitlines()[-lines:])
+
+    def sweep(self) -> None:
+        """Remove what clients that were killed have left in shared memory."""
+        if (shared := self._alive().shared) is not None:
+            sweep(shared, ABANDONED_SECONDS)
 
     def ended(self) -> bool:
         """Whether TorchServe has ended by itself."""
@@ -339,6 +347,7 @@ async def _watch(server: EmbeddedServer, token_file: Path | None, echo: Callable
         while True:
             echo(log.read())
             write(await server.token())
+            server.sweep()
             if await _has_ready_workers(server):
                 last_ready = time.monotonic()
             elif time.monotonic() - last_ready > HOPELESS_SECONDS:

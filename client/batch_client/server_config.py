@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from batch_client.errors import ServingError, UsageError
-from batch_client.server_lanes import Lane
+from batch_client.server_lanes import BATCH_SIZE, Lane
 from batch_client.tuning import ALLOCATOR_VARIABLES, ALLOCATORS, DEFAULT_ALLOCATOR, Tuning
 
 __all__ = ["LOOPBACK", "PORTS", "Model", "ServerSettings", "configuration", "environment", "model_of",
@@ -29,7 +29,8 @@ MANIFEST = "MAR-INF/MANIFEST.json"
 MANIFEST_BYTES = 1 << 20
 CEILING = "BATCH_HANDLER_CEILING"
 # Variables that would override or redirect what is configured here.
-OVERRIDES = re.compile(r"TS_.*|LOG_LOCATION|METRICS_LOCATION|SM_TELEMETRY_LOG|LOG4J_.*|BATCH_HANDLER_BULK_LANE")
+OVERRIDES = re.compile(r"TS_.*|LOG_LOCATION|METRICS_LOCATION|SM_TELEMETRY_LOG|LOG4J_.*"
+                       r"|BATCH_HANDLER_(BULK_LANE|SHARED_MEMORY)")
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,12 @@ class ServerSettings:
 
     archive: the .mar. workers: default the number of GPUs, or else cores. online_workers: of a lane of its own for
     online queries, see `lanes_of`. threads: of each worker, default its share of
-    the cores. micro_batch: records, default what the archive says. batch_size: requests in one server batch.
+    the cores. micro_batch: records, default what the archive says. batch_size: requests in one server batch, but
+    in a bulk lane.
     address, port: where it takes requests; a free port by default. metrics_port: shows metrics, which need no token, at
     `address` too; by default they are on a free port of the loopback. startup_seconds: until every worker is ready.
     token_minutes: life of a token. log_dir: default the private temp dir, removed after a clean end.
+    shared_memory: whether clients on this machine may leave the records of their requests in memory (`regions.py`).
     extra_properties: lines for config.properties, which win over all others. tuning: what was measured, for all that is
     left open here and in the environment; the default is the file beside the archive for this kind of machine, if any.
     """
@@ -51,13 +54,14 @@ class ServerSettings:
     online_workers: int | None = 0
     threads: int | None = None
     micro_batch: int | None = None
-    batch_size: int = 8
+    batch_size: int = BATCH_SIZE
     address: str = LOOPBACK
     port: int | None = None
     metrics_port: int | None = None
     startup_seconds: float = 120
     token_minutes: float = 60
     log_dir: Path | None = None
+    shared_memory: bool = True
     extra_properties: Mapping[str, str] = field(default_factory=dict)
     tuning: Tuning | None = None
 
@@ -126,7 +130,7 @@ def configuration(
         "model_store": str(folder / "models"),
         "workflow_store": str(folder / "workflows"),
         "models": json.dumps({lane.name: {model.version: {"minWorkers": lane.workers, "maxWorkers": lane.workers,
-                                                          "batchSize": settings.batch_size}} for lane in lanes}),
+                                                          "batchSize": lane.batch_size}} for lane in lanes}),
         "token_expiration_min": str(settings.token_minutes),
     } | dict(settings.extra_properties)
     template = (templates / "config.properties").read_text("ascii")
@@ -147,12 +151,13 @@ def _escape(value: str) -> str:
 
 def environment(
     environ: Mapping[str, str], kept_back: str, tmp: Path, settings: ServerSettings, threads: int,
-    lanes: Sequence[Lane],
+    lanes: Sequence[Lane], shared: Path | None,
 ) -> dict[str, str]:
     """What Java and its workers get to see of `environ`, and what tells a worker its share of the machine.
 
     `kept_back` is `blacklist_env_vars`: what workers must not see is not even given to Java, whose own environment they
     could read. Relative entries of PYTHONPATH are made absolute, because a worker starts in its model's folder.
+    `shared` is the folder that clients on this machine share with the workers.
     `threads` are each worker's if the settings name none. Settings win over variables of `environ`, and those over
     the tuning file. The ceiling is told only where nothing was changed since it was measured.
     """
@@ -168,6 +173,8 @@ def environment(
     seen |= dict.fromkeys(("OMP_NUM_THREADS", "BATCH_HANDLER_THREADS"), str(settings.threads or threads))
     if len(lanes) > 1:
         seen["BATCH_HANDLER_BULK_LANE"] = lanes[-1].name
+    if shared is not None:
+        seen["BATCH_HANDLER_SHARED_MEMORY"] = str(shared)
     if settings.micro_batch is not None:
         seen["BATCH_HANDLER_MICRO_BATCH"] = str(settings.micro_batch)
     if tuning is not None:

@@ -1,9 +1,10 @@
-"""Holds a server's life to its client's: `python server_guard.py LIFELINE GRACE FOLDER COMMAND…`.
+"""Holds a server's life to its client's: `python server_guard.py LIFELINE GRACE FOLDERS COMMAND…`.
 
 LIFELINE is the read end of a pipe whose write end only the client has. When it closes, because the client stopped the
 server or was killed, the command gets SIGTERM, after GRACE seconds SIGKILL, and then whatever is left of its process
 group: TorchServe's Java does not end with its parent, and a worker in the middle of a batch not with its Java. The
-unpacked model and the keys in FOLDER go too; a client that was killed can't remove them. The log stays.
+unpacked model and the keys in the first of FOLDERS go too, and all of the others; a client that was killed can't remove
+them. The log stays.
 
 Run as a file, not as a module, so that starting it imports nothing but the standard library.
 """
@@ -81,7 +82,8 @@ def end(command: subprocess.Popen[bytes], grace: float) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    lifeline, grace, folder = int(arguments[0]), float(arguments[1]), Path(arguments[2])
+    lifeline, grace = int(arguments[0]), float(arguments[1])
+    folder, *shared = map(Path, arguments[2].split(os.pathsep))
     woken = wakeups()
     command = subprocess.Popen(
         arguments[3:],
@@ -94,6 +96,8 @@ def main(arguments: list[str]) -> int:
     finally:
         end(command, grace)
         clean(folder)
+        for other in shared:
+            shutil.rmtree(other, ignore_errors=True)
     return command.returncode if command.returncode >= 0 else 128 - command.returncode
 
 

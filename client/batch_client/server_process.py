@@ -23,6 +23,7 @@ from typing import IO, Any
 from batch_client.errors import ServingError
 from batch_client.java import Java, java_command
 from batch_client.machine import cores, device, free_ports, gpus
+from batch_client.regions import new_folder, remove_folder
 from batch_client.resources import serve_config_dir
 from batch_client.server_config import (
     LOOPBACK,
@@ -50,6 +51,7 @@ class ServerProcess:
     guard: subprocess.Popen[bytes]
     lifeline: int
     folder: Path
+    shared: Path | None  # the folder that it shares with clients on this machine
     log_path: Path
     log_start: int  # where this start's lines begin in the log
     properties: Mapping[str, str]
@@ -88,7 +90,7 @@ class ServerProcess:
         try:
             await asyncio.to_thread(_reap, self.guard)
         finally:
-            _remove(self.folder, keep=self.log_path if keep_log else None)
+            _remove(self.folder, self.shared, keep=self.log_path if keep_log else None)
 
 
 def settled(settings: ServerSettings, environ: Mapping[str, str]) -> ServerSettings:
@@ -107,6 +109,7 @@ def launch(
 ) -> ServerProcess:
     """Starts Java under its guard, in a new private folder. Raises ServingError when that can't be done."""
     folder = Path(tempfile.mkdtemp(prefix="batch-client-server-"))
+    shared = new_folder() if settings.shared_memory else None
     try:
         for name in ("models", "workflows", "tmp"):
             (folder / name).mkdir()
@@ -127,28 +130,30 @@ def launch(
             "-w", str(folder / "workflows"), "-ncs", "-m", ",".join(f"{lane.name}={archive.name}" for lane in lanes),
         ]
         share = max(1, cores() // lanes[-1].workers)
-        seen = environment(environ, properties["blacklist_env_vars"], folder / "tmp", settings, share, lanes)
+        seen = environment(environ, properties["blacklist_env_vars"], folder / "tmp", settings, share, lanes, shared)
         with log.open("ab") as stream:
             log_start = stream.tell()
-            guard, lifeline = _guarded(command, folder, seen, stream)
+            guard, lifeline = _guarded(command, (folder, *([shared] if shared else [])), seen, stream)
     except BaseException as error:
-        _remove(folder, keep=None)
+        _remove(folder, shared, keep=None)
         if isinstance(error, OSError):
             raise ServingError(f"the server can't be started: {error}") from error
         raise
-    return ServerProcess(guard, lifeline, folder, log, log_start, properties, time.monotonic())
+    return ServerProcess(guard, lifeline, folder, shared, log, log_start, properties, time.monotonic())
 
 
 def _guarded(
-    command: list[str], folder: Path, seen: Mapping[str, str], output: IO[bytes],
+    command: list[str], folders: Sequence[Path], seen: Mapping[str, str], output: IO[bytes],
 ) -> tuple[subprocess.Popen[bytes], int]:
-    """Starts `command` under the guard; returns the guard and the lifeline that this process alone holds."""
+    """Starts `command` under the guard, in the first of the folders that the guard cleans; returns the guard and the
+    lifeline that this process alone holds.
+    """
     lifeline, ours = os.pipe()  # neither is inherited
     try:
         guard = subprocess.Popen(
             [sys.executable, "-I", "-S", str(Path(__file__).with_name("server_guard.py")),
-             str(lifeline), str(JAVA_GRACE_SECONDS), str(folder), *command],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=dict(seen),
+             str(lifeline), str(JAVA_GRACE_SECONDS), os.pathsep.join(map(str, folders)), *command],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=folders[0], env=dict(seen),
             pass_fds=(lifeline,),
             start_new_session=True,  # so that a Ctrl-C reaches us alone, and we can drain first
         )
@@ -169,8 +174,10 @@ def _reap(guard: subprocess.Popen[bytes]) -> None:
         guard.wait()
 
 
-def _remove(folder: Path, keep: Path | None) -> None:
-    """Removes a server's private folder, but for the log `keep` if that is in it."""
+def _remove(folder: Path, shared: Path | None, keep: Path | None) -> None:
+    """Removes a server's private folders, but for the log `keep` if that is in one."""
+    if shared is not None:
+        remove_folder(shared)
     with contextlib.suppress(OSError):
         (folder / "models").chmod(0o700)
     if keep is None or keep.parent != folder:

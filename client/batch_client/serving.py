@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from batch_client.regions import Regions
 from batch_client.spec import ServerSpec
 from batch_client.tokens import CommandTokens, FileTokens, NoTokens, TokenSource
 from batch_client.transport import HttpTransport, Transport
@@ -16,12 +17,18 @@ __all__ = ["Servers", "open_servers"]
 
 @dataclass(frozen=True)
 class Servers:
-    """The way to a model: a transport, a source of tokens, the servers' base URLs, the model's name there."""
+    """The way to a model: a transport, a source of tokens, the servers' base URLs, the model's name there; and what
+    requests have in the shared memory of servers on this machine.
+
+    alone: nobody else uses them.
+    """
 
     transport: Transport
     tokens: TokenSource
     urls: tuple[str, ...]
     model: str
+    regions: Regions = field(default_factory=Regions)
+    alone: bool = False
 
 
 @asynccontextmanager
@@ -32,16 +39,19 @@ async def open_servers(spec: ServerSpec) -> AsyncIterator[Servers]:
     """
     async with HttpTransport() as transport:
         if spec.archive is None:
-            yield Servers(transport, _tokens_of(spec), spec.endpoints, spec.model or "")
+            with closing(Regions()) as regions:
+                yield Servers(transport, _tokens_of(spec), spec.endpoints, spec.model or "", regions)
             return
         # Whoever names endpoints needs nothing of this.
         from batch_client.archives import local_archive  # noqa: PLC0415 - see above
         from batch_client.server import EmbeddedServer, ServerSettings  # noqa: PLC0415 - see above
 
         async with local_archive(spec.archive, anonymous=spec.anonymous) as archive:
-            settings = ServerSettings(archive=archive, workers=spec.workers, threads=spec.threads)
+            # As in a bulk lane: nobody else asks.
+            settings = ServerSettings(archive=archive, workers=spec.workers, threads=spec.threads, batch_size=1)
             async with EmbeddedServer(settings) as server:
-                yield Servers(transport, server, (server.url,), server.model_name)
+                # Its regions end with it.
+                yield Servers(transport, server, (server.url,), server.model_name, alone=True)
 
 
 def _tokens_of(spec: ServerSpec) -> TokenSource:

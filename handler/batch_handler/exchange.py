@@ -17,6 +17,8 @@ from batch_handler import content, oip
 from batch_handler.model import Model
 from batch_handler.oip import Array, InferRequest, ModelMetadata, OipError, Tensor, TensorSpec
 from batch_handler.scoring import Failure, Query, Score
+from batch_handler.shared import SharedMemory
+from batch_handler.tensors import ReadShared
 
 __all__ = ["MAX_RECORDS", "RECORD_STATUS", "Exchange", "Pending", "Reply", "Request", "failed", "refused"]
 
@@ -60,9 +62,16 @@ class Pending:
 class Exchange:
     """The bodies that a model understands."""
 
-    def __init__(self, model: Model, max_records: int = MAX_RECORDS, bulk_lane: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        max_records: int = MAX_RECORDS,
+        bulk_lane: str | None = None,
+        shared_memory: SharedMemory | None = None,
+    ) -> None:
         self._model = model
         self._bulk_lane = bulk_lane
+        self._shared_memory = shared_memory
         self._max_records = max_records
         self._inputs: tuple[TensorSpec, ...] = tuple(spec.tensor() for spec in model.description.inputs)
         self._outputs = tuple(spec.name for spec in model.description.outputs)
@@ -93,11 +102,14 @@ class Exchange:
         return self._read_simple(request, kind or _sniff(request.body))
 
     def _metadata(self) -> ModelMetadata:
-        """The model's, with the name under which this server takes bulk requests if that is another."""
+        """The model's, with what clients may use of this server: its bulk lane, its shared memory."""
+        offered: dict[str, Any] = {}
+        if self._bulk_lane is not None:
+            offered["bulk_lane"] = self._bulk_lane
+        if self._shared_memory is not None:
+            offered["shared_memory"] = str(self._shared_memory.folder)
         metadata = self._model.metadata()
-        if self._bulk_lane is None:
-            return metadata
-        return replace(metadata, parameters={**metadata.parameters, "bulk_lane": self._bulk_lane})
+        return replace(metadata, parameters={**metadata.parameters, **offered})
 
     def _read_simple(self, request: Request, kind: str) -> Pending | Reply:
         body = request.body
@@ -125,12 +137,27 @@ class Exchange:
         # A body that the server decoded has lost its bytes, so its checksum can't be echoed.
         decoded = isinstance(body, dict | list)
         raw = json.dumps(body).encode() if decoded else _raw(body)
-        asked = oip.decode_request(raw, header_length, max_tensor_bytes=self._max_tensor_bytes)
+        read: list[bytearray] = []
+        asked = oip.decode_request(
+            raw, header_length, max_tensor_bytes=self._max_tensor_bytes, shared=self._reader(read)
+        )
         arrays = self._arrays(asked)
         binary = self._binary_by_output(asked)
-        echo = {} if decoded else {"request_crc32c": oip.crc32c(raw)}
+        echo = {} if decoded else {"request_crc32c": oip.crc32c(raw, *read)}
         encode = functools.partial(self._encode_oip, asked.id, binary, echo)
         return Pending(self._query(arrays, asked.first_row if asked.exact else None), encode)
+
+    def _reader(self, read: list[bytearray]) -> ReadShared | None:
+        """Reads shared memory, and notes what it read: the checksum that a reply echoes is of that too."""
+        memory = self._shared_memory
+        if memory is None:
+            return None
+
+        def from_memory(region: str, offset: int, size: int) -> bytearray:
+            read.append(memory.read(region, offset, size))
+            return read[-1]
+
+        return from_memory
 
     def _arrays(self, asked: InferRequest) -> tuple[Array, ...]:
         given = {tensor.name: tensor.data for tensor in asked.inputs}

@@ -24,6 +24,7 @@ from batch_handler.tensors import (
     Buffer,
     Fields,
     OipError,
+    ReadShared,
     Tensor,
     crc32c,
     datatype_of,
@@ -117,19 +118,21 @@ class InferReply:
 
 @dataclass(frozen=True)
 class Message:
-    """A body to send: the JSON header, then views of the tensors; `crc32c` is of the whole body.
+    """A body to send: the JSON header, then views of the tensors. Those in `shared` have to be in a region of shared
+    memory instead, one after the other.
 
-    `header_length` is None for a body that is only JSON.
+    `header_length` is None for a body that is only JSON. `crc32c` is of the body and of what is shared.
     """
 
     parts: tuple[bytes | memoryview, ...]
     header_length: int | None
     crc32c: int
+    shared: tuple[memoryview, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        """Length of the body in bytes."""
-        return sum(len(part) for part in self.parts)
+        """Bytes that the other side has to read, in the body and in shared memory."""
+        return sum(len(part) for part in (*self.parts, *self.shared))
 
     def join(self) -> bytes:
         """The body in one piece (a copy, unless it has one part)."""
@@ -182,26 +185,33 @@ class ModelMetadata:
         )
 
 
-def encode_request(request: InferRequest, *, binary: bool = True) -> Message:
-    """A request as a body; `binary` sends every input raw, else all of it is JSON."""
+def encode_request(request: InferRequest, *, binary: bool = True, region: str | None = None) -> Message:
+    """A request as a body; `binary` sends every input raw, else all of it is JSON. With `region` the raw inputs are
+    those in `Message.shared`, which the server finds in that region of shared memory.
+    """
     header: dict[str, Any] = {"id": request.id}
     if request.parameters:
         header["parameters"] = dict(request.parameters)
-    header["inputs"], tail = encode_tensors(request.inputs, lambda _: binary)
+    header["inputs"], tail = encode_tensors(request.inputs, lambda _: binary, region)
     if request.outputs:
         header["outputs"] = [_requested_to_json(output) for output in request.outputs]
-    return _message(header, tail)
+    if region is None:
+        return _message(header, tail)
+    text = _text(header)
+    return Message((text,), len(text), crc32c(text, *tail), tuple(tail))
 
 
-def decode_request(body: Buffer, header_length: int | None, *, max_tensor_bytes: int) -> InferRequest:
-    """Read a request; its binary inputs are views of `body`, at most `max_tensor_bytes` each.
+def decode_request(
+    body: Buffer, header_length: int | None, *, max_tensor_bytes: int, shared: ReadShared | None = None
+) -> InferRequest:
+    """Read a request; its binary inputs are views of `body` or of what `shared` reads, at most `max_tensor_bytes` each.
 
     `header_length` is the value of the `Inference-Header-Content-Length` header, None for a JSON body.
     """
     header, tail = _split(body, header_length)
     fields = Fields(header, "request")
     fields.only("id", "parameters", "inputs", "outputs")
-    inputs = decode_tensors(fields.get("inputs", list), tail, "input", max_tensor_bytes)
+    inputs = decode_tensors(fields.get("inputs", list), tail, "input", max_tensor_bytes, shared)
     if not inputs:
         raise OipError("inputs is empty, wanted at least one tensor")
     outputs = tuple(_requested_from_json(item) for item in fields.get("outputs", list, []))
@@ -277,11 +287,15 @@ def _split(body: Buffer, header_length: int | None) -> tuple[Any, memoryview]:
 
 
 def _message(header: Mapping[str, Any], tail: Sequence[memoryview]) -> Message:
-    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+    text = _text(header)
     if not tail:
         return Message((text,), None, crc32c(text))
     text += b" " * (-len(text) % _ALIGNMENT)
     return Message((text, *tail), len(text), crc32c(text, *tail))
+
+
+def _text(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _check_parameters(parameters: Mapping[str, Any]) -> None:

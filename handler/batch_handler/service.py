@@ -9,16 +9,20 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from batch_handler.counts import Counts
 from batch_handler.exchange import MAX_RECORDS, Exchange, Pending, Reply, Request, failed, refused
 from batch_handler.lane import bulk_lane_of, make_way
 from batch_handler.model import Model, ModelLoadError, Tuning
 from batch_handler.oip import OipError
 from batch_handler.scoring import Failure, Score
+from batch_handler.shared import shared_memory_of
+from batch_handler.worker import make_lean
 
 __all__ = ["METRICS", "Service", "handle", "initialize", "tuning_from"]
 
@@ -35,9 +39,10 @@ _log = logging.getLogger(__name__)
 class Service:
     """A loaded model behind TorchServe's calling convention."""
 
-    def __init__(self, model: Model, max_records: int = MAX_RECORDS, bulk_lane: str | None = None) -> None:
+    def __init__(self, model: Model, exchange: Exchange, counts: Counts) -> None:
         self._model = model
-        self._exchange = Exchange(model, max_records, bulk_lane)
+        self._exchange = exchange
+        self._counts = counts
 
     def handle(self, data: Sequence[Mapping[str, Any]], context: Any) -> list[bytes]:
         """Answer a server batch: one body a row; status, content type and headers go into `context`."""
@@ -60,8 +65,7 @@ class Service:
             return refused(OipError("the request could not be read", 500))
 
     def _count(self, context: Any, pending: Sequence[Pending], replies: Sequence[Reply], micro_batches: int) -> None:
-        metrics = context.metrics
-        if metrics is None:
+        if context.metrics is None:
             return
         values = (
             1,
@@ -70,9 +74,7 @@ class Service:
             micro_batches,
             sum(reply.status >= HTTPStatus.BAD_REQUEST for reply in replies),
         )
-        for name, value in zip(METRICS, values, strict=True):
-            # A fresh list: TorchServe appends to its default argument.
-            metrics.add_counter(name, value, dimensions=[])
+        self._counts.add(context.metrics, values)
 
 
 # The one service of this worker process, by a constant name.
@@ -93,12 +95,14 @@ def initialize(context: Any, environ: Mapping[str, str] | None = None) -> Servic
         _log.critical("not ready: %s", error)
         raise
     os.environ[_DECODE] = "false"
+    make_lean(sys.modules.get("ts.protocol.otf_message_handler"))
     described = model.description
     _log.info(
         "ready: %s %s, %s, fingerprint %s, micro-batches of %d",
         *(described.name, described.version, model.digest, model.fingerprint, model.micro_batch),
     )
-    _WORKER["service"] = service = Service(model, max_records, lane)
+    exchange = Exchange(model, max_records, lane, shared_memory_of(environ))
+    _WORKER["service"] = service = Service(model, exchange, Counts(METRICS))
     return service
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "Buffer",
     "Fields",
     "OipError",
+    "ReadShared",
     "Tensor",
     "crc32c",
     "datatype_of",
@@ -38,9 +39,13 @@ __all__ = [
 
 Array: TypeAlias = npt.NDArray[Any]
 Buffer: TypeAlias = bytes | bytearray | memoryview
+# (region, offset, size) -> that many bytes of shared memory, or an OipError.
+ReadShared: TypeAlias = Callable[[str, int, int], Buffer]
 
 # numpy's own limit on dimensions.
 _MAX_RANK = 64
+# What a file's offset can be.
+_FURTHEST = 1 << 62
 # A rendered value in an error message is cut here: messages are one readable line.
 _SHOWN = 60
 
@@ -151,10 +156,14 @@ def dtype_named(datatype: str, name: str) -> np.dtype[Any]:
 
 
 def encode_tensors(
-    tensors: Sequence[Tensor], is_binary: Callable[[str], bool]
+    tensors: Sequence[Tensor], is_binary: Callable[[str], bool], region: str | None = None
 ) -> tuple[list[dict[str, Any]], list[memoryview]]:
+    """The tensors' JSON objects, and the bytes of the binary ones: one after the other in the body, or, with `region`,
+    in that region of shared memory.
+    """
     described: list[dict[str, Any]] = []
     tail: list[memoryview] = []
+    offset = 0
     for tensor in tensors:
         datatype = datatype_of(tensor.data.dtype)
         item: dict[str, Any] = {
@@ -164,12 +173,19 @@ def encode_tensors(
         }
         data = np.ascontiguousarray(tensor.data, dtype=DATATYPES[datatype]).reshape(-1)
         if is_binary(tensor.name):
-            item["parameters"] = {"binary_data_size": data.nbytes}
+            item["parameters"] = _place(region, offset, data.nbytes)
             tail.append(data.view(np.uint8).data)
+            offset += data.nbytes
         else:
             item["data"] = to_json_numbers(data)
         described.append(item)
     return described, tail
+
+
+def _place(region: str | None, offset: int, size: int) -> dict[str, Any]:
+    if region is None:
+        return {"binary_data_size": size}
+    return {"shared_memory_region": region, "shared_memory_offset": offset, "shared_memory_byte_size": size}
 
 
 def to_json_numbers(data: Array) -> list[Any]:
@@ -183,7 +199,10 @@ def to_json_numbers(data: Array) -> list[Any]:
     return list(numbers.tolist())
 
 
-def decode_tensors(items: list[Any], tail: memoryview, what: str, limit: int) -> tuple[Tensor, ...]:
+def decode_tensors(
+    items: list[Any], tail: memoryview, what: str, limit: int, shared: ReadShared | None = None
+) -> tuple[Tensor, ...]:
+    """The tensors of a message; binary ones are views of `tail`, or of what `shared` gives."""
     tensors: list[Tensor] = []
     offset = 0
     for item in items:
@@ -192,8 +211,11 @@ def decode_tensors(items: list[Any], tail: memoryview, what: str, limit: int) ->
             fields.only("name", "datatype", "shape", "parameters", "data")
         name = fields.get("name", str)
         dtype, shape, nbytes = _geometry(fields, name, limit)
-        size = fields.get("parameters", dict, {}).get("binary_data_size")
-        if size is None:
+        parameters = fields.get("parameters", dict, {})
+        size = parameters.get("binary_data_size")
+        if "shared_memory_region" in parameters:
+            data = _from_raw(_from_shared(parameters, nbytes, name, shared), dtype, shape, name)
+        elif size is None:
             data = from_json_numbers(fields.get("data", list), dtype, shape, name)
         else:
             _check_size(size, nbytes, len(tail) - offset, name, dtype, shape)
@@ -225,6 +247,17 @@ def _check_size(size: Any, nbytes: int, left: int, name: str, dtype: np.dtype[An
         )
     if nbytes > left:
         raise OipError(f"{name} has {left} bytes left in the body, wanted {nbytes}")
+
+
+def _from_shared(parameters: Mapping[str, Any], nbytes: int, name: str, shared: ReadShared | None) -> memoryview:
+    if shared is None:
+        raise OipError(f"{name} is said to be in shared memory, wanted it in the body: there is none here")
+    where = Fields(parameters, f"the parameters of {name}")
+    region, size = where.get("shared_memory_region", str), where.get("shared_memory_byte_size", int)
+    offset = where.get("shared_memory_offset", int, 0)
+    if size != nbytes or not 0 <= offset < _FURTHEST:
+        raise OipError(f"{name} is {size} bytes at {offset} of shared memory, wanted {nbytes} bytes of its shape")
+    return memoryview(shared(region, offset, nbytes))
 
 
 def _from_raw(raw: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> Array:

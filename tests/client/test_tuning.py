@@ -117,7 +117,7 @@ def test_a_file_is_read_within_a_bound(archive):
 def seen(archive, environ=None, **settings):
     """What a worker gets: its settings, and how many there are."""
     decided = settled(ServerSettings(archive, **settings), environ or {})
-    return environment(environ or {}, "SECRET", archive.parent, decided, 7, ()), decided.workers
+    return environment(environ or {}, "SECRET", archive.parent, decided, 7, (), None), decided.workers
 
 
 @pytest.fixture

@@ -12,9 +12,11 @@ import pytest
 
 from batch_handler import oip, service
 from batch_handler.archive import pack
+from batch_handler.counts import Counts
+from batch_handler.exchange import Exchange
 from batch_handler.model import Model, ModelLoadError, Tuning
 from batch_handler.oip import InferRequest, ModelMetadata, RequestedOutput, Tensor
-from batch_handler.service import Service
+from batch_handler.service import METRICS, Service
 
 BINARY = {"exact": True, "first_row": 0, "binary_data_output": True}
 
@@ -35,13 +37,18 @@ def npy(array):
     return bytearray(buffer.getvalue())
 
 
+def service_of(model, **options):
+    """A service that tells its counts at once."""
+    return Service(model, Exchange(model, **options), Counts(METRICS, seconds=0))
+
+
 @pytest.fixture
 def ask(tiny, tiny_dir, make_context):
     """Send rows as one server batch; each answer is its status, response headers and body."""
 
     def send(*asked, server=None):
         context = make_context(tiny_dir, *(headers for _, headers in asked))
-        bodies = (server or Service(tiny)).handle([row for row, _ in asked], context)
+        bodies = (server or service_of(tiny)).handle([row for row, _ in asked], context)
         assert all(isinstance(body, bytes) for body in bodies)
         answers = [
             (context.get_response_status(i)[0], context.get_response_headers(i), body) for i, body in enumerate(bodies)
@@ -168,7 +175,7 @@ def test_outputs_are_chosen_by_name_and_form(ask, images):
 def test_a_refusal_says_what_was_found_and_wanted(ask, tiny, asked, status, message):
     row, headers = asked
     headers = {k: v for k, v in headers.items() if not (k.startswith("inference-") and "Inference-Header-Content-Length" in headers)}  # fmt: skip # noqa: E501 - the table overrides one header
-    ((found, _, body),) = ask((row, headers), server=Service(tiny, max_records=100))
+    ((found, _, body),) = ask((row, headers), server=service_of(tiny, max_records=100))
     assert found == status, body
     error = json.loads(body)["error"]
     assert message in error
@@ -227,7 +234,7 @@ def test_a_record_that_the_model_raises_on_fails_its_request_only(
     guilty[1, 0, :2] = 13, 7
     asked = [infer(images[:3]), infer(guilty), infer(guilty, BINARY), infer(images, BINARY)]
     context = make_context(directory, *(headers for _, headers in asked))
-    bodies = Service(Model.open(directory)).handle([row for row, _ in asked], context)
+    bodies = service_of(Model.open(directory)).handle([row for row, _ in asked], context)
     assert [context.get_response_status(i)[0] for i in range(4)] == [200, 500, 500, 200]
     assert json.loads(bodies[1]) == {"error": "the model raised ValueError: a record that this model does not like"}
 

@@ -109,9 +109,9 @@ def test_an_output_begun_with_lanes_goes_on_at_a_server_without(served, source, 
 
 
 def test_how_many_lanes_and_workers():
-    assert lanes_of("m", 2, 0, gpus=0) == (("m", 2),)
-    assert lanes_of("m", 2, None, gpus=0) == (("m", 1), ("m.bulk", 2))
-    assert lanes_of("m", 4, None, gpus=4) == (("m", 4),)
-    assert lanes_of("m", 4, 2, gpus=4) == (("m", 2), ("m.bulk", 4))
+    assert lanes_of("m", 2, 0, gpus=0) == (("m", 2, 8),)
+    assert lanes_of("m", 2, None, gpus=0) == (("m", 1, 8), ("m.bulk", 2, 1))
+    assert lanes_of("m", 4, None, gpus=4) == (("m", 4, 8),)
+    assert lanes_of("m", 4, 2, gpus=4) == (("m", 2, 8), ("m.bulk", 4, 1))
     with pytest.raises(UsageError, match="online_workers is -1"):
         ServerSettings(Path("m.mar"), online_workers=-1)

@@ -87,7 +87,7 @@ async def running(tmp_path, management, guard):
     async with serving(management) as url, aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(SLOW)) as session:
         server = EmbeddedServer(ServerSettings(Path("echo.mar")))
         server._model = Model("echo", "1.0")
-        server._lanes = (Lane("echo", 1),)
+        server._lanes = (Lane("echo", 1, 8),)
         server._session = session
         properties = {"management_address": url}
         server._running = ServerProcess(guard, -1, tmp_path, log, 0, properties, time.monotonic(), ready=True)

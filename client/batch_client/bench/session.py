@@ -203,7 +203,8 @@ class _Session:
         settings = ServerSettings(self._archive, workers=way.workers, threads=way.threads, tuning=tuning)
         template = (serve_config_dir(self._environ) / "config.properties").read_text("ascii")
         kept_back = parse_properties(template)["blacklist_env_vars"]
-        environ = environment(self._environ, kept_back, self._folder, settings, way.threads, ()) | tuning.environment()
+        environ = environment(self._environ, kept_back, self._folder, settings, way.threads, (), None)
+        environ |= tuning.environment()
         async with workers_of(self._folder / "model", environ, count=way.workers, records_of=records_of,
                               gpus=self._gpus, seconds=seconds) as workers:
             self._request_records[way] = workers.records

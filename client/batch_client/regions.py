@@ -1,0 +1,108 @@
+"""Shared memory between client and server on one machine: a request's records as a file in a folder in memory.
+
+What goes through HTTP is copied by the socket, by Java several times and by the worker's socket again; what lies in
+memory is written once and read once. A region has the name of one attempt at a request, so a server that reads too late
+finds nothing. Where it had begun to read, the checksum that it answers with is not that of the request, and nobody
+waits for the answer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+__all__ = ["Regions", "new_folder", "remove_folder", "sweep", "usable_folder"]
+
+MEMORY = Path("/dev/shm")  # noqa: S108 - folders there are made by mkdtemp, for their owner alone
+PREFIX = "batch-client-"
+_NAME = re.compile(r"batch-client-[A-Za-z0-9_]{8}")
+
+
+def new_folder() -> Path | None:
+    """A folder in memory for this user alone; None where the machine has no such place."""
+    try:
+        return Path(tempfile.mkdtemp(prefix=PREFIX, dir=MEMORY))
+    except OSError:
+        return None
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove what `new_folder` made, and the regions in it."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            path.unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def usable_folder(said: object) -> Path | None:
+    """The folder that a server says it reads, if it is on this machine and this user's alone, else None.
+
+    Its name is random, so a folder of that name here is that server's. Nothing else that a server may name is taken.
+    """
+    if not isinstance(said, str) or not _NAME.fullmatch(said.removeprefix(f"{MEMORY}/")):
+        return None
+    try:
+        found = os.lstat(said)
+    except OSError:
+        return None
+    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+    return Path(said) if ours else None
+
+
+class Regions:
+    """What one client has in the shared memory of its servers; closed, nothing of it is left.
+
+    A file whose block is over gets the name of the next region: written pages cost a sixth of new ones.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[Path, list[Path]] = {}
+
+    @contextmanager
+    def region(self, folder: Path, name: str, parts: Sequence[memoryview]) -> Iterator[None]:
+        """A region of `folder` that begins with `parts` one after the other, for as long as the block lasts.
+
+        Raises OSError when it can't be written whole: no room, or the folder is gone with its server.
+        """
+        free = self._free.setdefault(folder, [])
+        path = folder / name
+        if free:
+            free.pop().rename(path)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                _write(file, parts)
+            finally:
+                os.close(file)
+            yield
+        finally:
+            free.append(path)
+
+    def close(self) -> None:
+        """Remove every region."""
+        for path in (path for free in self._free.values() for path in free):
+            with suppress(OSError):
+                path.unlink()
+        self._free.clear()
+
+
+def _write(file: int, parts: Sequence[memoryview]) -> None:
+    for part in parts:
+        left = part
+        while left:
+            left = left[os.write(file, left):]
+
+
+def sweep(folder: Path, seconds: float) -> None:
+    """Remove regions older than that: whoever made them was killed, or has given up."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            with suppress(OSError):
+                if time.time() - path.lstat().st_mtime > seconds:
+                    path.unlink()
