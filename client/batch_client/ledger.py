@@ -133,7 +133,7 @@ class LedgerView:
     async def rows(self) -> AsyncIterator[Row]:
         """A row for each proven unit, in order, read again a block of units at a time.
 
-        All rows must be in segments that `refresh` has seen. Raises StorageError where one is not there any more.
+        All rows must be in segments that `refresh` has seen. Raises StorageError where one is not found again.
         """
         for block in range(-(-len(self._hashes) // BLOCK_UNITS)):
             # In the order of their names: of a unit's rows all clients take the same one.
@@ -148,8 +148,8 @@ class LedgerView:
             proven = np.flatnonzero(self._hashes[start:start + BLOCK_UNITS]) + start
             for unit in proven.tolist():
                 if unit not in found:
-                    raise StorageError(f"{self._store.url}: the ledger row of output chunk {unit} is not there any "
-                                       "more: run the same command again, and what is missing is proven again")
+                    raise StorageError(f"{self._store.url}: the ledger row of output chunk {unit} is not found again: "
+                                       "run the same command again, and what is missing is proven again")
                 yield found[unit]
 
 

@@ -44,22 +44,18 @@ class RootHash:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest's head as it was read: `run` is the identity's fields, the counts are of records by status, `parts`
-    are in the order of the units.
+    """A manifest's head as it was read: `run` is the identity's fields, `records` how many it was for, the counts are
+    of records by status, `parts` are in the order of the units.
     """
 
     root: str
+    records: int
     run: Mapping[str, Any]
     ok: int
     failed: int
     not_finite: int
     metadata: tuple[ChunkProof, ...]
     parts: tuple[ChunkProof, ...]
-
-    @property
-    def records(self) -> int:
-        """How many the run has, whatever the rows say."""
-        return int(self.run["stop"]) - int(self.run["start"])
 
 
 class ManifestBuilder:
@@ -117,15 +113,15 @@ async def read_manifest(store: Store) -> Manifest:
     try:
         value = json.loads(bytes(blob.data))
         if value["format"] != FORMAT:
-            raise MismatchError(f"{where} has format {value['format']!r}, wanted {FORMAT}: use a newer batch-client")
+            raise MismatchError(f"{where} has format {value['format']!r}, wanted {FORMAT}: use the version of "
+                                "batch-client that published it")
         metadata, parts = (tuple(ChunkProof(str(key), int(size), str(sha256)) for key, size, sha256 in value[name])
                            for name in ("metadata", "parts"))
         ok, failed, not_finite = (int(value["records"][name]) for name in ("ok", "failed", "not_finite"))
-        manifest = Manifest(str(value["root"]), dict(value["run"]), ok, failed, not_finite, metadata, parts)
-        int(manifest.records)
+        records = int(value["run"]["stop"]) - int(value["run"]["start"])
+        return Manifest(str(value["root"]), records, value["run"], ok, failed, not_finite, metadata, parts)
     except (ValueError, KeyError, TypeError) as error:
         raise MismatchError(f"{where} can't be read ({type(error).__name__}: {error})") from error
-    return manifest
 
 
 async def manifest_rows(store: Store, manifest: Manifest) -> AsyncIterator[Row]:

@@ -112,7 +112,7 @@ def test_a_row_that_is_gone_or_altered_when_it_is_read_again_is_noticed():
         view = LedgerView(store, UNITS)
         await view.refresh()
         good = store.objects.pop(keys[2])
-        with pytest.raises(StorageError, match="row of output chunk 20 is not there any more: run the same command"):
+        with pytest.raises(StorageError, match="row of output chunk 20 is not found again: run the same command"):
             [row async for row in view.rows()]
         store.objects[keys[2]] = good.replace(b'"a"', b'"d"')
         with pytest.raises(MismatchError, match="different bytes for output chunk 20"):
