@@ -10,14 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch_client import manifest
-from batch_client.errors import DataError, MismatchError
-from batch_client.layout import MANIFEST_KEY, MANIFEST_PREFIX
-from batch_client.ledger import ChunkProof, Row
+from batch_client.errors import BrokenPromiseError, DataError, MismatchError
+from batch_client.layout import LEDGER_PREFIX, MANIFEST_KEY, MANIFEST_PREFIX, OutputLayout
+from batch_client.ledger import ChunkProof, LedgerView, Row
 from batch_client.manifest import ManifestBuilder, manifest_rows, read_manifest
+from batch_client.publish import publish
 from batch_client.reader import ETags
 from batch_client.storage import MemoryStore
 from batch_client.verify import verify_output
 from support.faulty import Fate
+from support.plans import plan_of
 from support.virtual import run_virtually
 from support.world import World, undisturbed
 
@@ -141,6 +143,26 @@ def test_verify_names_a_few_problems_and_counts_the_rest():
     store, _ = published()
     store.objects["y/c/99/0"] = b"a stray"
     noticed(store, ": y/c/99/0 is no chunk of this run$")
+
+
+@pytest.mark.parametrize(("rows", "words"), [
+    ([(0, 100), (1, 100)], "2 of 3 output chunks are proven: not publishing"),
+    ([(0, 100), (1, 99), (2, 50)], "output chunk 1 is proven with 99 records of 100: not publishing"),
+])
+def test_what_is_not_complete_is_not_published(rows, words):
+    plan = plan_of(250, 100)
+    store = MemoryStore()
+    store.objects[f"{LEDGER_PREFIX}w/000000.json"] = json.dumps(
+        {"rows": [Row(unit, (), {}, ok, 0, 0).to_value() for unit, ok in rows]}).encode()
+
+    async def run():
+        view = LedgerView(store, plan.unit_count)
+        await view.refresh()
+        with pytest.raises(BrokenPromiseError, match=words):
+            await publish(store, await OutputLayout.open(plan, "none"), plan, Identity(), view)
+        assert len(store.objects) == 1
+
+    run_virtually(run())
 
 
 @pytest.mark.parametrize("when", ["crash before", "crash after"])
