@@ -150,7 +150,7 @@ def test_verify_names_a_few_problems_and_counts_the_rest():
     ([(0, 100), (1, 99), (2, 50)], "output chunk 1 is proven with 99 records of 100: not publishing"),
 ])
 def test_what_is_not_complete_is_not_published(rows, words):
-    plan = plan_of(250, 100)
+    plan = plan_of(250, 100, chunk_records=100)
     store = MemoryStore()
     store.objects[f"{LEDGER_PREFIX}w/000000.json"] = json.dumps(
         {"rows": [Row(unit, (), {}, ok, 0, 0).to_value() for unit, ok in rows]}).encode()
