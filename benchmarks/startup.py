@@ -6,7 +6,8 @@
 - The embedded server: `batch-client predict RECORD.npy --archive MODEL.mar`, from the command to its first reply.
 - Planning 10⁹ records: `batch-client plan` on a Zarr array that has metadata only, against a server that computes
   nothing (`noop_server.py`); then, without the command, choosing all sizes and going through every unit of work.
-- The ledger of 10⁶ chunks on local files, written and read by the client's own code, with the memory that it takes.
+- The ledger of 10⁶ chunks on local files, written and read by the client's own code, and published from there: manifest
+  and metadata. With the memory that it takes.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ import zarr
 from measure import heading, interval, stamped
 from workload import SMALL, command
 
+from batch_client.layout import OutputLayout
 from batch_client.ledger import ChunkProof, Ledger, LedgerView, Row
-from batch_client.plan import Geometry, OutputGeometry, make_plan
-from batch_client.spec import RunSpec
+from batch_client.plan import Geometry, OutputGeometry, Plan, make_plan
+from batch_client.publish import publish
+from batch_client.spec import RunIdentity, RunSpec
 from batch_client.storage import open_store
 
 BILLION = 1_000_000_000
@@ -42,7 +45,7 @@ def main() -> None:
     parser.add_argument("--ledger-of", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ledger_of:
-        asyncio.run(read_ledger(options.ledger_of))
+        asyncio.run(read_and_publish(options.ledger_of, options.ledger_chunks))
         return
     print(f"{options.repeats} repeats\n")
     print(heading("date", "machine", "what", "seconds (95 % interval)"))
@@ -60,8 +63,8 @@ def main() -> None:
             tell("`batch-client plan`, 10⁹ records", [seconds_of(plan) for _ in range(many)])
         tell("choosing sizes and going through all units of 10⁹ records", [walk() for _ in range(many)])
         asyncio.run(write_ledger(work / "ledger", options.ledger_chunks))
-        said = subprocess.run([sys.executable, __file__, "--ledger-of", work / "ledger"], stdout=subprocess.PIPE,
-                              text=True, check=True)
+        said = subprocess.run([sys.executable, __file__, "--ledger-of", work / "ledger", "--ledger-chunks",
+                               str(options.ledger_chunks)], stdout=subprocess.PIPE, text=True, check=True)
         print(said.stdout, end="")
 
 
@@ -102,11 +105,15 @@ def planned(work: Path) -> Path:
 
 def walk() -> float:
     began = time.perf_counter()
-    plan = make_plan(RunSpec(input="in", output="out", archive="model.mar"),
-                     Geometry((BILLION, 784), np.dtype(np.uint8), CHUNK), np.dtype(np.uint8),
-                     (OutputGeometry("scores", np.dtype(np.float32), (10,)),), 128)
+    plan = plan_of(BILLION)
     assert sum(unit.count for unit in plan.units()) == BILLION
     return time.perf_counter() - began
+
+
+def plan_of(records: int, chunk_records: int | None = None) -> Plan:
+    return make_plan(RunSpec(input="in", output="out", archive="model.mar", chunk_records=chunk_records),
+                     Geometry((records, 784), np.dtype(np.uint8), CHUNK), np.dtype(np.uint8),
+                     (OutputGeometry("scores", np.dtype(np.float32), (10,)),), 128)
 
 
 async def write_ledger(folder: Path, chunks: int) -> None:
@@ -119,14 +126,29 @@ async def write_ledger(folder: Path, chunks: int) -> None:
     await ledger.flush()
 
 
-async def read_ledger(folder: str) -> None:
-    """In a process of its own, so that its peak memory is that of reading."""
-    view, before = LedgerView(open_store(folder)), peak_megabytes()
+async def read_and_publish(folder: str, chunks: int) -> None:
+    """In a process of its own, so that its peak memory is that of reading, and then of both."""
+    store, plan = open_store(folder), plan_of(chunks * CHUNK, CHUNK)
+    layout = await OutputLayout.open(plan, "none")
+    view, before = LedgerView(store, plan.unit_count), peak_megabytes()
     began = time.perf_counter()
     await view.refresh()
     seconds = time.perf_counter() - began
-    print(stamped(f"reading the ledger of {len(view.rows):,} chunks ({before:.0f} MB before, "
-                  f"{peak_megabytes():.0f} MB at most)", f"{seconds:.3f} (one reading)"))
+    assert len(view) == chunks
+    print(stamped(f"reading the ledger of {chunks:,} chunks ({before:.0f} MB before, {peak_megabytes():.0f} MB at "
+                  "most)", f"{seconds:.3f} (one reading)"), flush=True)
+    began = time.perf_counter()
+    await publish(store, layout, plan, identity_of(plan), view)
+    seconds = time.perf_counter() - began
+    print(stamped(f"publishing {chunks:,} chunks ({peak_megabytes():.0f} MB at most)", f"{seconds:.3f} (once)"))
+
+
+def identity_of(plan: Plan) -> RunIdentity:
+    return RunIdentity(
+        source="in", source_array="", source_metadata="", source_shape=plan.source.shape, source_dtype="uint8",
+        start=plan.start, stop=plan.stop, grid_records=plan.grid_records, chunk_records=plan.chunk_records,
+        micro_batch=plan.micro_batch, codec="none", model="noop", model_digest="", fingerprint="",
+        outputs=(("scores", "float32", (10,)),), allow_missing=False, exact=True, numerics={})
 
 
 def peak_megabytes() -> float:

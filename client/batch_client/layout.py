@@ -21,12 +21,14 @@ from zarr.storage import MemoryStore
 
 from batch_client.plan import OutputGeometry, Plan
 
-__all__ = ["FAILED_PREFIX", "LEDGER_PREFIX", "MANIFEST_KEY", "SPEC_KEY", "SUCCESS_KEY", "OutputLayout"]
+__all__ = ["FAILED_PREFIX", "LEDGER_PREFIX", "MANIFEST_KEY", "MANIFEST_PREFIX", "SPEC_KEY", "SUCCESS_KEY",
+           "OutputLayout"]
 
 SPEC_KEY = "_run/spec.json"
 LEDGER_PREFIX = "_run/ledger/"
 FAILED_PREFIX = "_run/failed/"
 MANIFEST_KEY = "_run/manifest.json"
+MANIFEST_PREFIX = "_run/manifest/"
 SUCCESS_KEY = "_SUCCESS"
 STATUS = OutputGeometry("record_status", np.dtype(np.uint8), ())
 

@@ -1,68 +1,111 @@
-"""`_run/manifest.json`: every chunk of a published output with size and SHA-256, and one root hash over them."""
+"""The manifest: every chunk of a published output with size and SHA-256, and one root hash over them.
+
+`_run/manifest.json` is its head; the rows are in parts of bounded size beside it, `_run/manifest/<first unit>.json`,
+which the head proves. So neither who publishes nor who reads ever holds all rows.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from batch_client.errors import MismatchError
-from batch_client.layout import MANIFEST_KEY
-from batch_client.ledger import ChunkProof, Row
+from batch_client.errors import DataError, MismatchError
+from batch_client.layout import MANIFEST_KEY, MANIFEST_PREFIX
+from batch_client.ledger import ChunkProof, Row, rows_from_json
 from batch_client.spec import RunIdentity, canonical_json
 from batch_client.storage import Store, child_url
 
-__all__ = ["Manifest", "read_manifest", "root_over", "write_manifest"]
+__all__ = ["Manifest", "ManifestBuilder", "RootHash", "manifest_rows", "read_manifest"]
 
-FORMAT = 1
+FORMAT = 2
+# A part is closed by the row with which it reaches this many bytes: some 13,000 rows of an image run.
+PART_BYTES = 4 << 20
 _FAST = ("the run was not exact: a record's bits may depend on the records that it was scored with, the servers may "
          "have had different numerics, and of two clients' bytes for one chunk the first were kept")
 
 
+class RootHash:
+    """One hash over every chunk's key, size and SHA-256 in order, and nothing that varies."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, row: Row) -> None:
+        for chunk in row.chunks:
+            self._digest.update(f"{chunk.key} {chunk.size} {chunk.sha256}\n".encode())
+
+    def __str__(self) -> str:
+        """The hash of what was added so far, as `sha256:<hex>`."""
+        return f"sha256:{self._digest.hexdigest()}"
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest as it was read: `run` is the identity's fields, `rows` are in the order of the units."""
+    """A manifest's head as it was read: `run` is the identity's fields, `records` how many it was for, the counts are
+    of records by status, `parts` are in the order of the units.
+    """
 
     root: str
     records: int
     run: Mapping[str, Any]
-    rows: tuple[Row, ...]
+    ok: int
+    failed: int
+    not_finite: int
     metadata: tuple[ChunkProof, ...]
+    parts: tuple[ChunkProof, ...]
 
 
-def root_over(rows: Iterable[Row]) -> str:
-    """One hash over every chunk's key, size and SHA-256 in order, and nothing that varies, as `sha256:<hex>`."""
-    digest = hashlib.sha256()
-    for row in rows:
-        for chunk in row.chunks:
-            digest.update(f"{chunk.key} {chunk.size} {chunk.sha256}\n".encode())
-    return "sha256:" + digest.hexdigest()
+class ManifestBuilder:
+    """Rows in the order of the units → parts, then the head. Equal rows have equal bytes, whoever builds them."""
 
+    def __init__(self) -> None:
+        self.root = RootHash()
+        self.units = 0
+        self._counts = dict.fromkeys(("ok", "failed", "not_finite"), 0)
+        self._parts: list[ChunkProof] = []
+        self._rows: list[bytes] = []
+        self._nbytes = 0
 
-def write_manifest(identity: RunIdentity, rows: Iterable[Row], metadata: Iterable[ChunkProof]) -> bytes:
-    """The manifest's bytes; equal for equal runs. `metadata` are the group's and the arrays' documents."""
-    rows = list(rows)
-    value: dict[str, Any] = {
-        "format": FORMAT,
-        "root": root_over(rows),
-        "run": identity.to_value(),
-        "records": {
-            "ok": sum(row.ok for row in rows),
-            "failed": sum(row.failed for row in rows),
-            "not_finite": sum(row.not_finite for row in rows),
-        },
-        "metadata": [[document.key, document.size, document.sha256] for document in metadata],
-        "rows": [row.to_value() for row in rows],
-    }
-    if not identity.exact:
-        value["given_up"] = _FAST
-    return canonical_json(value)
+    def add(self, row: Row) -> tuple[str, bytes] | None:
+        """Take the next row; key and bytes of the part that it closes."""
+        self.root.add(row)
+        self.units += 1
+        for name in self._counts:
+            self._counts[name] += getattr(row, name)
+        self._rows.append(canonical_json(row.to_value()))
+        self._nbytes += len(self._rows[-1])
+        return self.close() if self._nbytes >= PART_BYTES else None
+
+    def close(self) -> tuple[str, bytes] | None:
+        """Key and bytes of the rows that are in no part yet, if there are any."""
+        if not self._rows:
+            return None
+        key = f"{MANIFEST_PREFIX}{self.units - len(self._rows):08d}.json"
+        body = b'{"rows":[%b]}' % b",".join(self._rows)
+        self._parts.append(ChunkProof(key, len(body), hashlib.sha256(body).hexdigest()))
+        self._rows, self._nbytes = [], 0
+        return key, body
+
+    def head(self, identity: RunIdentity, metadata: Iterable[ChunkProof]) -> bytes:
+        """The head's bytes, once all parts are closed. `metadata` are the group's and the arrays' documents."""
+        value: dict[str, Any] = {
+            "format": FORMAT,
+            "root": str(self.root),
+            "run": identity.to_value(),
+            "records": self._counts,
+            "metadata": list(metadata),
+            "parts": self._parts,
+        }
+        if not identity.exact:
+            value["given_up"] = _FAST
+        return canonical_json(value)
 
 
 async def read_manifest(store: Store) -> Manifest:
-    """Raises MismatchError when there is none, or it can't be read."""
+    """The head. Raises MismatchError when there is none, or it can't be read."""
     blob = await store.get(MANIFEST_KEY)
     where = child_url(store.url, MANIFEST_KEY)
     if blob is None:
@@ -70,9 +113,33 @@ async def read_manifest(store: Store) -> Manifest:
     try:
         value = json.loads(bytes(blob.data))
         if value["format"] != FORMAT:
-            raise MismatchError(f"{where} has format {value['format']!r}, wanted {FORMAT}: use a newer batch-client")
-        return Manifest(str(value["root"]), int(value["run"]["stop"]) - int(value["run"]["start"]), value["run"],
-                        tuple(Row.from_value(row) for row in value["rows"]),
-                        tuple(ChunkProof(str(key), int(size), str(sha256)) for key, size, sha256 in value["metadata"]))
+            raise MismatchError(f"{where} has format {value['format']!r}, wanted {FORMAT}: use the version of "
+                                "batch-client that published it")
+        metadata, parts = (tuple(ChunkProof(str(key), int(size), str(sha256)) for key, size, sha256 in value[name])
+                           for name in ("metadata", "parts"))
+        ok, failed, not_finite = (int(value["records"][name]) for name in ("ok", "failed", "not_finite"))
+        records = int(value["run"]["stop"]) - int(value["run"]["start"])
+        return Manifest(str(value["root"]), records, value["run"], ok, failed, not_finite, metadata, parts)
     except (ValueError, KeyError, TypeError) as error:
         raise MismatchError(f"{where} can't be read ({type(error).__name__}: {error})") from error
+
+
+async def manifest_rows(store: Store, manifest: Manifest) -> AsyncIterator[Row]:
+    """All rows in order, read a part at a time.
+
+    Raises DataError for a part that is missing, or is not what the head says.
+    """
+    for part in manifest.parts:
+        blob = await store.get(part.key)
+        where = child_url(store.url, part.key)
+        if blob is None:
+            raise DataError(f"{where} is missing: it is not what was published")
+        found = hashlib.sha256(blob.data).hexdigest()
+        if found != part.sha256:
+            raise DataError(f"{where} is not what was published: it has SHA-256 {found}, wanted {part.sha256}")
+        try:
+            rows = rows_from_json(blob.data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{where} can't be read ({type(error).__name__}: {error})") from error
+        for row in rows:
+            yield row

@@ -8,7 +8,7 @@ Units of work are begun lazily; a byte budget bounds what is read ahead, the poo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -32,7 +32,7 @@ from batch_client.events import (
 from batch_client.exchange import Exchange
 from batch_client.layout import FAILED_PREFIX, SPEC_KEY, OutputLayout
 from batch_client.ledger import FLUSH_SECONDS, Ledger, LedgerView, Row, check_place
-from batch_client.manifest import read_manifest
+from batch_client.manifest import Manifest, read_manifest
 from batch_client.plan import Plan, Span, Unit
 from batch_client.prepare import Prepared, Services, prepare
 from batch_client.publish import publish, published_root
@@ -77,15 +77,14 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
 
     prepared = await prepare(spec, services)
     old, output = services.reuse_store, services.output_store
-    reusable = [] if old is None else await reusable_rows(old, prepared, require_finite=spec.require_finite)
+    reusable = None if old is None else await reusable_rows(old, prepared, require_finite=spec.require_finite)
     if spec.overwrite and not await _is_begun(output, prepared.identity):
         await remove_output(output)
     await check_place(output, prepared.identity)
     root = await published_root(output)
     if root is not None:
         emit(Published(spec.output, root, already=True))
-        failed = sum(_failures_of(row, spec) for row in (await read_manifest(output)).rows)
-        return tally.summary(spec, prepared, failed)
+        return tally.summary(spec, prepared, _failures_of(await read_manifest(output), spec))
     layout = await OutputLayout.open(prepared.plan, spec.codec)
     run = _Run(spec, services, prepared, layout, emit, stop or asyncio.Event())
     root = await run.to_the_end(reusable)
@@ -102,8 +101,8 @@ async def _is_begun(output: Store, identity: RunIdentity) -> bool:
     return spec is not None and bytes(spec.data) == identity.to_json()
 
 
-def _failures_of(row: Row, spec: RunSpec) -> int:
-    return row.failed + (row.not_finite if spec.require_finite else 0)
+def _failures_of(counted: LedgerView | Manifest, spec: RunSpec) -> int:
+    return counted.failed + (counted.not_finite if spec.require_finite else 0)
 
 
 class _Run:
@@ -121,7 +120,7 @@ class _Run:
         self._stop = stop
         self._writer = ChunkWriter(self._store, layout, exact=spec.exact)
         self._ledger = Ledger(self._store, f"{services.rng.getrandbits(64):016x}", services.clock)
-        self._view = LedgerView(self._store)
+        self._view = LedgerView(self._store, prepared.plan.unit_count)
         self._refreshed_at = services.clock()
         self._writing: dict[int, int] = {}
         self._held: dict[int, int] = {}
@@ -140,22 +139,20 @@ class _Run:
     @property
     def failed(self) -> int:
         """Failures of everything proven by anyone, being written or held back here."""
-        rows = self._view.rows.items()
-        by_unit = {index: _failures_of(row, self._spec) for index, row in rows if row.ok < row.records}
-        return sum((self._writing | by_unit | self._held).values())
+        here = self._writing | self._held
+        return _failures_of(self._view, self._spec) + sum(here[index] for index in here if index not in self._view)
 
-    async def to_the_end(self, reusable: Sequence[Row]) -> str | None:
+    async def to_the_end(self, reusable: AsyncIterator[Row] | None) -> str | None:
         """Score what no ledger row proves, then publish. Returns the root hash, None if other parts are not done."""
         self._require_going_on()
         first = await self._ledger.pin(self._prepared.identity)
         await self._view.refresh()
-        if self._services.reuse_store is not None:
+        if self._services.reuse_store is not None and reusable is not None:
             await self._reuse(self._services.reuse_store, reusable)
-        done = sum(self._plan.unit(index).count for index in self._view.rows)
         contract = self._prepared.contract
         servers = sum(endpoint.left_out is None for endpoint in self._prepared.pool.endpoints)
-        self._emit(RunStarted(self._plan, self._spec.output, contract.name, contract.digest, done, contract.fingerprint,
-                              self._spec.in_flight * servers, contract.ceiling))
+        self._emit(RunStarted(self._plan, self._spec.output, contract.name, contract.digest, self._view.records,
+                              contract.fingerprint, self._spec.in_flight * servers, contract.ceiling))
         try:
             await self._score_all(first=first)
         finally:
@@ -164,20 +161,19 @@ class _Run:
         if self._held:
             raise self._too_many()
         await self._view.refresh()
-        if len(self._view.rows) < self._plan.unit_count and self._spec.part is not None:
+        if len(self._view) < self._plan.unit_count and self._spec.part is not None:
             return None
         # Parts and other clients count for themselves while they run; what is published counts together.
         if self.failed > self._spec.max_failed:
             raise self._too_many()
-        await self._prepared.source.require_unchanged(self._pinned())
-        return await publish(self._store, self._layout, self._plan, self._prepared.identity, self._view.rows)
+        await self._prepared.source.require_unchanged(row.source async for row in self._view.rows())
+        return await publish(self._store, self._layout, self._plan, self._prepared.identity, self._view)
 
-    def _pinned(self) -> dict[str, str | None]:
-        return {key: etag for row in self._view.rows.values() for key, etag in row.source.items()}
-
-    async def _reuse(self, old: Store, rows: Sequence[Row]) -> None:
-        for row in rows:
-            if row.unit not in self._view.rows and not self._stop.is_set():
+    async def _reuse(self, old: Store, rows: AsyncIterator[Row]) -> None:
+        async for row in rows:
+            if self._stop.is_set():
+                return
+            if row.unit not in self._view:
                 await copy_chunks(old, self._store, row)
                 self._view.add(row)
                 await self._ledger.add(row)
@@ -211,7 +207,7 @@ class _Run:
                 if self._stop.is_set():
                     return False
                 await self._look_at_others()
-                if unit.index in self._view.rows:
+                if unit.index in self._view:
                     self._places.release()
                     continue
                 tasks.create_task(self._unit_in_its_place(unit))
@@ -277,7 +273,9 @@ class _Run:
         overwritten when more are accepted later.
         """
         failed = assembler.failures(require_finite=self._spec.require_finite)
-        if not failed or self.failed + failed <= self._spec.max_failed:
+        if not failed:
+            return True
+        if self.failed + failed <= self._spec.max_failed:
             self._writing[unit.index] = failed
             return True
         self._held[unit.index] = failed

@@ -59,26 +59,25 @@ async def progress_of(store: Store) -> Progress:
         records, a_chunk = int(run["stop"]) - int(run["start"]), int(run["chunk_records"])
     except (ValueError, KeyError, TypeError) as error:
         raise MismatchError(f"{child_url(store.url, SPEC_KEY)} can't be read ({error})") from error
-    view = LedgerView(store)
+    chunks = -(-records // a_chunk)
+    view = LedgerView(store, chunks)
     await view.refresh()
-    rows = view.rows.values()
-    done = sum(row.records for row in rows)
     writers, times = await _writers(store)
-    rate = _rate(times, done, len(view.rows))
+    rate = _rate(times, view.records, len(view))
     root = await published_root(store)
     return Progress(
         output=store.url,
         published=root is not None,
         root=root,
         records=records,
-        done=done,
-        failed=sum(row.failed for row in rows),
-        not_finite=sum(row.not_finite for row in rows),
-        chunks=-(-records // a_chunk),
-        chunks_done=len(view.rows),
-        dead_letters=len([meta async for meta in store.list(FAILED_PREFIX)]),
+        done=view.records,
+        failed=view.failed,
+        not_finite=view.not_finite,
+        chunks=chunks,
+        chunks_done=len(view),
+        dead_letters=sum([1 async for _ in store.list(FAILED_PREFIX)]),
         rate=rate,
-        eta=(records - done) / rate if rate and root is None else None,
+        eta=(records - view.records) / rate if rate and root is None else None,
         writers=writers,
     )
 

@@ -6,12 +6,11 @@ Before the group's `zarr.json` is written nothing opens; each step is create-onl
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 
 from batch_client.errors import BrokenPromiseError, MismatchError
 from batch_client.layout import MANIFEST_KEY, SUCCESS_KEY, OutputLayout
-from batch_client.ledger import ChunkProof, Row
-from batch_client.manifest import read_manifest, root_over, write_manifest
+from batch_client.ledger import ChunkProof, LedgerView
+from batch_client.manifest import ManifestBuilder, read_manifest
 from batch_client.plan import Plan
 from batch_client.spec import RunIdentity
 from batch_client.storage import Store, child_url, put_same
@@ -27,21 +26,15 @@ async def published_root(store: Store) -> str | None:
     return None if await store.head(SUCCESS_KEY) is None else (await read_manifest(store)).root
 
 
-async def publish(store: Store, layout: OutputLayout, plan: Plan, identity: RunIdentity,
-                  proven: Mapping[int, Row]) -> str:
-    """Make a complete output visible and return its root hash.
+async def publish(store: Store, layout: OutputLayout, plan: Plan, identity: RunIdentity, proven: LedgerView) -> str:
+    """Make a complete output visible and return its root hash. `proven` has seen all segments.
 
     Raises BrokenPromiseError when it is not complete, or when something else was published here.
     """
-    rows = [proven[index] for index in range(plan.unit_count) if index in proven]
-    if len(rows) != plan.unit_count or len(proven) != plan.unit_count:
-        raise BrokenPromiseError(f"{len(rows)} of {plan.unit_count} output chunks are proven: not publishing")
-    for row in rows:
-        count = plan.unit(row.unit).count
-        if row.records != count:
-            raise BrokenPromiseError(f"output chunk {row.unit} is proven with {row.records} records of {count}: "
-                                     "not publishing")
-    root = root_over(rows)
+    if len(proven) != plan.unit_count:
+        raise BrokenPromiseError(f"{len(proven)} of {plan.unit_count} output chunks are proven: not publishing")
+    manifest = await _write_parts(store, plan, proven)
+    root = str(manifest.root)
     attributes = {
         "source": identity.source,
         "source_array": identity.source_array,
@@ -54,11 +47,25 @@ async def publish(store: Store, layout: OutputLayout, plan: Plan, identity: RunI
     }
     documents = await layout.metadata(attributes)
     proofs = [ChunkProof(key, len(document), hashlib.sha256(document).hexdigest()) for key, document in documents]
-    await _create_same(store, MANIFEST_KEY, write_manifest(identity, rows, proofs))
+    await _create_same(store, MANIFEST_KEY, manifest.head(identity, proofs))
     for key, document in documents:
         await _create_same(store, key, document)
     await _create_same(store, SUCCESS_KEY, b"")
     return root
+
+
+async def _write_parts(store: Store, plan: Plan, proven: LedgerView) -> ManifestBuilder:
+    manifest = ManifestBuilder()
+    async for row in proven.rows():
+        count = plan.unit(row.unit).count
+        if row.records != count:
+            raise BrokenPromiseError(f"output chunk {row.unit} is proven with {row.records} records of {count}: "
+                                     "not publishing")
+        if (part := manifest.add(row)) is not None:
+            await _create_same(store, *part)
+    if (part := manifest.close()) is not None:
+        await _create_same(store, *part)
+    return manifest
 
 
 async def _create_same(store: Store, key: str, data: bytes) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,10 @@ from zarr.errors import ContainsGroupError, GroupNotFoundError, NodeTypeValidati
 from batch_client.errors import BatchClientError, DataError, MismatchError, StorageError
 from batch_client.plan import Geometry
 from batch_client.storage import Store, child_url
+from batch_client.stringset import StringSet
 from batch_client.zarrstore import SourceStore, recording
 
-__all__ = ["Rows", "Source", "open_source"]
+__all__ = ["ETags", "Rows", "Source", "open_source"]
 
 # What zarr, numcodecs and numpy raise for metadata or chunks that can't be understood.
 _UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, NotImplementedError, EOFError)
@@ -42,6 +43,21 @@ class Rows:
     data: np.ndarray
     etags: Mapping[str, str | None]
     nbytes: int
+
+
+class ETags:
+    """The objects of a source and their ETags at one time, in sixteen bytes an object."""
+
+    def __init__(self) -> None:
+        self._keys, self._pairs = StringSet(), StringSet()
+
+    def add(self, key: str, etag: str) -> None:
+        self._keys.add(key)
+        self._pairs.add(f"{key}\n{etag}")
+
+    def has(self, key: str, etag: str | None) -> bool:
+        """Whether an object had this ETag; None is for an object that was absent."""
+        return key not in self._keys if etag is None else f"{key}\n{etag}" in self._pairs
 
 
 class Source:
@@ -81,20 +97,27 @@ class Source:
         etags = {key: etag or "" for key, etag in record.etags.items()} | dict.fromkeys(record.missing)
         return Rows(start, stop, _native(np.asarray(data)), etags, record.nbytes)
 
-    async def etags(self) -> dict[str, str]:
-        """The ETags of all objects of the array now, by key; "" where the store gives none."""
-        return {meta.key: meta.etag or "" async for meta in self._store.list(self._prefix)}
+    async def etags(self) -> ETags:
+        """The ETags of all objects of the array now; "" where the store gives none."""
+        found = ETags()
+        async for meta in self._store.list(self._prefix):
+            found.add(meta.key, meta.etag or "")
+        return found
 
-    async def require_unchanged(self, pinned: Mapping[str, str | None]) -> None:
-        """Raises MismatchError when the metadata or a chunk object is not what was scored; `pinned` is ETags by key."""
+    async def require_unchanged(self, pinned: AsyncIterator[Mapping[str, str | None]]) -> None:
+        """Raises MismatchError when the metadata or a chunk object is not what was scored.
+
+        pinned: ETags by key, as `read` gave them.
+        """
         if await _metadata_digest(self._store, self._metadata_keys) != self.metadata_digest:
             raise MismatchError(f"{self.url}: its Zarr metadata changed while it was being scored: "
                                 "score a source that stays as it is, into a new OUTPUT")
         now = await self.etags()
-        for key, etag in pinned.items():
-            if now.get(key) != etag:
-                raise MismatchError(f"{self.url}: chunk {key} changed since it was scored: "
-                                    "score a source that stays as it is, into a new OUTPUT")
+        async for etags in pinned:
+            for key, etag in etags.items():
+                if not now.has(key, etag):
+                    raise MismatchError(f"{self.url}: chunk {key} changed since it was scored: "
+                                        "score a source that stays as it is, into a new OUTPUT")
 
 
 async def open_source(store: Store, array: str | None) -> Source:

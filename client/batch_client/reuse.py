@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator
 
 from batch_client.errors import BrokenPromiseError, DataError, MismatchError
 from batch_client.ledger import Row
-from batch_client.manifest import read_manifest
+from batch_client.manifest import manifest_rows, read_manifest
 from batch_client.prepare import Prepared
+from batch_client.reader import ETags
 from batch_client.storage import Store, child_url, put_same
 
 __all__ = ["copy_chunks", "reusable_rows"]
@@ -23,8 +24,8 @@ _SAME = ("start", "grid_records", "chunk_records", "micro_batch", "codec", "mode
          "source_dtype", "exact")
 
 
-async def reusable_rows(old: Store, prepared: Prepared, *, require_finite: bool) -> list[Row]:
-    """Rows of `old`'s manifest that are rows of this run too. Writes nothing.
+async def reusable_rows(old: Store, prepared: Prepared, *, require_finite: bool) -> AsyncIterator[Row]:
+    """Rows of `old`'s manifest that are rows of this run too, read as they are asked for. Writes nothing.
 
     Raises MismatchError when `old` is not a published output or of another geometry, model or numerics.
     """
@@ -35,8 +36,8 @@ async def reusable_rows(old: Store, prepared: Prepared, *, require_finite: bool)
     if differing:
         raise MismatchError(f"--reuse {old.url}: no chunk of it can be reused: {'; '.join(differing)}")
     etags = await prepared.source.etags()
-    return [row for row in manifest.rows
-            if _is_true(row, prepared, etags) and not (require_finite and row.not_finite)]
+    return (row async for row in manifest_rows(old, manifest)
+            if _is_true(row, prepared, etags) and not (require_finite and row.not_finite))
 
 
 async def copy_chunks(old: Store, new: Store, row: Row) -> None:
@@ -45,11 +46,11 @@ async def copy_chunks(old: Store, new: Store, row: Row) -> None:
         await _copy(old, new, chunk.key, chunk.sha256)
 
 
-def _is_true(row: Row, prepared: Prepared, etags: Mapping[str, str]) -> bool:
+def _is_true(row: Row, prepared: Prepared, etags: ETags) -> bool:
     if row.failed or row.unit >= prepared.plan.unit_count or row.records != prepared.plan.unit(row.unit).count:
         return False
     # A store without ETags can't show that a chunk is the same.
-    return all(etag is not None and etag and etags.get(key) == etag for key, etag in row.source.items())
+    return all(etag and etags.has(key, etag) for key, etag in row.source.items())
 
 
 async def _copy(old: Store, new: Store, key: str, sha256: str) -> None:

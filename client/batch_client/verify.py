@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,9 @@ from batch_client.assemble import STATUS_FAILED, STATUS_NOT_FINITE, STATUS_OK
 from batch_client.errors import DataError, MismatchError, one_error
 from batch_client.layout import MANIFEST_KEY, STATUS, SUCCESS_KEY
 from batch_client.ledger import ChunkProof
-from batch_client.manifest import Manifest, read_manifest, root_over
+from batch_client.manifest import Manifest, RootHash, manifest_rows, read_manifest
 from batch_client.storage import Store
+from batch_client.stringset import StringSet
 from batch_client.zarrstore import SourceStore
 
 __all__ = ["Verification", "verify_output"]
@@ -38,62 +39,123 @@ class Verification:
     deep: bool
 
 
+class _Problems:
+    """What is wrong with an output: how much, and the first few of it in words."""
+
+    def __init__(self) -> None:
+        self.named: list[str] = []
+        self.count = 0
+
+    def add(self, text: str) -> None:
+        self.count += 1
+        if len(self.named) < NAMED:
+            self.named.append(text)
+
+    def require_none(self, store: Store) -> None:
+        if self.count:
+            more = f" and {self.count - NAMED} more" if self.count > NAMED else ""
+            raise DataError(f"{store.url} is not what was published: {'; '.join(self.named)}{more}")
+
+
 async def verify_output(store: Store, *, deep: bool = False) -> Verification:
-    """Check a published output against its manifest.
+    """Check a published output against its manifest. Neither the rows nor the listing are held.
 
     Raises MismatchError when there is no published output, DataError naming what is missing or other than proven.
     """
     if await store.head(SUCCESS_KEY) is None:
         raise MismatchError(f"{store.url}: no published output (no {SUCCESS_KEY}): see batch-client status")
     manifest = await read_manifest(store)
-    problems = list(_coverage(manifest))
-    sizes = {meta.key: meta.size async for meta in store.list("")}
-    chunks = [chunk for row in manifest.rows for chunk in row.chunks]
-    problems += [f"{proof.key} is {'missing' if proof.key not in sizes else f'{sizes[proof.key]} bytes'}, "
-                 f"wanted {proof.size} bytes" for proof in (*chunks, *manifest.metadata)
-                 if sizes.get(proof.key) != proof.size]
-    known = {chunk.key for chunk in chunks}
-    problems += [f"{key} is no chunk of this run" for key in sizes if "/c/" in key and key not in known]
-    if deep and not problems:
-        problems = await _bytes(store, (*chunks, *manifest.metadata)) or await _statuses(store, manifest)
-    if problems:
-        more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        raise DataError(f"{store.url} is not what was published: {'; '.join(problems[:NAMED])}{more}")
+    problems = _Problems()
+    await _coverage(store, manifest, problems)
+    objects, nbytes = await _sizes(store, manifest, problems)
+    if deep and not problems.count:
+        await _bytes(store, manifest, problems)
+    if deep and not problems.count:
+        await _statuses(store, manifest, problems)
+    problems.require_none(store)
     return Verification(
         output=store.url,
         root=manifest.root,
-        records=sum(row.records for row in manifest.rows),
-        failed=sum(row.failed for row in manifest.rows),
-        not_finite=sum(row.not_finite for row in manifest.rows),
-        objects=len(chunks),
-        nbytes=sum(chunk.size for chunk in chunks),
+        records=manifest.records,
+        failed=manifest.failed,
+        not_finite=manifest.not_finite,
+        objects=objects,
+        nbytes=nbytes,
         deep=deep)
 
 
-def _coverage(manifest: Manifest) -> Iterable[str]:
-    """Every record once, and the root over it all."""
-    at = 0
-    for number, row in enumerate(manifest.rows):
+async def _coverage(store: Store, manifest: Manifest, problems: _Problems) -> None:
+    """Every record once, the sums, and the root over it all."""
+    root = RootHash()
+    number = ok = failed = not_finite = 0
+    async for row in manifest_rows(store, manifest):
         if row.unit != number:
-            yield f"{MANIFEST_KEY} has chunk {row.unit} where chunk {number} belongs"
-        at += row.records
-    if at != manifest.records:
-        yield f"{MANIFEST_KEY} proves {at} records of {manifest.records}"
-    if root_over(manifest.rows) != manifest.root:
-        yield f"{MANIFEST_KEY} has root {manifest.root}, its rows have {root_over(manifest.rows)}"
+            problems.add(f"{MANIFEST_KEY} has chunk {row.unit} where chunk {number} belongs")
+        root.add(row)
+        number, ok = number + 1, ok + row.ok
+        failed, not_finite = failed + row.failed, not_finite + row.not_finite
+    if ok + failed + not_finite != manifest.records:
+        problems.add(f"{MANIFEST_KEY} proves {ok + failed + not_finite} records of {manifest.records}")
+    if (ok, failed, not_finite) != (manifest.ok, manifest.failed, manifest.not_finite):
+        problems.add(f"{MANIFEST_KEY} counts {(manifest.ok, manifest.failed, manifest.not_finite)} (ok, failed, not "
+                     f"finite), its rows have {(ok, failed, not_finite)}")
+    if str(root) != manifest.root:
+        problems.add(f"{MANIFEST_KEY} has root {manifest.root}, its rows have {root}")
 
 
-async def _bytes(store: Store, proofs: Sequence[ChunkProof]) -> list[str]:
-    """What of the objects has other bytes than were proven; read a bounded number at a time."""
-    problems: list[str] = []
-    for start in range(0, len(proofs), READS_AT_ONCE):
-        some = proofs[start:start + READS_AT_ONCE]
-        with one_error():
-            async with asyncio.TaskGroup() as tasks:
-                found = [tasks.create_task(_sha256(store, proof.key)) for proof in some]
-        problems += [f"{proof.key} has SHA-256 {task.result()}, wanted {proof.sha256}"
-                     for proof, task in zip(some, found, strict=True) if task.result() != proof.sha256]
-    return problems
+async def _sizes(store: Store, manifest: Manifest, problems: _Problems) -> tuple[int, int]:
+    """Every object is there with its size, and no chunk beside them; how many chunks there are, and their bytes."""
+    stored, wanted = StringSet(), StringSet()
+    chunks_stored = objects = nbytes = 0
+    async for meta in store.list(""):
+        stored.add(f"{meta.key} {meta.size}")
+        chunks_stored += _is_chunk(meta.key)
+    async for proof in _proofs(store, manifest):
+        if _is_chunk(proof.key):
+            objects, nbytes = objects + 1, nbytes + proof.size
+            wanted.add(proof.key)
+        if f"{proof.key} {proof.size}" not in stored:
+            found = await store.head(proof.key) if problems.count < NAMED else None
+            problems.add(f"{proof.key} is {'missing' if found is None else f'{found.size} bytes'}, wanted {proof.size} "
+                         "bytes")
+    if problems.count or chunks_stored != objects:
+        async for meta in store.list(""):
+            if _is_chunk(meta.key) and meta.key not in wanted:
+                problems.add(f"{meta.key} is no chunk of this run")
+    return objects, nbytes
+
+
+def _is_chunk(key: str) -> bool:
+    return "/c/" in key
+
+
+async def _proofs(store: Store, manifest: Manifest) -> AsyncIterator[ChunkProof]:
+    """Of all chunks, then of the metadata."""
+    async for row in manifest_rows(store, manifest):
+        for proof in row.chunks:
+            yield proof
+    for proof in manifest.metadata:
+        yield proof
+
+
+async def _bytes(store: Store, manifest: Manifest, problems: _Problems) -> None:
+    """Objects that have other bytes than were proven; read a bounded number at a time."""
+    batch: list[ChunkProof] = []
+    async for proof in _proofs(store, manifest):
+        batch.append(proof)
+        if len(batch) == READS_AT_ONCE:
+            await _compare(store, batch, problems)
+            batch = []
+    await _compare(store, batch, problems)
+
+
+async def _compare(store: Store, proofs: Sequence[ChunkProof], problems: _Problems) -> None:
+    with one_error():
+        async with asyncio.TaskGroup() as tasks:
+            found = [tasks.create_task(_sha256(store, proof.key)) for proof in proofs]
+    for proof, task in zip(proofs, found, strict=True):
+        if task.result() != proof.sha256:
+            problems.add(f"{proof.key} has SHA-256 {task.result()}, wanted {proof.sha256}")
 
 
 async def _sha256(store: Store, key: str) -> str:
@@ -101,16 +163,14 @@ async def _sha256(store: Store, key: str) -> str:
     return "missing" if blob is None else (await asyncio.to_thread(hashlib.sha256, blob.data)).hexdigest()
 
 
-async def _statuses(store: Store, manifest: Manifest) -> list[str]:
+async def _statuses(store: Store, manifest: Manifest, problems: _Problems) -> None:
     """Units whose status, as a reader finds it, is not what its row counts."""
     status = await zarr_async.open_array(store=SourceStore(store), path=STATUS.name, mode="r")
-    problems = []
     at = 0
-    for row in manifest.rows:
+    async for row in manifest_rows(store, manifest):
         found = np.asarray(await status.getitem(slice(at, at + row.records)))
         at += row.records
         counts = tuple(int((found == value).sum()) for value in (STATUS_OK, STATUS_FAILED, STATUS_NOT_FINITE))
         if counts != (row.ok, row.failed, row.not_finite):
-            problems.append(f"chunk {row.unit} of {STATUS.name} counts {counts} (ok, failed, not finite), wanted "
-                            f"{(row.ok, row.failed, row.not_finite)}")
-    return problems
+            problems.add(f"chunk {row.unit} of {STATUS.name} counts {counts} (ok, failed, not finite), wanted "
+                         f"{(row.ok, row.failed, row.not_finite)}")

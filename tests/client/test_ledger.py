@@ -1,0 +1,175 @@
+"""The view of a ledger says what a dict of all its rows would say, in a few bytes a chunk."""
+
+import json
+import tracemalloc
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batch_client import ledger
+from batch_client.errors import MismatchError, StorageError
+from batch_client.layout import LEDGER_PREFIX
+from batch_client.ledger import ChunkProof, LedgerView, Row
+from batch_client.storage import MemoryStore
+from batch_client.stringset import StringSet
+from support.virtual import run_virtually
+
+UNITS = 40
+MANY = 100_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_blocks_and_batches():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger, "BLOCK_UNITS", 7)
+        patch.setattr(ledger, "READS_AT_ONCE", 3)
+        yield
+
+
+def row_of(unit, sha256="a"):
+    chunks = (ChunkProof(f"y/c/{unit}/0", 100 + unit, sha256), ChunkProof(f"record_status/c/{unit}", 12, "b"))
+    return Row(unit, chunks, {f"c/{unit}": f'"{unit}"', f"c/{unit + 1}": None}, 5 + unit, unit % 3, unit % 2)
+
+
+def segment(rows):
+    return json.dumps({"rows": [row.to_value() for row in rows]}).encode()
+
+
+@st.composite
+def ledgers(draw, shas=("a",)):
+    """Segments of several writers, in the order in which they appear: rows in any order, some of them twice."""
+    rows = st.builds(row_of, st.integers(0, UNITS - 1), st.sampled_from(shas))
+    segments = draw(st.lists(st.lists(rows, max_size=9), max_size=9))
+    names = draw(st.lists(st.tuples(st.sampled_from("wxyz"), st.integers(0, 99)), min_size=len(segments),
+                          max_size=len(segments), unique=True))
+    return [(f"{LEDGER_PREFIX}{writer}/{seq:06d}.json", rows) for (writer, seq), rows in zip(names, segments,
+                                                                                          strict=True)]
+
+
+@given(ledgers(), st.integers(0, 9), st.lists(st.integers(0, 80), max_size=9))
+@settings(max_examples=200, deadline=None)
+def test_a_view_says_what_a_dict_of_all_rows_says(segments, halfway, own):
+    naive = {row.unit: row for _, rows in segments for row in rows}
+    everything = [row for _, rows in segments for row in rows]
+
+    async def run():
+        store = MemoryStore()
+        view = LedgerView(store, UNITS)
+        for number, (key, rows) in enumerate(segments):
+            if number == halfway:
+                await view.refresh()
+            store.objects[key] = segment(rows)
+        for place in own:
+            if place < len(everything):
+                view.add(everything[place])
+        await view.refresh()
+        await view.refresh()
+        assert len(view) == len(naive)
+        assert [unit for unit in range(UNITS) if unit in view] == sorted(naive)
+        for name in ("records", "failed", "not_finite"):
+            assert getattr(view, name) == sum(getattr(row, name) for row in naive.values())
+        assert [row async for row in view.rows()] == [naive[unit] for unit in sorted(naive)]
+
+    run_virtually(run())
+
+
+@given(ledgers(shas=("a", "a", "a", "c")), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_two_writers_who_proved_different_bytes_are_noticed_in_any_order(segments, backwards):
+    proofs = {}
+    for _, rows in segments:
+        for row in rows:
+            proofs.setdefault(row.unit, set()).add(row.chunks)
+    contradictory = any(len(chunks) > 1 for chunks in proofs.values())
+
+    async def run():
+        store = MemoryStore()
+        view = LedgerView(store, UNITS)
+        for key, rows in segments[::-1] if backwards else segments:
+            store.objects[key] = segment(rows)
+            await view.refresh()
+
+    if not contradictory:
+        run_virtually(run())
+        return
+    with pytest.raises(MismatchError, match=r"two writers proved different bytes for output chunk \d+: the output"):
+        run_virtually(run())
+
+
+@pytest.mark.parametrize("unit", [-1, UNITS, 1 << 40])
+def test_a_row_for_a_chunk_that_the_run_has_not_is_refused(unit):
+    with pytest.raises(MismatchError, match=f"a row for output chunk {unit}, and the run has {UNITS}"):
+        LedgerView(MemoryStore(), UNITS).add(row_of(unit))
+
+
+def test_a_row_that_is_gone_or_altered_when_it_is_read_again_is_noticed():
+    async def run():
+        store = MemoryStore()
+        keys = [f"{LEDGER_PREFIX}w/{seq:06d}.json" for seq in range(4)]
+        for seq, key in enumerate(keys):
+            store.objects[key] = segment([row_of(unit) for unit in range(seq * 10, seq * 10 + 10)])
+        view = LedgerView(store, UNITS)
+        await view.refresh()
+        good = store.objects.pop(keys[2])
+        with pytest.raises(StorageError, match="row of output chunk 20 is not found again: run the same command"):
+            [row async for row in view.rows()]
+        store.objects[keys[2]] = good.replace(b'"a"', b'"d"')
+        with pytest.raises(MismatchError, match="different bytes for output chunk 20"):
+            [row async for row in view.rows()]
+
+    run_virtually(run())
+
+
+@given(st.lists(st.integers(0, 60)))
+def test_segments_are_read_a_bounded_number_of_bytes_at_a_time(sizes):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger, "READ_BYTES", 50)
+        batches = list(ledger._batches(dict(enumerate(sizes))))
+    assert [key for batch in batches for key in batch] == list(range(len(sizes)))
+    for batch in batches:
+        assert len(batch) == 1 or (len(batch) <= 3 and sum(sizes[key] for key in batch) <= 50)
+
+
+def long_row(unit):
+    """As long as a row of a run of images."""
+    chunks = (ChunkProof(f"scores/c/{unit}/0", 40_004, f"{unit:064x}"),
+              ChunkProof(f"record_status/c/{unit}", 1_004, f"{unit:064x}"))
+    return Row(unit, chunks, {f"c/{unit}/0/0": f'"{unit:032x}"'}, 1000, 0, 0)
+
+
+def test_a_view_of_a_hundred_thousand_chunks_takes_less_than_five_megabytes(monkeypatch):
+    monkeypatch.setattr(ledger, "READS_AT_ONCE", 64)
+    monkeypatch.setattr(ledger, "BLOCK_UNITS", 1024)
+    store = MemoryStore()
+    for seq, low in enumerate(range(0, MANY, 64)):
+        store.objects[f"{LEDGER_PREFIX}d48e7e7adbeeb904/{seq:06d}.json"] = segment(
+            [long_row(unit) for unit in range(low, min(low + 64, MANY))])
+
+    async def run():
+        view = LedgerView(store, MANY)
+        await view.refresh()
+        assert view.records == MANY * 1000
+        rows = view.rows()
+        for unit in range(5_000):
+            assert (await anext(rows)).unit == unit
+        await rows.aclose()
+
+    tracemalloc.start()
+    try:
+        run_virtually(run())
+        assert tracemalloc.get_traced_memory()[1] < 5e6
+    finally:
+        tracemalloc.stop()
+
+
+@given(st.lists(st.text(max_size=3)), st.lists(st.text(max_size=3)))
+def test_a_string_set_is_a_set(first, second):
+    found = StringSet()
+    added = set()
+    for batch in (first, second):
+        for text in batch:
+            found.add(text)
+        added.update(batch)
+        for text in {*first, *second, "", "x"}:
+            assert (text in found) == (text in added)
