@@ -6,16 +6,17 @@ import sys
 
 from batch_client.cli import main
 
-# malloc.h: the size above which memory comes from the kernel and goes back to it each time, and how much free memory
-# goes back. Pages of chunks and requests, which are about equal, were a tenth of a run's CPU.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, HELD = -1, -3, 256 << 20
+# malloc.h. Chunks and requests come and go in equal sizes: memory above a threshold would come from the kernel and go
+# back to it each time, and each thread that decodes would have its own. New pages were a tenth of a run's CPU.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+ALLOCATOR = {M_TRIM_THRESHOLD: 256 << 20, M_MMAP_THRESHOLD: 256 << 20, M_ARENA_MAX: 1}
 
 
 def entry_point() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # another C library
-            for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-                ctypes.CDLL(None).mallopt(option, HELD)
+            for option, value in ALLOCATOR.items():
+                ctypes.CDLL(None).mallopt(option, value)
     sys.exit(main(sys.argv[1:]))
 
 

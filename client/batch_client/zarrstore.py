@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+import numpy as np
 from zarr.abc.store import (
     ByteRequest,
     OffsetByteRequest,
@@ -76,8 +77,7 @@ class SourceStore(ZarrStore):
                 raise MismatchError(f"{child_url(self.store.url, key)}: changed while it was being read: score a "
                                     "source that stays as it is")
             record.nbytes += blob.data.nbytes
-        # zarr wants bytes that it can slice; this is the one copy between the socket and the codec.
-        return prototype.buffer.from_bytes(bytes(blob.data))
+        return prototype.buffer.from_array_like(np.frombuffer(blob.data, np.uint8))
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
