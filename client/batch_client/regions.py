@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,7 +22,7 @@ __all__ = ["Regions", "new_folder", "remove_folder", "sweep", "usable_folder"]
 
 MEMORY = Path("/dev/shm")  # noqa: S108 - folders there are made by mkdtemp, for their owner alone
 PREFIX = "batch-client-"
-_NAME = re.compile(r"batch-client-[A-Za-z0-9_]{8}")
+_FOLDER = re.compile(re.escape(f"{MEMORY}/{PREFIX}") + r"[A-Za-z0-9_]{8}")
 
 
 def new_folder() -> Path | None:
@@ -34,10 +35,11 @@ def new_folder() -> Path | None:
 
 def remove_folder(folder: Path) -> None:
     """Remove what `new_folder` made, and the regions in it."""
+    # Under another name nobody can make a region in it meanwhile.
+    going = folder.with_name(f"{folder.name}.gone")
     with suppress(OSError):
-        for path in folder.iterdir():
-            path.unlink(missing_ok=True)
-        folder.rmdir()
+        folder.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
 
 
 def usable_folder(said: object) -> Path | None:
@@ -45,7 +47,7 @@ def usable_folder(said: object) -> Path | None:
 
     Its name is random, so a folder of that name here is that server's. Nothing else that a server may name is taken.
     """
-    if not isinstance(said, str) or not _NAME.fullmatch(said.removeprefix(f"{MEMORY}/")):
+    if not isinstance(said, str) or not _FOLDER.fullmatch(said):
         return None
     try:
         found = os.lstat(said)
@@ -73,23 +75,35 @@ class Regions:
         free = self._free.setdefault(folder, [])
         path = folder / name
         if free:
-            free.pop().rename(path)
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with suppress(FileNotFoundError):  # idle for so long that its server has swept it
+                free.pop().rename(path)
         try:
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 _write(file, parts)
             finally:
                 os.close(file)
+        except OSError:
+            # Half a region in memory that is full would stay there for the rest of the run, and the idle ones too.
+            _unlink([path, *free])
+            free.clear()
+            raise
+        try:
             yield
         finally:
             free.append(path)
 
     def close(self) -> None:
         """Remove every region."""
-        for path in (path for free in self._free.values() for path in free):
-            with suppress(OSError):
-                path.unlink()
+        for free in self._free.values():
+            _unlink(free)
         self._free.clear()
+
+
+def _unlink(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _write(file: int, parts: Sequence[memoryview]) -> None:

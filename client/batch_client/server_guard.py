@@ -71,6 +71,14 @@ def clean(folder: Path) -> None:
         (folder / "key_file.json").unlink()
 
 
+def remove(folder: Path) -> None:
+    """Removes a folder in which others may be making files: under another name they can't."""
+    going = folder.with_name(f"{folder.name}.gone")
+    with contextlib.suppress(OSError):
+        folder.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
+
+
 def end(command: subprocess.Popen[bytes], grace: float) -> None:
     if command.poll() is None:
         command.terminate()
@@ -97,7 +105,7 @@ def main(arguments: list[str]) -> int:
         end(command, grace)
         clean(folder)
         for other in shared:
-            shutil.rmtree(other, ignore_errors=True)
+            remove(other)
     return command.returncode if command.returncode >= 0 else 128 - command.returncode
 
 

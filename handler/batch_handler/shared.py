@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from batch_handler.tensors import OipError
+from batch_handler.tensors import GONE, OipError
 
 __all__ = ["SHARED_MEMORY", "SharedMemory", "shared_memory_of"]
 
 # Environment: the folder in a file system of memory that this server's user alone can open.
 SHARED_MEMORY = "BATCH_HANDLER_SHARED_MEMORY"
 _REGION = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,99}")
-# The client sends the same records in the body of its next request.
-_GONE = 410
 
 
 class SharedMemory:
@@ -39,16 +38,19 @@ class SharedMemory:
         try:
             file = os.open(self.folder / region, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise OipError(f"shared_memory_region {region} can't be opened: {error.strerror}", _GONE) from error
+            raise OipError(f"shared_memory_region {region} can't be opened: {error.strerror}", GONE) from error
         try:
-            held = os.fstat(file).st_size
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise OipError(f"shared_memory_region {region} is no file", GONE)
+            held = status.st_size
             if held < offset + size:
-                raise OipError(f"shared_memory_region {region} has {held} bytes, wanted {offset} + {size}", _GONE)
+                raise OipError(f"shared_memory_region {region} has {held} bytes, wanted {offset} + {size}", GONE)
             data = bytearray(size)
             if (found := os.preadv(file, [data], offset)) != size:
-                raise OipError(f"shared_memory_region {region} gave {found} bytes, wanted {size}", _GONE)
+                raise OipError(f"shared_memory_region {region} gave {found} bytes, wanted {size}", GONE)
         except OSError as error:
-            raise OipError(f"shared_memory_region {region} can't be read: {error.strerror}", _GONE) from error
+            raise OipError(f"shared_memory_region {region} can't be read: {error.strerror}", GONE) from error
         finally:
             os.close(file)
         return data

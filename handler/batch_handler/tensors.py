@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 __all__ = [
     "DATATYPES",
+    "GONE",
     "Array",
     "Buffer",
     "Fields",
@@ -46,6 +47,8 @@ ReadShared: TypeAlias = Callable[[str, int, int], Buffer]
 _MAX_RANK = 64
 # What a file's offset can be.
 _FURTHEST = 1 << 62
+# HTTP status: not in shared memory here. The client sends the same records in its next body.
+GONE = 410
 # A rendered value in an error message is cut here: messages are one readable line.
 _SHOWN = 60
 
@@ -251,7 +254,7 @@ def _check_size(size: Any, nbytes: int, left: int, name: str, dtype: np.dtype[An
 
 def _from_shared(parameters: Mapping[str, Any], nbytes: int, name: str, shared: ReadShared | None) -> memoryview:
     if shared is None:
-        raise OipError(f"{name} is said to be in shared memory, wanted it in the body: there is none here")
+        raise OipError(f"{name} is said to be in shared memory, wanted it in the body: there is none here", GONE)
     where = Fields(parameters, f"the parameters of {name}")
     region, size = where.get("shared_memory_region", str), where.get("shared_memory_byte_size", int)
     offset = where.get("shared_memory_offset", int, 0)

@@ -10,7 +10,7 @@ import socket
 import sys
 from types import ModuleType
 
-__all__ = ["make_lean"]
+__all__ = ["make_lean", "receive"]
 
 _RECEIVED = "Backend received inference at"
 

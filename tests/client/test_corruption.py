@@ -1,7 +1,10 @@
 """Ten thousand bits flipped on the way, truncations, swaps: none is ever taken for a result."""
 
 import asyncio
+import os
 import random
+import re
+from contextlib import AsyncExitStack
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from batch_client.exchange import Exchange, Prediction, _Tries
 from batch_client.plan import OutputGeometry, Span
 from batch_client.transport import HttpReply
 from batch_client.verify import verify_output
+from batch_handler.oip import crc32c
+from batch_handler.shared import SharedMemory
 from support.faulty import Fate
 from support.simulated import URL, SimulatedServer
 from support.virtual import run_virtually
@@ -25,13 +30,17 @@ SPAN = Span(0, 8, 0)
 
 
 class Altering(SimulatedServer):
-    """Alters the body of one request or one reply."""
+    """Alters the body of one request or one reply, or the region that has the request's records."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **options):
+        super().__init__(**options)
         self.alter_request = self.alter_reply = lambda body: body
+        self.alter_region = lambda path: None
 
     async def send(self, method, url, headers, parts, deadline):
+        if self.shared_memory is not None:
+            name = re.search(rb'"shared_memory_region":"([^"]+)"', b"".join(parts))[1].decode()
+            self.alter_region(self.shared_memory.folder / name)
         reply = await super().send(method, url, headers, [self.alter_request(b"".join(parts))], deadline)
         return HttpReply(reply.status, reply.headers, self.alter_reply(reply.body))
 
@@ -48,9 +57,19 @@ def exchange_with():
     return make
 
 
+@pytest.fixture
+def memory(tmp_path):
+    """A server's shared memory; that it is in memory is not what these tests are about."""
+    return SharedMemory(tmp_path)
+
+
 async def attempt(exchange):
-    message, ident = exchange._encode(SPAN, ROWS)
-    return await exchange._attempt(exchange.pool.endpoints[0], message, ident, SPAN, _Tries())
+    endpoint, server = exchange.pool.endpoints[0], exchange._transport
+    endpoint.shared_memory = server.shared_memory and server.shared_memory.folder
+    async with AsyncExitStack() as held:
+        message, ident = exchange._placed(endpoint, SPAN, ROWS, held)
+        assert bool(message.shared) == (server.shared_memory is not None)
+        return await exchange._attempt(endpoint, message, ident, SPAN, _Tries())
 
 
 def flip(body, rng):
@@ -60,9 +79,10 @@ def flip(body, rng):
     return bytes(altered)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["in the body", "in memory"])
 @pytest.mark.parametrize("where", ["alter_request", "alter_reply"])
-def test_every_flipped_bit_is_noticed(where, exchange_with):
-    server = Altering()
+def test_every_flipped_bit_is_noticed(where, shared, exchange_with, memory):
+    server = Altering(shared_memory=memory if shared else None)
     exchange = exchange_with(server)
     rng = random.Random(7)
     outcomes = set()
@@ -77,7 +97,62 @@ def test_every_flipped_bit_is_noticed(where, exchange_with):
             outcomes.add(verdict.outcome)
 
     asyncio.run(run())
-    assert outcomes <= {Outcome.CORRUPT, Outcome.REFUSED}
+    # Another name, or more bytes than there are, is a region that is not there.
+    assert outcomes <= {Outcome.CORRUPT, Outcome.REFUSED, *([Outcome.NOT_SHARED] if shared else [])}
+
+
+def flip_bit(path, bit):
+    with path.open("r+b") as file:
+        file.seek(bit // 8)
+        byte = file.read(1)[0]
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))
+
+
+def test_every_flipped_bit_of_a_region_is_noticed(exchange_with, memory):
+    server = Altering(shared_memory=memory)
+    exchange = exchange_with(server)
+
+    async def run():
+        assert (await attempt(exchange))[1] is not None
+        for bit in range(ROWS.size * 8):
+            server.alter_region = lambda path, bit=bit: flip_bit(path, bit)
+            verdict, prediction = await attempt(exchange)
+            assert (verdict.outcome, prediction) == (Outcome.CORRUPT, None)
+        server.alter_region = lambda path: None
+        assert (await attempt(exchange))[1] is not None
+
+    asyncio.run(run())
+
+
+def test_without_the_echo_a_flipped_bit_of_a_region_would_be_scored(exchange_with, memory, monkeypatch):
+    # The control of the test above: it is the checksum that notices, and nothing else does.
+    server = Altering(shared_memory=memory)
+    exchange = exchange_with(server)
+
+    async def run():
+        _, good = await attempt(exchange)
+        monkeypatch.setattr(server, "checksum", lambda body, shared: crc32c(body, ROWS))
+        server.alter_region = lambda path: flip_bit(path, 7)
+        _, bad = await attempt(exchange)
+        assert (bad.outputs["y"][0] != good.outputs["y"][0]).any()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("alter", "outcome"), [
+    (lambda path: os.truncate(path, ROWS.nbytes - 1), Outcome.NOT_SHARED),
+    (lambda path: os.truncate(path, 0), Outcome.NOT_SHARED),
+    (lambda path: path.rename(path.with_name("elsewhere")), Outcome.NOT_SHARED),
+    (lambda path: path.write_bytes(bytes(ROWS.nbytes)), Outcome.CORRUPT),
+    (lambda path: path.write_bytes(ROWS.tobytes()[::-1]), Outcome.CORRUPT),
+], ids=["cut", "empty", "gone", "zeros", "reversed"])
+def test_a_region_that_is_cut_gone_or_anothers_is_noticed(alter, outcome, exchange_with, memory):
+    server = Altering(shared_memory=memory)
+    exchange = exchange_with(server)
+    server.alter_region = alter
+    verdict, prediction = asyncio.run(attempt(exchange))
+    assert (verdict.outcome, prediction) == (outcome, None)
 
 
 def test_every_truncation_is_noticed(exchange_with):
@@ -106,7 +181,8 @@ def test_every_reply_to_another_request_is_noticed(exchange_with):
         pairs = []
         for number in range(50):
             rows = ROWS + number
-            message, ident = exchange._encode(SPAN, rows)
+            ident = f"request-{number}"
+            message = exchange._encode(ident, SPAN, rows)
             reply = await server.send("POST", URL, {"Inference-Header-Content-Length": str(message.header_length)},
                                       message.parts, 1)
             pairs.append((message, ident, reply))
@@ -114,7 +190,7 @@ def test_every_reply_to_another_request_is_noticed(exchange_with):
         for mine, (message, ident, _) in enumerate(pairs):
             for theirs, (_, _, reply) in enumerate(pairs):
                 server.send = lambda *_, reply=reply: asyncio.sleep(0, reply)
-                exchange._encode = lambda *_, message=message, ident=ident: (message, ident)
+                exchange._placed = lambda *_, message=message, ident=ident: (message, ident)
                 _, prediction = await attempt(exchange)
                 assert (prediction is not None) == (mine == theirs)
                 taken += prediction is not None

@@ -33,24 +33,28 @@ class SimulatedServer:
     record computed in the wrong place has other bits.
     """
 
-    def __init__(self, record_shape=(3,), dtype=np.uint8, micro_batch=4, digest="sha256:model", seconds=0.0):
+    def __init__(self, record_shape=(3,), dtype=np.uint8, micro_batch=4, digest="sha256:model", seconds=0.0,
+                 shared_memory=None):
         self.record_shape = record_shape
         self.dtype = np.dtype(dtype)
         self.micro_batch = micro_batch
         self.digest = digest
         self.fingerprint = "numerics"
         self.seconds = seconds
+        self.shared_memory = shared_memory  # the handler's own reader of a folder
+        self.shared = 0  # requests whose records were there
         self.requests = 0
         self.at_once = 0
         self.most_at_once = 0
 
     def metadata(self):
+        memory = {"shared_memory": str(self.shared_memory.folder)} if self.shared_memory else {}
         return ModelMetadata(
             name="toy", versions=("1",), platform="simulated",
             inputs=(TensorSpec("x", self.dtype, self.record_shape),),
             outputs=(TensorSpec("y", np.dtype(np.float32), (2,)),),
             parameters={"model_digest": self.digest, "fingerprint": self.fingerprint,
-                        "micro_batch": self.micro_batch})
+                        "micro_batch": self.micro_batch, **memory})
 
     def predict(self, records, first_row):
         flat = records.reshape(len(records), -1).astype(np.float32)
@@ -73,17 +77,28 @@ class SimulatedServer:
             self.at_once -= 1
 
     def answer(self, body, header_length):
+        read = []
+
+        def from_memory(*where):
+            read.append(self.shared_memory.read(*where))
+            return read[-1]
+
         try:
-            request = decode_request(body, header_length, max_tensor_bytes=1 << 24)
+            request = decode_request(body, header_length, max_tensor_bytes=1 << 24,
+                                     shared=from_memory if self.shared_memory else None)
         except OipError as error:
-            return HttpReply(400, {}, json.dumps({"error": str(error)}).encode())
+            return HttpReply(error.status, {}, json.dumps({"error": str(error)}).encode())
+        self.shared += bool(read)
         y = self.predict(request.inputs[0].data, request.first_row)
         status = np.where(np.isfinite(y).all(1), 0, 2).astype(np.uint8)
         reply = InferReply(request.id, "toy", "1", (Tensor("y", y), Tensor("record_status", status)),
-                           {"request_crc32c": crc32c(body), **self.reply_parameters()})
+                           {"request_crc32c": self.checksum(body, read), **self.reply_parameters()})
         message = encode_reply(reply, binary={"y": True, "record_status": True})
         return HttpReply(200, {HEADER_LENGTH.lower(): str(message.header_length),
                                BODY_CHECKSUM.lower(): str(message.crc32c)}, message.join())
+
+    def checksum(self, body, shared):
+        return crc32c(body, *shared)
 
     def reply_parameters(self):
         return {"model_digest": self.digest, "fingerprint": self.fingerprint, "compute_ms": 1.0}

@@ -1,0 +1,227 @@
+"""Regions of shared memory: whose folder is used, what is in a region, and what is left."""
+
+# ruff: noqa: S108 - /dev/shm is the place that is tested
+
+import os
+import resource
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from batch_client.regions import Regions, new_folder, remove_folder, sweep, usable_folder
+
+PARTS = [memoryview(b"one"), memoryview(b""), memoryview(b"two and three")]
+WHOLE = b"onetwo and three"
+pytestmark = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm on this machine")
+
+
+@pytest.fixture
+def folder():
+    made = new_folder()
+    yield made
+    remove_folder(made)
+    assert not list(made.parent.glob(f"{made.name}*"))
+
+
+@pytest.fixture
+def regions():
+    made = Regions()
+    yield made
+    made.close()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_new_folder_is_in_memory_for_its_owner_alone_and_usable(folder):
+    assert folder.parent == Path("/dev/shm")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert usable_folder(str(folder)) == folder
+
+
+@pytest.mark.parametrize("said", [
+    None, 7, [], {}, "", "/dev/shm", "/dev/shm/", "/etc", "/dev/shm/batch-client-", "/dev/shm/batch-client-absent00",
+    "/dev/shm/batch-client-../../tmp", "/dev/shm/batch-client-a/../abc", "/dev/shm/batch-client-\0bcdefgh",
+])
+def test_what_is_no_folder_of_a_server_is_refused(said):
+    assert usable_folder(said) is None
+
+
+@pytest.mark.parametrize("respell", [
+    lambda folder: f"{folder}/", lambda folder: f"{folder}\n", lambda folder: f" {folder}", lambda folder: f"/{folder}",
+    lambda folder: f"/dev/shm/../shm/{folder.name}", lambda folder: f"/dev/./shm/{folder.name}",
+    lambda folder: folder.name, os.fsencode, lambda folder: folder,
+    lambda folder: str(folder).upper(),
+])
+def test_a_folder_by_any_other_spelling_is_refused(respell, folder, monkeypatch):
+    monkeypatch.chdir("/dev/shm")  # so that its bare name leads there too
+    assert usable_folder(str(folder)) == folder
+    assert usable_folder(respell(folder)) is None
+
+
+@pytest.mark.parametrize("mode", [0o701, 0o710, 0o704, 0o720, 0o755, 0o777, 0o1777])
+def test_a_folder_that_others_can_open_is_refused(mode, folder):
+    folder.chmod(mode)
+    assert usable_folder(str(folder)) is None
+    folder.chmod(0o700)
+    assert usable_folder(str(folder)) == folder
+
+
+def test_a_folder_of_another_user_is_refused(folder):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    os.chown(folder, 12345, -1)
+    assert usable_folder(str(folder)) is None
+    os.chown(folder, 0, -1)
+    assert usable_folder(str(folder)) == folder
+
+
+def test_what_has_the_name_and_is_no_folder_is_refused(folder, tmp_path):
+    tmp_path.chmod(0o700)
+    folder.rmdir()
+    makes = [lambda: folder.symlink_to(tmp_path), lambda: folder.write_text(""), lambda: os.mkfifo(folder)]
+    for make in makes:
+        make()
+        if not folder.is_symlink():
+            folder.chmod(0o700)
+        try:
+            assert usable_folder(str(folder)) is None
+        finally:
+            folder.unlink()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder))
+        assert usable_folder(str(folder)) is None
+    folder.unlink()
+
+
+def test_a_region_has_its_parts_for_as_long_as_its_block_lasts(folder, regions):
+    with regions.region(folder, "r-1", PARTS):
+        assert (folder / "r-1").read_bytes() == WHOLE
+        assert (folder / "r-1").stat().st_mode & 0o777 == 0o600
+        with regions.region(folder, "r-2", [memoryview(b"other")]):
+            assert names(folder) == ["r-1", "r-2"]
+            assert (folder / "r-1").read_bytes() == WHOLE
+
+
+def test_a_file_is_used_again_under_the_next_name_and_the_old_name_leads_nowhere(folder, regions):
+    with regions.region(folder, "r-1", PARTS):
+        first = (folder / "r-1").stat().st_ino
+    for number in range(2, 9):
+        with regions.region(folder, f"r-{number}", [memoryview(b"x" * number)]):
+            assert names(folder) == [f"r-{number}"]
+            # What a longer one had is behind; the server reads as much as the request says.
+            assert (folder / f"r-{number}").read_bytes()[:number] == b"x" * number
+            assert (folder / f"r-{number}").stat().st_ino == first
+
+
+def test_a_file_that_its_server_has_swept_costs_a_new_one(folder, regions):
+    with regions.region(folder, "r-1", PARTS):
+        pass
+    (folder / "r-1").unlink()
+    with regions.region(folder, "r-2", PARTS):
+        assert (folder / "r-2").read_bytes() == WHOLE
+
+
+def test_close_removes_every_region(folder, regions):
+    with regions.region(folder, "r-1", PARTS), regions.region(folder, "r-2", PARTS):
+        pass
+    assert len(names(folder)) == 2
+    regions.close()
+    assert names(folder) == []
+
+
+def test_a_folder_that_is_gone_is_an_error_each_time_and_is_not_made(folder, regions):
+    with regions.region(folder, "r-1", PARTS):
+        pass
+    remove_folder(folder)
+    for number in range(2):
+        with pytest.raises(FileNotFoundError), regions.region(folder, f"r-{number}", PARTS):
+            pytest.fail("there is no such region")
+    assert not folder.exists()
+
+
+def test_a_link_in_the_place_of_a_region_is_not_written_through(folder, regions, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (folder / "r-1").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"), regions.region(folder, "r-1", PARTS):
+        pytest.fail("it was opened")
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@contextmanager
+def full_disk(path):
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", path], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no small disk here: {done.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+@contextmanager
+def small_files(path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("limited", [full_disk, small_files])
+def test_memory_that_is_full_is_an_error_and_nothing_is_left(limited, regions, tmp_path):
+    if limited is full_disk and sys.platform != "linux":
+        pytest.skip("a small disk needs Linux's tmpfs")
+    with limited(tmp_path):
+        with regions.region(tmp_path, "r-1", [memoryview(bytes(32 << 10))]):
+            with (pytest.raises(OSError, match=r"No space|too large"),
+                  regions.region(tmp_path, "r-2", [memoryview(bytes(40 << 10)), memoryview(bytes(40 << 10))])):
+                pytest.fail("it does not fit")
+            assert names(tmp_path) == ["r-1"]  # the one that is in use
+        # And with one that is free: it is given back too, as there is nothing to spare.
+        with (pytest.raises(OSError, match=r"No space|too large"),
+              regions.region(tmp_path, "r-3", [memoryview(bytes(80 << 10))])):
+            pytest.fail("it does not fit")
+        assert names(tmp_path) == []
+
+
+def test_sweep_removes_what_is_old_and_nothing_else(folder, regions):
+    with regions.region(folder, "r-1", PARTS), regions.region(folder, "r-2", PARTS):
+        os.utime(folder / "r-1", (0, time.time() - 901))
+        os.utime(folder / "r-2", (0, time.time() - 800))
+        sweep(folder, 900)
+        assert names(folder) == ["r-2"]
+    sweep(folder, -1)
+    assert names(folder) == []
+    sweep(folder / "absent", 0)
+
+
+def test_a_region_that_is_used_again_is_young_again(folder, regions):
+    with regions.region(folder, "r-1", PARTS):
+        pass
+    os.utime(folder / "r-1", (0, 0))
+    with regions.region(folder, "r-2", PARTS):
+        sweep(folder, 900)
+        assert names(folder) == ["r-2"]
+
+
+def test_a_folder_goes_while_somebody_makes_regions_in_it(folder):
+    # A client whose server ends goes on for a moment. It must find no folder then, or the folder would be left.
+    script = ("import itertools, pathlib, sys\nprint(flush=True)\n"
+              "for n in itertools.count():\n    (pathlib.Path(sys.argv[1]) / f'r-{n}').write_bytes(b'x')")
+    with subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as busy:
+        busy.stdout.readline()
+        while not names(folder):
+            time.sleep(0.001)
+        remove_folder(folder)
+        _, said = busy.communicate(timeout=30)
+    assert b"FileNotFoundError" in said
+    assert not list(folder.parent.glob(f"{folder.name}*"))
