@@ -1,9 +1,16 @@
+# ruff: noqa: S108 - no file is made of these paths
+
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 
+from batch_client.contract import ModelContract
 from batch_client.errors import DataError, UsageError
-from batch_client.plan import OutputGeometry
+from batch_client.plan import OutputGeometry, RequestSize
+from batch_client.prepare import _request_size
+from batch_client.serving import Servers
 from batch_client.spec import MIB, Records
 from support.plans import plan_of, plans
 
@@ -76,6 +83,40 @@ def test_a_request_of_a_slow_model_is_about_a_tenth_of_a_second_of_whole_micro_b
     assert plan_of(count=100_000, micro_batch=128, micro_batch_seconds=seconds).request_records == wanted
     assert plan_of(count=100_000, micro_batch=128, micro_batch_seconds=seconds,
                    request_records=2560).request_records == 2560
+
+
+ONE_MIB, FOUR_MIB = 10 * 128, 41 * 128  # of records of 784 bytes, in whole micro-batches
+
+
+@pytest.mark.parametrize(("shared_memory", "alone", "seconds", "wanted"), [
+    (False, False, None, ONE_MIB), (False, True, None, ONE_MIB), (True, False, None, FOUR_MIB),
+    (True, True, None, FOUR_MIB),
+    # Quick models are bound by bytes, slow ones by seconds; nobody's request is less than a micro-batch.
+    (False, False, 1e-6, ONE_MIB), (True, True, 1e-6, FOUR_MIB),
+    (False, False, 0.02, 5 * 128), (True, False, 0.02, 5 * 128), (False, True, 0.02, 10 * 128),
+    (True, True, 0.02, 10 * 128), (True, True, 0.2, 128), (True, True, 5.0, 128),
+    # In between: what is shared has room for it, a body has not.
+    (False, True, 0.01, ONE_MIB), (True, True, 0.01, 20 * 128), (True, False, 0.01, 10 * 128),
+])
+def test_a_request_is_larger_where_memory_is_shared_and_where_nobody_waits(shared_memory, alone, seconds, wanted):
+    most = RequestSize.at(shared_memory=shared_memory, alone=alone)
+    assert plan_of(count=100_000, micro_batch=128, micro_batch_seconds=seconds, most=most).request_records == wanted
+    # A size that somebody asked for stays, and no request is more than an output chunk.
+    assert plan_of(count=100_000, micro_batch=128, micro_batch_seconds=seconds, most=most,
+                   request_records=2560).request_records == 2560
+    small = plan_of(count=100_000, micro_batch=128, micro_batch_seconds=seconds, most=most, chunk_records=200)
+    assert small.request_records == min(wanted, 256)
+
+
+@pytest.mark.parametrize(("lane", "alone", "shared", "wanted"), [
+    (None, False, None, RequestSize(1 * MIB, 0.1)), ("m.bulk", False, None, RequestSize(1 * MIB, 0.2)),
+    (None, True, None, RequestSize(1 * MIB, 0.2)), (None, False, Path("/dev/shm/f"), RequestSize(4 * MIB, 0.1)),
+    ("m.bulk", False, Path("/dev/shm/f"), RequestSize(4 * MIB, 0.2)),
+])
+def test_who_waits_is_known_by_the_lane_or_the_servers_owner(lane, alone, shared, wanted):
+    contract = ModelContract("m", "1", "d", "f", 4, "x", np.dtype(np.uint8), (3,), (), bulk_lane=lane,
+                             shared_memory=shared)
+    assert _request_size(contract, Servers(None, None, ("http://s",), "m", alone=alone)) == wanted
 
 
 def test_a_billion_records_are_planned_without_listing_them():

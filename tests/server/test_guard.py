@@ -20,9 +20,10 @@ def guarded(tmp_path):
     """A function: shell script → the guard, the lifeline and the pid of the script's child."""
     started = []
 
-    def start(script, grace="0.2"):
+    def start(script, *shared, grace="0.2"):
         lifeline, ours = os.pipe()
-        guard = subprocess.Popen([sys.executable, "-I", "-S", str(GUARD), str(lifeline), grace, str(tmp_path),
+        folders = os.pathsep.join(map(str, (tmp_path, *shared)))
+        guard = subprocess.Popen([sys.executable, "-I", "-S", str(GUARD), str(lifeline), grace, folders,
                                   "/bin/sh", "-c", script], pass_fds=(lifeline,), stdout=subprocess.PIPE)
         os.close(lifeline)
         child = psutil.Process(int(guard.stdout.readline()))
@@ -76,6 +77,30 @@ def test_keys_and_the_unpacked_model_go_the_log_stays(guarded, tmp_path):
     os.close(ours)
     guard.wait(30)
     assert [entry.name for entry in tmp_path.iterdir()] == ["server-1.log"]
+
+
+def test_shared_memory_goes_with_all_that_is_in_it_and_nothing_else(guarded, tmp_path, tmp_path_factory):
+    place = tmp_path_factory.mktemp("memory")
+    shared, other, precious = place / "ours", place / "theirs", place / "precious"
+    for folder in (shared, other):
+        folder.mkdir()
+        (folder / "region").write_text("records")
+    precious.write_text("mine")
+    (shared / "link").symlink_to(precious)
+    guard, ours, _ = guarded(OBEDIENT, shared)
+    assert (shared / "region").exists()
+    os.close(ours)
+    assert guard.wait(30) is not None
+    assert sorted(path.name for path in place.iterdir()) == ["precious", "theirs"]
+    assert (other / "region").exists()
+    assert precious.read_text() == "mine"
+    assert tmp_path.is_dir()
+
+
+def test_a_folder_that_the_client_has_removed_before_is_no_error(guarded, tmp_path_factory):
+    guard, ours, _ = guarded(OBEDIENT, tmp_path_factory.mktemp("memory") / "absent")
+    os.close(ours)
+    assert guard.wait(30) == 128 + signal.SIGTERM
 
 
 def test_children_of_the_client_do_not_hold_the_lifeline(guarded):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from batch_client.plan import Geometry, OutputGeometry, make_plan
+from batch_client.plan import Geometry, OutputGeometry, RequestSize, make_plan
 from batch_client.spec import Records, RunSpec
 
+ANYWHERE = RequestSize()
 SCORES = OutputGeometry("scores", np.dtype(np.float32), (10,))
 
 
@@ -16,9 +17,9 @@ def spec(**options):
 
 
 def plan_of(count=1000, chunk=100, record=(28, 28), dtype=np.uint8, micro_batch=64, output=SCORES,
-            micro_batch_seconds=None, **options):
+            micro_batch_seconds=None, most=ANYWHERE, **options):
     geometry = Geometry((count, *record), np.dtype(dtype), chunk)
-    return make_plan(spec(**options), geometry, np.dtype(dtype), (output,), micro_batch, micro_batch_seconds)
+    return make_plan(spec(**options), geometry, np.dtype(dtype), (output,), micro_batch, micro_batch_seconds, most)
 
 
 @st.composite

@@ -1,0 +1,162 @@
+"""Runs whose records are in shared memory: the output is the same, and where there is no such memory they are sent."""
+
+import os
+import random
+import subprocess
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from batch_client.regions import new_folder, remove_folder
+from batch_handler.shared import SharedMemory
+from support.faulty import Fate
+from support.simulated import SimulatedServer
+from support.virtual import run_virtually
+from support.world import World, undisturbed
+
+if new_folder_made := new_folder():
+    remove_folder(new_folder_made)
+pytestmark = pytest.mark.skipif(new_folder_made is None, reason="no /dev/shm on this machine")
+
+
+@pytest.fixture
+def memory():
+    folder = new_folder()
+    yield SharedMemory(folder)
+    remove_folder(folder)
+    assert not folder.exists()
+
+
+@pytest.fixture(scope="module")
+def root():
+    return undisturbed()[0]
+
+
+class Changing(SimulatedServer):
+    """Something happens to it just before it answers a request, by the number of answers before."""
+
+    def __init__(self, happens, **options):
+        super().__init__(seconds=0.01, **options)
+        self.happens = happens
+        self.answers = 0
+
+    def answer(self, body, header_length):
+        self.happens.pop(self.answers, lambda: None)()
+        self.answers += 1
+        return super().answer(body, header_length)
+
+
+def run_at(server, seed=1, **options):
+    world = World(seed, server=server, **options)
+
+    async def run():
+        return await world.live(Fate(random.Random(0), faults=0))
+
+    return run_virtually(run())
+
+
+def test_records_are_left_in_memory_and_the_output_is_the_same(root, memory):
+    server = SimulatedServer(seconds=0.01, shared_memory=memory)
+    summary = run_at(server)
+    assert (summary.root, summary.retries) == (root, 0)
+    assert server.shared == server.requests == 24
+    # Files are used again: there are no more than requests were in flight at once.
+    assert 0 < len(list(memory.folder.iterdir())) <= 4 < server.requests
+    sent = SimulatedServer(seconds=0.01)
+    assert run_at(sent).root == root
+    assert sent.shared == 0
+
+
+@pytest.mark.parametrize("unusable", [
+    lambda folder: folder.rmdir(), lambda folder: folder.chmod(0o755),
+    lambda folder: os.chown(folder, 12345, -1),
+], ids=["gone", "open to others", "another user's"])
+def test_a_folder_that_is_not_ours_is_not_used(root, memory, unusable):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    unusable(memory.folder)
+    server = SimulatedServer(seconds=0.01, shared_memory=memory)
+    assert run_at(server).root == root
+    assert server.shared == 0
+    if memory.folder.exists():
+        assert list(memory.folder.iterdir()) == []
+        os.chown(memory.folder, os.geteuid(), -1)
+
+
+def test_a_folder_that_goes_meanwhile_costs_the_requests_in_flight_another_try(root, memory):
+    server = Changing({10: lambda: remove_folder(memory.folder)}, shared_memory=memory)
+    summary = run_at(server)
+    assert (summary.root, summary.failed) == (root, 0)
+    assert 0 < server.shared < 24
+    assert 0 < summary.retries <= 4
+    assert not memory.folder.exists()
+
+
+def test_a_server_that_reads_another_folder_gets_bodies(root, memory):
+    # Another server has taken the place of the one that was asked for its metadata, whose folder was left.
+    other = new_folder()
+    server = Changing({}, shared_memory=memory)
+    server.happens[10] = lambda: setattr(server, "shared_memory", SharedMemory(other))
+    try:
+        summary = run_at(server)
+    finally:
+        remove_folder(other)
+    assert (summary.root, summary.failed) == (root, 0)
+    assert 0 < server.shared < 24
+    assert 0 < summary.retries <= 4
+
+
+def test_a_server_that_has_no_shared_memory_any_more_gets_bodies_and_no_record_is_convicted(root, memory):
+    server = Changing({}, shared_memory=memory)
+    server.happens[10] = lambda: setattr(server, "shared_memory", None)
+    summary = run_at(server)
+    assert (summary.root, summary.failed) == (root, 0)
+    assert 0 < summary.retries <= 4
+
+
+@contextmanager
+def small_memory(folder, size):
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", folder],
+                          capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no small disk here: {done.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_memory_that_is_full_costs_no_request(root, memory):
+    with small_memory(memory.folder, "8k"):  # two pages, four requests at once
+        server = SimulatedServer(seconds=0.01, shared_memory=memory)
+        summary = run_at(server)
+        assert 0 < server.shared <= 4
+        assert len(list(memory.folder.iterdir())) <= 2
+    assert (summary.root, summary.retries) == (root, 0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_faults_on_the_way_change_nothing(root, memory, seed):
+    world = World(seed, server=SimulatedServer(seconds=0.01, shared_memory=memory))
+    fate = Fate(random.Random(seed))
+
+    async def run():
+        await world.until_published(fate)
+        await world.settle()
+        await world.check(root)
+
+    run_virtually(run())
+    assert fate.injected
+    assert world.server.shared > 0
+
+
+def test_what_other_servers_say_of_shared_memory_is_not_taken(root, memory):
+    class Liar(SimulatedServer):
+        def metadata(self):
+            metadata = super().metadata()
+            return replace(metadata, parameters={**metadata.parameters, "shared_memory": "/etc"})
+
+    server = Liar(seconds=0.01)
+    assert run_at(server).root == root
+    assert server.shared == 0
