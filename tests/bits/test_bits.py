@@ -25,8 +25,9 @@ from batch_client.transport import HttpTransport
 from support.cli import run_cli
 
 COUNT, CHUNK, B = 1500, 300, 32
-# request size in micro-batches, in flight, workers, server batch, online queries beside, how the records are cut
-AXES = ((1, 2, 5, 9), (1, 4, 32), (1, 2), (1, 4, 16), (False, True), ("whole", "range", "parts"))
+# request size in micro-batches, in flight, workers, server batch, online queries beside, how the records are cut,
+# whether they are in shared memory or in bodies
+AXES = ((1, 2, 5, 9), (1, 4, 32), (1, 2), (1, 4, 16), (False, True), ("whole", "range", "parts"), (True, False))
 QUICK = 4
 
 
@@ -98,11 +99,11 @@ def source(tmp_path_factory):
 
 async def score(archive, source, out, configuration):
     """One configuration after a restart of the server; the scores of its records and where they begin."""
-    size, flight, workers, batch, online, cut = configuration
+    size, flight, workers, batch, online, cut, memory = configuration
     path, images = source
     spec = {"input": str(path), "output": str(out), "archive": str(archive), "chunk_records": CHUNK,
             "request_records": size * B, "in_flight": flight}
-    settings = ServerSettings(archive=archive, workers=workers, threads=1, batch_size=batch)
+    settings = ServerSettings(archive=archive, workers=workers, threads=1, batch_size=batch, shared_memory=memory)
     async with EmbeddedServer(settings) as server, HttpTransport() as transport:
         def services():
             return Services(Servers(transport, server, (server.url,), "bits"), open_store(str(path)),
@@ -142,7 +143,7 @@ async def ask(server, images):
 async def run_all(archive, source, folder, configurations):
     reference = None
     different = []
-    for number, configuration in enumerate([(9, 4, 1, 4, False, "whole"), *configurations]):
+    for number, configuration in enumerate([(9, 4, 1, 4, False, "whole", False), *configurations]):
         start, scores = await score(archive, source, folder / f"out-{number}", configuration)
         if reference is None:
             reference = scores
@@ -165,7 +166,7 @@ async def test_twenty_pairwise_configurations_have_the_same_bits(archive, source
 
 async def test_the_naive_handler_fails_the_same_test(naive, source, tmp_path):
     try:
-        different = await run_all(naive, source, tmp_path, [(1, 1, 1, 1, True, "whole"), *CONFIGURATIONS[:2]])
+        different = await run_all(naive, source, tmp_path, [(1, 1, 1, 1, True, "whole", True), *CONFIGURATIONS[:2]])
     except BatchClientError as error:
         different = [str(error)]
     assert different != []

@@ -18,6 +18,8 @@ from zarr.storage import ObjectStore
 from batch_client.storage import open_store
 from batch_client.zarrstore import SourceStore
 from support.cli import command, run_cli
+from support.faults import until
+from support.served import shared_memory_of
 
 
 def write_source(url, environ, images, chunks, monkeypatch):
@@ -114,6 +116,7 @@ def test_queries_are_answered_and_batched_while_a_bulk_run_goes_on(
         bulk.stderr.close()
     assert bulk.returncode == 0, said
     np.testing.assert_allclose(np.array(answers), bulk_scores[1][:64], atol=1e-5)
+    until(lambda: batches(toy_server)[0] >= before[0] + 64 + 20 * 4)  # all are told, a moment behind the replies
     requests, formed = (after - start for after, start in zip(batches(toy_server), before, strict=True))
     assert requests >= 64
     assert 0 < formed < requests, "no server batch had more than one request"
@@ -187,11 +190,14 @@ def test_a_client_that_is_killed_leaves_no_java_and_the_same_command_goes_on(
     family = psutil.Process(client.pid).children(recursive=True)
     assert any("java" in process.name() for process in family)
     assert any("model_service_worker" in " ".join(process.cmdline()) for process in family)
+    shared = shared_memory_of(family)
+    assert list(shared.iterdir()), "no records in shared memory"
     client.kill()
     client.wait()
     client.stderr.close()
     _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
+    assert not list(shared.parent.glob(f"{shared.name}*"))
     done = run_cli([*arguments, "--json"], s3_environ, check=True)
     assert json.loads(done.stdout)["root"] == bulk_scores[0]["root"]
 

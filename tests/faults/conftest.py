@@ -47,6 +47,14 @@ def shared_server(moody_archive, tmp_path_factory):
         yield server
 
 
+@pytest.fixture(scope="session")
+def bodies_server(moody_archive, tmp_path_factory):
+    """As the shared server, but its requests have their records in their bodies, as on another machine."""
+    with Served(moody_archive, tmp_path_factory.mktemp("bodies"), PACE, shared_memory=False,
+                extra_properties=OPEN) as server:
+        yield server
+
+
 @pytest.fixture
 def moody_server(shared_server):
     """The shared server, recovered from what the test before did to its workers."""

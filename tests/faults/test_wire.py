@@ -1,6 +1,8 @@
 """The way to the server: connections that break or fall silent, replies cut, altered or exchanged."""
 
-from support.faults import Client, each_scale
+import pytest
+
+from support.faults import RECORD_BYTES, Client, each_scale
 from support.proxy import Fault, FaultProxy
 
 FAULTS = [Fault("reset", 0.015, "POST"), Fault("cut", 0.015, "POST"), Fault("flip", 0.02, "POST"),
@@ -9,17 +11,21 @@ FAULTS = [Fault("reset", 0.015, "POST"), Fault("cut", 0.015, "POST"), Fault("fli
 PATIENCE = ["--patience", "8"]
 
 
+@pytest.mark.parametrize("where", ["memory", "bodies"])
 @each_scale
 def test_a_network_that_breaks_cuts_alters_and_exchanges(
-        scale, sources, undisturbed, moody_server, s3_environ, output):
+        scale, where, sources, undisturbed, moody_server, s3_environ, output, request):
     wanted = undisturbed(scale).root
-    with FaultProxy(moody_server.url, *FAULTS, seed=3) as proxy:
-        server = moody_server.flags_for(proxy.url)
+    real = moody_server if where == "memory" else request.getfixturevalue("bodies_server")
+    with FaultProxy(real.url, *FAULTS, seed=3) as proxy:
+        server = real.flags_for(proxy.url)
         with Client(sources(scale), output, scale, server, s3_environ, *PATIENCE) as client:
             summary = client.finish()
             reasons = " ".join(event["reason"] for event in client.events("request retried"))
     assert summary["root"] == wanted
     assert set(proxy.injected) == {fault.kind for fault in FAULTS}
+    sizes = {seen.size for seen in proxy.seen if seen.method == "POST"}
+    assert (max(sizes) > scale.request * RECORD_BYTES) == (where == "bodies")
     # None was taken for an answer: each cost a repetition.
     assert summary["retries"] >= proxy.injected.total()
     assert summary["requests"] >= scale.records // scale.request

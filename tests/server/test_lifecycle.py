@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import zipfile
 from pathlib import Path
 
@@ -16,10 +17,11 @@ import aiohttp
 import psutil
 import pytest
 
-from batch_client import server_process
+from batch_client import regions, server_process
 from batch_client.errors import ServingError, UsageError
 from batch_client.java import find_java
-from batch_client.server import EmbeddedServer, ServerSettings
+from batch_client.regions import usable_folder
+from batch_client.server import ABANDONED_SECONDS, EmbeddedServer, ServerSettings
 from batch_client.server_log import load_failure
 
 CLIENT = Path(__file__).parents[2] / "client"
@@ -39,7 +41,9 @@ async def test_two_servers_on_one_host_and_nothing_left_of_them(make_archive, fa
     second = EmbeddedServer(ServerSettings(make_archive(name="second"), workers=1), environ=NO_JAVA)
     async with first, second:
         everyone = family(psutil.Process())
-        folders = [first.log_path.parent, second.log_path.parent]
+        folders = [first.log_path.parent, second.log_path.parent, first._alive().shared, second._alive().shared]
+        assert len(set(folders)) == 4
+        assert {usable_folder(str(folder)) for folder in folders[2:]} == set(folders[2:])
         assert await predict(first) == await predict(second) == 200
         assert {await first.token()}.isdisjoint({await second.token()})
         assert len(everyone.named("org.pytorch.serve.ModelServer")) >= 2
@@ -76,7 +80,8 @@ async def test_a_killed_parent_leaves_no_java_and_no_worker(make_archive, family
         async def main():
             settings = ServerSettings(Path(sys.argv[1]), workers=2)
             async with EmbeddedServer(settings) as server, aiohttp.ClientSession() as s:
-                print("ready", server.log_path.parent, flush=True)
+                (server._alive().shared / "region").write_bytes(bytes(1000))
+                print("ready", server.log_path.parent, server._alive().shared, flush=True)
                 await s.post(f"{server.url}/predictions/echo", data=b"x",
                              headers={"Authorization": f"Bearer {await server.token()}"})
         asyncio.run(main())
@@ -90,10 +95,13 @@ async def test_a_killed_parent_leaves_no_java_and_no_worker(make_archive, family
         await asyncio.sleep(0.5)  # a worker is in the middle of a batch that would take minutes
         everyone = family(psutil.Process(parent.pid))
         assert len(everyone.named("model_service_worker.py")) == 2
+        shared = Path(ready[2].decode())
+        assert (shared / "region").stat().st_size == 1000
     finally:
         parent.kill()
         await parent.wait()
     assert await everyone.gone() == []
+    assert not list(shared.parent.glob(f"{shared.name}*"))
     left = take_away(ready[1].decode())
     assert not left & {"tmp", "key_file.json"}
     assert any(name.endswith(".log") for name in left)
@@ -104,14 +112,49 @@ async def test_a_killed_guard_takes_java_with_it(make_archive, family):
         pytest.skip("PR_SET_PDEATHSIG is Linux's")
     async with EmbeddedServer(ServerSettings(make_archive(), workers=1)) as server:
         everyone = family(psutil.Process())
-        log = server.log_path
+        log, shared = server.log_path, server._alive().shared
         everyone.named("server_guard.py")[0].kill()
         assert await everyone.gone() == []
         with pytest.raises(ServingError, match="has ended"):
             await server.describe()
+    assert not shared.exists()
     assert log.is_file()  # it did not end because we asked it to: the log stays
     log.unlink()
     log.parent.rmdir()
+
+
+async def environ_of_worker(server):
+    async with (aiohttp.ClientSession() as session,
+                session.post(f"{server.url}/predictions/{server.model_name}", data=b"x",
+                             headers={"Authorization": f"Bearer {await server.token()}"}) as reply):
+        return json.loads(await reply.text())["environ"]
+
+
+async def test_shared_memory_can_be_switched_off(make_archive):
+    async with EmbeddedServer(ServerSettings(make_archive(), workers=1, shared_memory=False)) as server:
+        assert server._alive().shared is None
+        server.sweep()
+        assert "BATCH_HANDLER_SHARED_MEMORY" not in await environ_of_worker(server)
+
+
+async def test_workers_are_told_the_folder_of_their_own_server_and_it_is_swept(make_archive):
+    environ = os.environ | {"BATCH_HANDLER_SHARED_MEMORY": "/somebody/elses"}
+    async with EmbeddedServer(ServerSettings(make_archive(), workers=1), environ=environ) as server:
+        shared = server._alive().shared
+        assert (await environ_of_worker(server))["BATCH_HANDLER_SHARED_MEMORY"] == str(shared)
+        for name, age in (("old", ABANDONED_SECONDS + 1), ("new", ABANDONED_SECONDS - 60)):
+            (shared / name).touch()
+            os.utime(shared / name, (0, time.time() - age))
+        server.sweep()
+        assert [path.name for path in shared.iterdir()] == ["new"]
+    assert not shared.exists()
+
+
+async def test_where_there_is_no_memory_to_share_a_server_starts_without(make_archive, monkeypatch, tmp_path):
+    monkeypatch.setattr(regions, "MEMORY", tmp_path / "absent")
+    async with EmbeddedServer(ServerSettings(make_archive(), workers=1)) as server:
+        assert server._alive().shared is None
+        assert await predict(server) == 200
 
 
 DIES = {

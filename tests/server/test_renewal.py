@@ -90,7 +90,8 @@ async def running(tmp_path, management, guard):
         server._lanes = (Lane("echo", 1, 8),)
         server._session = session
         properties = {"management_address": url}
-        server._running = ServerProcess(guard, -1, tmp_path, log, 0, properties, time.monotonic(), ready=True)
+        server._running = ServerProcess(guard, -1, tmp_path, None, log, 0, properties, time.monotonic(),
+                                        ready=True)
         server._renew_at = dict.fromkeys(("inference", "management"), time.monotonic() + 1800)
         yield server
 

@@ -26,6 +26,7 @@ LONG = 300  # seconds that nothing here takes; a wait's bound, not a promise
 # Seconds of a micro-batch of 16 records, so that a run lasts long enough to be disturbed, whatever the machine.
 PACE = 0.01
 RAISES, EXITS, HANGS = 1, 2, 3
+RECORD_BYTES = 12 * 12
 NETWORK = '''
 """The small image model of the tests, slowed down on request, that some images make raise, exit or hang."""
 

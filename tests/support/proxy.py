@@ -39,12 +39,15 @@ class Fault:
 
 @dataclass(frozen=True)
 class Seen:
-    """A request that reached the proxy: when (time.monotonic), what, and the status that was sent back (0: none)."""
+    """A request that reached the proxy: when (time.monotonic), what, the status that was sent back (0: none), and the
+    bytes of its body.
+    """
 
     at: float
     method: str
     path: str
     status: int
+    size: int
 
 
 class FaultProxy:
@@ -106,7 +109,8 @@ class FaultProxy:
         if cut:
             self.injected["cut"] += 1
             reply = (reply[0], reply[1][:len(reply[1]) // 2])
-        self.seen.append(Seen(time.monotonic(), method, path, 0 if reply is None else int(reply[0].split()[1])))
+        status = 0 if reply is None else int(reply[0].split()[1])
+        self.seen.append(Seen(time.monotonic(), method, path, status, len(request[1])))
         if reply is None:
             return False
         writer.write(reply[0] + reply[1])

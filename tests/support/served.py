@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import threading
+from pathlib import Path
 
 import psutil
 
@@ -25,6 +26,12 @@ def free_port():
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+def shared_memory_of(family):
+    """The folder of the server that is in this family of processes: its workers say so."""
+    worker = next(process for process in family if "model_service_worker" in " ".join(process.cmdline()))
+    return Path(worker.environ()["BATCH_HANDLER_SHARED_MEMORY"])
 
 
 class Served:
@@ -114,6 +121,11 @@ class Served:
     @property
     def metrics_url(self):
         return self._server.metrics_url
+
+    @property
+    def shared(self):
+        """The folder that it shares with clients, None without one."""
+        return self._server._alive().shared
 
     def workers(self, lane=None):
         """Pids of the workers that TorchServe holds for ready, of one lane."""
