@@ -200,5 +200,5 @@ def test_any_server_is_kept_busy(workers, compute, batch, noise, seed):
     assert found * compute >= 0.93 * workers * (compute / (compute + TRANSIT / 2))
     # Where the rule rests: as much as is served and one more. A way takes TRANSIT and the server's delay.
     rests = 1 + OWN_COMPUTE * workers + OWN_TRANSIT * workers * (TRANSIT + 0.001) / compute
-    # Large server batches of short requests that never vary are answered in step, and the limit swings about that place.
+    # Large server batches of short requests that never vary are answered in step: the limit swings about that place.
     assert in_flight <= 1.35 * rests + 2
