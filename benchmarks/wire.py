@@ -1,11 +1,13 @@
 """The wire alone: how many bytes a run moves through TorchServe when the model computes nothing.
 
-    python benchmarks/wire.py [--record-bytes 784 150528] [--repeats 15] [--megabytes 1000]
+    python benchmarks/wire.py [--record-bytes 784 150528] [--repeats 15] [--megabytes 1000] [--bodies]
 
 A whole run, from its first read to publication, by the client's own code, with input and output in memory instead of in
 storage; the embedded TorchServe with its own settings and our handler, whose model returns the first two bytes of each
 record. So everything of a run is there (checksums both ways, micro-batches, digests, ledger) but the model and the
-store. The first run warms up and does not count. CPU seconds are of this process, Java and the workers.
+store. Records are in shared memory, as for every server on the client's machine; with --bodies they travel in the
+requests' bodies, as to any other. The first run warms up and does not count. CPU seconds are of this process, Java and
+the workers.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from workload import cli
 from batch_client.api import run_until_complete
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
-from batch_client.serving import Servers, open_servers
+from batch_client.server import EmbeddedServer, ServerSettings
+from batch_client.serving import Servers
 from batch_client.spec import RunSpec
 from batch_client.storage import MemoryStore
+from batch_client.transport import HttpTransport
 
 CHUNK_BYTES = 1 << 20
 INPUT, OUTPUT = "memory://in", "memory://out"
@@ -54,6 +58,7 @@ def main() -> None:
     parser.add_argument("--record-bytes", type=int, nargs="+", default=[784, 150_528])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--megabytes", type=int, default=1000, help="of records in one run")
+    parser.add_argument("--bodies", action="store_true", help="send the records instead of sharing them")
     options = parser.parse_args()
     print(f"{options.repeats} runs of {options.megabytes} MB each\n")
     print(heading("date", "machine", "bytes a record", "MB/s (95 % interval)", "records/s (95 % interval)",
@@ -61,7 +66,8 @@ def main() -> None:
     for size in options.record_bytes:
         with tempfile.TemporaryDirectory() as folder:
             archive = packed(Path(folder), size)
-            run_until_complete(measured(archive, size, options.megabytes * 1_000_000 // size, options.repeats))
+            run_until_complete(measured(archive, size, options.megabytes * 1_000_000 // size, options.repeats,
+                                        shared=not options.bodies))
 
 
 def packed(work: Path, size: int) -> Path:
@@ -90,10 +96,12 @@ async def records_in_memory(count: int, size: int) -> Memory:
     return store
 
 
-async def measured(archive: Path, size: int, count: int, repeats: int) -> None:
+async def measured(archive: Path, size: int, count: int, repeats: int, *, shared: bool) -> None:
     source = await records_in_memory(count, size)
     spec = RunSpec(input=INPUT, output=OUTPUT, archive=str(archive))
-    async with open_servers(spec) as servers:
+    settings = ServerSettings(archive, batch_size=1, shared_memory=shared)
+    async with HttpTransport() as transport, EmbeddedServer(settings) as server:
+        servers = Servers(transport, server, (server.url,), server.model_name, alone=True)
         await once(spec, servers, source)
         before = used()
         rates = [await once(spec, servers, source) for _ in range(repeats)]

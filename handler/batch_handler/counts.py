@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["Counts"]
 
-TELL_SECONDS = 0.5
+TELL_SECONDS = 0.25
 
 
 class Counts:
