@@ -29,6 +29,10 @@ def bulk_lane_of(environ: Mapping[str, str]) -> str | None:
 def make_way() -> None:
     """Give every thread of this process the lowest priority; threads that they start inherit it.
 
+    On Linux that is the policy SCHED_IDLE: whatever else wants the core has it at once. A thread of nice 19 may first
+    use up its time slice of some milliseconds, at each of the several steps of a query (sched(7);
+    `benchmarks/interference.py` compares them). Elsewhere, and for who looks at it with `ps`, it is nice 19.
+
     Where the system refuses, the worker goes on as it is: slower queries are no reason not to serve.
     """
     # On Linux a priority is a thread's own, and libraries start threads when they are imported.
@@ -37,6 +41,8 @@ def make_way() -> None:
     for thread in threads:
         try:
             os.setpriority(os.PRIO_PROCESS, thread, LOWEST_PRIORITY)
+            if sys.platform == "linux":
+                os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
         except ProcessLookupError:  # it has ended
             continue
         except OSError as error:

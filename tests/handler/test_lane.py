@@ -10,7 +10,7 @@ import pytest
 from batch_handler.exchange import Exchange, Request
 from batch_handler.lane import BULK_LANE, bulk_lane_of
 
-# Prints the priorities of a process's threads: one that was there before, one that came after, the first.
+# Prints nice, and whether the policy is SCHED_IDLE, of a thread that was there before, one that came after, the first.
 THREADS = """
 import os, threading
 from batch_handler.lane import make_way
@@ -19,7 +19,8 @@ done = threading.Event()
 threading.Thread(target=done.wait).start()
 make_way()
 threading.Thread(target=done.wait).start()
-print(*(os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir("/proc/self/task")))
+for thread in map(int, os.listdir("/proc/self/task")):
+    print(os.getpriority(os.PRIO_PROCESS, thread), os.sched_getscheduler(thread) == os.SCHED_IDLE)
 done.set()
 """
 
@@ -28,7 +29,7 @@ done.set()
 def test_every_thread_of_the_worker_makes_way():
     done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True,
                           env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
-    assert done.stdout.split() == ["19"] * 3
+    assert done.stdout.split() == ["19", "True"] * 3
 
 
 def test_metadata_names_the_bulk_lane_only_where_there_is_one(tiny):

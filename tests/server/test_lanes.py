@@ -50,15 +50,17 @@ def records(server):
 
 
 def priorities(pid):
-    return {os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir()}
+    """Nice and scheduling policy of a process's threads."""
+    threads = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
+    return {(os.getpriority(os.PRIO_PROCESS, thread), os.sched_getscheduler(thread)) for thread in threads}
 
 
 def test_the_bulk_lane_has_the_lowest_priority_in_every_thread_and_the_online_lane_none(served):
     (online,), (bulk,) = served.workers("toy"), served.workers("toy.bulk")
     ours = psutil.Process().nice()
     assert ours < 19, "these tests run at the lowest priority themselves"
-    assert priorities(bulk) == {19}
-    assert priorities(online) == {ours}
+    assert priorities(bulk) == {(19, os.SCHED_IDLE)}
+    assert priorities(online) == {(ours, os.SCHED_OTHER)}
     assert psutil.Process(served.java().pid).nice() == ours
 
 
