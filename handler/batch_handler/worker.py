@@ -16,8 +16,10 @@ _RECEIVED = "Backend received inference at"
 
 
 def make_lean(protocol: ModuleType | None) -> None:
-    """`protocol` is `ts.protocol.otf_message_handler`, or None outside a worker."""
-    if protocol is not None and hasattr(protocol, "_retrieve_buffer"):
+    """`protocol` is `ts.protocol.otf_message_handler`, or None outside a worker, where nothing is done."""
+    if protocol is None:
+        return
+    if hasattr(protocol, "_retrieve_buffer"):
         vars(protocol)["_retrieve_buffer"] = receive
     # A line a server batch, for Java to parse and drop. A filter on the root logger sees only what is logged there.
     logging.getLogger().addFilter(lambda record: not str(record.msg).startswith(_RECEIVED))

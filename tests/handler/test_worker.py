@@ -25,9 +25,10 @@ BOTH = pytest.mark.parametrize("function", [receive, THEIRS], ids=["ours", "torc
 
 @pytest.fixture
 def log_filters():
-    """The root logger's filters, as they were before."""
+    """The root logger without filters, which it has again afterwards."""
     root = logging.getLogger()
     before = list(root.filters)
+    root.filters.clear()
     yield root
     root.filters[:] = before
 
@@ -133,7 +134,7 @@ def test_only_the_line_for_each_server_batch_is_dropped(log_filters):
     root.setLevel(logging.INFO)
     try:
         logging.info("Backend received inference at: %d", 1)  # noqa: LOG015 - as TorchServe does
-        make_lean(None)
+        make_lean(types.ModuleType("another version"))
         logging.info("Backend received inference at: %d", 2)  # noqa: LOG015 - as TorchServe does
         logging.info("Listening on port: %s", 3)  # noqa: LOG015 - as TorchServe does
         logging.getLogger("batch_handler").info("Backend received inference at: another logger's")
