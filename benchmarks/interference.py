@@ -84,7 +84,7 @@ def main() -> None:
     options = arguments()
     chosen = [ALL[name] for name in dict.fromkeys(options.cases)]
     if len({case.scheduling is None for case in chosen if case.online_workers}) > 1:
-        sys.exit("cases with a scheduling of their own and without share a server: compare with two-lanes-nice-19")
+        sys.exit("cases with a scheduling of their own and without share a server: compare with two-lanes-idle")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         archive = SMALL.pack(work, options.runtime, options.model)

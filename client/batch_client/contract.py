@@ -39,7 +39,8 @@ class ModelContract:
     micro_batch_seconds: about what a micro-batch takes there, None if unknown.
     bulk_lane: the name under which this server takes bulk requests, if it is not `name`.
     shared_memory: the folder in which it and this client share memory, None for a server on another machine.
-    These four are the server's own business: servers that differ in them have the same model.
+    These four are the server's own business: servers that differ in them have the same model. A run's contract has the
+    last two only if all of its servers have them.
     """
 
     name: str

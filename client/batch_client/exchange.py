@@ -155,10 +155,16 @@ class Exchange:
             try:
                 held.enter_context(self._regions.region(endpoint.shared_memory, ident, message.shared))
             except OSError:
-                endpoint.shared_memory = None  # full, or gone with its server: from now on they are sent
+                self._send_bodies(endpoint)  # full, or gone with its server
             else:
                 return message, ident
         return self._encode(ident, span, rows), ident
+
+    def _send_bodies(self, endpoint: Endpoint) -> None:
+        """From now on the records for this server are sent."""
+        if endpoint.shared_memory is not None:
+            self._regions.give_up(endpoint.shared_memory)
+            endpoint.shared_memory = None
 
     def _encode(self, ident: str, span: Span, rows: np.ndarray, in_region: str | None = None) -> Message:
         parameters: dict[str, object] = {"binary_data_output": True}
@@ -190,6 +196,8 @@ class Exchange:
         verdict = read_reply(reply.status, reply.body)
         if verdict.outcome is Outcome.TOKEN:
             self._refused_token = token
+        if verdict.outcome is Outcome.NOT_SHARED and not message.shared:
+            return Verdict(Outcome.REFUSED, verdict.reason), None
         if verdict.outcome is not Outcome.RESULT:
             return verdict, None
         try:
@@ -218,7 +226,7 @@ class Exchange:
             case Outcome.BROKEN | Outcome.CORRUPT:
                 self.pool.broke(endpoint, sent_at)
             case Outcome.NOT_SHARED:
-                endpoint.shared_memory = None
+                self._send_bodies(endpoint)
             case Outcome.OTHER_MODEL:
                 self.pool.strange(endpoint, verdict.reason)
 

@@ -232,8 +232,7 @@ def make_plan(
         raise UsageError(f"--chunk-records {grid}: wanted a multiple of the source's {source.chunk_records} records a "
                          f"chunk, such as {nearest}")
     wire_bytes = max(1, math.prod(source.record_shape) * wire_dtype.itemsize)
-    request = spec.request_records or default_request(wire_bytes, micro_batch, grid, micro_batch_seconds,
-                                                              most)
+    request = spec.request_records or default_request(wire_bytes, micro_batch, grid, micro_batch_seconds, most)
     if request % micro_batch:
         raise UsageError(f"--request-records {request}: wanted a multiple of the server's micro-batch, {micro_batch}")
     if request > micro_batch and request * wire_bytes > MAX_REQUEST_BYTES:

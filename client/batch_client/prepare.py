@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -89,8 +90,7 @@ async def _agree(spec: RunSpec, services: Services, pool: Pool) -> ModelContract
     reached or have another one are left out.
     """
     wanted = None if spec.overwrite else await _model_of_output(spec, services.output_store)
-    agreed: ModelContract | None = None
-    ceilings: list[float | None] = []
+    agreed: list[ModelContract] = []
     async with asyncio.TaskGroup() as tasks:
         asked = [tasks.create_task(_contract_or_error(services.servers, endpoint.url)) for endpoint in pool.endpoints]
     for endpoint, task in zip(pool.endpoints, asked, strict=True):
@@ -100,7 +100,7 @@ async def _agree(spec: RunSpec, services: Services, pool: Pool) -> ModelContract
             continue
         model = found.digest, found.fingerprint if spec.exact else ANY_NUMERICS
         wanted = wanted or (*model, found.numerics)
-        if model != wanted[:2] or (agreed is not None and not _alike(found, agreed, exact=spec.exact)):
+        if model != wanted[:2] or (agreed and not _alike(found, agreed[0], exact=spec.exact)):
             pool.leave_out(endpoint, MismatchError(
                 f"{endpoint.url}: its model is {model[0]} with numerics {model[1]}, this run's is {wanted[0]} "
                 f"with {wanted[1]}{_differing(wanted[2], found.numerics)}; serve that model in that way, or choose "
@@ -108,12 +108,21 @@ async def _agree(spec: RunSpec, services: Services, pool: Pool) -> ModelContract
             continue
         endpoint.lane = found.bulk_lane
         endpoint.shared_memory = found.shared_memory
-        agreed = agreed or found
-        ceilings.append(found.ceiling)
-    if agreed is None:
+        agreed.append(found)
+    if not agreed:
         reasons = [endpoint.left_out for endpoint in pool.endpoints if endpoint.left_out is not None]
         raise reasons[0] if reasons else ServingError("no endpoint was given")
-    return replace(agreed, ceiling=_sum_of(ceilings))
+    return replace(agreed[0], ceiling=_sum_of([found.ceiling for found in agreed]),
+                   shared_memory=_of_all([found.shared_memory for found in agreed]),
+                   bulk_lane=_of_all([found.bulk_lane for found in agreed]))
+
+
+_T = TypeVar("_T")
+
+
+def _of_all(offers: Sequence[_T | None]) -> _T | None:
+    """What may be reckoned with because every server offers it: the first's, if none has none."""
+    return None if None in offers else offers[0]
 
 
 def _request_size(contract: ModelContract, servers: Servers) -> RequestSize:

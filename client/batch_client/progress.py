@@ -59,6 +59,9 @@ async def progress_of(store: Store) -> Progress:
         records, a_chunk = int(run["stop"]) - int(run["start"]), int(run["chunk_records"])
     except (ValueError, KeyError, TypeError) as error:
         raise MismatchError(f"{child_url(store.url, SPEC_KEY)} can't be read ({error})") from error
+    if records < 1 or a_chunk < 1:
+        raise MismatchError(f"{child_url(store.url, SPEC_KEY)} can't be of a run: {records} records in chunks "
+                            f"of {a_chunk}")
     chunks = -(-records // a_chunk)
     view = LedgerView(store, chunks)
     await view.refresh()

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["Regions", "new_folder", "remove_folder", "sweep", "usable_folder"]
+__all__ = ["MEMORY", "Regions", "new_folder", "remove_folder", "sweep", "usable_folder"]
 
 MEMORY = Path("/dev/shm")  # noqa: S108 - folders there are made by mkdtemp, for their owner alone
 PREFIX = "batch-client-"
@@ -35,11 +35,12 @@ def new_folder() -> Path | None:
 
 def remove_folder(folder: Path) -> None:
     """Remove what `new_folder` made, and the regions in it."""
-    # Under another name nobody can make a region in it meanwhile.
+    # Under another name nobody can make a region in it meanwhile. server_guard.py does the same.
     going = folder.with_name(f"{folder.name}.gone")
     with suppress(OSError):
         folder.rename(going)
-        shutil.rmtree(going, ignore_errors=True)
+    for path in (going, folder):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def usable_folder(said: object) -> Path | None:
@@ -65,6 +66,7 @@ class Regions:
 
     def __init__(self) -> None:
         self._free: dict[Path, list[Path]] = {}
+        self._given_up: set[Path] = set()
 
     @contextmanager
     def region(self, folder: Path, name: str, parts: Sequence[memoryview]) -> Iterator[None]:
@@ -74,24 +76,37 @@ class Regions:
         """
         free = self._free.setdefault(folder, [])
         path = folder / name
+        fresh = os.O_CREAT | os.O_EXCL
         if free:
             with suppress(FileNotFoundError):  # idle for so long that its server has swept it
                 free.pop().rename(path)
+                fresh = 0
         try:
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            file = os.open(path, os.O_WRONLY | fresh | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
+                # The server may have ended, and another user have made a folder of its name.
+                if os.fstat(file).st_uid != os.geteuid():
+                    raise PermissionError(f"{path} is another user's")
                 _write(file, parts)
             finally:
                 os.close(file)
         except OSError:
-            # Half a region in memory that is full would stay there for the rest of the run, and the idle ones too.
-            _unlink([path, *free])
-            free.clear()
+            # In memory that is full there is nothing to spare: neither half a region nor files that wait for the next.
+            _unlink([path])
+            self.give_up(folder)
             raise
         try:
             yield
         finally:
-            free.append(path)
+            if folder in self._given_up:
+                _unlink([path])
+            else:
+                free.append(path)
+
+    def give_up(self, folder: Path) -> None:
+        """Keep no files there for later regions: those of now are removed when their blocks end."""
+        self._given_up.add(folder)
+        _unlink(self._free.pop(folder, ()))
 
     def close(self) -> None:
         """Remove every region."""

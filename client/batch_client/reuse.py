@@ -27,6 +27,8 @@ _SAME = ("start", "grid_records", "chunk_records", "micro_batch", "codec", "mode
 async def reusable_rows(old: Store, prepared: Prepared, *, require_finite: bool) -> AsyncIterator[Row]:
     """Rows of `old`'s manifest that are rows of this run too, read as they are asked for. Writes nothing.
 
+    A part of the manifest that is damaged is found only when its rows are asked for, after this run has begun.
+
     Raises MismatchError when `old` is not a published output or of another geometry, model or numerics.
     """
     manifest = await read_manifest(old)

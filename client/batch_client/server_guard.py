@@ -1,10 +1,10 @@
-"""Holds a server's life to its client's: `python server_guard.py LIFELINE GRACE FOLDERS COMMAND…`.
+"""Holds a server's life to its client's: `python server_guard.py LIFELINE GRACE FOLDER SHARED COMMAND…`.
 
 LIFELINE is the read end of a pipe whose write end only the client has. When it closes, because the client stopped the
 server or was killed, the command gets SIGTERM, after GRACE seconds SIGKILL, and then whatever is left of its process
 group: TorchServe's Java does not end with its parent, and a worker in the middle of a batch not with its Java. The
-unpacked model and the keys in the first of FOLDERS go too, and all of the others; a client that was killed can't remove
-them. The log stays.
+unpacked model and the keys in FOLDER go too, and all of SHARED, which is "" where there is none; a client that was
+killed can't remove them. The log stays.
 
 Run as a file, not as a module, so that starting it imports nothing but the standard library.
 """
@@ -76,7 +76,8 @@ def remove(folder: Path) -> None:
     going = folder.with_name(f"{folder.name}.gone")
     with contextlib.suppress(OSError):
         folder.rename(going)
-        shutil.rmtree(going, ignore_errors=True)
+    for path in (going, folder):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def end(command: subprocess.Popen[bytes], grace: float) -> None:
@@ -90,11 +91,10 @@ def end(command: subprocess.Popen[bytes], grace: float) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    lifeline, grace = int(arguments[0]), float(arguments[1])
-    folder, *shared = map(Path, arguments[2].split(os.pathsep))
+    lifeline, grace, folder, shared = int(arguments[0]), float(arguments[1]), Path(arguments[2]), arguments[3]
     woken = wakeups()
     command = subprocess.Popen(
-        arguments[3:],
+        arguments[4:],
         stdin=subprocess.DEVNULL,
         process_group=0,
         preexec_fn=die_with(os.getpid()),  # noqa: PLW1509 - this process has one thread
@@ -104,8 +104,8 @@ def main(arguments: list[str]) -> int:
     finally:
         end(command, grace)
         clean(folder)
-        for other in shared:
-            remove(other)
+        if shared:
+            remove(Path(shared))
     return command.returncode if command.returncode >= 0 else 128 - command.returncode
 
 

@@ -133,7 +133,7 @@ def launch(
         seen = environment(environ, properties["blacklist_env_vars"], folder / "tmp", settings, share, lanes, shared)
         with log.open("ab") as stream:
             log_start = stream.tell()
-            guard, lifeline = _guarded(command, (folder, *([shared] if shared else [])), seen, stream)
+            guard, lifeline = _guarded(command, folder, shared, seen, stream)
     except BaseException as error:
         _remove(folder, shared, keep=None)
         if isinstance(error, OSError):
@@ -143,17 +143,17 @@ def launch(
 
 
 def _guarded(
-    command: list[str], folders: Sequence[Path], seen: Mapping[str, str], output: IO[bytes],
+    command: list[str], folder: Path, shared: Path | None, seen: Mapping[str, str], output: IO[bytes],
 ) -> tuple[subprocess.Popen[bytes], int]:
-    """Starts `command` under the guard, in the first of the folders that the guard cleans; returns the guard and the
-    lifeline that this process alone holds.
+    """Starts `command` in `folder` under the guard, which cleans that and `shared`; returns the guard and the lifeline
+    that this process alone holds.
     """
     lifeline, ours = os.pipe()  # neither is inherited
     try:
         guard = subprocess.Popen(
             [sys.executable, "-I", "-S", str(Path(__file__).with_name("server_guard.py")),
-             str(lifeline), str(JAVA_GRACE_SECONDS), os.pathsep.join(map(str, folders)), *command],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=folders[0], env=dict(seen),
+             str(lifeline), str(JAVA_GRACE_SECONDS), str(folder), str(shared or ""), *command],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=dict(seen),
             pass_fds=(lifeline,),
             start_new_session=True,  # so that a Ctrl-C reaches us alone, and we can drain first
         )

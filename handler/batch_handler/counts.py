@@ -32,7 +32,7 @@ class Counts:
             if self._waiting:
                 return
             self._waiting = self._seconds > 0
-        if not self._waiting:
+        if self._seconds <= 0:
             self._tell(metrics)
             return
         later = threading.Timer(self._seconds, self._tell, [metrics])

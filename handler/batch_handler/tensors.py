@@ -205,9 +205,9 @@ def to_json_numbers(data: Array) -> list[Any]:
 def decode_tensors(
     items: list[Any], tail: memoryview, what: str, limit: int, shared: ReadShared | None = None
 ) -> tuple[Tensor, ...]:
-    """The tensors of a message; binary ones are views of `tail`, or of what `shared` gives."""
+    """The tensors of a message; binary ones are views of `tail`, or of what `shared` gives: `limit` bytes in all."""
     tensors: list[Tensor] = []
-    offset = 0
+    offset = read = 0
     for item in items:
         fields = Fields(item, f"an {what}")
         if what == "input":  # other servers' replies may say more than we know
@@ -217,6 +217,8 @@ def decode_tensors(
         parameters = fields.get("parameters", dict, {})
         size = parameters.get("binary_data_size")
         if "shared_memory_region" in parameters:
+            if (read := read + nbytes) > limit:
+                raise OipError(f"{read} bytes are said to be in shared memory, wanted at most {limit}", 413)
             data = _from_raw(_from_shared(parameters, nbytes, name, shared), dtype, shape, name)
         elif size is None:
             data = from_json_numbers(fields.get("data", list), dtype, shape, name)

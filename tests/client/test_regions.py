@@ -149,7 +149,7 @@ def test_a_folder_that_is_gone_is_an_error_each_time_and_is_not_made(folder, reg
 def test_a_link_in_the_place_of_a_region_is_not_written_through(folder, regions, tmp_path):
     (tmp_path / "precious").write_text("mine")
     (folder / "r-1").symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="symbolic links"), regions.region(folder, "r-1", PARTS):
+    with pytest.raises(OSError, match="File exists"), regions.region(folder, "r-1", PARTS):
         pytest.fail("it was opened")
     assert (tmp_path / "precious").read_text() == "mine"
 
@@ -185,11 +185,39 @@ def test_memory_that_is_full_is_an_error_and_nothing_is_left(limited, regions, t
                   regions.region(tmp_path, "r-2", [memoryview(bytes(40 << 10)), memoryview(bytes(40 << 10))])):
                 pytest.fail("it does not fit")
             assert names(tmp_path) == ["r-1"]  # the one that is in use
-        # And with one that is free: it is given back too, as there is nothing to spare.
+        assert names(tmp_path) == []  # nothing is kept for a next one
+        # And with one that was free: it is given back too, as there is nothing to spare.
+        others = Regions()
+        with others.region(tmp_path, "r-3", [memoryview(bytes(8 << 10))]):
+            pass
+        assert names(tmp_path) == ["r-3"]
         with (pytest.raises(OSError, match=r"No space|too large"),
-              regions.region(tmp_path, "r-3", [memoryview(bytes(80 << 10))])):
+              others.region(tmp_path, "r-4", [memoryview(bytes(80 << 10))])):
             pytest.fail("it does not fit")
         assert names(tmp_path) == []
+
+
+def test_a_file_of_another_user_is_not_written_to(folder, regions):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    with regions.region(folder, "r-1", PARTS):
+        pass
+    os.chown(folder / "r-1", 12345, -1)
+    (folder / "r-1").write_bytes(b"theirs")
+    with pytest.raises(OSError, match="another user"), regions.region(folder, "r-2", PARTS):
+        pytest.fail("it is theirs")
+    (folder / "r-3").write_bytes(b"theirs")
+    with pytest.raises(FileExistsError), Regions().region(folder, "r-3", PARTS):
+        pytest.fail("it is theirs")
+
+
+def test_a_folder_that_was_given_up_keeps_nothing(folder, regions):
+    with regions.region(folder, "r-1", PARTS), regions.region(folder, "r-2", PARTS):
+        pass
+    with regions.region(folder, "r-3", PARTS):
+        regions.give_up(folder)
+        assert names(folder) == ["r-3"]
+    assert names(folder) == []
 
 
 def test_sweep_removes_what_is_old_and_nothing_else(folder, regions):

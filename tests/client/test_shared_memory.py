@@ -17,6 +17,7 @@ from support.world import World, undisturbed
 
 if new_folder_made := new_folder():
     remove_folder(new_folder_made)
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
 pytestmark = pytest.mark.skipif(new_folder_made is None, reason="no /dev/shm on this machine")
 
 
@@ -70,11 +71,9 @@ def test_records_are_left_in_memory_and_the_output_is_the_same(root, memory):
 
 @pytest.mark.parametrize("unusable", [
     lambda folder: folder.rmdir(), lambda folder: folder.chmod(0o755),
-    lambda folder: os.chown(folder, 12345, -1),
+    pytest.param(lambda folder: os.chown(folder, 12345, -1), marks=AS_ROOT),
 ], ids=["gone", "open to others", "another user's"])
 def test_a_folder_that_is_not_ours_is_not_used(root, memory, unusable):
-    if os.geteuid() != 0:
-        pytest.skip("only root can give a folder away")
     unusable(memory.folder)
     server = SimulatedServer(seconds=0.01, shared_memory=memory)
     assert run_at(server).root == root

@@ -16,6 +16,7 @@ from support.served import OPEN, Served, free_port, shared_memory_of
 
 NOT_SHARED = "the server can't read the records in shared memory"
 REQUEST_BYTES = QUICK.request * RECORD_BYTES
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
 pytestmark = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm on this machine")  # noqa: S108 - the place itself
 
 
@@ -75,12 +76,11 @@ def server_of_its_own(archive, folder, **settings):
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda folder: folder.rmdir(), lambda folder: folder.chmod(0o755), lambda folder: os.chown(folder, 12345, -1),
+    lambda folder: folder.rmdir(), lambda folder: folder.chmod(0o755),
+    pytest.param(lambda folder: os.chown(folder, 12345, -1), marks=AS_ROOT),
 ], ids=["gone", "open to others", "another user's"])
 def test_memory_that_is_not_ours_from_the_start_is_not_used(
         spoil, sources, undisturbed, moody_archive, s3_environ, output, tmp_path):
-    if os.geteuid() != 0:
-        pytest.skip("only root can give a folder away")
     with server_of_its_own(moody_archive, tmp_path) as server:
         spoil(server.shared)
         root, sizes = posted(server, sources, s3_environ, output)

@@ -20,11 +20,10 @@ def guarded(tmp_path):
     """A function: shell script → the guard, the lifeline and the pid of the script's child."""
     started = []
 
-    def start(script, *shared, grace="0.2"):
+    def start(script, shared="", grace="0.2"):
         lifeline, ours = os.pipe()
-        folders = os.pathsep.join(map(str, (tmp_path, *shared)))
-        guard = subprocess.Popen([sys.executable, "-I", "-S", str(GUARD), str(lifeline), grace, folders,
-                                  "/bin/sh", "-c", script], pass_fds=(lifeline,), stdout=subprocess.PIPE)
+        guard = subprocess.Popen([sys.executable, "-I", "-S", str(GUARD), str(lifeline), grace, str(tmp_path),
+                                  str(shared), "/bin/sh", "-c", script], pass_fds=(lifeline,), stdout=subprocess.PIPE)
         os.close(lifeline)
         child = psutil.Process(int(guard.stdout.readline()))
         started.append((guard, ours, child))

@@ -34,9 +34,10 @@ from batch_client.errors import StorageError, UsageError
 from batch_client.java import find_java, torchserve_home
 from batch_client.machine import cores, device, gpus
 from batch_client.pipeline import execute
-from batch_client.plan import MAX_CHUNK_RECORDS, default_request, make_plan
+from batch_client.plan import MAX_CHUNK_RECORDS, RequestSize, default_request, make_plan
 from batch_client.prepare import Services, geometry_for, prepare
 from batch_client.reader import Source, open_source
+from batch_client.regions import MEMORY
 from batch_client.resources import serve_config_dir
 from batch_client.server import EmbeddedServer, ServerSettings
 from batch_client.server_config import environment, parse_properties
@@ -197,7 +198,8 @@ class _Session:
     @asynccontextmanager
     async def _opened(self, way: Way, seconds: float) -> AsyncIterator[Trial]:
         def records_of(took: float | None) -> int:
-            return default_request(max(1, self._model["record_bytes"]), way.micro_batch, self._grid_records, took)
+            return default_request(max(1, self._model["record_bytes"]), way.micro_batch, self._grid_records, took,
+                                   RequestSize.at(shared_memory=MEMORY.is_dir(), alone=True))
 
         tuning = self._tuning(way)
         settings = ServerSettings(self._archive, workers=way.workers, threads=way.threads, tuning=tuning)
@@ -225,10 +227,10 @@ class _Session:
 
     @asynccontextmanager
     async def _served(self, archive: Path, tuning: Tuning) -> AsyncIterator[Servers]:
-        settings = ServerSettings(archive, tuning=tuning)
+        settings = ServerSettings(archive, tuning=tuning, batch_size=1)
         environ = {name: value for name, value in self._environ.items() if name not in tuning.environment()}
         async with EmbeddedServer(settings, environ=environ) as server, HttpTransport() as transport:
-            yield Servers(transport, server, (server.url,), server.model_name)
+            yield Servers(transport, server, (server.url,), server.model_name, alone=True)
 
     @asynccontextmanager
     async def _scratch(self, name: str) -> AsyncIterator[Store]:

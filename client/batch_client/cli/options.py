@@ -101,7 +101,8 @@ run_options = _stack(
                  help="Records in an output chunk, whole input chunks.  [default: up to 8192 and 8 MiB]"),
     click.option("--request-records", type=int,
                  help="Records in a request, whole micro-batches. Raise it for tiny records, lower it where online "
-                      "queries share its workers.  [default: about 1 MiB or 0.1 s of compute]"),
+                      "queries share its workers.  [default: up to 0.1 s of compute and 1 MiB; 0.2 s where nobody "
+                      "else waits, 4 MiB on this machine]"),
     click.option("--in-flight", type=int, default=32, show_default=True,
                  help="The most requests at one endpoint at a time; the run finds the fewest that keep it busy. Raise "
                       "it for servers with more than 16 workers, lower it to leave them to others."),
