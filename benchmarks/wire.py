@@ -23,6 +23,7 @@ import zarr.storage
 from measure import cpu_seconds, heading, interval, java_and_workers, stamped
 from workload import cli
 
+from batch_client.__main__ import keep_memory
 from batch_client.api import run_until_complete
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=1000, help="of records in one run")
     parser.add_argument("--bodies", action="store_true", help="send the records instead of sharing them")
     options = parser.parse_args()
+    keep_memory()  # as the command does
     print(f"{options.repeats} runs of {options.megabytes} MB each\n")
     print(heading("date", "machine", "bytes a record", "MB/s (95 % interval)", "records/s (95 % interval)",
                   "CPU s per GB: client", "Java", "workers"))

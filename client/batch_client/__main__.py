@@ -13,11 +13,16 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 ALLOCATOR = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 256 << 20, M_ARENA_MAX: 1}
 
 
-def entry_point() -> None:
+def keep_memory() -> None:
+    """Have the C library keep what is freed; for a process of our own, not for a program that uses the library."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
             all(mallopt(option, value) for option, value in ALLOCATOR.items())
+
+
+def entry_point() -> None:
+    keep_memory()
     sys.exit(main(sys.argv[1:]))
 
 
