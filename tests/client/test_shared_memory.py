@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from batch_client.errors import DataError
 from batch_client.regions import new_folder, remove_folder
+from batch_client.transport import HttpReply
 from batch_handler.shared import SharedMemory
 from support.faulty import Fate
 from support.simulated import SimulatedServer
@@ -159,3 +161,17 @@ def test_what_other_servers_say_of_shared_memory_is_not_taken(root, memory):
     server = Liar(seconds=0.01)
     assert run_at(server).root == root
     assert server.shared == 0
+
+
+class Gone(SimulatedServer):
+    """Answers every request with 410, as a gateway may whose upstream was withdrawn."""
+
+    def answer(self, body, header_length):
+        return HttpReply(410, {}, b'{"error": "gone"}')
+
+
+def test_410_to_a_body_is_a_refusal_and_no_word_about_memory(root):
+    server = Gone(seconds=0.01)
+    with pytest.raises(DataError, match="410: gone"):
+        run_at(server)
+    assert server.requests < 24
