@@ -38,7 +38,7 @@ from ceiling import better, rate
 from contenders.job import CLASSES, Job, store_of
 from environments import EnvironmentFailedError, default_folder, interpreter
 from measure import ALLOCATOR, PeakMemory, family, heading, interval, machine, row, today
-from workload import SMALL, given_images, workload_flags
+from workload import SMALL, absolute, given_images, workload_flags
 
 from batch_client.demo.objectstore import SeaweedServer
 
@@ -121,11 +121,6 @@ def main() -> None:
             print(f"round {number + 1}: " + ", ".join(f"{name} {rates[-1]:,.0f}" for name, rates in
                                                       results.rates.items()), flush=True)
     report(results, options)
-
-
-def absolute(text: str) -> Path:
-    """Not resolved: a Python in an environment is a link, and only its own place makes it that environment's."""
-    return Path(text).absolute()
 
 
 def arguments() -> argparse.Namespace:

@@ -20,7 +20,7 @@ from zarr.storage import ObjectStore
 
 from batch_client.demo.objectstore import REGION, SeaweedServer
 
-__all__ = ["HEAVY", "SMALL", "Workload", "cli", "command", "given_images", "workload_flags"]
+__all__ = ["HEAVY", "SMALL", "Workload", "absolute", "cli", "command", "given_images", "workload_flags"]
 
 BUCKET = "bench"
 
@@ -83,9 +83,16 @@ SMALL = Workload("batch_client.demo.network", (28, 28), (1, 28, 28), 128, 1000)
 HEAVY = Workload("resnet", (3, 112, 112), (3, 112, 112), 8, 100)
 
 
+def absolute(text: str) -> Path:
+    """A path for processes that run in other folders. Links stay: a Python in an environment is one, and only its own
+    place makes it that environment's.
+    """
+    return Path(text).absolute()
+
+
 def workload_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of benchmarks that score 28 x 28 images."""
-    parser.add_argument("--model", type=Path, help="a whole pickled module that takes 1x28x28; it is loaded, so trust "
+    parser.add_argument("--model", type=absolute, help="a whole pickled module that takes 1x28x28; it is loaded, so trust "
                         "it [default: the demo's network, untrained]")
     parser.add_argument("--images", type=Path, help=".npz with uint8 images (n, 28, 28), repeated [default: random]")
 
