@@ -130,6 +130,7 @@ class _Run:
             patience=spec.patience, clock=services.clock, rng=services.rng, emit=emit)
         self._scorer = Scorer(exchange, prepared.plan.micro_batch, emit)
         self._places = asyncio.Semaphore(self._units_at_once(len(services.servers.urls)))
+        self._under_way = asyncio.Event()
 
     def _units_at_once(self, servers: int) -> int:
         requests_a_unit = -(-self._plan.chunk_records // self._plan.request_records)
@@ -211,6 +212,8 @@ class _Run:
                     self._places.release()
                     continue
                 tasks.create_task(self._unit_in_its_place(unit))
+                # Ten units that are read at once share the machine: the servers would wait for the first as for all.
+                await self._under_way.wait()
         return True
 
     def _order(self, *, first: bool) -> Iterator[Unit]:
@@ -231,6 +234,7 @@ class _Run:
             await self._unit(unit)
         finally:
             self._places.release()
+            self._under_way.set()
 
     async def _unit(self, unit: Unit) -> None:
         assembler = UnitAssembler(unit, self._plan.outputs)
@@ -257,6 +261,7 @@ class _Run:
 
     async def _score(self, span: Span, records: np.ndarray, lease: Lease, assembler: UnitAssembler,
                      failures: list[RecordFailed]) -> None:
+        self._under_way.set()
         try:
             scored = await self._scorer.score(span, records)
             assembler.place(span, scored.outputs, scored.status)

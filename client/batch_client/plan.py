@@ -212,9 +212,9 @@ def make_plan(
 ) -> Plan:
     """Choose every size of a run.
 
-    An output chunk is as many whole input chunks as fit 8 MiB out, 64 MiB in and 8,192 records, at least one. A request
-    is as many micro-batches as fit the bytes of `most` and, where the server says what one takes, its seconds, at least
-    one.
+    An output chunk is whole input chunks of at most 8 MiB out, 64 MiB in and 8,192 records in all, at least one; of the
+    numbers over half of what fits the one that fills its last micro-batch best. A request is as many micro-batches as
+    fit the bytes of `most` and, where the server says what one takes, its seconds, at least one.
 
     Raises DataError for a source without records, UsageError for sizes that can't be met; both numbers are in the text.
     """
@@ -226,7 +226,7 @@ def make_plan(
         raise UsageError(
             f"one input chunk is {chunk_bytes:,} bytes ({source.chunk_records:,} records of {source.record_bytes:,}), "
             f"over --max-bytes-in-flight {spec.max_bytes_in_flight:,}: raise that to at least {chunk_bytes}")
-    grid = spec.chunk_records or _default_chunk(source, outputs)
+    grid = spec.chunk_records or _default_chunk(source, outputs, micro_batch)
     if grid % source.chunk_records and grid < source.count:
         nearest = max(1, round(grid / source.chunk_records)) * source.chunk_records
         raise UsageError(f"--chunk-records {grid}: wanted a multiple of the source's {source.chunk_records} records a "
@@ -254,11 +254,17 @@ def make_plan(
     )
 
 
-def _default_chunk(source: Geometry, outputs: tuple[OutputGeometry, ...]) -> int:
+def _default_chunk(source: Geometry, outputs: tuple[OutputGeometry, ...], micro_batch: int) -> int:
     bytes_out = max([1, *(output.record_bytes for output in outputs)])
-    records = min(MAX_CHUNK_RECORDS, MAX_CHUNK_BYTES_OUT // bytes_out,
-                  MAX_CHUNK_BYTES_IN // max(source.record_bytes, 1))
-    return max(1, records // source.chunk_records) * source.chunk_records
+    most = min(MAX_CHUNK_RECORDS, MAX_CHUNK_BYTES_OUT // bytes_out, MAX_CHUNK_BYTES_IN // max(source.record_bytes, 1))
+
+    def empty_places(chunks: int) -> float:
+        """Places of an output chunk's last micro-batch that no record has, a record: they are computed all the same."""
+        records = chunks * source.chunk_records
+        return -records % micro_batch / records
+
+    fitting = max(1, most // source.chunk_records)
+    return min(range(fitting, fitting // 2, -1), key=empty_places) * source.chunk_records
 
 
 def default_request(wire_bytes: int, micro_batch: int, grid: int, micro_batch_seconds: float | None,

@@ -65,15 +65,15 @@ def test_objects_read_are_those_that_the_units_touch(plan):
 
 
 def test_a_cost_is_machines_for_the_time_and_the_stores_requests():
-    plan = plan_of(count=81_000, chunk=100)  # 10 chunks of 8,100 records: 2 objects each
+    plan = plan_of(count=80_000, chunk=100)  # 10 chunks of 8,000 records: 2 objects each
     found = forecast(answers_of([1.0] * 100, records=100), plan.count)
-    assert found.seconds == pytest.approx(810)
+    assert found.seconds == pytest.approx(800)
     cost = cost_of(plan, Prices(hour=3.6, thousand_puts=1.0, thousand_gets=10.0), found)
-    # 810 s would have 81 segments; there are no more of them than chunks.
-    assert cost.total == pytest.approx(0.81 + 0.030 + 8.1)
+    # 800 s would have 80 segments; there are no more of them than chunks.
+    assert cost.total == pytest.approx(0.80 + 0.030 + 8.0)
     assert cost_of(plan, Prices(thousand_puts=1.0), None).total == pytest.approx(0.020 + 10 / 64 / 1000)
     half = cost_of(plan, Prices(thousand_puts=1.0, thousand_gets=10.0), None, parts=2)
-    assert half.total == pytest.approx((0.020 + 10 / 64 / 1000 + 8.1) / 2)
+    assert half.total == pytest.approx((0.020 + 10 / 64 / 1000 + 8.0) / 2)
 
 
 @pytest.mark.parametrize("part", [None, (2, 2)])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from zarr.storage import MemoryStore as ZarrMemory
 
 from batch_client.errors import DataError, MismatchError, StoppedError, UsageError
-from batch_client.events import ChunkWritten, Published, RunStarted
+from batch_client.events import ChunkWritten, Published, RequestSent, RunStarted
 from batch_client.pipeline import execute, plan_run
 from batch_client.prepare import Services
 from batch_client.spec import Records, RunSpec
@@ -68,6 +68,35 @@ async def score(records, chunks=(10, 3), server=None, **options):
     source = await source_of(records, chunks)
     summary = await execute(spec(**options), services(server, source, output))
     return summary, output
+
+
+class LoggedStore(MemoryStore):
+    """A store that takes a moment for each object and writes down which chunks were asked for."""
+
+    def __init__(self, inner, log):
+        super().__init__(inner.url)
+        self.objects = inner.objects
+        self.log = log
+
+    async def get(self, key, start=None, stop=None):
+        if "c/" in key:
+            self.log.append(key)
+        await asyncio.sleep(0.001)
+        return await super().get(key, start, stop)
+
+
+async def test_the_first_requests_do_not_wait_for_more_than_the_first_output_chunk():
+    records, log = records_of(300), []
+    source = LoggedStore(await source_of(records, (10, 3)), log)
+
+    def observe(event):
+        if isinstance(event, RequestSent):
+            log.append("sent")
+
+    await execute(spec(chunk_records=30, request_records=8), services(SimulatedServer(), source), (observe,))
+    assert set(log[:log.index("sent")]) == {"c/0/0", "c/1/0", "c/2/0"}
+    # Then others are read while requests are under way.
+    assert len(set(log[:log.index("sent") + 40])) > 10
 
 
 async def test_predictions_are_in_order_and_every_record_has_a_status():
