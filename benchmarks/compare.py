@@ -73,8 +73,10 @@ CONTENDERS = {
     "dask": Contender("Dask, tuned", "dask_array.py", ("tuned",), "dask"),
     "ray-eager": Contender("Ray Data, eager", "ray_dataset.py", ("eager",), "ray", tuned=False),
     "dask-eager": Contender("Dask, as the notebook", "dask_array.py", ("eager",), "dask", tuned=False),
-    "torchserve": Contender("TorchServe by its docs, a record a request", "torchserve_docs.py", tuned=False,
+    "torchserve": Contender("TorchServe by its docs, a record a request", "torchserve_docs.py", ("raw",), tuned=False,
                             most=5_000),
+    "torchserve-json": Contender("TorchServe by its docs, a record a request, JSON", "torchserve_docs.py", ("json",),
+                                 tuned=False, most=5_000),
 }
 
 

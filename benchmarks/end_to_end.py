@@ -126,6 +126,11 @@ class Pair:
         return self.ours.rate / self.ceiling
 
     @property
+    def ceiling_idle(self) -> float:
+        """What the ceiling's processes left of the cores: ends at different times, the kernel's own work."""
+        return 1 - self.ceiling * self.ceiling_cpu / 1e6 / (os.cpu_count() or 1)
+
+    @property
     def cpu_ratio(self) -> float:
         return self.ours.cpu_per_million / self.ceiling_cpu
 
@@ -196,13 +201,14 @@ def report(pairs: list[Pair], what: str, records: int) -> None:
     print(f"\n{len(pairs)} interleaved pairs; medians\n")
     print(heading("date", "machine", "model, runtime", "records", "run, records/s", "ceiling, records/s",
                   "ratio (95 % interval)", "CPU s per million, run / ceiling", "ratio (95 % interval)",
-                  "workers idle"))
+                  "workers idle, run / ceiling"))
     print(stamped(what, f"{records:,}", f"{statistics.median(one.rate for one in runs):,.1f}",
               f"{statistics.median(pair.ceiling for pair in pairs):,.1f}", interval([pair.ratio for pair in pairs]),
               f"{statistics.median(one.cpu_per_million for one in runs):,.1f} / "
               f"{statistics.median(pair.ceiling_cpu for pair in pairs):,.1f}",
               interval([pair.cpu_ratio for pair in pairs]),
-              f"{statistics.median(one.idle for one in runs):.1%}"))
+              f"{statistics.median(one.idle for one in runs):.1%} / "
+              f"{statistics.median(pair.ceiling_idle for pair in pairs):.1%}"))
     print("\nCPU s per million: client {:.2f}, Java {:.2f}, workers {:.1f}".format(*per_million))
     print(f"client at 25,000 records/s: {per_million[0] * 0.025:.1%} of a core")
     fast = [pair.ours.rate / pair.fast.rate for pair in pairs if pair.fast]

@@ -92,8 +92,8 @@ def absolute(text: str) -> Path:
 
 def workload_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of benchmarks that score 28 x 28 images."""
-    parser.add_argument("--model", type=absolute, help="a whole pickled module that takes 1x28x28; it is loaded, so trust "
-                        "it [default: the demo's network, untrained]")
+    parser.add_argument("--model", type=absolute, help="a whole pickled module that takes 1x28x28; it is loaded, so "
+                        "trust it [default: the demo's network, untrained]")
     parser.add_argument("--images", type=Path, help=".npz with uint8 images (n, 28, 28), repeated [default: random]")
 
 

@@ -1,5 +1,5 @@
-"""TorchServe as its documentation says: `torchserve_docs.py JOB`. A record a request, raw bytes, batchSize 128,
-256 requests in flight, a worker a core, default settings otherwise.
+"""TorchServe as its documentation says: `torchserve_docs.py JOB raw|json`. A record a request, raw bytes or JSON,
+batchSize 128, 256 requests in flight, a worker a core, default settings otherwise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,19 @@ from served import drive, free_port, running, until_ready
 from batch_client.java import find_java
 
 IN_FLIGHT = 256
-HEADERS = {"Content-Type": "application/octet-stream"}
+
+
+def raw(records: np.ndarray) -> tuple[bytes, str]:
+    return records.tobytes(), "application/octet-stream"
+
+
+def as_json(records: np.ndarray) -> tuple[bytes, str]:
+    return json.dumps(records[0].ravel().tolist()).encode(), "application/json"
+
+
+def scores_of(body: bytes, kind: str) -> np.ndarray:
+    flat = np.frombuffer(body, np.float32) if kind == "application/octet-stream" else json.loads(body)
+    return np.asarray(flat, np.float32).reshape(1, CLASSES)
 
 
 def configured(job: Job, ports: list[int]) -> list[str]:
@@ -44,15 +56,17 @@ def configured(job: Job, ports: list[int]) -> list[str]:
 
 async def main() -> None:
     job, ports = the_job(), [free_port() for _ in range(5)]
+    encode = {"raw": raw, "json": as_json}[sys.argv[2]]
     environ = {"JAVA_HOME": str(Path(find_java().path).parents[1]), "TEMP": job.work, "TMPDIR": job.work}
     with running(configured(job, ports), job, environ) as process:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=IN_FLIGHT)) as session:
             url = f"http://127.0.0.1:{ports[0]}/predictions/bench"
 
             async def ask(records: np.ndarray) -> np.ndarray:
-                async with session.post(url, data=records.tobytes(), headers=HEADERS) as reply:
+                body, kind = encode(records)
+                async with session.post(url, data=body, headers={"Content-Type": kind}) as reply:
                     reply.raise_for_status()
-                    return np.frombuffer(await reply.read(), np.float32).reshape(1, CLASSES)
+                    return scores_of(await reply.read(), kind)
 
             await until_ready(process, session, f"http://127.0.0.1:{ports[0]}/ping")
             images = job.images()
