@@ -2,37 +2,91 @@
 
 from __future__ import annotations
 
-from batch_client.errors import MismatchError
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from batch_client.errors import MismatchError, StorageError, one_error
 from batch_client.layout import SPEC_KEY, SUCCESS_KEY
 from batch_client.storage import Meta, Store
 
-__all__ = ["list_output", "remove_output"]
+__all__ = ["Contents", "contents_of", "remove_output"]
+
+DELETES_AT_ONCE = 32
+SHOWN = 20
+LAST = 3
 
 
-async def list_output(store: Store) -> list[Meta]:
-    """Everything that removal would delete; nothing if the place is empty.
+@dataclass(frozen=True)
+class Contents:
+    """What removal would delete: objects, their bytes, and the first SHOWN of them."""
+
+    objects: int
+    nbytes: int
+    first: tuple[Meta, ...]
+
+
+async def contents_of(store: Store) -> Contents:
+    """What an output consists of; zero objects if the place is empty. The listing is not held.
 
     Raises MismatchError for a place that is not an output of ours.
     """
-    found = [meta async for meta in store.list("")]
-    if found and not any(meta.key == SPEC_KEY for meta in found):
-        raise MismatchError(f"{store.url} is not empty ({found[0].key}) and is no output of batch-client: "
+    first: list[Meta] = []
+    objects = nbytes = 0
+    ours = False
+    async for meta in store.list(""):
+        objects, nbytes = objects + 1, nbytes + meta.size
+        ours = ours or meta.key == SPEC_KEY
+        if len(first) < SHOWN:
+            first.append(meta)
+    if objects and not ours:
+        raise MismatchError(f"{store.url} is not empty ({first[0].key}) and is no output of batch-client: "
                             "nothing was deleted")
+    return Contents(objects, nbytes, tuple(first))
+
+
+async def remove_output(store: Store) -> None:
+    """Delete an output, published or not. May be repeated after a kill.
+
+    Raises MismatchError for a place that is not an output of ours, StorageError where objects stay.
+    """
+    await contents_of(store)
+    for order in range(LAST + 1):
+        # A listing need not show all while objects of it vanish: each kind is gone when one shows none.
+        before = math.inf
+        while found := await _remove_kind(store, order):
+            if found >= before:
+                raise StorageError(f"{store.url}: {found:,} objects are still listed after they were deleted: "
+                                   "nothing else may write there; try again")
+            before = found
+
+
+async def _remove_kind(store: Store, order: int) -> int:
+    """Delete every object of one kind that a listing shows; how many there were."""
+    found, batch = 0, []
+    async for meta in store.list(""):
+        if _order(meta.key) == order:
+            found += 1
+            batch.append(meta.key)
+        if len(batch) == DELETES_AT_ONCE:
+            await _delete(store, batch)
+            batch = []
+    await _delete(store, batch)
     return found
 
 
-async def remove_output(store: Store) -> int:
-    """Delete an output, published or not; returns how many objects it had. May be repeated after a kill."""
-    found = await list_output(store)
-    for meta in sorted(found, key=lambda meta: _order(meta.key)):
-        await store.delete(meta.key)
-    return len(found)
+async def _delete(store: Store, keys: Sequence[str]) -> None:
+    with one_error():
+        async with asyncio.TaskGroup() as tasks:
+            for key in keys:
+                tasks.create_task(store.delete(key))
 
 
-def _order(key: str) -> tuple[int, str]:
+def _order(key: str) -> int:
     """The group's metadata and `_SUCCESS` first, so that nothing half-deleted opens; `spec.json` last."""
     if key in ("zarr.json", SUCCESS_KEY):
-        return 0, key
+        return 0
     if key.endswith("zarr.json"):
-        return 1, key
-    return (3 if key == SPEC_KEY else 2), key
+        return 1
+    return LAST if key == SPEC_KEY else 2

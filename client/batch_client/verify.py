@@ -12,9 +12,10 @@ from zarr.api import asynchronous as zarr_async
 
 from batch_client.assemble import STATUS_FAILED, STATUS_NOT_FINITE, STATUS_OK
 from batch_client.errors import DataError, MismatchError, one_error
-from batch_client.layout import MANIFEST_KEY, STATUS, SUCCESS_KEY
+from batch_client.layout import MANIFEST_KEY, SPEC_KEY, STATUS, SUCCESS_KEY
 from batch_client.ledger import ChunkProof
 from batch_client.manifest import Manifest, RootHash, manifest_rows, read_manifest
+from batch_client.spec import canonical_json
 from batch_client.storage import Store
 from batch_client.stringset import StringSet
 from batch_client.zarrstore import SourceStore
@@ -66,6 +67,7 @@ async def verify_output(store: Store, *, deep: bool = False) -> Verification:
         raise MismatchError(f"{store.url}: no published output (no {SUCCESS_KEY}): see batch-client status")
     manifest = await read_manifest(store)
     problems = _Problems()
+    await _identity(store, manifest, problems)
     await _coverage(store, manifest, problems)
     objects, nbytes = await _sizes(store, manifest, problems)
     if deep and not problems.count:
@@ -82,6 +84,15 @@ async def verify_output(store: Store, *, deep: bool = False) -> Verification:
         objects=objects,
         nbytes=nbytes,
         deep=deep)
+
+
+async def _identity(store: Store, manifest: Manifest, problems: _Problems) -> None:
+    """The run that the manifest proves is the one that the output was begun as."""
+    spec = await store.get(SPEC_KEY)
+    if spec is None:
+        problems.add(f"{SPEC_KEY} is missing")
+    elif spec.data != canonical_json(manifest.run):
+        problems.add(f"{SPEC_KEY} is of another run than {MANIFEST_KEY}")
 
 
 async def _coverage(store: Store, manifest: Manifest, problems: _Problems) -> None:

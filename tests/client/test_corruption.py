@@ -14,6 +14,7 @@ from batch_client.dialect import Outcome
 from batch_client.endpoint import Pool
 from batch_client.errors import BrokenPromiseError, DataError
 from batch_client.exchange import Exchange, Prediction, _Tries
+from batch_client.layout import SPEC_KEY
 from batch_client.plan import OutputGeometry, Span
 from batch_client.transport import HttpReply
 from batch_client.verify import verify_output
@@ -220,6 +221,16 @@ def test_every_flipped_bit_of_a_stored_chunk_is_noticed():
             with pytest.raises(DataError, match="SHA-256"):
                 await verify_output(world.output, deep=True)
             world.output.objects[key] = good
+        for _ in range(100):
+            good = world.output.objects[SPEC_KEY]
+            world.output.objects[SPEC_KEY] = flip(good, rng)
+            with pytest.raises(DataError, match=r"_run/spec\.json is of another run"):
+                await verify_output(world.output)
+            world.output.objects[SPEC_KEY] = good
+        good = world.output.objects.pop(SPEC_KEY)
+        with pytest.raises(DataError, match=r"_run/spec\.json is missing"):
+            await verify_output(world.output)
+        world.output.objects[SPEC_KEY] = good
         for key in keys:
             good = world.output.objects.pop(key)
             with pytest.raises(DataError, match="missing"):

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from batch_client.errors import DataError, MismatchError, UsageError
+from batch_client.errors import DataError, MismatchError, StorageError, UsageError
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.progress import progress_of
@@ -204,6 +204,23 @@ def test_removal_takes_away_first_what_opens_and_last_what_says_whose_it_is():
         assert store.objects == {}
         assert set(order[:2]) == {"zarr.json", "_SUCCESS"}
         assert order[-1] == "_run/spec.json"
+
+    run_virtually(run())
+
+
+def test_removal_of_objects_that_stay_is_no_endless_loop():
+    world = World(1)
+
+    class Keeping(MemoryStore):
+        async def delete(self, key):
+            pass
+
+    async def run():
+        await world.live(calm())
+        store = Keeping("memory://out")
+        store.objects = world.output.objects
+        with pytest.raises(StorageError, match="still listed"):
+            await remove_output(store)
 
     run_virtually(run())
 

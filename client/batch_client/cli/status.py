@@ -60,16 +60,17 @@ def _lines(progress: Progress) -> str:
 
 async def _clean(store: Store, *, yes: bool) -> str:
     from batch_client.publish import published_root
-    from batch_client.removal import list_output, remove_output
+    from batch_client.removal import contents_of, remove_output
 
     if await published_root(store) is not None:
         raise UsageError(f"{store.url} is published: --clean removes only outputs that are not")
-    found = await list_output(store)
-    if not found:
+    found = await contents_of(store)
+    if not found.objects:
         raise MismatchError(f"{store.url}: nothing is there")
-    size = f"{len(found):,} objects, {sum(meta.size for meta in found):,} bytes"
+    size = f"{found.objects:,} objects, {found.nbytes:,} bytes"
     if not yes:
-        shown = "\n".join(f"  {meta.key}  {meta.size:,}" for meta in found[:20])
-        return f"{store.url} holds {size}:\n{shown}\n{'  …' if len(found) > 20 else ''}\nnothing removed; add --yes to"
+        shown = "\n".join(f"  {meta.key}  {meta.size:,}" for meta in found.first)
+        more = "\n  …" if found.objects > len(found.first) else ""
+        return f"{store.url} holds {size}:\n{shown}{more}\nnothing removed; add --yes to remove all of it"
     await remove_output(store)
     return f"removed {size} from {store.url}"

@@ -180,9 +180,8 @@ class CudaDevice:
         _set_exact(precision)
         torch.cuda.set_device(index)
         self.torch_device = torch.device("cuda", index)
-        # torch ships no types for these constructors.
-        self._uploads: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-        self._work: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._uploads: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call] # torch: no types
+        self._work: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call] # torch: no types
         self.numerics: Mapping[str, Any] = {
             "device": "cuda",
             "gpu": torch.cuda.get_device_name(index),

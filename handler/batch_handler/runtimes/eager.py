@@ -48,8 +48,7 @@ def load_module(weights: Weights, directory: Path, device: torch.device) -> tupl
     if any(isinstance(part, torch.nn.Conv2d) for part in module.modules()) or (
         exported and any(weight.dim() == 4 for weight in module.parameters())
     ):
-        # mypy: torch's stub of Module.to has no overload for memory_format alone.
-        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch: no such stub
         return module, "channels_last"
     return module, "contiguous"
 

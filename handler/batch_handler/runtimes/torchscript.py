@@ -66,8 +66,9 @@ def _trace(module: Any, inputs: Sequence[InputSpec], records: int, device: torch
             # A graph that a tensor's values steer comes out wrong, and the golden self-test catches it; the checks
             # of an exported program are such values, too.
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined] # torch has it
-            # torch ships no types for it.
-            return torch.jit.trace(module, examples, check_trace=False)  # type: ignore[no-untyped-call]
+            return torch.jit.trace(  # type: ignore[no-untyped-call] # torch ships no types for it
+                module, examples, check_trace=False
+            )
     except Exception as error:
         raise ModelError(f"the module can't be traced, wanted one that can or runtime eager: {said(error)}") from error
 
