@@ -46,6 +46,8 @@ FROM runtime AS server
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=server-environment /opt/venv /opt/venv
+# A volume that a proxy's container shares keeps this owner only if the image says that it is one.
+VOLUME /run/batch-client
 USER 10001:10001
 # Loopback, as everywhere: a TLS proxy that shares this network namespace (a sidecar of the ECS task) is in front. One in
 # another namespace needs `--address 0.0.0.0` after the archive. The archive is unpacked in /tmp. A client in this

@@ -25,10 +25,9 @@ ALLOWED = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-3}
 def opened(archive, runtime, precision, threads):
     from batch_handler.model import Model, Tuning
 
-    folder = Path(tempfile.mkdtemp(prefix="runtimes-"))
-    with zipfile.ZipFile(archive) as mar:
+    with tempfile.TemporaryDirectory(prefix="runtimes-") as folder, zipfile.ZipFile(archive) as mar:
         mar.extractall(folder)
-    return Model.open(folder, Tuning(threads=threads, runtime=runtime or None, precision=precision))
+        return Model.open(Path(folder), Tuning(threads=threads, runtime=runtime or None, precision=precision))
 
 
 def main(argv=None):

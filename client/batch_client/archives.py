@@ -44,10 +44,11 @@ async def local_archive(location: str, *, anonymous: bool = False) -> AsyncItera
     store = open_store(base, anonymous=anonymous)
     blob = await store.get(name)
     if blob is None:
-        raise ServingError(f"--archive {location}: there is no such object")
+        raise ServingError(f"--archive {location.partition('?')[0]}: there is no such object")
     with tempfile.TemporaryDirectory(prefix="batch-client-") as folder:
         path = Path(folder) / name
         path.write_bytes(blob.data)
+        del blob  # for the length of a run there is no use in holding it twice
         await _fetch_tuning(store, path, web=scheme in ("http", "https"))
         yield path
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from batch_client.errors import DataError, StoppedError
-from batch_client.events import Event, RecordFailed, RequestDone, RunStarted
+from batch_client.events import Event, RecordFailed, RequestDone, RequestRetried, RunStarted
 from batch_client.forecast import Answer, Forecast, Sample, forecast
 from batch_client.pipeline import execute
 from batch_client.plan import Plan
@@ -42,6 +42,7 @@ class _Watcher:
     def __init__(self, services: Services, stop: asyncio.Event) -> None:
         self.plan: Plan | None = None
         self.failed = 0
+        self.refused = ""
         self.began = services.clock()
         self.sample = Sample(self.began)
         self._clock = services.clock
@@ -54,6 +55,8 @@ class _Watcher:
                 self.sample = Sample(self.began)
             case RequestDone():
                 self.sample.add(Answer(self._clock(), event.records))
+            case RequestRetried():
+                self.refused = f"{event.endpoint} said: {event.reason}"
             case RecordFailed():
                 self.failed += 1
         if self.sample.enough(self._clock()):
@@ -85,6 +88,9 @@ async def calibrate(spec: RunSpec, services: Services) -> Calibration:
     if watcher.plan is None:
         raise DataError("the calibration ended before its first record")
     answers = watcher.sample.answers
+    if not answers and watcher.refused:
+        raise StoppedError(f"no request was answered within {services.clock() - watcher.began:.0f} s; the last time "
+                           f"{watcher.refused}")
     parts = 1 if spec.part is None else spec.part[1]
     return Calibration(watcher.plan, forecast(answers, -(-watcher.plan.count // parts)),
                        sum(answer.records for answer in answers), watcher.failed, services.clock() - watcher.began,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
+import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from batch_client.dialect import Outcome, read_reply
+from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.errors import CredentialsError, ServingError
 from batch_client.plan import OutputGeometry
 from batch_client.regions import usable_folder
+from batch_client.retry import full_jitter
 from batch_client.serving import Servers
 from batch_client.tokens import authorization
 from batch_client.transport import HttpReply, Transport, TransportError
@@ -22,6 +26,8 @@ from batch_handler.oip import ModelMetadata, OipError
 __all__ = ["ModelContract", "contract_of", "fetch_contract"]
 
 METADATA_SECONDS = 30
+# For how long a server that has no room at the first question is asked again.
+BUSY_SECONDS = 30.0
 # The fingerprint of a server that gives none: any Open Inference Protocol server but ours.
 UNVERIFIED = "unverified"
 # What may name an array of the output, and the array beside them that no model's output may be.
@@ -81,8 +87,7 @@ async def fetch_contract(servers: Servers, url: str) -> ModelContract:
     """
     model = servers.model
     for path in (f"/v2/models/{model}", f"/predictions/{model}"):
-        reply = await _get_with_token(servers, url, path)
-        verdict = read_reply(reply.status, reply.body)
+        reply, verdict = await _once_there_is_room(servers, url, path)
         if verdict.outcome is Outcome.RESULT:
             return contract_of(url, reply.body)
         # A proxy may refuse the first path for reasons of its own; what counts is what the handler's answers.
@@ -94,6 +99,20 @@ async def fetch_contract(servers: Servers, url: str) -> ModelContract:
     if verdict.outcome is Outcome.NO_MODEL:
         raise ServingError(f"{url}: has no model {model!r} ({verdict.reason}): check --model and the server's models")
     raise ServingError(f"{url}: can't describe model {model!r}: {verdict.outcome.value} ({verdict.reason})")
+
+
+async def _once_there_is_room(servers: Servers, url: str, path: str) -> tuple[HttpReply, Verdict]:
+    """The answer; one that there is no room is none yet: a full queue, or a worker that starts again."""
+    waited, rng = 0.0, random.Random()  # noqa: S311 - spreads clients that begin together, and keeps no secret
+    for tries in itertools.count():
+        reply = await _get_with_token(servers, url, path)
+        verdict = read_reply(reply.status, reply.body)
+        if verdict.outcome is not Outcome.BUSY or waited >= BUSY_SECONDS:
+            break
+        pause = full_jitter(tries, rng)
+        waited += pause
+        await asyncio.sleep(pause)
+    return reply, verdict
 
 
 async def _get_with_token(servers: Servers, url: str, path: str) -> HttpReply:

@@ -74,7 +74,7 @@ def read_reply(status: int, body: bytes) -> Verdict:
     if status == 200:
         return Verdict(Outcome.RESULT)
     kind, reason, own = _error_of(body)
-    if own and status >= 500 and status != 507:
+    if own and status == 500:  # what our handler says; others say it with other statuses, of themselves
         return Verdict(Outcome.RAISED, f"{status}: {reason}")
     by_status = _BY_STATUS.get(status, Outcome.FAILED if status >= 500 else Outcome.REFUSED)
     return Verdict(_BY_TYPE.get(kind, by_status), f"{status}: {reason}" if reason else f"status {status}")

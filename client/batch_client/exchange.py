@@ -102,6 +102,7 @@ class Exchange:
         self._bucket = RetryBucket()
         self._last_success = clock()
         self._refused_token: str | None = None
+        self._version: str | None = None
         self._nonce = f"{rng.getrandbits(48):012x}"
         self._numbers = itertools.count()
 
@@ -119,7 +120,7 @@ class Exchange:
                 with timed(Step.ROOM, self._emit, self._clock):
                     endpoint = await held.enter_async_context((room or self.pool.room)())
                 # Only now: records that wait for room are held once, as they were read.
-                message, ident = self._placed(endpoint, span, self._contract.on_the_wire(rows), held)
+                message, ident = await self._placed(endpoint, span, self._contract.on_the_wire(rows), held)
                 sent_at, lane = self._clock(), endpoint.lane
                 verdict, prediction = await self._attempt(endpoint, message, ident, span, tries)
                 if verdict.outcome is Outcome.NO_MODEL:
@@ -146,14 +147,15 @@ class Exchange:
         idle = self._clock() - max(self._last_success, since)
         return idle if idle > self._patience else None
 
-    def _placed(self, endpoint: Endpoint, span: Span, rows: np.ndarray,
-                held: AsyncExitStack) -> tuple[Message, str]:
+    async def _placed(self, endpoint: Endpoint, span: Span, rows: np.ndarray,
+                      held: AsyncExitStack) -> tuple[Message, str]:
         """A request and its id. Its records are in the server's shared memory while `held` lasts, or in its body."""
         ident = f"{self._nonce}-{next(self._numbers)}"
         if endpoint.shared_memory is not None:
             message = self._encode(ident, span, rows, ident)
             try:
-                held.enter_context(self._regions.region(endpoint.shared_memory, ident, message.shared))
+                await held.enter_async_context(
+                    self._regions.region(endpoint.shared_memory, ident, message.shared))
             except OSError:
                 self._send_bodies(endpoint)  # full, or gone with its server
             else:
@@ -255,6 +257,11 @@ class Exchange:
         if digest != contract.digest or (self._exact and fingerprint != contract.fingerprint):
             raise _OtherModelError(f"its model is {digest} with numerics {fingerprint or 'of any kind'}, this run's is "
                                    f"{contract.digest} with {contract.fingerprint}")
+        if not contract.has_status:
+            # All that such a server says of which model it has loaded: the first reply's is the run's.
+            self._version = self._version or reply.model_version
+            if reply.model_version and reply.model_version != self._version:
+                raise _OtherModelError(f"its model is version {reply.model_version}, this run's is {self._version}")
         tensors = {tensor.name: tensor.data for tensor in reply.outputs}
         status = tensors.pop(RECORD_STATUS, None)
         if status is None and not contract.has_status:

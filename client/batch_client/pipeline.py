@@ -171,9 +171,13 @@ class _Run:
         return await publish(self._store, self._layout, self._plan, self._prepared.identity, self._view)
 
     async def _reuse(self, old: Store, rows: AsyncIterator[Row]) -> None:
+        low, high = self._ends()
         async for row in rows:
             if self._stop.is_set():
                 return
+            if not low <= row.unit < high:
+                continue  # another client's part
+            await self._look_at_others()
             if row.unit not in self._view:
                 await copy_chunks(old, self._store, row)
                 self._view.add(row)
@@ -218,10 +222,14 @@ class _Run:
 
     def _order(self, *, first: bool) -> Iterator[Unit]:
         """Units of this run's part. A client that joins others begins somewhere else, so that they meet late."""
-        part, parts = self._spec.part or (1, 1)
-        low, high = (self._plan.unit_count * at // parts for at in (part - 1, part))
+        low, high = self._ends()
         offset = 0 if first or low == high else self._services.rng.randrange(high - low)
         return (self._plan.unit(low + (step + offset) % (high - low)) for step in range(high - low))
+
+    def _ends(self) -> tuple[int, int]:
+        """The first unit of this run's part, and the first after it."""
+        part, parts = self._spec.part or (1, 1)
+        return self._plan.unit_count * (part - 1) // parts, self._plan.unit_count * part // parts
 
     async def _look_at_others(self) -> None:
         now = self._services.clock()
@@ -255,6 +263,7 @@ class _Run:
         with self._timed(Step.WRITE):
             row, adopted = await self._writer.write(assembler, stream.etags)
             self._view.add(row)
+            self._writing.pop(unit.index, None)  # the view counts it now
             await self._ledger.add(row)
         self._emit(ChunkWritten(unit.index, unit.count, row.failed, stream.nbytes,
                                 sum(chunk.size for chunk in row.chunks), adopted))

@@ -35,8 +35,9 @@ SHARED_REQUEST_BYTES = 4 * MIB
 # are others.
 REQUEST_COMPUTE_SECONDS = 0.1
 ALONE_COMPUTE_SECONDS = 0.2
-# The server's own bound on one body (serve_config/config.properties) leaves room for the header.
+# The server's own bound on one body, either way (serve_config/config.properties), leaves room for the header.
 MAX_REQUEST_BYTES = 60 * MIB
+MAX_REPLY_BYTES = 60 * MIB
 
 
 @dataclass(frozen=True)
@@ -232,12 +233,22 @@ def make_plan(
         raise UsageError(f"--chunk-records {grid}: wanted a multiple of the source's {source.chunk_records} records a "
                          f"chunk, such as {nearest}")
     wire_bytes = max(1, math.prod(source.record_shape) * wire_dtype.itemsize)
-    request = spec.request_records or default_request(wire_bytes, micro_batch, grid, micro_batch_seconds, most)
+    reply_bytes = 1 + sum(output.record_bytes for output in outputs)
+    if micro_batch * reply_bytes > MAX_REPLY_BYTES:
+        raise DataError(f"the outputs of one micro-batch of {micro_batch} are {micro_batch * reply_bytes:,} bytes, a "
+                        f"reply has at most {MAX_REPLY_BYTES:,}: pack the model with a --micro-batch of at most "
+                        f"{max(1, MAX_REPLY_BYTES // reply_bytes)}")
+    request = spec.request_records or min(
+        default_request(wire_bytes, micro_batch, grid, micro_batch_seconds, most),
+        MAX_REPLY_BYTES // (reply_bytes * micro_batch) * micro_batch)
     if request % micro_batch:
         raise UsageError(f"--request-records {request}: wanted a multiple of the server's micro-batch, {micro_batch}")
     if request > micro_batch and request * wire_bytes > MAX_REQUEST_BYTES:
         raise UsageError(f"--request-records {request}: a request would be {request * wire_bytes:,} bytes, the most is "
                          f"{MAX_REQUEST_BYTES:,}")
+    if request * reply_bytes > MAX_REPLY_BYTES:
+        raise UsageError(f"--request-records {request}: a reply would be {request * reply_bytes:,} bytes, the most is "
+                         f"{MAX_REPLY_BYTES:,}")
     share = max(1, spec.max_bytes_in_flight // 8 // max(chunk_bytes, 1))
     return Plan(
         source=source,

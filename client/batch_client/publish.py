@@ -29,7 +29,7 @@ async def published_root(store: Store) -> str | None:
 async def publish(store: Store, layout: OutputLayout, plan: Plan, identity: RunIdentity, proven: LedgerView) -> str:
     """Make a complete output visible and return its root hash. `proven` has seen all segments.
 
-    Raises BrokenPromiseError when it is not complete, or when something else was published here.
+    Raises BrokenPromiseError when it is not complete, MismatchError when something else was published here.
     """
     if len(proven) != plan.unit_count:
         raise BrokenPromiseError(f"{len(proven)} of {plan.unit_count} output chunks are proven: not publishing")

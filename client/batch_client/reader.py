@@ -7,7 +7,9 @@ threads. How many bytes may be held is the caller's business (`budget.py`).
 from __future__ import annotations
 
 import hashlib
+import lzma
 import math
+import zlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +28,10 @@ from batch_client.zarrstore import SourceStore, recording
 
 __all__ = ["ETags", "Rows", "Source", "open_source"]
 
-# What zarr, numcodecs and numpy raise for metadata or chunks that can't be understood.
-_UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, NotImplementedError, EOFError)
+# What zarr, numcodecs, numpy and the codecs of the standard library raise for metadata or chunks that can't be
+# understood; gzip and bz2 say it by an OSError, and what a store says is mapped before (`storage.py`).
+_UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, NotImplementedError, EOFError, OSError,
+               zlib.error, lzma.LZMAError)
 
 
 @dataclass(frozen=True)

@@ -8,29 +8,56 @@ waits for the answer.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 __all__ = ["MEMORY", "Regions", "new_folder", "remove_folder", "sweep", "usable_folder"]
 
 MEMORY = Path("/dev/shm")  # noqa: S108 - folders there are made by mkdtemp, for their owner alone
 PREFIX = "batch-client-"
+# A new folder is locked by its server's guard, which needs a moment to start.
+UNLOCKED_SECONDS = 60.0
+# Below this many bytes a write is quicker than the way to a thread and back.
+WRITE_IN_THREAD = 1 << 20
 _FOLDER = re.compile(re.escape(f"{MEMORY}/{PREFIX}") + r"[A-Za-z0-9_]{8}")
 
 
 def new_folder() -> Path | None:
-    """A folder in memory for this user alone; None where the machine has no such place."""
+    """A folder in memory for this user alone; None where the machine has no such place.
+
+    Whoever uses it locks it (`flock`); folders that nobody has locked are removed here.
+    """
+    _sweep_folders()
     try:
         return Path(tempfile.mkdtemp(prefix=PREFIX, dir=MEMORY))
     except OSError:
         return None
+
+
+def _sweep_folders() -> None:
+    """Remove this user's folders whose servers are gone: one whose guard was killed with it could not do so itself."""
+    with suppress(ImportError, OSError):
+        import fcntl  # noqa: PLC0415 - not on Windows, which has no such memory either
+
+        for folder in MEMORY.glob(f"{PREFIX}*"):
+            if usable_folder(str(folder)) and time.time() - folder.lstat().st_mtime > UNLOCKED_SECONDS:
+                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                else:
+                    remove_folder(folder)
+                finally:
+                    os.close(handle)
 
 
 def remove_folder(folder: Path) -> None:
@@ -68,8 +95,8 @@ class Regions:
         self._free: dict[Path, list[Path]] = {}
         self._given_up: set[Path] = set()
 
-    @contextmanager
-    def region(self, folder: Path, name: str, parts: Sequence[memoryview]) -> Iterator[None]:
+    @asynccontextmanager
+    async def region(self, folder: Path, name: str, parts: Sequence[memoryview]) -> AsyncIterator[None]:
         """A region of `folder` that begins with `parts` one after the other, for as long as the block lasts.
 
         Raises OSError when it can't be written whole: no room, or the folder is gone with its server.
@@ -82,18 +109,18 @@ class Regions:
                 free.pop().rename(path)
                 fresh = 0
         try:
-            file = os.open(path, os.O_WRONLY | fresh | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            try:
-                # The server may have ended, and another user have made a folder of its name.
-                if os.fstat(file).st_uid != os.geteuid():
-                    raise PermissionError(f"{path} is another user's")
+            # Opened here: a thread that begins late would make a file whose region is over.
+            file = _opened(path, fresh)
+            if sum(part.nbytes for part in parts) < WRITE_IN_THREAD:
                 _write(file, parts)
-            finally:
-                os.close(file)
-        except OSError:
-            # In memory that is full there is nothing to spare: neither half a region nor files that wait for the next.
+            else:
+                # Not to be cancelled before it begins: it closes the file.
+                await asyncio.shield(asyncio.to_thread(_write, file, parts))
+        except BaseException as error:
+            # Half a region is of no use. In memory that is full neither are files that wait for the next.
             _unlink([path])
-            self.give_up(folder)
+            if isinstance(error, OSError):
+                self.give_up(folder)
             raise
         try:
             yield
@@ -121,11 +148,24 @@ def _unlink(paths: Iterable[Path]) -> None:
             path.unlink()
 
 
+def _opened(path: Path, fresh: int) -> int:
+    file = os.open(path, os.O_WRONLY | fresh | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    # The server may have ended, and another user have made a folder of its name.
+    if os.fstat(file).st_uid != os.geteuid():
+        os.close(file)
+        raise PermissionError(f"{path} is another user's")
+    return file
+
+
 def _write(file: int, parts: Sequence[memoryview]) -> None:
-    for part in parts:
-        left = part
-        while left:
-            left = left[os.write(file, left):]
+    """Write all parts and close the file."""
+    try:
+        for part in parts:
+            left = part
+            while left:
+                left = left[os.write(file, left):]
+    finally:
+        os.close(file)
 
 
 def sweep(folder: Path, seconds: float) -> None:

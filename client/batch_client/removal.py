@@ -1,4 +1,8 @@
-"""Taking an output away: for a person at a desk who says so. What opens goes first, what says whose it is goes last."""
+"""Taking an output away: for a person at a desk who says so.
+
+What opens goes first, then the proofs, then what they prove, and last what says whose it is. So whatever is left of a
+removal that was cut off proves nothing that is gone, and the removal can be repeated.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from batch_client.errors import MismatchError, StorageError, one_error
-from batch_client.layout import SPEC_KEY, SUCCESS_KEY
+from batch_client.layout import LEDGER_PREFIX, SPEC_KEY, SUCCESS_KEY
 from batch_client.storage import Meta, Store
 
 __all__ = ["Contents", "contents_of", "remove_output"]
 
 DELETES_AT_ONCE = 32
 SHOWN = 20
-LAST = 3
+LAST = 4
 
 
 @dataclass(frozen=True)
@@ -89,4 +93,6 @@ def _order(key: str) -> int:
         return 0
     if key.endswith("zarr.json"):
         return 1
-    return LAST if key == SPEC_KEY else 2
+    if key.startswith(LEDGER_PREFIX):
+        return 2
+    return LAST if key == SPEC_KEY else 3

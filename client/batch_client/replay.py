@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from batch_client.assemble import UnitAssembler
 from batch_client.budget import ByteBudget
-from batch_client.errors import DataError, UsageError
+from batch_client.errors import DataError, MismatchError, UsageError
 from batch_client.exchange import Exchange
 from batch_client.layout import OutputLayout
 from batch_client.ledger import ChunkProof, Row
@@ -55,10 +56,18 @@ async def replay(spec: RunSpec, services: Services, count: int) -> Replay:
             scored = await scorer.score(span, rows)
             assembler.place(span, scored.outputs, scored.status)
             lease.release()
+        _same_source(published[index], stream.etags, prepared.source.url)
         found = [await proof_of(key, data) async for key, data in encode_unit(layout, assembler)]
         _compare(published[index], found, services.output_store.url)
         records += unit.count
     return Replay(tuple(sorted(chosen)), records)
+
+
+def _same_source(wanted: Row, found: Mapping[str, str | None], where: str) -> None:
+    for key, etag in found.items():
+        if wanted.source.get(key, etag) != etag:
+            raise MismatchError(f"{where}: chunk {key} is another one than was scored: nothing can be said of the "
+                                "output")
 
 
 def _compare(wanted: Row, found: list[ChunkProof], where: str) -> None:

@@ -37,6 +37,7 @@ WATCH_SECONDS = 2.0  # between looks at a server that serves
 RENEWAL_TRIES = 10  # of a token's renewal while the old one still lives
 STARTS = 3  # tries, when somebody else took a free port in between
 ABANDONED_SECONDS = 900.0  # no client waits as long for an answer
+MOST_LOG_BYTES = 64 << 20  # of a log that has been echoed and that nobody else reads
 HOPELESS_SECONDS = 600.0  # without a ready worker; TorchServe itself gives a worker up after maxRetryTimeoutInSec
 
 
@@ -98,6 +99,11 @@ class EmbeddedServer:
     @property
     def log_path(self) -> Path:
         return self._alive().log_path
+
+    @property
+    def owns_log(self) -> bool:
+        """Whether the log is in the server's private folder: nobody was told to look there."""
+        return self._settings.log_dir is None
 
     def _alive(self) -> ServerProcess:
         if self._running is None:
@@ -346,6 +352,10 @@ async def _watch(server: EmbeddedServer, token_file: Path | None, echo: Callable
     with server.log_path.open(encoding="utf-8", errors="replace") as log, _secret(token_file) as write:
         while True:
             echo(log.read())
+            if server.owns_log and log.tell() > MOST_LOG_BYTES:
+                # It has been told, and nobody else reads it; TorchServe appends.
+                os.truncate(server.log_path, 0)
+                log.seek(0)
             write(await server.token())
             server.sweep()
             if await _has_ready_workers(server):

@@ -24,6 +24,8 @@ __all__ = ["LOOPBACK", "PORTS", "Model", "ServerSettings", "configuration", "env
            "parse_properties", "with_tuning"]
 
 LOOPBACK = "127.0.0.1"
+# TorchServe gives a worker 300 s to load its model (serve_config/config.properties), and then says so.
+STARTUP_SECONDS = 330.0
 PORTS = 5  # that `configuration` asks for
 MANIFEST = "MAR-INF/MANIFEST.json"
 MANIFEST_BYTES = 1 << 20
@@ -58,7 +60,7 @@ class ServerSettings:
     address: str = LOOPBACK
     port: int | None = None
     metrics_port: int | None = None
-    startup_seconds: float = 120
+    startup_seconds: float = STARTUP_SECONDS
     token_minutes: float = 60
     log_dir: Path | None = None
     shared_memory: bool = True
@@ -159,7 +161,8 @@ def environment(
     could read. Relative entries of PYTHONPATH are made absolute, because a worker starts in its model's folder.
     `shared` is the folder that clients on this machine share with the workers.
     `threads` are each worker's if the settings name none. Settings win over variables of `environ`, and those over
-    the tuning file. The ceiling is told only where nothing was changed since it was measured.
+    the tuning file; for threads and the allocator variables of `environ` say nothing. The ceiling is told only where
+    nothing was changed since it was measured.
     """
     secret = re.compile(kept_back)
     ours = (CEILING, *ALLOCATOR_VARIABLES)

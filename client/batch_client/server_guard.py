@@ -4,7 +4,8 @@ LIFELINE is the read end of a pipe whose write end only the client has. When it 
 server or was killed, the command gets SIGTERM, after GRACE seconds SIGKILL, and then whatever is left of its process
 group: TorchServe's Java does not end with its parent, and a worker in the middle of a batch not with its Java. The
 unpacked model and the keys in FOLDER go too, and all of SHARED, which is "" where there is none; a client that was
-killed can't remove them. The log stays.
+killed can't remove them. The log stays. SHARED is locked meanwhile: where guard and client are killed together, the
+next server finds it without a lock and removes it.
 
 Run as a file, not as a module, so that starting it imports nothing but the standard library.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import select
 import shutil
@@ -80,6 +82,12 @@ def remove(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def lock(folder: str) -> None:
+    """Holds a folder locked for as long as this process lives, so that it is not taken for one that was left."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)
+
+
 def end(command: subprocess.Popen[bytes], grace: float) -> None:
     if command.poll() is None:
         command.terminate()
@@ -93,6 +101,8 @@ def end(command: subprocess.Popen[bytes], grace: float) -> None:
 def main(arguments: list[str]) -> int:
     lifeline, grace, folder, shared = int(arguments[0]), float(arguments[1]), Path(arguments[2]), arguments[3]
     woken = wakeups()
+    if shared:
+        lock(shared)
     command = subprocess.Popen(
         arguments[4:],
         stdin=subprocess.DEVNULL,

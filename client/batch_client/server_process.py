@@ -108,7 +108,11 @@ def launch(
     settings: ServerSettings, model: Model, lanes: Sequence[Lane], java: Java, home: Path, environ: Mapping[str, str],
 ) -> ServerProcess:
     """Starts Java under its guard, in a new private folder. Raises ServingError when that can't be done."""
-    folder = Path(tempfile.mkdtemp(prefix="batch-client-server-"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="batch-client-server-"))
+    except OSError as error:
+        raise ServingError(f"the server can't be started: it needs a temporary folder ({error}); set TMPDIR to a place "
+                           "that can be written") from error
     shared = new_folder() if settings.shared_memory else None
     try:
         for name in ("models", "workflows", "tmp"):

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from batch_client.errors import MismatchError, UsageError
 
@@ -76,6 +77,9 @@ class ServerSpec:
         for endpoint in self.endpoints:
             if not endpoint.startswith(("http://", "https://")):
                 raise UsageError(f"--endpoint {endpoint}: wanted a URL such as http://host:8080")
+            if "@" in urlsplit(endpoint).netloc:
+                raise UsageError("--endpoint has a user name or password in its URL, which would be shown in logs: "
+                                 "give a token with --token-file or --token-command")
         if self.endpoints and not self.model:
             raise UsageError("--endpoint also needs --model NAME, the name under which the server has the model")
         if self.token_file and self.token_command:
@@ -143,6 +147,10 @@ class RunSpec(ServerSpec):
             raise UsageError(f"--reuse and OUTPUT are both {self.reuse}: the output needs a place of its own")
         if self.reuse is not None and not self.exact:
             raise UsageError("--reuse and --fast: only chunks of exact runs can be told to be the same")
+        for name, place in (("INPUT", self.input), ("OUTPUT", self.output), ("--reuse", self.reuse or "")):
+            if place.startswith(("http://", "https://")):
+                raise UsageError(f"{name} {place.partition('?')[0]}: a web server can't list what it holds, which "
+                                 "proves that a source has not changed: use s3://, gs://, az:// or a path")
         if self.input.rstrip("/") == self.output.rstrip("/"):
             raise UsageError(f"INPUT and OUTPUT are both {self.input}: the output needs a place of its own")
 

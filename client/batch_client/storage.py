@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -212,7 +212,7 @@ def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] 
     config: dict[str, Any] = {}
     if scheme in ("s3", "s3a"):
         config = _s3_config(environ, anonymous=anonymous)
-    elif anonymous:
+    elif anonymous and scheme not in ("http", "https"):  # which sign nothing
         config = {"skip_signature": True}
     try:
         inner = obstores.from_url(
@@ -248,20 +248,21 @@ def _plain_http(environ: Mapping[str, str]) -> bool:
 
 
 def _s3_config(environ: Mapping[str, str], *, anonymous: bool) -> dict[str, Any]:
-    config: dict[str, Any] = {}
-    if "AWS_REGION" not in environ and "AWS_DEFAULT_REGION" not in environ:
-        config["region"] = "us-east-1"
+    config: dict[str, Any] = {"region": "us-east-1"}
     endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
     if endpoint:
         config["endpoint"] = endpoint
     if anonymous:
         config["skip_signature"] = True
     elif environ.get("AWS_PROFILE"):
-        config["credential_provider"] = _profile_credentials(environ["AWS_PROFILE"])
+        config |= _profile_config(environ["AWS_PROFILE"])
+    if "AWS_REGION" in environ or "AWS_DEFAULT_REGION" in environ:
+        config.pop("region", None)  # obstore reads them itself
     return config
 
 
-def _profile_credentials(profile: str) -> Callable[[], Any]:
+def _profile_config(profile: str) -> dict[str, Any]:
+    """Credentials and region of an AWS profile."""
     # obstore does not read AWS profiles; boto3 knows profiles, roles and single sign-on.
     try:
         import boto3  # noqa: PLC0415 - an optional dependency, wanted only here
@@ -271,7 +272,9 @@ def _profile_credentials(profile: str) -> Callable[[], Any]:
         raise CredentialsError(f'AWS_PROFILE is {profile!r} and boto3 is not here to read it: '
                                'pip install "batch-client[aws]", or unset it') from error
     try:
-        return Boto3CredentialProvider(boto3.Session(profile_name=profile))
+        session = boto3.Session(profile_name=profile)
+        known = {} if session.region_name is None else {"region": session.region_name}
+        return {"credential_provider": Boto3CredentialProvider(session), **known}
     except (BotoCoreError, ValueError) as error:
         raise CredentialsError(f"AWS_PROFILE {profile!r}: {_first_line(error)}") from error
 

@@ -97,6 +97,8 @@ class FileTokens:
 def _one_word(source: str, text: str) -> str:
     """The token in `text`; raises CredentialsError, which does not show it, for what no header can carry."""
     token = text.strip()
+    if not token:
+        raise CredentialsError(f"{source}: wanted a token, found nothing")
     if not all(ord(character) in VISIBLE for character in token):
         raise CredentialsError(f"{source}: wanted one token alone, found white space or other signs within "
                                f"{len(token)} characters")

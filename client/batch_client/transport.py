@@ -93,6 +93,8 @@ class HttpTransport:
                                                  allow_redirects=False) as response:
                     body = await _read(response)
                     return HttpReply(response.status, {k.lower(): v for k, v in response.headers.items()}, body)
+        except aiohttp.ConnectionTimeoutError as error:
+            raise TransportError(f"no connection within {CONNECT_SECONDS:g} s") from error
         except TimeoutError as error:
             raise TransportError(f"no answer within {deadline:g} s") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:

@@ -60,7 +60,7 @@ class ChunkWriter:
         if await self._store.create(key, data):
             return None
         stored = await self._store.get(key)
-        adopts = not self._exact and not key.startswith(STATUS.name)
+        adopts = not self._exact and not key.startswith(f"{STATUS.name}/")
         if stored is not None and (adopts or stored.data == data):
             return bytes(stored.data)
         raise BrokenPromiseError(

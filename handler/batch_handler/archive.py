@@ -1,7 +1,8 @@
 """Any supported model file → `.mar`, TorchServe's archive, and its description back out of one.
 
 Rule: an archive is written only after a model opened from the very files that go into it has reproduced its
-golden records; equal input gives an equal archive, byte for byte; and it appears under its name whole.
+golden records; equal input gives an equal archive, byte for byte, but where it is compiled; and it appears under its
+name whole.
 
     ArchiveError (ValueError)    what was given can't be packed, or is no archive of ours; one line
 """

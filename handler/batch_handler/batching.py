@@ -42,11 +42,6 @@ class MicroBatch:
     spans: tuple[Span, ...]
 
     @property
-    def records(self) -> int:
-        """How many places hold a record."""
-        return sum(span.count for span in self.spans)
-
-    @property
     def requests(self) -> tuple[int, ...]:
         """The loads that have records here."""
         return tuple(span.request for span in self.spans)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +24,12 @@ from batch_handler.tensors import ReadShared
 __all__ = ["MAX_RECORDS", "RECORD_STATUS", "Exchange", "Pending", "Reply", "Request", "failed", "refused"]
 
 MAX_RECORDS = 65_536
+# TorchServe kills the worker that replies more than max_response_size, 64 MiB (serve_config/config.properties), and
+# with it all requests of the server batch. This leaves room for the header and for numbers longer than most.
+MAX_REPLY_BYTES = 60 << 20
+_MAX_BODY_BYTES = 63 << 20
+# Of a float32 in JSON, with its comma.
+_NUMBER_BYTES = 20
 RECORD_STATUS = "record_status"
 _JSON = "application/json"
 _NPY = "application/x-npy"
@@ -58,6 +65,14 @@ class Pending:
     query: Query
     encode: Callable[[Score, int], Reply]
 
+    def reply(self, score: Score, batch_requests: int) -> Reply:
+        """The reply, or that it is too large to be sent."""
+        made = self.encode(score, batch_requests)
+        if len(made.body) > _MAX_BODY_BYTES:
+            said = f"the reply has {len(made.body)} bytes, wanted at most {_MAX_BODY_BYTES}"
+            return refused(OipError(f"{said}: send fewer records at a time, or ask for binary data", 413))
+        return made
+
 
 class Exchange:
     """The bodies that a model understands."""
@@ -75,9 +90,9 @@ class Exchange:
         self._max_records = max_records
         self._inputs: tuple[TensorSpec, ...] = tuple(spec.tensor() for spec in model.description.inputs)
         self._outputs = tuple(spec.name for spec in model.description.outputs)
-        self._max_tensor_bytes = max_records * max(
-            spec.dtype.itemsize * functools.reduce(int.__mul__, spec.shape, 1) for spec in self._inputs
-        )
+        # By output of a reply: bytes a record where it is binary, numbers a record where it is JSON.
+        self._sizes = {spec.name: _size(spec.tensor()) for spec in model.description.outputs} | {RECORD_STATUS: (1, 1)}
+        self._max_tensor_bytes = max_records * max(_size(spec)[0] for spec in self._inputs)
 
     def read(self, request: Request) -> Pending | Reply:
         """What to score for a request, or the reply that it gets without the model."""
@@ -118,16 +133,17 @@ class Exchange:
             if isinstance(value, dict) and "inputs" in value:
                 return self._read_oip(body, None)
             records = content.decode_json(value, self._inputs, self._max_records)
-            return Pending(self._query(records), self._encode_predictions)
+            return Pending(self._query(records, self._as_json()), self._encode_predictions)
         if kind == _NPY:
             array, single = content.decode_npy(_raw(body), self._one_input(), self._max_records)
             if _wants_json(request.headers):
-                return Pending(self._query((array,)), self._encode_predictions)
+                return Pending(self._query((array,), self._as_json()), self._encode_predictions)
             self._one_output()
-            return Pending(self._query((array,)), functools.partial(self._encode_npy, single))
+            query = self._query((array,), dict.fromkeys(self._outputs, True))
+            return Pending(query, functools.partial(self._encode_npy, single))
         if kind.startswith("image/"):
             picture = content.decode_image(_raw(body), self._one_input())
-            return Pending(self._query((picture,)), self._encode_predictions)
+            return Pending(self._query((picture,), self._as_json()), self._encode_predictions)
         raise OipError(
             f"content type is {kind[:60]!r}, wanted {_NPY}, {_JSON}, image/* or a body with {oip.HEADER_LENGTH}",
             415,
@@ -145,7 +161,7 @@ class Exchange:
         binary = self._binary_by_output(asked)
         echo = {} if decoded else {"request_crc32c": oip.crc32c(raw, *read)}
         encode = functools.partial(self._encode_oip, asked.id, binary, echo)
-        return Pending(self._query(arrays, asked.first_row if asked.exact else None), encode)
+        return Pending(self._query(arrays, binary, asked.first_row if asked.exact else None), encode)
 
     def _reader(self, read: list[bytearray]) -> ReadShared | None:
         """Reads shared memory, and notes what it read: the checksum that a reply echoes is of that too."""
@@ -173,11 +189,29 @@ class Exchange:
             raise OipError(f"inputs {', '.join(names)} have {counts} records, wanted equally many")
         return arrays
 
-    def _query(self, arrays: tuple[Array, ...], first_row: int | None = None) -> Query:
+    def _query(
+        self, arrays: tuple[Array, ...], binary: Mapping[str, bool], first_row: int | None = None
+    ) -> Query:
+        """The records, if their reply can be sent; `binary` are its outputs, and which are not JSON."""
         query = Query(arrays, first_row)
         if query.records > self._max_records:
             raise OipError(f"the request has {query.records} records, wanted at most {self._max_records}", 413)
+        replied = sum(
+            self._sizes[name][0] if raw else self._sizes[name][1] * _NUMBER_BYTES for name, raw in binary.items()
+        )
+        computed = sum(self._sizes[name][0] for name in self._outputs)
+        size = query.records * max(replied, computed)
+        if size > MAX_REPLY_BYTES:
+            instead = "" if replied <= computed else ", or ask for binary data"
+            raise OipError(
+                f"the outputs of {query.records} records would have some {size} bytes, wanted at most "
+                f"{MAX_REPLY_BYTES}: send fewer at a time{instead}",
+                413,
+            )
         return query
+
+    def _as_json(self) -> dict[str, bool]:
+        return dict.fromkeys(self._outputs, False)
 
     def _binary_by_output(self, asked: InferRequest) -> dict[str, bool]:
         """The outputs of the reply in order, and which of them are binary."""
@@ -249,6 +283,12 @@ class Exchange:
     def _one_output(self) -> None:
         if len(self._outputs) != 1:
             raise OipError(f"the model has {len(self._outputs)} outputs, wanted Accept: {_JSON} or OIP", 415)
+
+
+def _size(spec: TensorSpec) -> tuple[int, int]:
+    """Bytes and numbers of one record."""
+    numbers = math.prod(spec.shape)
+    return numbers * spec.dtype.itemsize, numbers
 
 
 def refused(error: OipError) -> Reply:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from batch_handler.runtimes.aot import open_package
-from batch_handler.runtimes.eager import build_module, fixed_records
+from batch_handler.runtimes.eager import build_module, fixed_records, said
 from batch_handler.runtimes.onnx import open_graph
 from batch_handler.runtimes.torchscript import load_script
 from batch_handler.signature import InputSpec, Weights
@@ -118,14 +118,20 @@ def _kind_of_zip(path: Path) -> str | None:
 def _kind_of_pickle(path: Path) -> str:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        return "pickle"
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ModelFileError(f"{path.name} is not a model file that torch can read: {error}") from error
+    except Exception as error:  # torch's reader takes any bytes for a pickle's until it stumbles
+        if isinstance(error, pickle.UnpicklingError) and _is_pickle(path):
+            return "pickle"
+        raise ModelFileError(f"{path.name} is not a model file that torch can read: {said(error)}") from error
     if isinstance(value, Mapping) and value and all(isinstance(v, torch.Tensor) for v in value.values()):
         return "state_dict"
     keys = sorted(map(str, value))[:5] if isinstance(value, Mapping) else type(value).__name__
     raise ModelFileError(f"{path.name} holds {keys}, wanted a state_dict: names and tensors")
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether it is torch's zip, or begins as torch has always written pickles: with the protocol's number."""
+    with path.open("rb") as file:
+        return file.read(1) == pickle.PROTO or zipfile.is_zipfile(path)
 
 
 def _padded(tensor: torch.Tensor, records: int) -> torch.Tensor:

@@ -204,7 +204,9 @@ def encode_request(request: InferRequest, *, binary: bool = True, region: str | 
 def decode_request(
     body: Buffer, header_length: int | None, *, max_tensor_bytes: int, shared: ReadShared | None = None
 ) -> InferRequest:
-    """Read a request; its binary inputs are views of `body` or of what `shared` reads, at most `max_tensor_bytes` each.
+    """Read a request; its binary inputs are views of `body` or of what `shared` reads.
+
+    `max_tensor_bytes` is the most of one input, and of all that are in shared memory.
 
     `header_length` is the value of the `Inference-Header-Content-Length` header, None for a JSON body.
     """

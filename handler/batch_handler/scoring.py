@@ -126,14 +126,18 @@ class Scorer:
     def score(self, queries: Sequence[Query]) -> list[Score | Failure]:
         """Score a server batch; one answer a query, in order."""
         begun = self._clock.now()
-        works = [_Work(query, self._allocate(query.records)) for query in queries]
-        loads = [Load(query.records, query.first_row) for query in queries]
+        works = [self._begin(query) for query in queries]
+        # A query that had no room has no records to place.
+        loads = [Load(0 if work.failure else work.query.records, work.query.first_row) for work in works]
         for batch, error in self._stream(plan(loads, self._micro_batch), works):
             self._isolate(batch, error, works)
         return [self._answer(work, begun) for work in works]
 
-    def _allocate(self, records: int) -> tuple[Array, ...]:
-        return tuple(np.empty((records, *spec.shape), spec.dtype) for spec in self._outputs)
+    def _begin(self, query: Query) -> _Work:
+        try:
+            return _Work(query, tuple(np.empty((query.records, *spec.shape), spec.dtype) for spec in self._outputs))
+        except MemoryError as error:
+            return _Work(query, (), failure=_failure(error))
 
     def _isolate(self, batch: MicroBatch, error: Exception, works: Sequence[_Work]) -> None:
         """Score the requests of a failed micro-batch one by one, in smaller pieces where memory was full."""
@@ -206,7 +210,7 @@ class Scorer:
             self._on_lost(error)
             raise
         for number, result in enumerate(results):
-            scatter(issued.batch, result, [work.outputs[number] for work in works])
+            scatter(issued.batch, result, [work.outputs[number] if work.outputs else None for work in works])
         done = self._clock.now()
         # What overlaps with the micro-batch before is that one's time.
         elapsed = done - max(issued.at, self._clock.finished)

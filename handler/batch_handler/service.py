@@ -167,7 +167,7 @@ def _reply(item: Pending, answer: Score | Failure, batch_requests: int) -> Reply
     if isinstance(answer, Failure):
         return failed(answer)
     try:
-        return item.encode(answer, batch_requests)
+        return item.reply(answer, batch_requests)
     except Exception:  # noqa: BLE001 - a bug of ours; still only this request's
         _log.exception("a reply could not be written")
         return refused(OipError("the reply could not be written", 500))

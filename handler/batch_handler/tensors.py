@@ -146,8 +146,11 @@ def shown(value: Any) -> str:
 
 
 def refuse_duplicates(what: str, names: Sequence[str]) -> None:
-    for name in {name for name in names if names.count(name) > 1}:
-        raise OipError(f"{what} {shown(name)} is named twice")
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise OipError(f"{what} {shown(name)} is named twice")
+        seen.add(name)
 
 
 def dtype_named(datatype: str, name: str) -> np.dtype[Any]:

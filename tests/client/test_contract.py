@@ -4,8 +4,11 @@ import json
 
 import pytest
 
-from batch_client.contract import contract_of
+from batch_client.contract import contract_of, fetch_contract
 from batch_client.errors import ServingError
+from batch_client.transport import HttpReply
+from support.simulated import URL, SimulatedServer
+from support.virtual import run_virtually
 
 
 def metadata(*outputs, **parameters):
@@ -37,3 +40,23 @@ def test_what_a_micro_batch_takes_is_a_time_or_unknown_and_makes_no_other_model(
     contract = contract_of("http://s", metadata("scores", micro_batch_ms=told))
     assert contract.micro_batch_seconds == seconds
     assert contract == contract_of("http://s", metadata("scores"))
+
+
+class Full(SimulatedServer):
+    """A server that has no room for the first questions."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+
+    async def send(self, method, url, headers, parts, deadline):
+        if url.endswith("/predictions/toy") and self.times:
+            self.times -= 1
+            return HttpReply(503, {}, b'{"type": "ServiceUnavailableException", "message": "no worker"}')
+        return await super().send(method, url, headers, parts, deadline)
+
+
+def test_a_server_without_room_at_the_first_question_is_asked_again():
+    assert run_virtually(fetch_contract(Full(8).servers(), URL)).name == "toy"
+    with pytest.raises(ServingError, match="can't describe model 'toy': the server has no room"):
+        run_virtually(fetch_contract(Full(10_000).servers(), URL))

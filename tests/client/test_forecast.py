@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_client.calibrate import calibrate
+from batch_client.errors import StoppedError
 from batch_client.forecast import Answer, Prices, cost_of, forecast
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.storage import MemoryStore
+from batch_client.transport import HttpReply
 from support.plans import plan_of, plans
 from support.simulated import SimulatedServer
 from support.virtual import run_virtually
@@ -96,6 +98,18 @@ def test_a_calibration_forecasts_the_run_and_leaves_nothing(part):
     assert summary.forecast_seconds == pytest.approx(found.forecast.seconds, rel=0.02)
     assert summary.forecast_error == pytest.approx(summary.forecast_seconds / summary.seconds - 1, abs=1e-3)
     assert abs(summary.forecast_error) < 0.05
+
+
+def test_a_calibration_that_got_no_answer_says_why():
+    class Full(SimulatedServer):
+        def answer(self, body, header_length):
+            return HttpReply(503, {}, b"full")
+
+    world = World(3, server=Full())
+    services = Services(world.server.servers(), world.source, world.output,
+                        clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(0))
+    with pytest.raises(StoppedError, match=r"no request was answered within .* the server has no room"):
+        run_virtually(calibrate(world.spec(), services))
 
 
 def test_a_run_that_was_over_before_its_forecast_has_none():

@@ -3,11 +3,12 @@
 import asyncio
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from batch_client.errors import DataError, MismatchError, StorageError, UsageError
+from batch_client.errors import DataError, MismatchError, StoppedError, StorageError, UsageError
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.progress import progress_of
@@ -17,7 +18,9 @@ from batch_client.serving import Servers
 from batch_client.spec import RunSpec
 from batch_client.storage import MemoryStore
 from batch_client.tokens import NoTokens
+from batch_client.transport import HttpReply
 from batch_client.verify import verify_output
+from batch_handler.oip import HEADER_LENGTH, InferReply, Tensor, decode_request, encode_reply
 from support.faulty import Fate, Life
 from support.simulated import URL, SimulatedServer
 from support.virtual import run_virtually
@@ -208,6 +211,36 @@ def test_removal_takes_away_first_what_opens_and_last_what_says_whose_it_is():
     run_virtually(run())
 
 
+@pytest.mark.parametrize("deletes", range(1, 30, 3))
+def test_a_removal_that_is_cut_off_leaves_no_proof_of_what_is_gone(deletes):
+    """Outputs may be called anything: also what a listing has before `_run/`."""
+    world = World(1)
+
+    class Killed(MemoryStore):
+        left = deletes
+
+        async def delete(self, key):
+            if not self.left:
+                raise StoppedError("killed")
+            self.left -= 1
+            await super().delete(key)
+
+    async def run():
+        await world.live(calm())
+        store = Killed("memory://out")
+        store.objects = {key.replace("y/", "OUTPUT0/"): data for key, data in world.output.objects.items()}
+        chunks = sum("/c/" in key for key in store.objects)
+        assert chunks == 24
+        with pytest.raises(StoppedError):
+            await remove_output(store)
+        assert "_run/spec.json" in store.objects
+        assert "_SUCCESS" not in store.objects or deletes < 2
+        if any(key.startswith("_run/ledger/") for key in store.objects):
+            assert sum("/c/" in key for key in store.objects) == chunks
+
+    run_virtually(run())
+
+
 def test_removal_of_objects_that_stay_is_no_endless_loop():
     world = World(1)
 
@@ -223,6 +256,23 @@ def test_removal_of_objects_that_stay_is_no_endless_loop():
             await remove_output(store)
 
     run_virtually(run())
+
+
+class Unverified(SimulatedServer):
+    """Another server of the protocol: no digest, no fingerprint, no checksum, no status."""
+
+    version = "1"
+
+    def metadata(self):
+        return replace(super().metadata(), parameters={})
+
+    def answer(self, body, header_length):
+        request = decode_request(body, header_length, max_tensor_bytes=1 << 20)
+        y = super().predict(request.inputs[0].data, 0)
+        y[request.inputs[0].data[:, 0] == 7] = np.inf
+        reply = InferReply(request.id, "toy", self.version, (Tensor("y", y),))
+        message = encode_reply(reply, binary={"y": True})
+        return HttpReply(200, {HEADER_LENGTH.lower(): str(message.header_length)}, message.join())
 
 
 class OtherNumerics(SimulatedServer):
@@ -321,6 +371,63 @@ def test_replay_finds_a_chunk_that_is_no_prediction_although_its_manifest_agrees
     run_virtually(run())
 
 
+def test_replay_of_a_source_that_has_changed_says_nothing_of_the_output():
+    world = World(1)
+
+    async def run():
+        await world.live(calm())
+        key = next(key for key in world.source.objects if "c/" in key)
+        altered = bytearray(world.source.objects[key])
+        altered[-1] ^= 1
+        world.source.objects[key] = bytes(altered)
+        with pytest.raises(MismatchError, match="another one than was scored"):
+            await replay(world.spec(), world.services(calm(), Life()), 12)
+
+    run_virtually(run())
+
+
+def test_parts_copy_their_own_share_of_an_older_output():
+    world, old = World(1), MemoryStore("memory://old")
+
+    class Counting(MemoryStore):
+        created = 0
+
+        async def create(self, key, data):
+            Counting.created += "/c/" in key
+            return await super().create(key, data)
+
+    async def run():
+        await execute(replace(world.spec(), output="memory://old"), services_with(world, old))
+        for part in ((1, 3), (2, 3), (3, 3)):
+            await execute(world.spec(part=part, reuse="memory://old"), services_with(world, output, old))
+        assert Counting.created == len([key for key in output.objects if "/c/" in key])
+        assert "_SUCCESS" in output.objects
+
+    output = Counting("memory://out")
+    run_virtually(run())
+
+
+def services_with(world, output, old=None):
+    return Services(world.server.servers(), world.source, output, reuse_store=old, rng=random.Random(1))
+
+
+def test_a_server_that_changes_its_version_is_left_out_though_it_has_no_digest():
+    class Reloading(Unverified):
+        version = "1"
+
+        def answer(self, body, header_length):
+            self.version = "1" if self.requests < 5 else "2"
+            return super().answer(body, header_length)
+
+    world = World(1, server=Reloading())
+
+    async def run():
+        with pytest.raises(MismatchError, match="its model is version 2, this run's is 1"):
+            await world.live(calm())
+
+    run_virtually(run())
+
+
 def test_status_tells_how_far_a_run_is_and_who_wrote():
     world = World(1)
 
@@ -361,23 +468,7 @@ def test_too_large_a_request_is_split_between_micro_batches(root):
 
 def test_a_foreign_server_of_the_protocol_is_driven_too():
     """No digest, fingerprint, checksum or status: what can be checked is, what is missing is worked out here."""
-    class Foreign(SimulatedServer):
-        def metadata(self):
-            from dataclasses import replace
-
-            return replace(super().metadata(), parameters={})
-
-        def answer(self, body, header_length):
-            from batch_client.transport import HttpReply
-            from batch_handler.oip import HEADER_LENGTH, InferReply, Tensor, decode_request, encode_reply
-
-            request = decode_request(body, header_length, max_tensor_bytes=1 << 20)
-            y = super().predict(request.inputs[0].data, 0)
-            y[request.inputs[0].data[:, 0] == 7] = np.inf
-            message = encode_reply(InferReply(request.id, "toy", "1", (Tensor("y", y),)), binary={"y": True})
-            return HttpReply(200, {HEADER_LENGTH.lower(): str(message.header_length)}, message.join())
-
-    world = World(1, server=Foreign())
+    world = World(1, server=Unverified())
 
     async def run():
         summary = await world.live(calm(), request_records=4)

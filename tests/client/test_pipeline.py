@@ -342,6 +342,19 @@ async def test_a_chunk_that_can_not_be_decoded_is_named_by_its_records():
     await refused(DataError, "can't be decoded", source)
 
 
+@pytest.mark.parametrize("name", ["gzip", "zlib", "bz2", "lzma"])
+async def test_a_damaged_chunk_is_named_whichever_codec_says_so(name):
+    codec = {"name": f"numcodecs.{name}", "configuration": {}}
+    if name == "gzip":
+        codec = {"name": "gzip", "configuration": {"level": 1}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr's: these codecs are in no specification yet
+        source = await source_of(records_of(40), (10, 3), compressors=[codec])
+        good = source.objects["c/1/0"]
+        source.objects["c/1/0"] = good[:10] + bytes(byte ^ 0xFF for byte in good[10:])
+        await refused(DataError, "can't be decoded", source)
+
+
 class Answering(SimulatedServer):
     """A server that alters its first answers."""
 

@@ -73,6 +73,15 @@ def test_an_output_chunk_leaves_few_places_of_its_last_micro_batch_empty(chunk, 
     assert plan_of(count=200_000, chunk=chunk, micro_batch=micro_batch).grid_records == grid
 
 
+def test_a_reply_is_bounded_as_a_request_is():
+    maps = OutputGeometry("map", np.dtype(np.float32), (96, 96, 21))
+    assert plan_of(output=maps, chunk=1, micro_batch=8).request_records * (1 + maps.record_bytes) <= 60 * MIB
+    with pytest.raises(DataError, match="a --micro-batch of at most 81"):
+        plan_of(output=maps, micro_batch=100)
+    with pytest.raises(UsageError, match="--request-records 96: a reply would be 74,317,920 bytes"):
+        plan_of(output=maps, micro_batch=8, request_records=96)
+
+
 def test_a_small_source_is_one_chunk_of_its_own_size():
     assert plan_of(count=7).chunk_records == 7
     assert plan_of(count=7).unit_count == 1

@@ -2,18 +2,20 @@
 
 # ruff: noqa: S108 - /dev/shm is the place that is tested
 
+import asyncio
+import fcntl
 import os
 import resource
 import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
-from batch_client.regions import Regions, new_folder, remove_folder, sweep, usable_folder
+from batch_client.regions import WRITE_IN_THREAD, Regions, new_folder, remove_folder, sweep, usable_folder
 
 PARTS = [memoryview(b"one"), memoryview(b""), memoryview(b"two and three")]
 WHOLE = b"onetwo and three"
@@ -39,10 +41,28 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def test_a_new_folder_is_in_memory_for_its_owner_alone_and_usable(folder):
     assert folder.parent == Path("/dev/shm")
     assert folder.stat().st_mode & 0o777 == 0o700
     assert usable_folder(str(folder)) == folder
+
+
+@pytest.mark.parametrize(("locked", "seconds", "left"), [(False, 61, False), (True, 61, True), (False, 30, True)])
+def test_an_old_folder_that_nobody_has_locked_is_removed_by_the_next_server(folder, locked, seconds, left):
+    (folder / "r-1").write_bytes(b"records")
+    os.utime(folder, (0, time.time() - seconds))
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if locked:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        remove_folder(new_folder())
+    finally:
+        os.close(handle)
+    assert folder.exists() == left
 
 
 @pytest.mark.parametrize("said", [
@@ -100,57 +120,97 @@ def test_what_has_the_name_and_is_no_folder_is_refused(folder, tmp_path):
     folder.unlink()
 
 
-def test_a_region_has_its_parts_for_as_long_as_its_block_lasts(folder, regions):
-    with regions.region(folder, "r-1", PARTS):
+async def test_a_region_has_its_parts_for_as_long_as_its_block_lasts(folder, regions):
+    async with regions.region(folder, "r-1", PARTS):
         assert (folder / "r-1").read_bytes() == WHOLE
         assert (folder / "r-1").stat().st_mode & 0o777 == 0o600
-        with regions.region(folder, "r-2", [memoryview(b"other")]):
+        async with regions.region(folder, "r-2", [memoryview(b"other")]):
             assert names(folder) == ["r-1", "r-2"]
             assert (folder / "r-1").read_bytes() == WHOLE
 
 
-def test_a_file_is_used_again_under_the_next_name_and_the_old_name_leads_nowhere(folder, regions):
-    with regions.region(folder, "r-1", PARTS):
+async def test_a_file_is_used_again_under_the_next_name_and_the_old_name_leads_nowhere(folder, regions):
+    async with regions.region(folder, "r-1", PARTS):
         first = (folder / "r-1").stat().st_ino
     for number in range(2, 9):
-        with regions.region(folder, f"r-{number}", [memoryview(b"x" * number)]):
+        async with regions.region(folder, f"r-{number}", [memoryview(b"x" * number)]):
             assert names(folder) == [f"r-{number}"]
             # What a longer one had is behind; the server reads as much as the request says.
             assert (folder / f"r-{number}").read_bytes()[:number] == b"x" * number
             assert (folder / f"r-{number}").stat().st_ino == first
 
 
-def test_a_file_that_its_server_has_swept_costs_a_new_one(folder, regions):
-    with regions.region(folder, "r-1", PARTS):
+async def test_a_file_that_its_server_has_swept_costs_a_new_one(folder, regions):
+    async with regions.region(folder, "r-1", PARTS):
         pass
     (folder / "r-1").unlink()
-    with regions.region(folder, "r-2", PARTS):
+    async with regions.region(folder, "r-2", PARTS):
         assert (folder / "r-2").read_bytes() == WHOLE
 
 
-def test_close_removes_every_region(folder, regions):
-    with regions.region(folder, "r-1", PARTS), regions.region(folder, "r-2", PARTS):
+LARGE = [memoryview(bytes(range(256)) * (WRITE_IN_THREAD >> 7)), memoryview(b"end")]
+
+
+async def test_a_large_region_is_whole_and_does_not_keep_the_loop(folder, regions):
+    turns = 0
+
+    async def turn():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    beside = asyncio.ensure_future(turn())
+    async with regions.region(folder, "r-1", LARGE):
+        assert turns > 1
+        assert (folder / "r-1").read_bytes() == b"".join(LARGE)
+    beside.cancel()
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+async def test_a_large_region_that_is_cancelled_leaves_nothing(folder, regions, used_before):
+    if used_before:
+        async with regions.region(folder, "r-1", PARTS):
+            pass
+    before = open_files()
+    async with regions.region(folder, "r-2", LARGE), AsyncExitStack() as held:
+        entering = asyncio.ensure_future(held.enter_async_context(regions.region(folder, "r-3", LARGE)))
+        await asyncio.sleep(0)
+        assert "r-3" in names(folder)
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        assert names(folder) == ["r-2"]
+        await asyncio.get_running_loop().shutdown_default_executor()  # the writing has ended
+        assert open_files() == before
+        assert names(folder) == ["r-2"]
+
+
+async def test_close_removes_every_region(folder, regions):
+    async with regions.region(folder, "r-1", PARTS), regions.region(folder, "r-2", PARTS):
         pass
     assert len(names(folder)) == 2
     regions.close()
     assert names(folder) == []
 
 
-def test_a_folder_that_is_gone_is_an_error_each_time_and_is_not_made(folder, regions):
-    with regions.region(folder, "r-1", PARTS):
+async def test_a_folder_that_is_gone_is_an_error_each_time_and_is_not_made(folder, regions):
+    async with regions.region(folder, "r-1", PARTS):
         pass
     remove_folder(folder)
     for number in range(2):
-        with pytest.raises(FileNotFoundError), regions.region(folder, f"r-{number}", PARTS):
-            pytest.fail("there is no such region")
+        with pytest.raises(FileNotFoundError):
+            async with regions.region(folder, f"r-{number}", PARTS):
+                pytest.fail("there is no such region")
     assert not folder.exists()
 
 
-def test_a_link_in_the_place_of_a_region_is_not_written_through(folder, regions, tmp_path):
+async def test_a_link_in_the_place_of_a_region_is_not_written_through(folder, regions, tmp_path):
     (tmp_path / "precious").write_text("mine")
     (folder / "r-1").symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="File exists"), regions.region(folder, "r-1", PARTS):
-        pytest.fail("it was opened")
+    with pytest.raises(OSError, match="File exists"):
+        async with regions.region(folder, "r-1", PARTS):
+            pytest.fail("it was opened")
     assert (tmp_path / "precious").read_text() == "mine"
 
 
@@ -176,52 +236,54 @@ def small_files(path):
 
 
 @pytest.mark.parametrize("limited", [full_disk, small_files])
-def test_memory_that_is_full_is_an_error_and_nothing_is_left(limited, regions, tmp_path):
+async def test_memory_that_is_full_is_an_error_and_nothing_is_left(limited, regions, tmp_path):
     if limited is full_disk and sys.platform != "linux":
         pytest.skip("a small disk needs Linux's tmpfs")
     with limited(tmp_path):
-        with regions.region(tmp_path, "r-1", [memoryview(bytes(32 << 10))]):
-            with (pytest.raises(OSError, match=r"No space|too large"),
-                  regions.region(tmp_path, "r-2", [memoryview(bytes(40 << 10)), memoryview(bytes(40 << 10))])):
-                pytest.fail("it does not fit")
+        async with regions.region(tmp_path, "r-1", [memoryview(bytes(32 << 10))]):
+            with pytest.raises(OSError, match=r"No space|too large"):
+                async with regions.region(tmp_path, "r-2", [memoryview(bytes(40 << 10)), memoryview(bytes(40 << 10))]):
+                    pytest.fail("it does not fit")
             assert names(tmp_path) == ["r-1"]  # the one that is in use
         assert names(tmp_path) == []  # nothing is kept for a next one
         # And with one that was free: it is given back too, as there is nothing to spare.
         others = Regions()
-        with others.region(tmp_path, "r-3", [memoryview(bytes(8 << 10))]):
+        async with others.region(tmp_path, "r-3", [memoryview(bytes(8 << 10))]):
             pass
         assert names(tmp_path) == ["r-3"]
-        with (pytest.raises(OSError, match=r"No space|too large"),
-              others.region(tmp_path, "r-4", [memoryview(bytes(80 << 10))])):
-            pytest.fail("it does not fit")
+        with pytest.raises(OSError, match=r"No space|too large"):
+            async with others.region(tmp_path, "r-4", [memoryview(bytes(80 << 10))]):
+                pytest.fail("it does not fit")
         assert names(tmp_path) == []
 
 
-def test_a_file_of_another_user_is_not_written_to(folder, regions):
+async def test_a_file_of_another_user_is_not_written_to(folder, regions):
     if os.geteuid() != 0:
         pytest.skip("only root can give a file away")
-    with regions.region(folder, "r-1", PARTS):
+    async with regions.region(folder, "r-1", PARTS):
         pass
     os.chown(folder / "r-1", 12345, -1)
     (folder / "r-1").write_bytes(b"theirs")
-    with pytest.raises(OSError, match="another user"), regions.region(folder, "r-2", PARTS):
-        pytest.fail("it is theirs")
+    with pytest.raises(OSError, match="another user"):
+        async with regions.region(folder, "r-2", PARTS):
+            pytest.fail("it is theirs")
     (folder / "r-3").write_bytes(b"theirs")
-    with pytest.raises(FileExistsError), Regions().region(folder, "r-3", PARTS):
-        pytest.fail("it is theirs")
+    with pytest.raises(FileExistsError):
+        async with Regions().region(folder, "r-3", PARTS):
+            pytest.fail("it is theirs")
 
 
-def test_a_folder_that_was_given_up_keeps_nothing(folder, regions):
-    with regions.region(folder, "r-1", PARTS), regions.region(folder, "r-2", PARTS):
+async def test_a_folder_that_was_given_up_keeps_nothing(folder, regions):
+    async with regions.region(folder, "r-1", PARTS), regions.region(folder, "r-2", PARTS):
         pass
-    with regions.region(folder, "r-3", PARTS):
+    async with regions.region(folder, "r-3", PARTS):
         regions.give_up(folder)
         assert names(folder) == ["r-3"]
     assert names(folder) == []
 
 
-def test_sweep_removes_what_is_old_and_nothing_else(folder, regions):
-    with regions.region(folder, "r-1", PARTS), regions.region(folder, "r-2", PARTS):
+async def test_sweep_removes_what_is_old_and_nothing_else(folder, regions):
+    async with regions.region(folder, "r-1", PARTS), regions.region(folder, "r-2", PARTS):
         os.utime(folder / "r-1", (0, time.time() - 901))
         os.utime(folder / "r-2", (0, time.time() - 800))
         sweep(folder, 900)
@@ -231,11 +293,11 @@ def test_sweep_removes_what_is_old_and_nothing_else(folder, regions):
     sweep(folder / "absent", 0)
 
 
-def test_a_region_that_is_used_again_is_young_again(folder, regions):
-    with regions.region(folder, "r-1", PARTS):
+async def test_a_region_that_is_used_again_is_young_again(folder, regions):
+    async with regions.region(folder, "r-1", PARTS):
         pass
     os.utime(folder / "r-1", (0, 0))
-    with regions.region(folder, "r-2", PARTS):
+    async with regions.region(folder, "r-2", PARTS):
         sweep(folder, 900)
         assert names(folder) == ["r-2"]
 

@@ -86,6 +86,14 @@ def test_a_command_does_not_read_our_standard_input():
     assert done.stdout == "''\n"
 
 
+@pytest.mark.parametrize("content", ["", " \n"])
+async def test_a_file_without_a_token_is_refused(tmp_path, content):
+    path = tmp_path / "token"
+    path.write_text(content)
+    with pytest.raises(CredentialsError, match="wanted a token, found nothing"):
+        await FileTokens(path).token()
+
+
 @pytest.mark.parametrize("content", [f"{SECRET}\nother", f"Bearer {SECRET}", f"{SECRET}\x00"])
 async def test_a_file_that_holds_more_than_a_token_is_refused(tmp_path, content):
     path = tmp_path / "token"

@@ -76,6 +76,7 @@ def test_bad_input_is_one_line_and_writes_nothing(words, code, wanted, place, to
 SERVERS = [
     (["--endpoint", "http://127.0.0.1:9", "--model", "toy"], 69, "can't be reached"),
     (["--endpoint", "127.0.0.1:9", "--model", "toy"], 64, "wanted a URL such as http://host:8080"),
+    (["--endpoint", "http://me:secret@host", "--model", "toy"], 64, "--endpoint has a user name or password"),
     ([], 64, "--endpoint URL (repeatable) or --archive MODEL.mar"),
     (["--archive", "missing.mar"], 69, "no such file; make one with batch-client pack"),
     (["--archive", "bad.mar"], 69, "bad.mar"),
@@ -209,3 +210,14 @@ def test_help_names_every_verb(clean_environ):
     for verb in ("run", "plan", "predict", "show", "pack", "serve"):
         assert f"\n  {verb} " in done.stdout
     assert os.linesep.join(done.stdout.splitlines()[:1]).startswith("Usage: batch-client")
+
+
+def test_a_reader_of_our_output_that_has_left_is_no_failure(clean_environ):
+    program = ("import sys; sys.stdin.read(); from batch_client.cli import main; "
+               "sys.exit(main(['run', '--help']))")
+    with subprocess.Popen([sys.executable, "-c", program], env=clean_environ, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert process.wait(60) == 0
+        assert process.stderr.read() == ""

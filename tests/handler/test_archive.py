@@ -107,6 +107,30 @@ def test_a_pickle_is_not_loaded_unless_somebody_vouches_for_it(pack_request, tmp
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("start", [b"# a model card", b'{"a": 1}', b"s", b"\x1f\x8b\x08tar", b""])
+def test_what_is_no_model_file_is_not_called_a_pickle(pack_request, tmp_path, start):
+    (tmp_path / "model.pt").write_bytes(start + bytes(200))
+    with pytest.raises(ArchiveError, match="is not a model file that torch can read"):
+        pack(dataclasses.replace(pack_request, model=tmp_path / "model.pt", kind=None))
+
+
+def test_the_file_of_an_architecture_may_have_dataclasses(pack_request, tmp_path):
+    source = tmp_path / "configured.py"
+    source.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "import torch\n"
+        "@dataclass\nclass Config:\n    width: int = 36\n"
+        "def make_model():\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(Config().width, 3))\n"
+    )
+    torch.save(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3)).state_dict(), tmp_path / "w.pt")
+    request = dataclasses.replace(
+        pack_request, model=tmp_path / "w.pt", kind="state_dict", arch=f"{source}:make_model", outputs=()
+    )
+    assert pack(request).is_file()
+
+
 def test_golden_records_and_several_outputs(pack_request, tmp_path, unpack, images):
     source = tmp_path / "two.py"
     source.write_text(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from batch_handler import oip
 from batch_handler.oip import InferReply, InferRequest, ModelMetadata, OipError, RequestedOutput, Tensor, TensorSpec
+from batch_handler.tensors import refuse_duplicates
 
 LIMIT = 1 << 20
 
@@ -214,6 +215,14 @@ def test_what_is_not_json_is_refused(body):
 def test_a_wrong_header_length_is_refused(length):
     with pytest.raises(OipError, match="said to be"):
         oip.decode_request(b"{}", length, max_tensor_bytes=LIMIT)
+
+
+def test_a_hundred_thousand_names_are_compared_in_no_time():
+    """A quadratic comparison would take minutes, longer than a worker has for an answer."""
+    names = [f"x{number}" for number in range(100_000)]
+    refuse_duplicates("output", names)
+    with pytest.raises(OipError, match='"x7" is named twice'):
+        refuse_duplicates("output", [*names, "x7"])
 
 
 def test_too_many_bytes_are_413_and_bools_are_0_or_1():

@@ -129,6 +129,24 @@ def test_memory_that_is_full_at_load_refuses_the_model():
         scorer_on(CpuDevice(), never)
 
 
+def test_a_query_whose_outputs_have_no_room_fails_alone(monkeypatch):
+    fine, huge = Query((records(3, 1),)), Query((records(5, 1),))
+    scorer = scorer_on(CpuDevice(), double)
+    (wanted,) = scorer.score([fine])
+    real = np.empty
+
+    def full(shape, dtype):
+        if shape[0] == 5:
+            raise MemoryError("no room")
+        return real(shape, dtype)
+
+    monkeypatch.setattr(np, "empty", full)
+    for order in ([huge, fine], [fine, huge]):
+        answers = dict(zip(map(id, order), scorer.score(order), strict=True))
+        assert answers[id(huge)] == Failure("no room", 507)
+        np.testing.assert_array_equal(answers[id(fine)].outputs[0], wanted.outputs[0])
+
+
 def test_a_lost_context_ends_the_worker_at_once():
     seen: list[BaseException] = []
 
@@ -151,6 +169,13 @@ def test_a_lost_context_ends_the_worker_at_once():
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), CapacityError),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), CapacityError),
         (RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel"), LostDeviceError),
+        (
+            RuntimeError(
+                "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Gemm node. "
+                "Status Message: CUDA failure 700: an illegal memory access was encountered ; GPU=0"
+            ),
+            LostDeviceError,
+        ),
         (RuntimeError("shape mismatch"), RuntimeError),
         (ValueError("CUDA error"), ValueError),
     ],

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import runpy
 
 import numpy as np
 import pytest
 
-from batch_handler import oip, service
+from batch_handler import exchange, oip, service
 from batch_handler.archive import pack
 from batch_handler.counts import Counts
 from batch_handler.exchange import Exchange
@@ -180,6 +181,30 @@ def test_a_refusal_says_what_was_found_and_wanted(ask, tiny, asked, status, mess
     error = json.loads(body)["error"]
     assert message in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_a_reply_that_could_not_be_sent_is_refused_before_anything_is_computed(ask, tiny, monkeypatch, binary):
+    specs = [spec.tensor() for spec in tiny.description.outputs]
+    raw = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
+    monkeypatch.setattr(exchange, "MAX_REPLY_BYTES", 1000 * raw)
+    most = 1000 if binary else 1000 * raw // (20 * sum(math.prod(spec.shape) for spec in specs))
+    ((found, _, body),) = ask(infer(np.zeros((most, 6, 6), "u1"), {"binary_data_output": binary}))
+    assert found == 200, body[:200]
+    before = tiny.micro_batches
+    ((found, _, body),) = ask(infer(np.zeros((most + 1, 6, 6), "u1"), {"binary_data_output": binary}))
+    assert found == 413, body[:200]
+    assert tiny.micro_batches == before
+    assert b"send fewer at a time" in body
+    assert (b"ask for binary data" in body) is not binary
+
+
+def test_a_reply_that_came_out_too_large_is_refused(ask, tiny, images, monkeypatch):
+    monkeypatch.setattr(exchange, "_MAX_BODY_BYTES", 500)
+    small, large = ask(infer(images[:1]), infer(images[:100]))
+    assert small[0] == 200
+    assert large[0] == 413
+    assert b"the reply has" in large[2]
 
 
 def test_a_picture_in_a_form_field(ask, images):

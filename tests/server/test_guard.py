@@ -1,5 +1,6 @@
 """The guard alone, with a shell in the place of Java."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -94,6 +95,20 @@ def test_shared_memory_goes_with_all_that_is_in_it_and_nothing_else(guarded, tmp
     assert (other / "region").exists()
     assert precious.read_text() == "mine"
     assert tmp_path.is_dir()
+
+
+def test_shared_memory_is_locked_for_as_long_as_the_guard_lives(guarded, tmp_path_factory):
+    shared = tmp_path_factory.mktemp("memory")
+    guard, _, _ = guarded(OBEDIENT, shared)
+    handle = os.open(shared, os.O_RDONLY)
+    try:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        guard.kill()
+        guard.wait()
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(handle)
 
 
 def test_a_folder_that_the_client_has_removed_before_is_no_error(guarded, tmp_path_factory):

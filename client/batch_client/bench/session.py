@@ -42,7 +42,7 @@ from batch_client.resources import serve_config_dir
 from batch_client.server import EmbeddedServer, ServerSettings
 from batch_client.server_config import environment, parse_properties
 from batch_client.serving import Servers
-from batch_client.spec import Records, RunSpec
+from batch_client.spec import MIB, Records, RunSpec
 from batch_client.storage import Store, child_url, open_store
 from batch_client.transport import HttpTransport
 from batch_client.tuning import ALLOCATORS, DEFAULT_ALLOCATOR, Tuning, require_place, write_tuning
@@ -56,7 +56,8 @@ Say = Callable[[str], None]
 class BenchSpec:
     """What a person asks for.
 
-    archive: path or URL. input, array, anonymous: a source to measure reading and the whole with, as in RunSpec.
+    archive: path or URL. input, array, anonymous, max_bytes_in_flight: a source to measure reading and the whole with,
+    as in RunSpec.
     output: a place for what is written meanwhile, None for a temporary folder here. budget: seconds of measurement.
     precision: of the model. save: write the tuning file beside the archive.
     """
@@ -66,6 +67,7 @@ class BenchSpec:
     array: str | None = None
     output: str | None = None
     anonymous: bool = False
+    max_bytes_in_flight: int = 64 * MIB
     budget: float = 120.0
     precision: str = "float32"
     save: bool = False
@@ -223,7 +225,8 @@ class _Session:
     def _run_spec(self) -> RunSpec:
         # Without an INPUT nothing is read or written, and the names stand for nothing.
         return RunSpec(input=self._spec.input or "input", output=self._spec.output or str(self._folder / "output"),
-                       archive=str(self._archive), array=self._spec.array, anonymous=self._spec.anonymous)
+                       archive=str(self._archive), array=self._spec.array, anonymous=self._spec.anonymous,
+                       max_bytes_in_flight=self._spec.max_bytes_in_flight)
 
     @asynccontextmanager
     async def _served(self, archive: Path, tuning: Tuning) -> AsyncIterator[Servers]:

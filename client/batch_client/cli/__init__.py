@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import tomllib
 import traceback
 from collections.abc import Sequence
@@ -105,9 +104,10 @@ def main(argv: Sequence[str]) -> int:
         batch_client.main(list(argv), prog_name="batch-client", standalone_mode=False)
     except click.exceptions.Exit as done:
         return done.exit_code
-    except BrokenPipeError:
-        # Whoever read our standard output has left; nobody is there to be told.
-        sys.stderr.close()
+    except SystemExit:
+        # With standalone_mode off this is click's answer to a closed standard output alone: whoever read it has left,
+        # and what was to be done is done.
+        return 0
     except (Exception, KeyboardInterrupt, asyncio.CancelledError) as error:  # noqa: BLE001 - the last handler: nothing may leave as a traceback
         return _report(error)
     return 0

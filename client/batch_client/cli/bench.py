@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batch_client.cli.options import AMOUNT
+from batch_client.cli.options import AMOUNT, bytes_option
 from batch_client.errors import StoppedError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ NOTES = {
 @click.option("--output", metavar="URL", help="Write to a folder of its own below this place, and remove it after.  "
               "[default: a temporary folder on this machine]")
 @click.option("--array", metavar="NAME", help="The array to read, when INPUT is a group.")
+@bytes_option
 @click.option("--anonymous", is_flag=True, help="Use storage without credentials: public buckets.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def command(input_url: str | None, *, as_json: bool, **options: Any) -> None:

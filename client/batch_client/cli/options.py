@@ -14,8 +14,8 @@ from batch_client.errors import UsageError
 if TYPE_CHECKING:
     from batch_client.spec import RunSpec
 
-__all__ = ["AMOUNT", "BYTES", "WORKERS", "ByteSize", "FiniteRange", "WorkersAndThreads", "array_options", "run_options",
-           "server_options", "spec_of", "split_workers"]
+__all__ = ["AMOUNT", "BYTES", "WORKERS", "ByteSize", "FiniteRange", "WorkersAndThreads", "array_options",
+           "bytes_option", "run_options", "server_options", "spec_of", "split_workers"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -78,6 +78,9 @@ def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+bytes_option = click.option(
+    "--max-bytes-in-flight", type=BYTES, default="64M", show_default=True,
+    help="Bytes of records held in memory. Raise it for large input chunks or a distant store.")
 server_options = _stack(
     click.option("--endpoint", "endpoints", multiple=True, metavar="URL",
                  help="A server to use, such as http://host:8080; repeat it for several."),
@@ -106,8 +109,7 @@ run_options = _stack(
     click.option("--in-flight", type=int, default=32, show_default=True,
                  help="The most requests at one endpoint at a time; the run finds the fewest that keep it busy. Raise "
                       "it for servers with more than 16 workers, lower it to leave them to others."),
-    click.option("--max-bytes-in-flight", type=BYTES, default="64M", show_default=True,
-                 help="Bytes of records held in memory. Raise it for large input chunks or a distant store."),
+    bytes_option,
     click.option("--codec", type=click.Choice(["none", "zstd"]), default="none", show_default=True,
                  help="Compression of the output."),
     click.option("--patience", type=float, default=600.0, show_default=True, metavar="SECONDS",

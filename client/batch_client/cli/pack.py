@@ -33,7 +33,7 @@ _NOTES = {
 @click.option("--model-shape", metavar="SHAPE", help="A record as the model takes it, such as 1x28x28.  "
               "[default: as it travels]")
 @click.option("--scale", help="Multiply the input, such as 1/255.")
-@click.option("--output-name", default="scores", show_default=True, help="The output's name.")
+@click.option("--output-name", help="The output's name.  [default: scores]")
 @click.option("--softmax", is_flag=True, help="Softmax over the output's last axis.")
 @click.option("--golden", type=FILE, help="Sample records (.npy or .npz) that every worker must reproduce before it "
               "serves.  [default: a few random ones]")
@@ -87,7 +87,7 @@ def _draft(model: Path, options: dict[str, Any]) -> SignatureDraft:
     from batch_handler.signature import InputSpec, OutputDraft, SignatureDraft, parse_signature
 
     signature: Path | None = options["signature"]
-    flags = [flag for flag in ("input_text", "model_shape", "scale", "softmax") if options[flag]]
+    flags = [flag for flag in ("input_text", "model_shape", "scale", "softmax", "output_name") if options[flag]]
     if signature is not None:
         if flags:
             flag = flags[0].replace("_text", "").replace("_", "-")
@@ -99,7 +99,7 @@ def _draft(model: Path, options: dict[str, Any]) -> SignatureDraft:
         if draft.inputs:
             return draft
         raise DataError(f"{signature}: has no [[inputs]]")
-    output = OutputDraft(options["output_name"], softmax=options["softmax"])
+    output = OutputDraft(options["output_name"] or "scores", softmax=options["softmax"])
     if model.suffix == ".onnx" and not any(options[flag] for flag in ("input_text", "golden", "model_shape", "scale")):
         return SignatureDraft(None, None, None, (), (output,))
     name, dtype, shape = _input_of(options)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batch_client.cli.options import WORKERS, split_workers
+from batch_client.cli.stream import PatientStream
 
 if TYPE_CHECKING:
     from batch_client.server import EmbeddedServer
@@ -47,5 +48,13 @@ def command(archive: Path, token_file: Path | None, log_dir: Path | None, **serv
         click.echo(f"token in {token_file}" if token_file else "requests need a token: start with --token-out PATH")
 
     settings = ServerSettings(archive=archive, log_dir=log_dir, **server)
-    echo = None if log_dir else lambda text: click.echo(text, nl=False, err=True)
-    asyncio.run(serve_forever(settings, announce, token_file=token_file, echo=echo))
+    # Whoever reads the log may stop reading: that must not stop the loop that renews tokens.
+    stream = PatientStream()
+
+    def echo(text: str) -> None:
+        stream.write(text)
+
+    try:
+        asyncio.run(serve_forever(settings, announce, token_file=token_file, echo=None if log_dir else echo))
+    finally:
+        stream.close()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batch_client.cli.options import server_options
+from batch_client.cli.options import bytes_option, server_options
 from batch_client.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--replay", "replays", type=click.IntRange(1), metavar="N",
               help="Score N random chunks again and compare the bits; needs --endpoint or --archive.")
 @server_options
+@bytes_option
 @click.option("--anonymous", is_flag=True, help="Use storage without credentials: public buckets.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def command(output_url: str, *, deep: bool, replays: int | None, as_json: bool, **options: Any) -> None:

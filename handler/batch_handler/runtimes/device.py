@@ -12,8 +12,10 @@ mistakes; that is why the scripted device exists.
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -50,8 +52,8 @@ _MEMORY_TEXTS = (
     "Failed to allocate memory",
     "bad_alloc",
 )
-# And that the context is poisoned: torch, ONNX Runtime.
-_LOST_TEXTS = ("CUDA error", "CUDA failure")
+# And that the context is poisoned: torch begins with it, ONNX Runtime has it behind its own words.
+_TORCH_LOST, _ONNX_LOST = "CUDA error", "CUDA failure"
 
 # What cuBLAS needs to give equal bits from one run to the next:
 # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
@@ -127,6 +129,7 @@ class CpuDevice:
         self.torch_device = torch.device("cpu")
         self.numerics: Mapping[str, Any] = {
             "device": "cpu",
+            "cpu": _processor(),
             "isa": torch.backends.cpu.get_cpu_capability(),
             "threads": threads,
         }
@@ -250,9 +253,21 @@ def classify(error: BaseException) -> BaseException:
     # AcceleratorError is what newer versions raise for errors that CUDA calls sticky; older ones raise
     # RuntimeError with the text alone.
     sticky = getattr(torch, "AcceleratorError", None)
-    if message.startswith(_LOST_TEXTS) or (sticky is not None and isinstance(error, sticky)):
+    said = message.startswith(_TORCH_LOST) or _ONNX_LOST in message
+    if said or (sticky is not None and isinstance(error, sticky)):
         return LostDeviceError(f"the device's context is lost: {_first_line(error)}")
     return error
+
+
+def _processor() -> str:
+    """Who made the processor, and which it is: the engines choose code paths and block sizes by that too."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n", 1)[0]
+    except OSError:  # no Linux
+        return platform.processor() or platform.machine()
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+    known = [said[name] for name in ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part") if name in said]
+    return " ".join(known) or platform.machine()
 
 
 def _first_line(error: BaseException) -> str:
