@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import zarr
+from measure import heading, stamped
 
 CHUNK = 1000
 
@@ -32,7 +33,7 @@ def main() -> None:
             stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         url = server.stdout.readline().strip()
-        print(f"{'records':>12} {'records/s':>10} {'peak MB':>8}")
+        print(heading("date", "machine", "records", "bytes a record", "records/s", "peak MB"))
         for count in options.records:
             source = Path(folder) / f"in-{count}.zarr"
             write(source, count, options.record_bytes)
@@ -43,7 +44,8 @@ def main() -> None:
                 sys.exit(done.stderr)
             summary = json.loads(done.stdout)
             assert summary["records"] == count
-            print(f"{count:>12,} {summary['records_per_s']:>10,.0f} {summary['peak_memory_bytes'] / 1e6:>8.0f}")
+            print(stamped(f"{count:,}", options.record_bytes, f"{summary['records_per_s']:,.0f}",
+                          f"{summary['peak_memory_bytes'] / 1e6:.0f}"), flush=True)
 
 
 def write(path: Path, count: int, record_bytes: int) -> None:

@@ -63,7 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_memory()  # as the command does
     print(f"{options.repeats} runs of {options.megabytes} MB each\n")
-    print(heading("date", "machine", "bytes a record", "MB/s (95 % interval)", "records/s (95 % interval)",
+    print(heading("date", "machine", "records", "bytes a record", "MB/s (95 % interval)", "records/s (95 % interval)",
                   "CPU s per GB: client", "Java", "workers"))
     for size in options.record_bytes:
         with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +109,7 @@ async def measured(archive: Path, size: int, count: int, repeats: int, *, shared
         rates = [await once(spec, servers, source) for _ in range(repeats)]
         gigabytes = repeats * count * size / 1e9
         spent = [(now - then) / gigabytes for now, then in zip(used(), before, strict=True)]
-    print(stamped(f"{size:,}", interval_of([rate * size / 1e6 for rate in rates]), interval_of(rates),
+    print(stamped("in memory" if shared else "in bodies", f"{size:,}", interval_of([rate * size / 1e6 for rate in rates]), interval_of(rates),
                   *(f"{seconds:.2f}" for seconds in spent)), flush=True)
 
 
