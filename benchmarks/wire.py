@@ -109,7 +109,8 @@ async def measured(archive: Path, size: int, count: int, repeats: int, *, shared
         rates = [await once(spec, servers, source) for _ in range(repeats)]
         gigabytes = repeats * count * size / 1e9
         spent = [(now - then) / gigabytes for now, then in zip(used(), before, strict=True)]
-    print(stamped("in memory" if shared else "in bodies", f"{size:,}", interval_of([rate * size / 1e6 for rate in rates]), interval_of(rates),
+    print(stamped("in memory" if shared else "in bodies", f"{size:,}",
+                  interval_of([rate * size / 1e6 for rate in rates]), interval_of(rates),
                   *(f"{seconds:.2f}" for seconds in spent)), flush=True)
 
 
