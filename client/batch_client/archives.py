@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -45,12 +45,27 @@ async def local_archive(location: str, *, anonymous: bool = False) -> AsyncItera
     blob = await store.get(name)
     if blob is None:
         raise ServingError(f"--archive {location.partition('?')[0]}: there is no such object")
-    with tempfile.TemporaryDirectory(prefix="batch-client-") as folder:
+    with _temporary(location) as folder:
         path = Path(folder) / name
-        path.write_bytes(blob.data)
+        with _kept(location):
+            path.write_bytes(blob.data)
         del blob  # for the length of a run there is no use in holding it twice
         await _fetch_tuning(store, path, web=scheme in ("http", "https"))
         yield path
+
+
+def _temporary(location: str) -> tempfile.TemporaryDirectory[str]:
+    with _kept(location):
+        return tempfile.TemporaryDirectory(prefix="batch-client-")
+
+
+@contextmanager
+def _kept(location: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ServingError(f"--archive {location.partition('?')[0]} has no room here ({error}): set TMPDIR to a place that "
+                           "can be written and is large enough") from error
 
 
 async def _fetch_tuning(store: Store, archive: Path, *, web: bool) -> None:

@@ -120,7 +120,7 @@ class Exchange:
                 with timed(Step.ROOM, self._emit, self._clock):
                     endpoint = await held.enter_async_context((room or self.pool.room)())
                 # Only now: records that wait for room are held once, as they were read.
-                message, ident = await self._placed(endpoint, span, self._contract.on_the_wire(rows), held)
+                message, ident = self._placed(endpoint, span, self._contract.on_the_wire(rows), held)
                 sent_at, lane = self._clock(), endpoint.lane
                 verdict, prediction = await self._attempt(endpoint, message, ident, span, tries)
                 if verdict.outcome is Outcome.NO_MODEL:
@@ -147,15 +147,14 @@ class Exchange:
         idle = self._clock() - max(self._last_success, since)
         return idle if idle > self._patience else None
 
-    async def _placed(self, endpoint: Endpoint, span: Span, rows: np.ndarray,
-                      held: AsyncExitStack) -> tuple[Message, str]:
+    def _placed(self, endpoint: Endpoint, span: Span, rows: np.ndarray,
+                held: AsyncExitStack) -> tuple[Message, str]:
         """A request and its id. Its records are in the server's shared memory while `held` lasts, or in its body."""
         ident = f"{self._nonce}-{next(self._numbers)}"
         if endpoint.shared_memory is not None:
             message = self._encode(ident, span, rows, ident)
             try:
-                await held.enter_async_context(
-                    self._regions.region(endpoint.shared_memory, ident, message.shared))
+                held.enter_context(self._regions.region(endpoint.shared_memory, ident, message.shared))
             except OSError:
                 self._send_bodies(endpoint)  # full, or gone with its server
             else:

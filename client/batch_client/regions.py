@@ -8,15 +8,14 @@ waits for the answer.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 __all__ = ["MEMORY", "Regions", "new_folder", "remove_folder", "sweep", "usable_folder"]
@@ -25,8 +24,6 @@ MEMORY = Path("/dev/shm")  # noqa: S108 - folders there are made by mkdtemp, for
 PREFIX = "batch-client-"
 # A new folder is locked by its server's guard, which needs a moment to start.
 UNLOCKED_SECONDS = 60.0
-# Below this many bytes a write is quicker than the way to a thread and back.
-WRITE_IN_THREAD = 1 << 20
 _FOLDER = re.compile(re.escape(f"{MEMORY}/{PREFIX}") + r"[A-Za-z0-9_]{8}")
 
 
@@ -95,8 +92,8 @@ class Regions:
         self._free: dict[Path, list[Path]] = {}
         self._given_up: set[Path] = set()
 
-    @asynccontextmanager
-    async def region(self, folder: Path, name: str, parts: Sequence[memoryview]) -> AsyncIterator[None]:
+    @contextmanager
+    def region(self, folder: Path, name: str, parts: Sequence[memoryview]) -> Iterator[None]:
         """A region of `folder` that begins with `parts` one after the other, for as long as the block lasts.
 
         Raises OSError when it can't be written whole: no room, or the folder is gone with its server.
@@ -109,18 +106,18 @@ class Regions:
                 free.pop().rename(path)
                 fresh = 0
         try:
-            # Opened here: a thread that begins late would make a file whose region is over.
-            file = _opened(path, fresh)
-            if sum(part.nbytes for part in parts) < WRITE_IN_THREAD:
+            file = os.open(path, os.O_WRONLY | fresh | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                # The server may have ended, and another user have made a folder of its name.
+                if os.fstat(file).st_uid != os.geteuid():
+                    raise PermissionError(f"{path} is another user's")
                 _write(file, parts)
-            else:
-                # Not to be cancelled before it begins: it closes the file.
-                await asyncio.shield(asyncio.to_thread(_write, file, parts))
-        except BaseException as error:
-            # Half a region is of no use. In memory that is full neither are files that wait for the next.
+            finally:
+                os.close(file)
+        except OSError:
+            # In memory that is full there is nothing to spare: neither half a region nor files that wait for the next.
             _unlink([path])
-            if isinstance(error, OSError):
-                self.give_up(folder)
+            self.give_up(folder)
             raise
         try:
             yield
@@ -148,24 +145,11 @@ def _unlink(paths: Iterable[Path]) -> None:
             path.unlink()
 
 
-def _opened(path: Path, fresh: int) -> int:
-    file = os.open(path, os.O_WRONLY | fresh | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    # The server may have ended, and another user have made a folder of its name.
-    if os.fstat(file).st_uid != os.geteuid():
-        os.close(file)
-        raise PermissionError(f"{path} is another user's")
-    return file
-
-
 def _write(file: int, parts: Sequence[memoryview]) -> None:
-    """Write all parts and close the file."""
-    try:
-        for part in parts:
-            left = part
-            while left:
-                left = left[os.write(file, left):]
-    finally:
-        os.close(file)
+    for part in parts:
+        left = part
+        while left:
+            left = left[os.write(file, left):]
 
 
 def sweep(folder: Path, seconds: float) -> None:

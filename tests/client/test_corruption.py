@@ -5,7 +5,6 @@ import os
 import random
 import re
 from contextlib import AsyncExitStack
-from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
@@ -69,7 +68,7 @@ async def attempt(exchange):
     endpoint, server = exchange.pool.endpoints[0], exchange._transport
     endpoint.shared_memory = server.shared_memory and server.shared_memory.folder
     async with AsyncExitStack() as held:
-        message, ident = await exchange._placed(endpoint, SPAN, ROWS, held)
+        message, ident = exchange._placed(endpoint, SPAN, ROWS, held)
         assert bool(message.shared) == (server.shared_memory is not None)
         return await exchange._attempt(endpoint, message, ident, SPAN, _Tries())
 
@@ -192,7 +191,7 @@ def test_every_reply_to_another_request_is_noticed(exchange_with):
         for mine, (message, ident, _) in enumerate(pairs):
             for theirs, (_, _, reply) in enumerate(pairs):
                 server.send = lambda *_, reply=reply: asyncio.sleep(0, reply)
-                exchange._placed = AsyncMock(return_value=(message, ident))
+                exchange._placed = lambda *_, message=message, ident=ident: (message, ident)
                 _, prediction = await attempt(exchange)
                 assert (prediction is not None) == (mine == theirs)
                 taken += prediction is not None

@@ -2,7 +2,6 @@
 
 # ruff: noqa: S108 - /dev/shm is the place that is tested
 
-import asyncio
 import fcntl
 import os
 import resource
@@ -10,12 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from batch_client.regions import WRITE_IN_THREAD, Regions, new_folder, remove_folder, sweep, usable_folder
+from batch_client.regions import Regions, new_folder, remove_folder, sweep, usable_folder
 
 PARTS = [memoryview(b"one"), memoryview(b""), memoryview(b"two and three")]
 WHOLE = b"onetwo and three"
@@ -39,10 +38,6 @@ def regions():
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-def open_files():
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_a_new_folder_is_in_memory_for_its_owner_alone_and_usable(folder):
@@ -120,97 +115,57 @@ def test_what_has_the_name_and_is_no_folder_is_refused(folder, tmp_path):
     folder.unlink()
 
 
-async def test_a_region_has_its_parts_for_as_long_as_its_block_lasts(folder, regions):
-    async with regions.region(folder, "r-1", PARTS):
+def test_a_region_has_its_parts_for_as_long_as_its_block_lasts(folder, regions):
+    with regions.region(folder, "r-1", PARTS):
         assert (folder / "r-1").read_bytes() == WHOLE
         assert (folder / "r-1").stat().st_mode & 0o777 == 0o600
-        async with regions.region(folder, "r-2", [memoryview(b"other")]):
+        with regions.region(folder, "r-2", [memoryview(b"other")]):
             assert names(folder) == ["r-1", "r-2"]
             assert (folder / "r-1").read_bytes() == WHOLE
 
 
-async def test_a_file_is_used_again_under_the_next_name_and_the_old_name_leads_nowhere(folder, regions):
-    async with regions.region(folder, "r-1", PARTS):
+def test_a_file_is_used_again_under_the_next_name_and_the_old_name_leads_nowhere(folder, regions):
+    with regions.region(folder, "r-1", PARTS):
         first = (folder / "r-1").stat().st_ino
     for number in range(2, 9):
-        async with regions.region(folder, f"r-{number}", [memoryview(b"x" * number)]):
+        with regions.region(folder, f"r-{number}", [memoryview(b"x" * number)]):
             assert names(folder) == [f"r-{number}"]
             # What a longer one had is behind; the server reads as much as the request says.
             assert (folder / f"r-{number}").read_bytes()[:number] == b"x" * number
             assert (folder / f"r-{number}").stat().st_ino == first
 
 
-async def test_a_file_that_its_server_has_swept_costs_a_new_one(folder, regions):
-    async with regions.region(folder, "r-1", PARTS):
+def test_a_file_that_its_server_has_swept_costs_a_new_one(folder, regions):
+    with regions.region(folder, "r-1", PARTS):
         pass
     (folder / "r-1").unlink()
-    async with regions.region(folder, "r-2", PARTS):
+    with regions.region(folder, "r-2", PARTS):
         assert (folder / "r-2").read_bytes() == WHOLE
 
 
-LARGE = [memoryview(bytes(range(256)) * (WRITE_IN_THREAD >> 7)), memoryview(b"end")]
-
-
-async def test_a_large_region_is_whole_and_does_not_keep_the_loop(folder, regions):
-    turns = 0
-
-    async def turn():
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    beside = asyncio.ensure_future(turn())
-    async with regions.region(folder, "r-1", LARGE):
-        assert turns > 1
-        assert (folder / "r-1").read_bytes() == b"".join(LARGE)
-    beside.cancel()
-
-
-@pytest.mark.parametrize("used_before", [False, True])
-async def test_a_large_region_that_is_cancelled_leaves_nothing(folder, regions, used_before):
-    if used_before:
-        async with regions.region(folder, "r-1", PARTS):
-            pass
-    before = open_files()
-    async with regions.region(folder, "r-2", LARGE), AsyncExitStack() as held:
-        entering = asyncio.ensure_future(held.enter_async_context(regions.region(folder, "r-3", LARGE)))
-        await asyncio.sleep(0)
-        assert "r-3" in names(folder)
-        entering.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await entering
-        assert names(folder) == ["r-2"]
-        await asyncio.get_running_loop().shutdown_default_executor()  # the writing has ended
-        assert open_files() == before
-        assert names(folder) == ["r-2"]
-
-
-async def test_close_removes_every_region(folder, regions):
-    async with regions.region(folder, "r-1", PARTS), regions.region(folder, "r-2", PARTS):
+def test_close_removes_every_region(folder, regions):
+    with regions.region(folder, "r-1", PARTS), regions.region(folder, "r-2", PARTS):
         pass
     assert len(names(folder)) == 2
     regions.close()
     assert names(folder) == []
 
 
-async def test_a_folder_that_is_gone_is_an_error_each_time_and_is_not_made(folder, regions):
-    async with regions.region(folder, "r-1", PARTS):
+def test_a_folder_that_is_gone_is_an_error_each_time_and_is_not_made(folder, regions):
+    with regions.region(folder, "r-1", PARTS):
         pass
     remove_folder(folder)
     for number in range(2):
-        with pytest.raises(FileNotFoundError):
-            async with regions.region(folder, f"r-{number}", PARTS):
-                pytest.fail("there is no such region")
+        with pytest.raises(FileNotFoundError), regions.region(folder, f"r-{number}", PARTS):
+            pytest.fail("there is no such region")
     assert not folder.exists()
 
 
-async def test_a_link_in_the_place_of_a_region_is_not_written_through(folder, regions, tmp_path):
+def test_a_link_in_the_place_of_a_region_is_not_written_through(folder, regions, tmp_path):
     (tmp_path / "precious").write_text("mine")
     (folder / "r-1").symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="File exists"):
-        async with regions.region(folder, "r-1", PARTS):
-            pytest.fail("it was opened")
+    with pytest.raises(OSError, match="File exists"), regions.region(folder, "r-1", PARTS):
+        pytest.fail("it was opened")
     assert (tmp_path / "precious").read_text() == "mine"
 
 
@@ -236,54 +191,52 @@ def small_files(path):
 
 
 @pytest.mark.parametrize("limited", [full_disk, small_files])
-async def test_memory_that_is_full_is_an_error_and_nothing_is_left(limited, regions, tmp_path):
+def test_memory_that_is_full_is_an_error_and_nothing_is_left(limited, regions, tmp_path):
     if limited is full_disk and sys.platform != "linux":
         pytest.skip("a small disk needs Linux's tmpfs")
     with limited(tmp_path):
-        async with regions.region(tmp_path, "r-1", [memoryview(bytes(32 << 10))]):
-            with pytest.raises(OSError, match=r"No space|too large"):
-                async with regions.region(tmp_path, "r-2", [memoryview(bytes(40 << 10)), memoryview(bytes(40 << 10))]):
-                    pytest.fail("it does not fit")
+        with regions.region(tmp_path, "r-1", [memoryview(bytes(32 << 10))]):
+            with (pytest.raises(OSError, match=r"No space|too large"),
+                  regions.region(tmp_path, "r-2", [memoryview(bytes(40 << 10)), memoryview(bytes(40 << 10))])):
+                pytest.fail("it does not fit")
             assert names(tmp_path) == ["r-1"]  # the one that is in use
         assert names(tmp_path) == []  # nothing is kept for a next one
         # And with one that was free: it is given back too, as there is nothing to spare.
         others = Regions()
-        async with others.region(tmp_path, "r-3", [memoryview(bytes(8 << 10))]):
+        with others.region(tmp_path, "r-3", [memoryview(bytes(8 << 10))]):
             pass
         assert names(tmp_path) == ["r-3"]
-        with pytest.raises(OSError, match=r"No space|too large"):
-            async with others.region(tmp_path, "r-4", [memoryview(bytes(80 << 10))]):
-                pytest.fail("it does not fit")
+        with (pytest.raises(OSError, match=r"No space|too large"),
+              others.region(tmp_path, "r-4", [memoryview(bytes(80 << 10))])):
+            pytest.fail("it does not fit")
         assert names(tmp_path) == []
 
 
-async def test_a_file_of_another_user_is_not_written_to(folder, regions):
+def test_a_file_of_another_user_is_not_written_to(folder, regions):
     if os.geteuid() != 0:
         pytest.skip("only root can give a file away")
-    async with regions.region(folder, "r-1", PARTS):
+    with regions.region(folder, "r-1", PARTS):
         pass
     os.chown(folder / "r-1", 12345, -1)
     (folder / "r-1").write_bytes(b"theirs")
-    with pytest.raises(OSError, match="another user"):
-        async with regions.region(folder, "r-2", PARTS):
-            pytest.fail("it is theirs")
+    with pytest.raises(OSError, match="another user"), regions.region(folder, "r-2", PARTS):
+        pytest.fail("it is theirs")
     (folder / "r-3").write_bytes(b"theirs")
-    with pytest.raises(FileExistsError):
-        async with Regions().region(folder, "r-3", PARTS):
-            pytest.fail("it is theirs")
+    with pytest.raises(FileExistsError), Regions().region(folder, "r-3", PARTS):
+        pytest.fail("it is theirs")
 
 
-async def test_a_folder_that_was_given_up_keeps_nothing(folder, regions):
-    async with regions.region(folder, "r-1", PARTS), regions.region(folder, "r-2", PARTS):
+def test_a_folder_that_was_given_up_keeps_nothing(folder, regions):
+    with regions.region(folder, "r-1", PARTS), regions.region(folder, "r-2", PARTS):
         pass
-    async with regions.region(folder, "r-3", PARTS):
+    with regions.region(folder, "r-3", PARTS):
         regions.give_up(folder)
         assert names(folder) == ["r-3"]
     assert names(folder) == []
 
 
-async def test_sweep_removes_what_is_old_and_nothing_else(folder, regions):
-    async with regions.region(folder, "r-1", PARTS), regions.region(folder, "r-2", PARTS):
+def test_sweep_removes_what_is_old_and_nothing_else(folder, regions):
+    with regions.region(folder, "r-1", PARTS), regions.region(folder, "r-2", PARTS):
         os.utime(folder / "r-1", (0, time.time() - 901))
         os.utime(folder / "r-2", (0, time.time() - 800))
         sweep(folder, 900)
@@ -293,11 +246,11 @@ async def test_sweep_removes_what_is_old_and_nothing_else(folder, regions):
     sweep(folder / "absent", 0)
 
 
-async def test_a_region_that_is_used_again_is_young_again(folder, regions):
-    async with regions.region(folder, "r-1", PARTS):
+def test_a_region_that_is_used_again_is_young_again(folder, regions):
+    with regions.region(folder, "r-1", PARTS):
         pass
     os.utime(folder / "r-1", (0, 0))
-    async with regions.region(folder, "r-2", PARTS):
+    with regions.region(folder, "r-2", PARTS):
         sweep(folder, 900)
         assert names(folder) == ["r-2"]
 
