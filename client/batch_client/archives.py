@@ -64,8 +64,8 @@ def _kept(location: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ServingError(f"--archive {location.partition('?')[0]} has no room here ({error}): set TMPDIR to a place that "
-                           "can be written and is large enough") from error
+        raise ServingError(f"--archive {location.partition('?')[0]} has no room here ({error}): set TMPDIR to a place "
+                           "that can be written and is large enough") from error
 
 
 async def _fetch_tuning(store: Store, archive: Path, *, web: bool) -> None:
