@@ -352,7 +352,7 @@ async def _watch(server: EmbeddedServer, token_file: Path | None, echo: Callable
     with server.log_path.open(encoding="utf-8", errors="replace") as log, _secret(token_file) as write:
         while True:
             echo(log.read())
-            if server.owns_log and log.tell() > MOST_LOG_BYTES:
+            if server.owns_log and server.log_path.stat().st_size > MOST_LOG_BYTES:
                 # It has been told, and nobody else reads it; TorchServe appends.
                 os.truncate(server.log_path, 0)
                 log.seek(0)
