@@ -8,11 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from batch_client.errors import DataError, MismatchError, StoppedError, StorageError, UsageError
+from batch_client.errors import DataError, MismatchError, UsageError
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.progress import progress_of
-from batch_client.removal import remove_output
 from batch_client.replay import replay
 from batch_client.serving import Servers
 from batch_client.spec import RunSpec
@@ -186,74 +185,6 @@ def test_an_overwrite_that_was_stopped_goes_on_and_a_refused_one_deletes_nothing
         again = await world.live(calm(), overwrite=True)
         assert again.root == root
         assert begun
-
-    run_virtually(run())
-
-
-def test_removal_takes_away_first_what_opens_and_last_what_says_whose_it_is():
-    world = World(1)
-    order = []
-
-    class Watching(MemoryStore):
-        async def delete(self, key):
-            order.append(key)
-            await super().delete(key)
-
-    async def run():
-        await world.live(calm())
-        store = Watching("memory://out")
-        store.objects = world.output.objects
-        await remove_output(store)
-        assert store.objects == {}
-        assert set(order[:2]) == {"zarr.json", "_SUCCESS"}
-        assert order[-1] == "_run/spec.json"
-
-    run_virtually(run())
-
-
-@pytest.mark.parametrize("deletes", range(1, 30, 3))
-def test_a_removal_that_is_cut_off_leaves_no_proof_of_what_is_gone(deletes):
-    """Outputs may be called anything: also what a listing has before `_run/`."""
-    world = World(1)
-
-    class Killed(MemoryStore):
-        left = deletes
-
-        async def delete(self, key):
-            if not self.left:
-                raise StoppedError("killed")
-            self.left -= 1
-            await super().delete(key)
-
-    async def run():
-        await world.live(calm())
-        store = Killed("memory://out")
-        store.objects = {key.replace("y/", "OUTPUT0/"): data for key, data in world.output.objects.items()}
-        chunks = sum("/c/" in key for key in store.objects)
-        assert chunks == 24
-        with pytest.raises(StoppedError):
-            await remove_output(store)
-        assert "_run/spec.json" in store.objects
-        assert "_SUCCESS" not in store.objects or deletes < 2
-        if any(key.startswith("_run/ledger/") for key in store.objects):
-            assert sum("/c/" in key for key in store.objects) == chunks
-
-    run_virtually(run())
-
-
-def test_removal_of_objects_that_stay_is_no_endless_loop():
-    world = World(1)
-
-    class Keeping(MemoryStore):
-        async def delete(self, key):
-            pass
-
-    async def run():
-        await world.live(calm())
-        store = Keeping("memory://out")
-        store.objects = world.output.objects
-        with pytest.raises(StorageError, match="still listed"):
-            await remove_output(store)
 
     run_virtually(run())
 

@@ -1,0 +1,84 @@
+"""Taking an output away: the order in which it goes, and what a removal that is cut off leaves."""
+
+import random
+
+import pytest
+
+from batch_client.errors import StoppedError, StorageError
+from batch_client.removal import remove_output
+from batch_client.storage import MemoryStore
+from support.faulty import Fate
+from support.virtual import run_virtually
+from support.world import World
+
+
+def calm():
+    return Fate(random.Random(0), faults=0)
+
+
+def test_removal_takes_away_first_what_opens_and_last_what_says_whose_it_is():
+    world = World(1)
+    order = []
+
+    class Watching(MemoryStore):
+        async def delete(self, key):
+            order.append(key)
+            await super().delete(key)
+
+    async def run():
+        await world.live(calm())
+        store = Watching("memory://out")
+        store.objects = world.output.objects
+        await remove_output(store)
+        assert store.objects == {}
+        assert set(order[:2]) == {"zarr.json", "_SUCCESS"}
+        assert order[-1] == "_run/spec.json"
+
+    run_virtually(run())
+
+
+@pytest.mark.parametrize("deletes", range(1, 30, 3))
+def test_a_removal_that_is_cut_off_leaves_no_proof_of_what_is_gone(deletes):
+    """Outputs may be called anything: also what a listing has before `_run/`."""
+    world = World(1)
+
+    class Killed(MemoryStore):
+        left = deletes
+
+        async def delete(self, key):
+            if not self.left:
+                raise StoppedError("killed")
+            self.left -= 1
+            await super().delete(key)
+
+    async def run():
+        await world.live(calm())
+        store = Killed("memory://out")
+        store.objects = {key.replace("y/", "OUTPUT0/"): data for key, data in world.output.objects.items()}
+        chunks = sum("/c/" in key for key in store.objects)
+        assert chunks == 24
+        with pytest.raises(StoppedError):
+            await remove_output(store)
+        assert "_run/spec.json" in store.objects
+        assert "_SUCCESS" not in store.objects or deletes < 2
+        if any(key.startswith("_run/ledger/") for key in store.objects):
+            assert sum("/c/" in key for key in store.objects) == chunks
+
+    run_virtually(run())
+
+
+def test_removal_of_objects_that_stay_is_no_endless_loop():
+    world = World(1)
+
+    class Keeping(MemoryStore):
+        async def delete(self, key):
+            pass
+
+    async def run():
+        await world.live(calm())
+        store = Keeping("memory://out")
+        store.objects = world.output.objects
+        with pytest.raises(StorageError, match="still listed"):
+            await remove_output(store)
+
+    run_virtually(run())
