@@ -234,21 +234,8 @@ def make_plan(
                          f"chunk, such as {nearest}")
     wire_bytes = max(1, math.prod(source.record_shape) * wire_dtype.itemsize)
     reply_bytes = 1 + sum(output.record_bytes for output in outputs)
-    if micro_batch * reply_bytes > MAX_REPLY_BYTES:
-        raise DataError(f"the outputs of one micro-batch of {micro_batch} are {micro_batch * reply_bytes:,} bytes, a "
-                        f"reply has at most {MAX_REPLY_BYTES:,}: pack the model with a --micro-batch of at most "
-                        f"{max(1, MAX_REPLY_BYTES // reply_bytes)}")
-    request = spec.request_records or min(
-        default_request(wire_bytes, micro_batch, grid, micro_batch_seconds, most),
-        MAX_REPLY_BYTES // (reply_bytes * micro_batch) * micro_batch)
-    if request % micro_batch:
-        raise UsageError(f"--request-records {request}: wanted a multiple of the server's micro-batch, {micro_batch}")
-    if request > micro_batch and request * wire_bytes > MAX_REQUEST_BYTES:
-        raise UsageError(f"--request-records {request}: a request would be {request * wire_bytes:,} bytes, the most is "
-                         f"{MAX_REQUEST_BYTES:,}")
-    if request * reply_bytes > MAX_REPLY_BYTES:
-        raise UsageError(f"--request-records {request}: a reply would be {request * reply_bytes:,} bytes, the most is "
-                         f"{MAX_REPLY_BYTES:,}")
+    request = _request(spec, micro_batch, wire_bytes, reply_bytes,
+                       default_request(wire_bytes, micro_batch, grid, micro_batch_seconds, most))
     share = max(1, spec.max_bytes_in_flight // 8 // max(chunk_bytes, 1))
     return Plan(
         source=source,
@@ -263,6 +250,27 @@ def make_plan(
         block_records=source.chunk_records * share,
         max_bytes_in_flight=spec.max_bytes_in_flight,
     )
+
+
+def _request(spec: RunSpec, micro_batch: int, wire_bytes: int, reply_bytes: int, usual: int) -> int:
+    """Records in a request: what the person says, else the usual number as far as its reply may be sent.
+
+    wire_bytes, reply_bytes: of one record.
+    """
+    if micro_batch * reply_bytes > MAX_REPLY_BYTES:
+        raise DataError(f"the outputs of one micro-batch of {micro_batch} are {micro_batch * reply_bytes:,} bytes, a "
+                        f"reply has at most {MAX_REPLY_BYTES:,}: pack the model with a --micro-batch of at most "
+                        f"{max(1, MAX_REPLY_BYTES // reply_bytes)}")
+    request = spec.request_records or min(usual, MAX_REPLY_BYTES // (reply_bytes * micro_batch) * micro_batch)
+    if request % micro_batch:
+        raise UsageError(f"--request-records {request}: wanted a multiple of the server's micro-batch, {micro_batch}")
+    if request > micro_batch and request * wire_bytes > MAX_REQUEST_BYTES:
+        raise UsageError(f"--request-records {request}: a request would be {request * wire_bytes:,} bytes, the most is "
+                         f"{MAX_REQUEST_BYTES:,}")
+    if request * reply_bytes > MAX_REPLY_BYTES:
+        raise UsageError(f"--request-records {request}: a reply would be {request * reply_bytes:,} bytes, the most is "
+                         f"{MAX_REPLY_BYTES:,}")
+    return request
 
 
 def _default_chunk(source: Geometry, outputs: tuple[OutputGeometry, ...], micro_batch: int) -> int:
