@@ -4,7 +4,8 @@ Three grids lie over the source's axis 0, all of them from record 0 of the whole
 resumed run computes each record in the same place as a full run would:
 
 - the *grid*: output chunks of the full run, `grid_records` each, whole input chunks;
-- *requests*: within a grid chunk, from its first record, `request_records` each, a multiple of the micro-batch B;
+- *requests*: within a grid chunk, from its first record, `request_records` each, a multiple of the micro-batch B, or
+  `tail_request_records` in the last chunks, from `tail_start` on;
 - *places*: record i of a grid chunk sits at i mod B of its micro-batch.
 
 The chunks that are stored, *units*, begin at the range's first record; they equal the grid when the range begins on it.
@@ -34,7 +35,14 @@ SHARED_REQUEST_BYTES = 4 * MIB
 # enough that a slow model has its requests spread over all workers; and that others are not kept waiting, where there
 # are others.
 REQUEST_COMPUTE_SECONDS = 0.1
-ALONE_COMPUTE_SECONDS = 0.2
+ALONE_COMPUTE_SECONDS = 0.5
+# The last requests of a run are a quarter as long, so that all workers end at nearly the same time.
+TAIL_REQUESTS = 8
+TAIL_SHARE = 4
+# Output chunks of a short run are a 32nd of it: a write after the last prediction, and what a kill loses, stay small.
+LEAST_CHUNKS = 32
+LEAST_CHUNK_BYTES_IN = 8 * MIB
+MAX_EMPTY_PLACES = 0.01
 # The server's own bound on one body, either way (serve_config/config.properties), leaves room for the header.
 MAX_REQUEST_BYTES = 60 * MIB
 MAX_REPLY_BYTES = 60 * MIB
@@ -132,6 +140,8 @@ class Plan:
     chunk_records: int
     micro_batch: int
     request_records: int
+    tail_start: int
+    tail_request_records: int
     block_records: int
     max_bytes_in_flight: int
 
@@ -167,14 +177,24 @@ class Plan:
 
     @property
     def request_count(self) -> int:
-        """Requests of an undisturbed run: cells of the request grid, and those that a chunk's end cuts in two."""
-        cells = self._cell(self.stop - 1) - self._cell(self.start) + 1
-        end_row = (self.start + self.chunk_records) % self.grid_records
-        return cells + (self.unit_count - 1 if end_row % self.request_records else 0)
+        """Requests of an undisturbed run."""
+        return (self._requests_between(self.start, self.tail_start, self.request_records)
+                + self._requests_between(self.tail_start, self.stop, self.tail_request_records))
 
-    def _cell(self, record: int) -> int:
-        cells_a_chunk = -(-self.grid_records // self.request_records)
-        return record // self.grid_records * cells_a_chunk + record % self.grid_records // self.request_records
+    def _requests_between(self, start: int, stop: int, size: int) -> int:
+        """Of whole units: cells of the request grid, and those that a unit's end cuts in two."""
+        if start == stop:
+            return 0
+        cells_a_chunk = -(-self.grid_records // size)
+        first, last = (record // self.grid_records * cells_a_chunk + record % self.grid_records // size
+                       for record in (start, stop - 1))
+        units = -(-(stop - start) // self.chunk_records)
+        cut = (start + self.chunk_records) % self.grid_records % size
+        return last - first + 1 + (units - 1 if cut else 0)
+
+    def request_size(self, record: int) -> int:
+        """Records in a cell of the request grid at `record`."""
+        return self.request_records if record < self.tail_start else self.tail_request_records
 
     def unit(self, index: int) -> Unit:
         start = self.start + index * self.chunk_records
@@ -196,7 +216,8 @@ class Plan:
         while start < stop:
             grid_start = start - start % self.grid_records
             first_row = start - grid_start
-            cut = grid_start + (first_row // self.request_records + 1) * self.request_records
+            size = self.request_size(start)
+            cut = grid_start + (first_row // size + 1) * size
             end = min(cut, grid_start + self.grid_records, stop)
             yield Span(start, end, first_row)
             start = end
@@ -213,9 +234,8 @@ def make_plan(
 ) -> Plan:
     """Choose every size of a run.
 
-    An output chunk is whole input chunks of at most 8 MiB out, 64 MiB in and 8,192 records in all, at least one; of the
-    numbers over half of what fits the one that fills its last micro-batch best. A request is as many micro-batches as
-    fit the bytes of `most` and, where the server says what one takes, its seconds, at least one.
+    A request is as many micro-batches as fit the bytes of `most` and, where the server says what one takes, its
+    seconds, at least one; the last ones of a run have a quarter of that.
 
     Raises DataError for a source without records, UsageError for sizes that can't be met; both numbers are in the text.
     """
@@ -237,6 +257,8 @@ def make_plan(
     request = _request(spec, micro_batch, wire_bytes, reply_bytes,
                        default_request(wire_bytes, micro_batch, grid, micro_batch_seconds, most))
     share = max(1, spec.max_bytes_in_flight // 8 // max(chunk_bytes, 1))
+    chunk = min(grid, stop - start)
+    tail = request if spec.request_records else max(1, request // micro_batch // TAIL_SHARE) * micro_batch
     return Plan(
         source=source,
         wire_dtype=wire_dtype,
@@ -244,9 +266,11 @@ def make_plan(
         start=start,
         stop=stop,
         grid_records=grid,
-        chunk_records=min(grid, stop - start),
+        chunk_records=chunk,
         micro_batch=micro_batch,
         request_records=request,
+        tail_start=start + max(0, stop - start - TAIL_REQUESTS * request) // chunk * chunk,
+        tail_request_records=tail,
         block_records=source.chunk_records * share,
         max_bytes_in_flight=spec.max_bytes_in_flight,
     )
@@ -274,16 +298,26 @@ def _request(spec: RunSpec, micro_batch: int, wire_bytes: int, reply_bytes: int,
 
 
 def _default_chunk(source: Geometry, outputs: tuple[OutputGeometry, ...], micro_batch: int) -> int:
-    bytes_out = max([1, *(output.record_bytes for output in outputs)])
-    most = min(MAX_CHUNK_RECORDS, MAX_CHUNK_BYTES_OUT // bytes_out, MAX_CHUNK_BYTES_IN // max(source.record_bytes, 1))
+    """Records of an output chunk: whole input chunks of at most 8 MiB out, 64 MiB in and 8,192 records in all, and at
+    most a 32nd of the source where that is over 8 MiB in; at least one. Of the numbers over half of what that allows
+    the one that fills its last micro-batch best, to a thousandth; a larger one where none of them does to a hundredth.
+    """
+    record_bytes, bytes_out = max(source.record_bytes, 1), max([1, *(output.record_bytes for output in outputs)])
+    most = min(MAX_CHUNK_RECORDS, MAX_CHUNK_BYTES_OUT // bytes_out, MAX_CHUNK_BYTES_IN // record_bytes)
+    wanted = min(most, max(source.count // LEAST_CHUNKS, LEAST_CHUNK_BYTES_IN // record_bytes))
 
     def empty_places(chunks: int) -> float:
         """Places of an output chunk's last micro-batch that no record has, a record: they are computed all the same."""
         records = chunks * source.chunk_records
-        return -records % micro_batch / records
+        return round(-records % micro_batch / records, 3)
 
-    fitting = max(1, most // source.chunk_records)
-    return min(range(fitting, fitting // 2, -1), key=empty_places) * source.chunk_records
+    fitting = max(1, wanted // source.chunk_records)
+    usual = range(fitting, fitting // 2, -1)
+    larger = range(fitting, most // source.chunk_records + 1)
+    best = min(usual, key=empty_places)
+    if empty_places(best) > MAX_EMPTY_PLACES:
+        best = min([best, *larger], key=empty_places)
+    return best * source.chunk_records
 
 
 def default_request(wire_bytes: int, micro_batch: int, grid: int, micro_batch_seconds: float | None,

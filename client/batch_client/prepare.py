@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -78,18 +78,21 @@ async def prepare(spec: RunSpec, services: Services) -> Prepared:
     """
     source = await open_source(services.source_store, spec.array)
     pool = Pool(services.servers.urls, spec.in_flight, services.clock, services.rng)
-    contract = await _agree(spec, services, pool)
+    begun = {} if spec.overwrite else await _stored_run(services.output_store)
+    contract = await _agree(spec, services, pool, _model_of(begun, services.output_store, exact=spec.exact))
     geometry = geometry_for(source, contract)
-    plan = make_plan(spec, geometry, contract.input_dtype, contract.outputs, contract.micro_batch,
+    earlier = begun if begun or services.reuse_store is None else await _stored_run(services.reuse_store)
+    sized = replace(spec, chunk_records=spec.chunk_records or _chunk_of(earlier, geometry))
+    plan = make_plan(sized, geometry, contract.input_dtype, contract.outputs, contract.micro_batch,
                      contract.micro_batch_seconds, _request_size(contract, services.servers))
     return Prepared(source, contract, plan, _identity(spec, services, source, contract, plan), pool)
 
 
-async def _agree(spec: RunSpec, services: Services, pool: Pool) -> ModelContract:
-    """The model of the run: that of the output which is there already, else the first server's. Servers that can't be
-    reached or have another one are left out.
+async def _agree(spec: RunSpec, services: Services, pool: Pool,
+                 wanted: tuple[str, str, Mapping[str, object]] | None) -> ModelContract:
+    """The model of the run: `wanted`, that of the output which is there already, else the first server's. Servers that
+    can't be reached or have another one are left out.
     """
-    wanted = None if spec.overwrite else await _model_of_output(spec, services.output_store)
     agreed: list[ModelContract] = []
     async with asyncio.TaskGroup() as tasks:
         asked = [tasks.create_task(_contract_or_error(services.servers, endpoint.url)) for endpoint in pool.endpoints]
@@ -153,20 +156,39 @@ def _differing(wanted: Mapping[str, object], found: Mapping[str, object]) -> str
     return "".join(f"; {name} is {found.get(name)!r} here, was {wanted.get(name)!r}" for name in names)
 
 
-async def _model_of_output(spec: RunSpec, store: Store) -> tuple[str, str, Mapping[str, object]] | None:
-    """Digest, fingerprint and numerics of the run that an output belongs to."""
+async def _stored_run(store: Store) -> Mapping[str, Any]:
+    """The identity of the run that an output belongs to; empty where there is none, or none that can be read: what it
+    is, the comparison of identities says.
+    """
     blob = await store.get(SPEC_KEY)
-    if blob is None:
-        return None
     try:
-        stored = json.loads(bytes(blob.data))
-        if stored["exact"] != spec.exact:
-            there = "without" if stored["exact"] else "with"
-            raise MismatchError(f"{store.url} belongs to a run {there} --fast: go on with it in the same way, or "
-                                "choose another OUTPUT")
-        return str(stored["model_digest"]), str(stored["fingerprint"]), dict(stored["numerics"])
-    except (ValueError, KeyError, TypeError):
-        return None  # what it is, the comparison of identities says
+        stored = {} if blob is None else json.loads(bytes(blob.data))
+    except ValueError:
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def _model_of(stored: Mapping[str, Any], store: Store, *, exact: bool) -> tuple[str, str, Mapping[str, object]] | None:
+    """Digest, fingerprint and numerics of the run that an output belongs to."""
+    try:
+        there = stored["exact"]
+        model = str(stored["model_digest"]), str(stored["fingerprint"]), dict(stored["numerics"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    if there != exact:
+        raise MismatchError(f"{store.url} belongs to a run {'without' if there else 'with'} --fast: go on with it in "
+                            "the same way, or choose another OUTPUT")
+    return model
+
+
+def _chunk_of(stored: Mapping[str, Any], source: Geometry) -> int | None:
+    """Records in an output chunk of an earlier run, which goes on or is reused with the same, whatever the rule is by
+    now; None where the source can't have such chunks.
+    """
+    records = stored.get("grid_records")
+    if not isinstance(records, int) or records < 1 or records % source.chunk_records:
+        return None
+    return records
 
 
 def geometry_for(source: Source, contract: ModelContract) -> Geometry:

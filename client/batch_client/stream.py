@@ -60,7 +60,8 @@ class UnitStream:
 
     def _goes_on(self, span: Span, stop: int) -> bool:
         """Whether the next block has more of this request."""
-        return span.stop == stop < self.unit.stop and (span.first_row + span.count) % self.plan.request_records != 0
+        cut = (span.first_row + span.count) % self.plan.request_size(span.start)
+        return span.stop == stop < self.unit.stop and cut != 0
 
     def _pin(self, etags: Mapping[str, str | None]) -> None:
         for key, etag in etags.items():

@@ -206,7 +206,8 @@ async def test_requests_are_cut_by_what_the_server_says_a_micro_batch_takes_and_
     records = records_of(400)
     usual, _ = await score(records)
     slow, _ = await score(records, server=Slow())
-    assert (usual.requests, slow.requests) == (1, 400 // (2 * 4))
+    # Two micro-batches fit 0.1 s; in a run of one chunk all requests are among the last, and have one each.
+    assert (usual.requests, slow.requests) == (1, 400 // 4)
     assert slow.root == usual.root
 
 
@@ -228,7 +229,8 @@ async def test_nothing_opens_before_the_end_and_the_same_command_goes_on(tmp_pat
     assert not [key for key in output.objects if key.endswith("zarr.json")]
     done = [event.index for event in seen if isinstance(event, ChunkWritten)]
     assert 3 <= len(done) < 20
-    summary = await execute(spec(chunk_records=10, in_flight=2), services(server, source, output, seed=2))
+    # The chunks of what is there are kept, whatever the command says of them by now: nothing.
+    summary = await execute(spec(in_flight=2), services(server, source, output, seed=2))
     assert summary.scored == 200 - 10 * len(done)
     whole, fresh = await score(records, chunk_records=10)
     assert summary.root == whole.root

@@ -34,7 +34,7 @@ def test_requests_tile_each_unit_inside_one_grid_chunk_and_keep_the_places_of_th
         at = unit.start
         for span in plan.requests(unit.start, unit.stop):
             assert span.start == at
-            assert 0 < span.count <= plan.request_records
+            assert 0 < span.count <= plan.request_size(span.start) <= plan.request_records
             assert span.first_row == span.start % plan.grid_records
             assert span.first_row + span.count <= plan.grid_records
             # A request that goes on in a later one ends on a micro-batch, except where a stored chunk cuts it.
@@ -67,10 +67,34 @@ def test_an_output_chunk_is_whole_input_chunks_within_the_three_bounds():
     assert plan_of(chunk=20_000, count=100_000).grid_records == 20_000
 
 
-@pytest.mark.parametrize(("chunk", "micro_batch", "grid"), [(1000, 128, 6000), (100, 8, 8000), (1000, 1000, 8000),
+@pytest.mark.parametrize(("chunk", "micro_batch", "grid"), [(1000, 128, 6000), (100, 8, 8100), (1000, 1000, 8000),
                                                             (3000, 128, 6000), (5000, 128, 5000)])
 def test_an_output_chunk_leaves_few_places_of_its_last_micro_batch_empty(chunk, micro_batch, grid):
     assert plan_of(count=200_000, chunk=chunk, micro_batch=micro_batch).grid_records == grid
+
+
+@pytest.mark.parametrize(("count", "micro_batch", "grid"), [
+    (2_000, 8, 200),  # 8 MiB, more than a 32nd
+    (20_000, 8, 600),  # a 32nd
+    (200_000, 8, 1600),  # 64 MiB
+    (2_000, 128, 1400),  # 200 records would leave a fifth of the places empty
+])
+def test_a_short_run_of_large_records_has_smaller_output_chunks(count, micro_batch, grid):
+    plan = plan_of(count=count, record=(3, 112, 112), micro_batch=micro_batch)
+    assert plan.grid_records == grid
+
+
+def test_the_last_requests_of_a_run_are_a_quarter_as_long():
+    plan = plan_of(count=100_000, micro_batch=128, micro_batch_seconds=0.025,
+                   most=RequestSize.at(shared_memory=True, alone=True), chunk_records=6000)
+    assert (plan.request_records, plan.tail_request_records) == (20 * 128, 5 * 128)
+    # The output chunk in which the last eight requests begin is the first of the tail.
+    assert plan.tail_start == 78_000
+    lengths = [[span.count for span in plan.requests(unit.start, unit.stop)] for unit in plan.units()]
+    assert lengths[12] == [2560, 2560, 880]
+    assert lengths[13] == [640] * 9 + [240]
+    asked_for = plan_of(count=100_000, micro_batch=128, request_records=2560)
+    assert asked_for.tail_request_records == asked_for.request_records
 
 
 def test_a_reply_is_bounded_as_a_request_is():
@@ -110,9 +134,10 @@ ONE_MIB, FOUR_MIB = 10 * 128, 41 * 128  # of records of 784 bytes, in whole micr
     # Quick models are bound by bytes, slow ones by seconds; nobody's request is less than a micro-batch.
     (False, False, 1e-6, ONE_MIB), (True, True, 1e-6, FOUR_MIB),
     (False, False, 0.02, 5 * 128), (True, False, 0.02, 5 * 128), (False, True, 0.02, 10 * 128),
-    (True, True, 0.02, 10 * 128), (True, True, 0.2, 128), (True, True, 5.0, 128),
+    (True, True, 0.02, 25 * 128), (True, True, 0.2, 2 * 128), (True, True, 5.0, 128),
     # In between: what is shared has room for it, a body has not.
-    (False, True, 0.01, ONE_MIB), (True, True, 0.01, 20 * 128), (True, False, 0.01, 10 * 128),
+    (False, True, 0.01, ONE_MIB), (True, True, 0.01, FOUR_MIB), (True, True, 0.0125, 40 * 128),
+    (True, False, 0.01, 10 * 128),
 ])
 def test_a_request_is_larger_where_memory_is_shared_and_where_nobody_waits(shared_memory, alone, seconds, wanted):
     most = RequestSize.at(shared_memory=shared_memory, alone=alone)
@@ -125,9 +150,9 @@ def test_a_request_is_larger_where_memory_is_shared_and_where_nobody_waits(share
 
 
 @pytest.mark.parametrize(("lane", "alone", "shared", "wanted"), [
-    (None, False, None, RequestSize(1 * MIB, 0.1)), ("m.bulk", False, None, RequestSize(1 * MIB, 0.2)),
-    (None, True, None, RequestSize(1 * MIB, 0.2)), (None, False, Path("/dev/shm/f"), RequestSize(4 * MIB, 0.1)),
-    ("m.bulk", False, Path("/dev/shm/f"), RequestSize(4 * MIB, 0.2)),
+    (None, False, None, RequestSize(1 * MIB, 0.1)), ("m.bulk", False, None, RequestSize(1 * MIB, 0.5)),
+    (None, True, None, RequestSize(1 * MIB, 0.5)), (None, False, Path("/dev/shm/f"), RequestSize(4 * MIB, 0.1)),
+    ("m.bulk", False, Path("/dev/shm/f"), RequestSize(4 * MIB, 0.5)),
 ])
 def test_who_waits_is_known_by_the_lane_or_the_servers_owner(lane, alone, shared, wanted):
     contract = ModelContract("m", "1", "d", "f", 4, "x", np.dtype(np.uint8), (3,), (), bulk_lane=lane,

@@ -35,4 +35,6 @@ def plans(draw):
     if draw(st.booleans()):
         options["request_records"] = micro_batch * draw(st.integers(1, 5))
     budget = draw(st.integers(chunk, chunk * 20))
-    return plan_of(count, chunk, (1,), micro_batch=micro_batch, max_bytes_in_flight=budget, **options)
+    seconds = draw(st.sampled_from([None, 0.1, 0.02, 0.01]))
+    return plan_of(count, chunk, (1,), micro_batch=micro_batch, micro_batch_seconds=seconds,
+                   max_bytes_in_flight=budget, **options)

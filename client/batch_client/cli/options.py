@@ -101,10 +101,11 @@ run_options = _stack(
     server_options,
     array_options,
     click.option("--chunk-records", type=int,
-                 help="Records in an output chunk, whole input chunks.  [default: up to 8192 and 8 MiB]"),
+                 help="Records in an output chunk, whole input chunks.  [default: those of what is there, else up to "
+                      "8192, 8 MiB and a 32nd of INPUT]"),
     click.option("--request-records", type=int,
                  help="Records in a request, whole micro-batches. Raise it for tiny records, lower it where online "
-                      "queries share its workers.  [default: up to 0.1 s of compute and 1 MiB; 0.2 s where nobody "
+                      "queries share its workers.  [default: up to 0.1 s of compute and 1 MiB; 0.5 s where nobody "
                       "else waits, 4 MiB on this machine]"),
     click.option("--in-flight", type=int, default=32, show_default=True,
                  help="The most requests at one endpoint at a time; the run finds the fewest that keep it busy. Raise "
