@@ -42,9 +42,8 @@ async def open_servers(spec: ServerSpec) -> AsyncIterator[Servers]:
             with closing(Regions()) as regions:
                 yield Servers(transport, _tokens_of(spec), spec.endpoints, spec.model or "", regions)
             return
-        # Whoever names endpoints needs nothing of this.
-        from batch_client.archives import local_archive  # noqa: PLC0415 - see above
-        from batch_client.server import EmbeddedServer, ServerSettings  # noqa: PLC0415 - see above
+        from batch_client.archives import local_archive  # noqa: PLC0415 - only --archive needs it
+        from batch_client.server import EmbeddedServer, ServerSettings  # noqa: PLC0415 - only --archive needs it
 
         async with local_archive(spec.archive, anonymous=spec.anonymous) as archive:
             # As in a bulk lane: nobody else asks.

@@ -155,8 +155,7 @@ def _stage(request: PackRequest, directory: Path) -> ModelDescription:
     outputs, specs = golden_outputs(model, records, inputs, request.outputs)
     golden = {f"input.{spec.name}": array for spec, array in zip(inputs, records, strict=True)}
     golden |= {f"output.{spec.name}": array for spec, array in zip(specs, outputs, strict=True)}
-    # mypy: numpy's stub lets keyword arrays collide with allow_pickle, which has a dot less than ours.
-    np.savez(directory / _GOLDEN_FILE, **golden)  # type: ignore[arg-type] # see above
+    np.savez(directory / _GOLDEN_FILE, **golden)  # type: ignore[arg-type] # its stub fears an array named allow_pickle
     if request.runtime == "aot" and module is not None:
         weights, arch_file = _compile(module, inputs, micro_batch, directory), None
     files = [weights.file, _GOLDEN_FILE, *([arch_file] if arch_file else [])]

@@ -158,8 +158,7 @@ def _write_noop(described: ModelDescription, directory: Path, frame: Mapping[str
         f"output.{spec.name}": np.zeros_like(array) for spec, array in zip(described.outputs, outputs, strict=True)
     }
     path = directory.parent / _GOLDEN
-    # mypy: numpy's stub lets keyword arrays collide with allow_pickle, which has a dot less than ours.
-    np.savez(path, **golden)  # type: ignore[arg-type] # see above
+    np.savez(path, **golden)  # type: ignore[arg-type] # its stub fears an array named allow_pickle
     files = {_NOTHING: b"", _GOLDEN: path.read_bytes()}
     noop = replace(
         described,

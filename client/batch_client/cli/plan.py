@@ -97,6 +97,7 @@ def _figures(plan: Plan) -> dict[str, Any]:
         "objects_written": plan.objects_written,
         "requests": plan.request_count,
         "records_a_request": plan.request_records,
+        "records_a_request_at_the_end": plan.tail_request_records,
         "bytes_a_request": plan.request_records * plan.wire_record_bytes,
         "micro_batch": plan.micro_batch,
         "bytes_to_read": plan.count * plan.source.record_bytes,

@@ -80,7 +80,7 @@ def open_package(path: Path, device: torch.device, records: int) -> Package:
     """
     # Otherwise compiled code reads beyond the end of a tensor that is smaller than it was compiled for.
     os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"
-    loader: Any = torch._C._aoti.AOTIModelPackageLoader  # noqa: SLF001 - see above
+    loader: Any = torch._C._aoti.AOTIModelPackageLoader  # noqa: SLF001 - its public way compiles programs
     try:
         metadata: Mapping[str, str] = loader.load_metadata_from_package(str(path), "model")
         _check(metadata, device)
@@ -98,8 +98,8 @@ def compile_package(module: torch.nn.Module, inputs: Sequence[InputSpec], micro_
     Raises `ModelError` where torch can't export or compile it.
     """
     import torch._inductor.config  # noqa: PLC0415 - slow to import, and only `pack` compiles
-    from torch._inductor import aoti_compile_and_package  # noqa: PLC0415 - the same
-    from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415 - the same
+    from torch._inductor import aoti_compile_and_package  # noqa: PLC0415 - slow to import
+    from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415 - slow to import
 
     with warnings.catch_warnings():
         # torch's own, about its own code.
@@ -154,10 +154,9 @@ def _check(metadata: Mapping[str, str], device: torch.device) -> None:
 
 def _beside() -> frozenset[str]:
     """What this CPU has beside torch's capability, by the names that torch gives to a package."""
-    # torch has no public names for these.
     found = {
-        "AVX512_VNNI": torch.cpu._is_vnni_supported(),  # noqa: SLF001 - see above
-        "AMX_TILE": torch.cpu._is_amx_tile_supported(),  # noqa: SLF001 - see above
+        "AVX512_VNNI": torch.cpu._is_vnni_supported(),  # noqa: SLF001 - torch has no public name for it
+        "AMX_TILE": torch.cpu._is_amx_tile_supported(),  # noqa: SLF001 - torch has no public name for it
     }
     return frozenset(name for name, has in found.items() if has)
 
