@@ -42,6 +42,7 @@ TAIL_SHARE = 4
 # Output chunks of a short run are a 32nd of it: a write after the last prediction, and what a kill loses, stay small.
 LEAST_CHUNKS = 32
 LEAST_CHUNK_BYTES_IN = 8 * MIB
+# Of a chunk's micro-batches, whose empty places are computed like the others.
 MAX_EMPTY_PLACES = 0.01
 # The server's own bound on one body, either way (serve_config/config.properties), leaves room for the header.
 MAX_REQUEST_BYTES = 60 * MIB
