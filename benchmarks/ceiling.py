@@ -87,11 +87,12 @@ def rate(archive: Path, records: Path, count: int, processes: int, threads: int)
 def better(archive: Path, records: Path, count: int) -> tuple[int, int]:
     """Processes and threads of the better way: one process with all cores, or one process a core.
 
-    The median of interleaved rounds: taken once, a slow moment of the machine chose the worse way.
+    The median of interleaved rounds, each as long as what is measured afterwards: shorter ones, and one alone, chose
+    the worse way by a slow moment of the machine, and by how far apart the processes of a short round end.
     """
     cores = os.cpu_count() or 1
     ways = ((1, cores), (cores, 1))
-    rates = [[rate(archive, records, count // ROUNDS, *way)[0] for way in ways] for _ in range(ROUNDS)]
+    rates = [[rate(archive, records, count, *way)[0] for way in ways] for _ in range(ROUNDS)]
     return max(zip(ways, zip(*rates, strict=True), strict=True), key=lambda pair: statistics.median(pair[1]))[0]
 
 
