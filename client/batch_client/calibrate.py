@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from batch_client.errors import DataError, StoppedError
 from batch_client.events import Event, RecordFailed, RequestDone, RequestRetried, RunStarted
 from batch_client.forecast import Answer, Forecast, Sample, forecast
-from batch_client.pipeline import execute
+from batch_client.pipeline import execute, plan_run
 from batch_client.plan import Plan
 from batch_client.prepare import Services
 from batch_client.spec import RunSpec
@@ -78,8 +78,10 @@ async def calibrate(spec: RunSpec, services: Services) -> Calibration:
     stop = asyncio.Event()
     watcher = _Watcher(services, stop)
     aside = replace(services, output_store=_Forgetful("memory://calibration"), reuse_store=None)
+    # An output that is there or reused has a say in the chunks.
+    chunk_records = (await plan_run(spec, services)).grid_records
     alike = replace(spec, output=aside.output_store.url, reuse=None, overwrite=False, part=None,
-                    max_failed=sys.maxsize)
+                    max_failed=sys.maxsize, chunk_records=chunk_records)
     try:
         await execute(alike, aside, (watcher,), stop)
     except StoppedError:

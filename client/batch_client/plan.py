@@ -36,13 +36,14 @@ SHARED_REQUEST_BYTES = 4 * MIB
 # are others.
 REQUEST_COMPUTE_SECONDS = 0.1
 ALONE_COMPUTE_SECONDS = 0.5
-# The last requests of a run are a quarter as long, so that all workers end at nearly the same time.
+# The last requests of a run are a quarter as long, so that a few workers end at nearly the same time.
 TAIL_REQUESTS = 8
 TAIL_SHARE = 4
-# Output chunks of a short run are a 32nd of it: a write after the last prediction, and what a kill loses, stay small.
+# Output chunks of a short run are at most a 32nd of it, or 8 MiB in: a write after the last prediction, and what a
+# kill loses, stay small.
 LEAST_CHUNKS = 32
 LEAST_CHUNK_BYTES_IN = 8 * MIB
-# Of a chunk's micro-batches, whose empty places are computed like the others.
+# The most empty places, a record, that a smaller chunk may have in its last micro-batch: they are computed like others.
 MAX_EMPTY_PLACES = 0.01
 # The server's own bound on one body, either way (serve_config/config.properties), leaves room for the header.
 MAX_REQUEST_BYTES = 60 * MIB
@@ -235,7 +236,7 @@ def make_plan(
 ) -> Plan:
     """Choose every size of a run.
 
-    A request is as many micro-batches as fit the bytes of `most` and, where the server says what one takes, its
+    An output chunk follows `_default_chunk`. A request is as many micro-batches as fit the bytes of `most` and, where the server says what one takes, its
     seconds, at least one; the last ones of a run have a quarter of that.
 
     Raises DataError for a source without records, UsageError for sizes that can't be met; both numbers are in the text.
@@ -299,8 +300,8 @@ def _request(spec: RunSpec, micro_batch: int, wire_bytes: int, reply_bytes: int,
 
 
 def _default_chunk(source: Geometry, outputs: tuple[OutputGeometry, ...], micro_batch: int) -> int:
-    """Records of an output chunk: whole input chunks of at most 8 MiB out, 64 MiB in and 8,192 records in all, and at
-    most a 32nd of the source where that is over 8 MiB in; at least one. Of the numbers over half of what that allows
+    """Records of an output chunk: whole input chunks of at most 8 MiB out, 64 MiB in and 8,192 records in all, and of no
+    more than a 32nd of the source or 8 MiB in, whichever is larger; at least one. Of the numbers over half of what that allows
     the one that fills its last micro-batch best, to a thousandth; a larger one where none of them does to a hundredth.
     """
     record_bytes, bytes_out = max(source.record_bytes, 1), max([1, *(output.record_bytes for output in outputs)])

@@ -18,6 +18,7 @@ from batch_client.endpoint import Pool
 from batch_client.errors import BatchClientError, DataError, MismatchError, ServingError
 from batch_client.layout import SPEC_KEY
 from batch_client.plan import Geometry, Plan, RequestSize, make_plan
+from batch_client.publish import published_root
 from batch_client.reader import Source, open_source
 from batch_client.serving import Servers, open_servers
 from batch_client.spec import RunIdentity, RunSpec
@@ -78,9 +79,12 @@ async def prepare(spec: RunSpec, services: Services) -> Prepared:
     """
     source = await open_source(services.source_store, spec.array)
     pool = Pool(services.servers.urls, spec.in_flight, services.clock, services.rng)
-    begun = {} if spec.overwrite else await _stored_run(services.output_store)
-    contract = await _agree(spec, services, pool, _model_of(begun, services.output_store, exact=spec.exact))
+    begun = await _stored_run(services.output_store)
+    wanted = None if spec.overwrite else _model_of(begun, services.output_store, exact=spec.exact)
+    contract = await _agree(spec, services, pool, wanted)
     geometry = geometry_for(source, contract)
+    if spec.overwrite and await published_root(services.output_store) is not None:
+        begun = {}  # it does not go on, but is replaced
     earlier = begun if begun or services.reuse_store is None else await _stored_run(services.reuse_store)
     sized = replace(spec, chunk_records=spec.chunk_records or _chunk_of(earlier, geometry))
     plan = make_plan(sized, geometry, contract.input_dtype, contract.outputs, contract.micro_batch,
@@ -186,7 +190,7 @@ def _chunk_of(stored: Mapping[str, Any], source: Geometry) -> int | None:
     now; None where the source can't have such chunks.
     """
     records = stored.get("grid_records")
-    if not isinstance(records, int) or records < 1 or records % source.chunk_records:
+    if not isinstance(records, int) or records < 1 or (records % source.chunk_records and records < source.count):
         return None
     return records
 

@@ -100,7 +100,8 @@ class RunSpec(ServerSpec):
     input, output: URLs (`s3://bucket/path`, `file:///…`) or paths.
     array: name of the array when `input` is a group.
     records: the range to score; the default is all.
-    chunk_records: records in an output chunk; None follows the rule in `plan.py`.
+    chunk_records: records in an output chunk; None takes those of an output that is there or reused, else
+        follows the rule in `plan.py`.
     request_records: records in a request, a multiple of the server's micro-batch; None follows the rule in `plan.py`.
     in_flight: the most requests at one endpoint at a time; how many there are `limiter.py` finds.
     max_bytes_in_flight: bytes of source records held at a time.

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from batch_client.errors import DataError, MismatchError, UsageError
+from batch_client.errors import DataError, MismatchError, StoppedError, UsageError
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.progress import progress_of
@@ -162,6 +162,25 @@ def test_overwrite_replaces_an_output_of_ours_and_nothing_else(root):
         with pytest.raises(MismatchError, match="nothing was deleted"):
             await world.live(calm(), overwrite=True)
         assert world.output.objects == {"notes.txt": b"mine"}
+
+    run_virtually(run())
+
+
+def test_an_unfinished_run_goes_on_with_its_own_chunks_even_where_it_may_be_overwritten(root):
+    world = World(1, server=SimulatedServer(seconds=5))
+
+    async def run():
+        stop = asyncio.Event()
+        asyncio.get_running_loop().call_later(20, stop.set)
+        with pytest.raises(StoppedError):
+            await execute(world.spec(), world.services(calm(), Life()), (), stop)
+        summary = await world.live(calm(), overwrite=True, chunk_records=None)
+        assert 0 < summary.scored < len(world.records)
+        assert summary.root == root
+        # What is published is replaced, by the rule.
+        again = await world.live(calm(), overwrite=True, chunk_records=None)
+        assert again.scored == len(world.records)
+        assert again.root != root
 
     run_virtually(run())
 
