@@ -236,8 +236,8 @@ def make_plan(
 ) -> Plan:
     """Choose every size of a run.
 
-    An output chunk follows `_default_chunk`. A request is as many micro-batches as fit the bytes of `most` and, where the server says what one takes, its
-    seconds, at least one; the last ones of a run have a quarter of that.
+    An output chunk follows `_default_chunk`. A request is as many micro-batches as fit the bytes of `most` and, where
+    the server says what one takes, its seconds, at least one; the last ones of a run have a quarter of that.
 
     Raises DataError for a source without records, UsageError for sizes that can't be met; both numbers are in the text.
     """
@@ -300,9 +300,10 @@ def _request(spec: RunSpec, micro_batch: int, wire_bytes: int, reply_bytes: int,
 
 
 def _default_chunk(source: Geometry, outputs: tuple[OutputGeometry, ...], micro_batch: int) -> int:
-    """Records of an output chunk: whole input chunks of at most 8 MiB out, 64 MiB in and 8,192 records in all, and of no
-    more than a 32nd of the source or 8 MiB in, whichever is larger; at least one. Of the numbers over half of what that allows
-    the one that fills its last micro-batch best, to a thousandth; a larger one where none of them does to a hundredth.
+    """Records of an output chunk: whole input chunks of at most 8 MiB out, 64 MiB in and 8,192 records in all, and of
+    no more than a 32nd of the source or 8 MiB in, whichever is larger; at least one. Of the numbers over half of what
+    that allows the one that fills its last micro-batch best, to a thousandth; a larger one where none does to a
+    hundredth.
     """
     record_bytes, bytes_out = max(source.record_bytes, 1), max([1, *(output.record_bytes for output in outputs)])
     most = min(MAX_CHUNK_RECORDS, MAX_CHUNK_BYTES_OUT // bytes_out, MAX_CHUNK_BYTES_IN // record_bytes)

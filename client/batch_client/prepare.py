@@ -16,9 +16,8 @@ import numpy as np
 from batch_client.contract import ModelContract, fetch_contract
 from batch_client.endpoint import Pool
 from batch_client.errors import BatchClientError, DataError, MismatchError, ServingError
-from batch_client.layout import SPEC_KEY
+from batch_client.layout import SPEC_KEY, SUCCESS_KEY
 from batch_client.plan import Geometry, Plan, RequestSize, make_plan
-from batch_client.publish import published_root
 from batch_client.reader import Source, open_source
 from batch_client.serving import Servers, open_servers
 from batch_client.spec import RunIdentity, RunSpec
@@ -83,7 +82,7 @@ async def prepare(spec: RunSpec, services: Services) -> Prepared:
     wanted = None if spec.overwrite else _model_of(begun, services.output_store, exact=spec.exact)
     contract = await _agree(spec, services, pool, wanted)
     geometry = geometry_for(source, contract)
-    if spec.overwrite and await published_root(services.output_store) is not None:
+    if spec.overwrite and await services.output_store.head(SUCCESS_KEY) is not None:
         begun = {}  # it does not go on, but is replaced
     earlier = begun if begun or services.reuse_store is None else await _stored_run(services.reuse_store)
     sized = replace(spec, chunk_records=spec.chunk_records or _chunk_of(earlier, geometry))
