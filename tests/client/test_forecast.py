@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from batch_client.transport import HttpReply
 from support.plans import plan_of, plans
 from support.simulated import SimulatedServer
 from support.virtual import run_virtually
-from support.world import World, make_source
+from support.world import CHUNK, World, make_source
 
 
 def answers_of(gaps, records=10):
@@ -98,6 +99,26 @@ def test_a_calibration_forecasts_the_run_and_leaves_nothing(part):
     assert summary.forecast_seconds == pytest.approx(found.forecast.seconds, rel=0.02)
     assert summary.forecast_error == pytest.approx(summary.forecast_seconds / summary.seconds - 1, abs=1e-3)
     assert abs(summary.forecast_error) < 0.05
+
+
+def test_a_calibration_has_the_chunks_of_what_is_there():
+    world = World(1, server=SimulatedServer(seconds=5))
+    services = Services(world.server.servers(), world.source, world.output,
+                        clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(0))
+
+    async def both():
+        stop = asyncio.Event()
+        asyncio.get_running_loop().call_later(20, stop.set)
+        with pytest.raises(StoppedError):
+            await execute(world.spec(), services, (), stop)
+        return await calibrate(world.spec(chunk_records=None), services)
+
+    assert run_virtually(both()).plan.grid_records == CHUNK
+
+    # Where nothing is there, it is the rule's.
+    fresh = replace(services, output_store=MemoryStore("memory://fresh"))
+    found = run_virtually(calibrate(world.spec(chunk_records=None), fresh))
+    assert found.plan.grid_records != CHUNK
 
 
 def test_a_calibration_that_got_no_answer_says_why():

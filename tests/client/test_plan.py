@@ -84,6 +84,20 @@ def test_a_short_run_of_large_records_has_smaller_output_chunks(count, micro_bat
     assert plan.grid_records == grid
 
 
+def test_plans_of_a_long_and_a_short_size_keep_the_count_and_the_places_off_the_grid_too():
+    plan = plan_of(count=9_000, chunk=100, micro_batch=16, micro_batch_seconds=0.02, chunk_records=500,
+                   records=Records(130, 8_777))
+    assert (plan.request_records, plan.tail_request_records) == (80, 16)
+    assert plan.start < plan.tail_start < plan.stop
+    assert (plan.tail_start - plan.start) % plan.chunk_records == 0
+    assert plan.stop - plan.tail_start >= 8 * 80
+    spans = [span for unit in plan.units() for span in plan.requests(unit.start, unit.stop)]
+    assert len(spans) == plan.request_count
+    assert max(span.count for span in spans if span.start < plan.tail_start) == 80
+    assert max(span.count for span in spans if span.start >= plan.tail_start) == 16
+    assert all(span.first_row == span.start % 500 for span in spans)
+
+
 def test_the_last_requests_of_a_run_are_a_quarter_as_long():
     plan = plan_of(count=100_000, micro_batch=128, micro_batch_seconds=0.025,
                    most=RequestSize.at(shared_memory=True, alone=True), chunk_records=6000)
