@@ -3,6 +3,7 @@
     python benchmarks/end_to_end.py [--pairs 15] [--records 200000] [--runtime torchscript] [--model MODEL]
     python benchmarks/end_to_end.py --heavy [--pairs 15] [--records 2000]
     python benchmarks/end_to_end.py --fast
+    python benchmarks/end_to_end.py --input-chunk 8192
 
 Pairs are interleaved, since a machine's speed drifts; a figure is the median of the pairs' ratios with a 95 % bootstrap
 interval. The server is `batch-client serve` in a process of its own, warmed up by one run that does not count, so that
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,8 @@ from batch_client.demo.objectstore import SeaweedServer
 def main() -> None:
     options = arguments()
     load = HEAVY if options.heavy else SMALL
+    if options.input_chunk:
+        load = replace(load, chunk=options.input_chunk)
     count = options.records or (2_000 if options.heavy else 200_000)
     with tempfile.TemporaryDirectory() as folder, SeaweedServer() as store:
         work = Path(folder)
@@ -57,13 +60,15 @@ def main() -> None:
                 fast = run(server, source, f"{number}-fast", environ, "--fast") if options.fast else None
                 pairs.append(Pair(ours, *ceiling, fast))
                 print(f"pair {number + 1}: {pairs[-1]}", flush=True)
-        report(pairs, f"{'heavy, ' if options.heavy else ''}{options.runtime}", count)
+        report(pairs, f"{'heavy, ' if options.heavy else ''}{options.runtime}, {load.chunk:,} records an input chunk", count)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--records", type=int, help="[default: 200,000; with --heavy 2,000]")
+    parser.add_argument("--input-chunk", type=int, help="records in a chunk of the source [default: 1,000; with "
+                        "--heavy 100]")
     parser.add_argument("--runtime", choices=["eager", "torchscript"], default="torchscript")
     parser.add_argument("--heavy", action="store_true", help="a network of ResNet-50's size and 3x112x112 records")
     parser.add_argument("--fast", action="store_true", help="after each run another one with --fast")
