@@ -60,7 +60,8 @@ def main() -> None:
                 fast = run(server, source, f"{number}-fast", environ, "--fast") if options.fast else None
                 pairs.append(Pair(ours, *ceiling, fast))
                 print(f"pair {number + 1}: {pairs[-1]}", flush=True)
-        report(pairs, f"{'heavy, ' if options.heavy else ''}{options.runtime}, {load.chunk:,} records an input chunk", count)
+        what = f"{'heavy, ' if options.heavy else ''}{options.runtime}"
+        report(pairs, f"{what}, {load.chunk:,} records an input chunk", count)
 
 
 def arguments() -> argparse.Namespace:

@@ -94,12 +94,13 @@ def workload_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of benchmarks that score 28 x 28 images."""
     parser.add_argument("--model", type=absolute, help="a whole pickled module that takes 1x28x28; it is loaded, so "
                         "trust it [default: the demo's network, untrained]")
-    parser.add_argument("--images", type=Path, help=".npz with uint8 images (n, 28, 28), repeated [default: random]")
+    parser.add_argument("--images", type=Path, help=".npz with uint8 images (n, 28, 28), repeated in variations "
+                        "[default: random]")
 
 
 def given_images(path: Path | None, count: int) -> np.ndarray:
-    """uint8 (count, 28, 28): random ones, or those of `path`, repeated in ever new orders, mirrored every other time and
-    each darkened by up to a fifth. An input chunk that had an image twice would compress as no real one does.
+    """uint8 (count, 28, 28): random ones, or those of `path`, repeated in ever new orders, mirrored every other time
+    and each darkened by up to a fifth. A chunk that had an image twice would compress as no real one does.
     """
     if path is None:
         return SMALL.images(count)

@@ -42,14 +42,14 @@ async def local_archive(location: str, *, anonymous: bool = False) -> AsyncItera
         return
     base, _, name = location.rstrip("/").rpartition("/")
     store = open_store(base, anonymous=anonymous)
-    blob = await store.get(name)
-    if blob is None:
+    pieces = await store.pieces(name)
+    if pieces is None:
         raise ServingError(f"--archive {location.partition('?')[0]}: there is no such object")
     with _temporary(location) as folder:
         path = Path(folder) / name
-        with _kept(location):
-            path.write_bytes(blob.data)
-        del blob  # for the length of a run there is no use in holding it twice
+        with _kept(location), path.open("wb") as file:
+            async for piece in pieces:
+                file.write(piece)
         await _fetch_tuning(store, path, web=scheme in ("http", "https"))
         yield path
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import random
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import numpy as np
 
 from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.errors import CredentialsError, ServingError
+from batch_client.jsontext import parse_json
 from batch_client.plan import OutputGeometry
 from batch_client.regions import usable_folder
 from batch_client.retry import full_jitter
@@ -136,7 +136,7 @@ def contract_of(url: str, body: bytes) -> ModelContract:
     Raises ServingError where the client can't use such a model.
     """
     try:
-        metadata = ModelMetadata.from_json(json.loads(body))
+        metadata = ModelMetadata.from_json(parse_json(body))
     except (OipError, ValueError) as error:
         raise ServingError(f"{url}: its model metadata is not Open Inference Protocol v2: {error}") from error
     if len(metadata.inputs) != 1:

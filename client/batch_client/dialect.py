@@ -8,9 +8,10 @@ request alone.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from enum import Enum
+
+from batch_client.jsontext import parse_json
 
 __all__ = ["Outcome", "Verdict", "read_reply"]
 
@@ -83,8 +84,8 @@ def read_reply(status: int, body: bytes) -> Verdict:
 def _error_of(body: bytes) -> tuple[str, str, bool]:
     """The error's type, its text, and whether it is the handler's own `{"error": …}`, which is of one request."""
     try:
-        value = json.loads(body[:65536])
-    except (ValueError, RecursionError):
+        value = parse_json(body[:65536])
+    except ValueError:
         return "", _one_line(body[:LONGEST_REASON].decode("utf-8", "replace")), False
     if not isinstance(value, dict):
         return "", "", False

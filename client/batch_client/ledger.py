@@ -8,7 +8,6 @@ create-only write of the chunk compares.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -17,8 +16,9 @@ import numpy as np
 
 from batch_client.errors import MismatchError, StorageError, one_error
 from batch_client.events import RecordFailed
+from batch_client.jsontext import canonical_json, parse_json
 from batch_client.layout import FAILED_PREFIX, LEDGER_PREFIX, SPEC_KEY
-from batch_client.spec import RunIdentity, canonical_json
+from batch_client.spec import RunIdentity
 from batch_client.storage import Blob, Store, child_url, put_same
 
 __all__ = ["ChunkProof", "Ledger", "LedgerView", "Row", "check_place", "rows_from_json"]
@@ -71,7 +71,7 @@ class Row(NamedTuple):
 
 def rows_from_json(data: bytes | memoryview) -> list[Row]:
     """Rows of a ledger segment or of a part of the manifest. Raises ValueError, KeyError or TypeError."""
-    return [Row.from_value(value) for value in json.loads(bytes(data))["rows"]]
+    return [Row.from_value(value) for value in parse_json(data)["rows"]]
 
 
 class LedgerView:

@@ -7,15 +7,15 @@ which the head proves. So neither who publishes nor who reads ever holds all row
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from batch_client.errors import DataError, MismatchError
+from batch_client.jsontext import canonical_json, parse_json
 from batch_client.layout import MANIFEST_KEY, MANIFEST_PREFIX
 from batch_client.ledger import ChunkProof, Row, rows_from_json
-from batch_client.spec import RunIdentity, canonical_json
+from batch_client.spec import RunIdentity
 from batch_client.storage import Store, child_url
 
 __all__ = ["Manifest", "ManifestBuilder", "RootHash", "manifest_rows", "read_manifest"]
@@ -111,7 +111,7 @@ async def read_manifest(store: Store) -> Manifest:
     if blob is None:
         raise MismatchError(f"{where}: there is none: {store.url} is no published output of batch-client")
     try:
-        value = json.loads(bytes(blob.data))
+        value = parse_json(blob.data)
         if value["format"] != FORMAT:
             raise MismatchError(f"{where} has format {value['format']!r}, wanted {FORMAT}: use the version of "
                                 "batch-client that published it")

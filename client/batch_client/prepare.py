@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 from batch_client.contract import ModelContract, fetch_contract
 from batch_client.endpoint import Pool
 from batch_client.errors import BatchClientError, DataError, MismatchError, ServingError
+from batch_client.jsontext import parse_json
 from batch_client.layout import SPEC_KEY, SUCCESS_KEY
 from batch_client.plan import Geometry, Plan, RequestSize, make_plan
 from batch_client.reader import Source, open_source
@@ -165,7 +165,7 @@ async def _stored_run(store: Store) -> Mapping[str, Any]:
     """
     blob = await store.get(SPEC_KEY)
     try:
-        stored = {} if blob is None else json.loads(bytes(blob.data))
+        stored = {} if blob is None else parse_json(blob.data)
     except ValueError:
         return {}
     return stored if isinstance(stored, dict) else {}

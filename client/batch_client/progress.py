@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from batch_client.errors import MismatchError
+from batch_client.jsontext import parse_json
 from batch_client.layout import FAILED_PREFIX, LEDGER_PREFIX, SPEC_KEY
 from batch_client.ledger import LedgerView
 from batch_client.publish import published_root
@@ -55,7 +55,7 @@ async def progress_of(store: Store) -> Progress:
     if spec is None:
         raise MismatchError(f"{store.url}: no output of batch-client (no {SPEC_KEY})")
     try:
-        run = json.loads(bytes(spec.data))
+        run = parse_json(spec.data)
         records, a_chunk = int(run["stop"]) - int(run["start"]), int(run["chunk_records"])
     except (ValueError, KeyError, TypeError) as error:
         raise MismatchError(f"{child_url(store.url, SPEC_KEY)} can't be read ({error})") from error

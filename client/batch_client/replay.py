@@ -9,12 +9,13 @@ from batch_client.assemble import UnitAssembler
 from batch_client.budget import ByteBudget
 from batch_client.errors import DataError, MismatchError, UsageError
 from batch_client.exchange import Exchange
+from batch_client.jsontext import canonical_json
 from batch_client.layout import OutputLayout
 from batch_client.ledger import ChunkProof, Row
 from batch_client.manifest import manifest_rows, read_manifest
 from batch_client.prepare import Services, prepare
 from batch_client.scorer import Scorer
-from batch_client.spec import RunSpec, canonical_json
+from batch_client.spec import RunSpec
 from batch_client.stream import UnitStream
 from batch_client.writer import encode_unit, proof_of
 

@@ -5,23 +5,18 @@ Both are frozen and validated when made, so that nothing later has to doubt them
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 from urllib.parse import urlsplit
 
 from batch_client.errors import MismatchError, UsageError
+from batch_client.jsontext import canonical_json, parse_json
 
-__all__ = ["CODECS", "MIB", "Records", "RunIdentity", "RunSpec", "ServerSpec", "canonical_json"]
+__all__ = ["CODECS", "MIB", "Records", "RunIdentity", "RunSpec", "ServerSpec"]
 
 MIB = 1 << 20
 CODECS = ("none", "zstd")
-
-
-def canonical_json(value: object) -> bytes:
-    """One value, one spelling: sorted keys, no spaces, UTF-8; what digests are taken over."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 @dataclass(frozen=True)
@@ -192,9 +187,9 @@ class RunIdentity:
     def require_same(self, stored: bytes, where: str) -> None:
         """Raises MismatchError naming each field in which `stored` (a spec.json) differs from this run."""
         try:
-            other: Mapping[str, Any] = json.loads(stored)
+            other: Mapping[str, Any] = parse_json(stored)
             names = [field.name for field in fields(self)]
-            mine = json.loads(self.to_json())
+            mine = parse_json(self.to_json())
             differing = [f"{name} (there {other.get(name)!r}, now {mine[name]!r})"
                          for name in names if other.get(name) != mine[name]]
         except (ValueError, AttributeError) as error:

@@ -22,6 +22,7 @@ from typing import Any, Self
 
 from batch_client.errors import ServingError, StorageError, UsageError
 from batch_client.files import replace_file
+from batch_client.jsontext import parse_json
 
 __all__ = ["ALLOCATORS", "ALLOCATOR_VARIABLES", "DEFAULT_ALLOCATOR", "FORMAT", "MAX_BYTES", "Tuning", "is_tuning",
            "read_tuning", "require_place", "tuning_path", "write_tuning"]
@@ -82,8 +83,8 @@ class Tuning:
     def from_json(cls, text: bytes, where: str) -> Self:
         """Read a tuning file's bytes. Raises ServingError that names `where` for anything else."""
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(text)
+        except ValueError as error:
             raise _refused(where, f"is not JSON ({error})") from error
         if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
             raise _refused(where, f"is not a tuning file of format {FORMAT}")
@@ -130,8 +131,8 @@ def read_tuning(archive: Path, device: Callable[[], str]) -> Tuning | None:
 def is_tuning(text: bytes) -> bool:
     """Whether bytes are a tuning file at all, of whatever format, and not, say, a web server's page."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         return False
     return isinstance(value, dict) and "format" in value
 

@@ -12,10 +12,10 @@ from zarr.api import asynchronous as zarr_async
 
 from batch_client.assemble import STATUS_FAILED, STATUS_NOT_FINITE, STATUS_OK
 from batch_client.errors import DataError, MismatchError, one_error
+from batch_client.jsontext import canonical_json
 from batch_client.layout import MANIFEST_KEY, SPEC_KEY, STATUS, SUCCESS_KEY
 from batch_client.ledger import ChunkProof
 from batch_client.manifest import Manifest, RootHash, manifest_rows, read_manifest
-from batch_client.spec import canonical_json
 from batch_client.storage import Store
 from batch_client.stringset import StringSet
 from batch_client.zarrstore import SourceStore

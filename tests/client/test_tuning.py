@@ -7,6 +7,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from batch_client.errors import CredentialsError, ServingError, StorageError, Us
 from batch_client.machine import cpu_kind, device, gpus
 from batch_client.server_config import ServerSettings, environment
 from batch_client.server_process import settled
-from batch_client.storage import MemoryStore
+from batch_client.storage import PIECE_BYTES, MemoryStore, open_store
 from batch_client.tuning import ALLOCATORS, MAX_BYTES, Tuning, read_tuning, require_place, tuning_path, write_tuning
 
 DIGEST = "sha256:" + "1" * 64
@@ -164,6 +165,16 @@ async def test_an_archive_that_is_fetched_brings_its_file(tuned):
     async with local_archive(tuned.as_uri()) as fetched:
         assert fetched != tuned
         assert read_tuning(fetched, lambda: device({})).micro_batch == MEASURED.micro_batch
+
+
+async def test_an_archive_comes_in_pieces_whatever_its_size(tmp_path):
+    data = np.random.default_rng(0).bytes(3 * PIECE_BYTES + 5)
+    (tmp_path / "large.mar").write_bytes(data)
+    store = open_store(tmp_path.as_uri())
+    pieces = [bytes(piece) async for piece in await store.pieces("large.mar")]
+    assert b"".join(pieces) == data
+    assert max(map(len, pieces)) < 2 * PIECE_BYTES
+    assert await store.pieces("small.mar") is None
 
 
 async def test_a_store_that_shows_only_the_archive_has_no_file(archive, monkeypatch):

@@ -125,8 +125,16 @@ async def bench(spec: BenchSpec, say: Say, environ: Mapping[str, str] = os.envir
     if spec.output is not None:
         open_store(spec.output, anonymous=spec.anonymous)
     async with local_archive(spec.archive, anonymous=spec.anonymous) as archive:
-        with tempfile.TemporaryDirectory(prefix="batch-client-bench-") as folder:
+        with _folder() as folder:
             return await _Session(spec, source, archive, Path(folder), say, environ).run()
+
+
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="batch-client-bench-")
+    except OSError as error:
+        raise StorageError(f"there is no place for what is written meanwhile ({error}): set TMPDIR to one that can be "
+                           "written") from error
 
 
 class _Session:

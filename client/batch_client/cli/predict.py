@@ -13,6 +13,7 @@ import click
 
 from batch_client.cli.options import array_options, server_options
 from batch_client.errors import BatchClientError, CredentialsError, DataError, ServingError, UsageError
+from batch_client.jsontext import parse_json
 
 if TYPE_CHECKING:
     from batch_client.reader import Rows
@@ -154,7 +155,7 @@ async def _send(servers: Servers, query: _Query) -> str:
 def _pretty(body: bytes) -> str:
     """One record's prediction a line."""
     try:
-        value = json.loads(body)
+        value = parse_json(body)
     except ValueError:
         return body.decode("utf-8", "replace")
     if isinstance(value, dict) and isinstance(value.get("predictions"), list):
