@@ -29,6 +29,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import numpy as np
@@ -36,6 +37,7 @@ import zarr
 from measure import machine, today
 from workload import SMALL
 
+from batch_client.api import run_until_complete
 from batch_client.server import EmbeddedServer, ServerSettings
 
 RECORD = (28, 28)
@@ -89,7 +91,7 @@ def main() -> None:
         work = Path(folder)
         archive = SMALL.pack(work, options.runtime, options.model)
         zarr.create_array(work / "in.zarr", shape=(ENDLESS, *RECORD), chunks=(1000, *RECORD), dtype="uint8")
-        asyncio.run(measure(options, archive, work, chosen))
+        run_until_complete(measure(options, archive, work, chosen))
     report(options, chosen)
     if options.plot is not None:
         draw(chosen, options.plot)
@@ -208,23 +210,20 @@ class Round:
         """Latencies in ms of single records at Poisson arrivals, each from the moment when it was due; infinite for one
         that the server had no room for.
         """
-        url = f"{self.server.url}/predictions/{self.server.model_name}"
         image = np.random.default_rng(0).integers(0, 256, RECORD, dtype=np.uint8).tolist()
-        # Written once: what it costs to make a query is not the server's.
-        body, headers = json.dumps([image]).encode(), {"Content-Type": "application/json"}
+        asker = Asker(self.server.url, f"/predictions/{self.server.model_name}", json.dumps([image]).encode())
         loop = asyncio.get_running_loop()
         due = loop.time()
 
         async def one(due: float) -> float:
             await asyncio.sleep(due - loop.time())
-            async with self.session.post(url, data=body, headers=headers) as reply:
-                answer = await reply.json()
-                if reply.status == 503:
-                    return math.inf
-                assert len(answer["predictions"][0]) == 10, answer
+            status, answer = await asker.ask()
+            if status == 503:
+                return math.inf
+            assert len(json.loads(answer)["predictions"][0]) == 10, answer
             return (loop.time() - due) * 1e3
 
-        async with asyncio.TaskGroup() as tasks:
+        async with contextlib.aclosing(asker), asyncio.TaskGroup() as tasks:
             asked = []
             for _ in range(self.queries):
                 due += self.rng.expovariate(self.rate)
@@ -232,6 +231,37 @@ class Round:
         latencies = [task.result() for task in asked]
         self.answered += sum(map(math.isfinite, latencies))
         return latencies
+
+
+class Asker:
+    """One query, asked over connections that stay. Who asks is elsewhere in real life, and here on the cores of the
+    server: so the query is written once, and its way takes 0.4 ms of a core, where aiohttp's takes 1.0.
+    """
+
+    def __init__(self, url: str, path: str, body: bytes) -> None:
+        where = urlsplit(url)
+        self._where = where.hostname, where.port
+        self._query = (f"POST {path} HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
+                       f"Content-Length: {len(body)}\r\n\r\n").encode() + body
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(self) -> tuple[int, bytes]:
+        """The reply's status and body."""
+        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._where)
+        writer.write(self._query)
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"\r\ncontent-length: *(\d+)\r\n", head, re.IGNORECASE)
+        assert length is not None, head
+        body = await reader.readexactly(int(length[1]))
+        self._idle.append((reader, writer))
+        return int(head.split(b" ", 2)[1]), body
+
+    async def aclose(self) -> None:
+        """End the connections."""
+        while self._idle:
+            _, writer = self._idle.pop()
+            writer.close()
+            await writer.wait_closed()
 
 
 def schedule(pid: int, policy: int, nice: int) -> None:
