@@ -4,7 +4,7 @@
 
 Queries are single records at Poisson arrivals, 20 a second by default, open loop: a slow answer holds no later query
 up, and latency counts from the moment when a query was due. Each round of each case is: queries alone, then a bulk run
-that begins and warms up, then the run alone and the run with queries, in turns. The run's speed is what the server's
+that begins and warms up, then the run alone and the run with queries, two turns of each. The run's speed is what the server's
 own counter says; its source is an array of a billion records that has no chunks (--allow-missing), so that it never
 ends by itself. Idle and beside, alone and beside are taken within a minute of each other, since a machine's speed
 drifts. The servers of both arrangements are up all the time, one of them idle.
@@ -43,6 +43,7 @@ from batch_client.server import EmbeddedServer, ServerSettings
 RECORD = (28, 28)
 ENDLESS = 1_000_000_000
 WARM_SECONDS = 3.0
+TURNS = 2  # of the run alone, and of the run with queries, in a round
 # Any token is good: the servers are on the loopback, and the runs need not follow renewals.
 OPEN = {"disable_token_authorization": "true"}
 
@@ -137,7 +138,7 @@ class Round:
         self.session = session
         self.rng = rng
         self.rate = options.rate
-        self.queries = options.queries // options.rounds
+        self.queries = options.queries // options.rounds // TURNS * TURNS
         self.answered = 0
 
     async def run(self, case: Case, work: Path, *, alone_first: bool) -> None:
@@ -149,18 +150,22 @@ class Round:
         case.idle += await self.ask()
         async with self.bulk(case, work):
             await self.warm()
-            for beside in (False, True) if alone_first else (True, False):
+            # There and back: a speed that drifts steadily drifts the same for both.
+            scored, seconds = {False: 0.0, True: 0.0}, {False: 0.0, True: 0.0}
+            for beside in (False, True, True, False) if alone_first else (True, False, False, True):
                 before, began, answered = await self.records(), time.perf_counter(), self.answered
                 if beside:
-                    case.beside += await self.ask()
+                    case.beside += await self.ask(TURNS)
                 else:
-                    await asyncio.sleep(self.queries / self.rate)
-                after, seconds = await self.records(), time.perf_counter() - began
+                    await asyncio.sleep(self.queries / TURNS / self.rate)
+                after = await self.records()
+                seconds[beside] += time.perf_counter() - began
                 bulk = self.server.lanes[-1].name
-                scored = after.get(bulk, 0) - before.get(bulk, 0)
+                scored[beside] += after.get(bulk, 0) - before.get(bulk, 0)
                 if len(self.server.lanes) == 1:
-                    scored -= self.answered - answered
-                (case.bulk_beside if beside else case.bulk_alone).append(scored / seconds)
+                    scored[beside] -= self.answered - answered
+            case.bulk_alone.append(scored[False] / seconds[False])
+            case.bulk_beside.append(scored[True] / seconds[True])
         if len(self.server.lanes) > 1:
             await self.check(at_first.get(self.server.model_name, 0) + self.answered)
 
@@ -206,9 +211,9 @@ class Round:
         return {name: float(value) for name, value in
                 re.findall(r'^BatchRecords{.*ModelName="([^"]+)".*} (\S+)$', text, re.MULTILINE)}
 
-    async def ask(self) -> list[float]:
-        """Latencies in ms of single records at Poisson arrivals, each from the moment when it was due; infinite for one
-        that the server had no room for.
+    async def ask(self, turns: int = 1) -> list[float]:
+        """Latencies in ms of one of `turns` equal parts of a round's queries: single records at Poisson arrivals, each
+        from the moment when it was due; infinite for one that the server had no room for.
         """
         image = np.random.default_rng(0).integers(0, 256, RECORD, dtype=np.uint8).tolist()
         asker = Asker(self.server.url, f"/predictions/{self.server.model_name}", json.dumps([image]).encode())
@@ -225,7 +230,7 @@ class Round:
 
         async with contextlib.aclosing(asker), asyncio.TaskGroup() as tasks:
             asked = []
-            for _ in range(self.queries):
+            for _ in range(self.queries // turns):
                 due += self.rng.expovariate(self.rate)
                 asked.append(tasks.create_task(one(due)))
         latencies = [task.result() for task in asked]
