@@ -4,9 +4,9 @@
 
 Queries are single records at Poisson arrivals, 20 a second by default, open loop: a slow answer holds no later query
 up, and latency counts from the moment when a query was due. Each round of each case is: queries alone, then a bulk run
-that begins and warms up, then the run alone and the run with queries, two turns of each. The run's speed is what the server's
-own counter says; its source is an array of a billion records that has no chunks (--allow-missing), so that it never
-ends by itself. Idle and beside, alone and beside are taken within a minute of each other, since a machine's speed
+that begins and warms up, then the run alone and the run with queries, two turns of each. The run's speed is what the
+server's own counter says; its source is an array of a billion records that has no chunks (--allow-missing), so that it
+never ends by itself. Idle and beside, alone and beside are taken within a minute of each other, since a machine's speed
 drifts. The servers of both arrangements are up all the time, one of them idle.
 """
 
