@@ -39,7 +39,7 @@ from batch_client.demo.objectstore import SeaweedServer
 def main() -> None:
     options = arguments()
     load = HEAVY if options.heavy else SMALL
-    if options.input_chunk:
+    if options.input_chunk is not None:
         load = replace(load, chunk=options.input_chunk)
     count = options.records or (2_000 if options.heavy else 200_000)
     with tempfile.TemporaryDirectory() as folder, SeaweedServer() as store:
@@ -75,6 +75,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fast", action="store_true", help="after each run another one with --fast")
     workload_flags(parser)
     options = parser.parse_args()
+    if options.input_chunk is not None and options.input_chunk < 1:
+        parser.error(f"--input-chunk {options.input_chunk}: wanted at least one record")
     if options.heavy and (options.model or options.images):
         parser.error("--heavy brings its own model and records")
     return options

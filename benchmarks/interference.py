@@ -43,6 +43,7 @@ from batch_client.server import EmbeddedServer, ServerSettings
 RECORD = (28, 28)
 ENDLESS = 1_000_000_000
 WARM_SECONDS = 3.0
+CONNECTIONS = 8  # of the asker: more than there ever are queries at a time in two lanes
 TURNS = 2  # of the run alone, and of the run with queries, in a round
 # Any token is good: the servers are on the loopback, and the runs need not follow renewals.
 OPEN = {"disable_token_authorization": "true"}
@@ -109,7 +110,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a whole pickled module that takes 1x28x28 [default: the demo's]")
     parser.add_argument("--runtime", choices=["eager", "torchscript"], default="torchscript")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the interference curve (needs matplotlib)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.queries < options.rounds * TURNS:
+        parser.error(f"--queries {options.queries}: wanted at least {options.rounds * TURNS}, {TURNS} in each round")
+    return options
 
 
 async def measure(options: argparse.Namespace, archive: Path, work: Path, cases: list[Case]) -> None:
@@ -123,8 +127,8 @@ async def measure(options: argparse.Namespace, archive: Path, work: Path, cases:
         rng = random.Random(0)
         for number in range(options.rounds):
             for case in cases:
-                one = Round(servers[case.online_workers], session, options, rng)
-                await one.run(case, work, alone_first=number % 2 == 0)
+                async with contextlib.aclosing(Round(servers[case.online_workers], session, options, rng)) as one:
+                    await one.run(case, work, alone_first=number % 2 == 0)
                 print(f"round {number + 1}, {case.name}: bulk {case.bulk_beside[-1]:,.0f} records/s beside queries, "
                       f"{case.bulk_alone[-1]:,.0f} alone", flush=True)
 
@@ -140,6 +144,12 @@ class Round:
         self.rate = options.rate
         self.queries = options.queries // options.rounds // TURNS * TURNS
         self.answered = 0
+        image = np.random.default_rng(0).integers(0, 256, RECORD, dtype=np.uint8).tolist()
+        self.asker = Asker(server.url, f"/predictions/{server.model_name}", json.dumps([image]).encode())
+
+    async def aclose(self) -> None:
+        """End the asker's connections."""
+        await self.asker.aclose()
 
     async def run(self, case: Case, work: Path, *, alone_first: bool) -> None:
         if case.scheduling is not None:
@@ -147,6 +157,7 @@ class Round:
             for worker in described["workers"]:
                 schedule(worker["pid"], *case.scheduling)
         at_first = await self.records()
+        await self.asker.open(CONNECTIONS)
         case.idle += await self.ask()
         async with self.bulk(case, work):
             await self.warm()
@@ -215,20 +226,18 @@ class Round:
         """Latencies in ms of one of `turns` equal parts of a round's queries: single records at Poisson arrivals, each
         from the moment when it was due; infinite for one that the server had no room for.
         """
-        image = np.random.default_rng(0).integers(0, 256, RECORD, dtype=np.uint8).tolist()
-        asker = Asker(self.server.url, f"/predictions/{self.server.model_name}", json.dumps([image]).encode())
         loop = asyncio.get_running_loop()
         due = loop.time()
 
         async def one(due: float) -> float:
             await asyncio.sleep(due - loop.time())
-            status, answer = await asker.ask()
+            status, answer = await self.asker.ask()
             if status == 503:
                 return math.inf
             assert len(json.loads(answer)["predictions"][0]) == 10, answer
             return (loop.time() - due) * 1e3
 
-        async with contextlib.aclosing(asker), asyncio.TaskGroup() as tasks:
+        async with asyncio.TaskGroup() as tasks:
             asked = []
             for _ in range(self.queries // turns):
                 due += self.rng.expovariate(self.rate)
@@ -249,6 +258,11 @@ class Asker:
         self._query = (f"POST {path} HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
                        f"Content-Length: {len(body)}\r\n\r\n").encode() + body
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def open(self, connections: int) -> None:
+        """Make connections, so that no query has to."""
+        for _ in range(connections):
+            self._idle.append(await asyncio.open_connection(*self._where))
 
     async def ask(self) -> tuple[int, bytes]:
         """The reply's status and body."""
@@ -277,7 +291,7 @@ def schedule(pid: int, policy: int, nice: int) -> None:
 
 def report(options: argparse.Namespace, cases: list[Case]) -> None:
     print(f"\n{today()}, {machine()}, {options.runtime}, "
-          f"{options.queries} queries idle and beside in {options.rounds} rounds, {options.rate:g} a second")
+          f"{len(cases[0].idle)} queries idle and beside in {options.rounds} rounds, {options.rate:g} a second")
     print("| case | idle p50 / p99 ms | beside p50 / p99 ms | p99 ÷ idle | turned away | bulk alone, records/s | "
           "beside | beside ÷ alone (range) |")
     print("|---|---|---|---|---|---|---|---|")

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from batch_client.errors import CredentialsError, ServingError, StorageError
+from batch_client.files import temporary_folder
 from batch_client.machine import device
 from batch_client.storage import Store, child_url, open_store
 from batch_client.tuning import MAX_BYTES, is_tuning, tuning_path
 
 __all__ = ["local_archive"]
+
+# Each piece has a store's whole patience for itself, and is all of an archive that is held in memory.
+PIECE_BYTES = 64 << 20
 
 
 def _existing(location: str) -> Path:
@@ -42,21 +45,36 @@ async def local_archive(location: str, *, anonymous: bool = False) -> AsyncItera
         return
     base, _, name = location.rstrip("/").rpartition("/")
     store = open_store(base, anonymous=anonymous)
-    pieces = await store.pieces(name)
-    if pieces is None:
-        raise ServingError(f"--archive {location.partition('?')[0]}: there is no such object")
-    with _temporary(location) as folder:
+    web = scheme in ("http", "https")
+    with temporary_folder("batch-client-") as folder:
         path = Path(folder) / name
-        with _kept(location), path.open("wb") as file:
-            async for piece in pieces:
-                file.write(piece)
-        await _fetch_tuning(store, path, web=scheme in ("http", "https"))
+        with _kept(location):
+            found = await _fetch(store, path, web=web)
+        if not found:
+            raise ServingError(f"--archive {location.partition('?')[0]}: there is no such object")
+        await _fetch_tuning(store, path, web=web)
         yield path
 
 
-def _temporary(location: str) -> tempfile.TemporaryDirectory[str]:
-    with _kept(location):
-        return tempfile.TemporaryDirectory(prefix="batch-client-")
+async def _fetch(store: Store, path: Path, *, web: bool) -> bool:
+    """The object of `path`'s name into that file; False if there is none. Of the web in one piece: not every web server
+    gives ranges.
+    """
+    if web:
+        blob = await store.get(path.name)
+        if blob is not None:
+            path.write_bytes(blob.data)
+        return blob is not None
+    meta = await store.head(path.name)
+    if meta is None:
+        return False
+    with path.open("wb") as file:
+        for start in range(0, meta.size, PIECE_BYTES):
+            blob = await store.get(path.name, start, min(start + PIECE_BYTES, meta.size))
+            if blob is None or blob.etag != meta.etag:
+                raise StorageError(f"{child_url(store.url, path.name)} was replaced while it was fetched: try again")
+            file.write(blob.data)
+    return True
 
 
 @contextmanager

@@ -1,13 +1,16 @@
-"""A file on this machine, replaced: whoever opens it sees all of the old text or all of the new one."""
+"""Files of this machine: one that is replaced at once, and a folder for a while."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
-__all__ = ["replace_file"]
+from batch_client.errors import StorageError
+
+__all__ = ["replace_file", "temporary_folder"]
 
 
 def replace_file(path: Path, text: str, mode: int = 0o644) -> None:
@@ -27,3 +30,12 @@ def replace_file(path: Path, text: str, mode: int = 0o644) -> None:
         with contextlib.suppress(OSError):
             new.unlink()
         raise
+
+
+def temporary_folder(prefix: str) -> tempfile.TemporaryDirectory[str]:
+    """A new folder whose name begins with `prefix`, removed at the end of its `with` block. Raises StorageError."""
+    try:
+        return tempfile.TemporaryDirectory(prefix=prefix)
+    except OSError as error:
+        raise StorageError(f"no temporary folder can be made ({error}): set TMPDIR to a place that can be "
+                           "written") from error

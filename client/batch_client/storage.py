@@ -30,7 +30,6 @@ __all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "
 RETRY_SECONDS = 60
 LIST_TRIES = 8
 CONFLICT_TRIES = 8
-PIECE_BYTES = 8 << 20
 LIST_SECONDS = 0.05
 
 
@@ -60,9 +59,6 @@ class Store(Protocol):
     async def get(self, key: str, start: int | None = None, stop: int | None = None) -> Blob | None:
         """An object's bytes [start, stop), None if there is no such object; a negative `start` counts from the end."""
 
-    async def pieces(self, key: str) -> AsyncIterator[memoryview] | None:
-        """An object's bytes in pieces, for one that may be larger than memory; None if there is no such object."""
-
     async def head(self, key: str) -> Meta | None:
         """An object's size and ETag, None if there is no such object."""
 
@@ -86,10 +82,6 @@ class MemoryStore:
     async def get(self, key: str, start: int | None = None, stop: int | None = None) -> Blob | None:
         data = self.objects.get(key)
         return None if data is None else Blob(memoryview(data)[start:stop], self._etag(data))
-
-    async def pieces(self, key: str) -> AsyncIterator[memoryview] | None:
-        blob = await self.get(key)
-        return None if blob is None else _one(blob.data)
 
     async def head(self, key: str) -> Meta | None:
         data = self.objects.get(key)
@@ -123,27 +115,16 @@ class ObjectStore:
         self._prefix = prefix
 
     async def get(self, key: str, start: int | None = None, stop: int | None = None) -> Blob | None:
+        options = _range_options(start, stop)
         with self._mapped("reading", key):
-            result = await self._opened(key, _range_options(start, stop))
-            return None if result is None else Blob(memoryview(await result.bytes_async()), result.meta.get("e_tag"))
-
-    async def pieces(self, key: str) -> AsyncIterator[memoryview] | None:
-        with self._mapped("reading", key):
-            result = await self._opened(key)
-            return None if result is None else self._pieces_of(result, key)
-
-    async def _opened(self, key: str, options: obstore.GetOptions | None = None) -> obstore.GetResult | None:
-        try:
-            return await obstore.get_async(self._inner, self._prefix + key, options=options)
-        except (FileNotFoundError, foreign.NotFoundError) as error:
-            if _NO_BUCKET.search(str(error)):
-                raise
-            return None
-
-    async def _pieces_of(self, result: obstore.GetResult, key: str) -> AsyncIterator[memoryview]:
-        with self._mapped("reading", key):
-            async for piece in result.stream(min_chunk_size=PIECE_BYTES):
-                yield memoryview(piece)
+            try:
+                result = await obstore.get_async(self._inner, self._prefix + key, options=options)
+                data = await result.bytes_async()
+            except (FileNotFoundError, foreign.NotFoundError) as error:
+                if _NO_BUCKET.search(str(error)):
+                    raise
+                return None
+            return Blob(memoryview(data), result.meta.get("e_tag"))
 
     async def head(self, key: str) -> Meta | None:
         with self._mapped("looking at", key):
@@ -202,10 +183,6 @@ class ObjectStore:
             raise
         except (foreign.BaseError, OSError, ValueError) as error:
             raise _translate(error, f"{doing} {child_url(self.url, key)}") from error
-
-
-async def _one(piece: memoryview) -> AsyncIterator[memoryview]:
-    yield piece
 
 
 async def put_same(store: Store, key: str, data: bytes) -> bool:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_client.files import replace_file
+from batch_client.errors import StorageError
+from batch_client.files import replace_file, temporary_folder
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o600])
@@ -42,3 +43,13 @@ def test_a_failure_leaves_what_was_there_and_nothing_beside_it(tmp_path: Path) -
         replace_file(path, "\udcff")
     assert path.read_text() == "old"
     assert sorted(tmp_path.iterdir()) == [folder, path]
+
+
+def test_a_place_where_no_temporary_folder_can_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(StorageError, match="nowhere.*set TMPDIR"):
+        temporary_folder("a-")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with temporary_folder("a-") as folder:
+        assert Path(folder).is_dir()
+    assert not Path(folder).exists()

@@ -1,13 +1,13 @@
 """Tuning files: what is read, what is refused, and what wins over what."""
 
 import json
+import random
 import threading
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +17,7 @@ from batch_client.errors import CredentialsError, ServingError, StorageError, Us
 from batch_client.machine import cpu_kind, device, gpus
 from batch_client.server_config import ServerSettings, environment
 from batch_client.server_process import settled
-from batch_client.storage import PIECE_BYTES, MemoryStore, open_store
+from batch_client.storage import MemoryStore
 from batch_client.tuning import ALLOCATORS, MAX_BYTES, Tuning, read_tuning, require_place, tuning_path, write_tuning
 
 DIGEST = "sha256:" + "1" * 64
@@ -167,14 +167,35 @@ async def test_an_archive_that_is_fetched_brings_its_file(tuned):
         assert read_tuning(fetched, lambda: device({})).micro_batch == MEASURED.micro_batch
 
 
-async def test_an_archive_comes_in_pieces_whatever_its_size(tmp_path):
-    data = np.random.default_rng(0).bytes(3 * PIECE_BYTES + 5)
+@pytest.mark.parametrize("size", [1, 99, 100, 101, 305])
+async def test_an_archive_comes_in_pieces(tmp_path, monkeypatch, size):
+    monkeypatch.setattr("batch_client.archives.PIECE_BYTES", 100)
+    data = random.Random(size).randbytes(size)
     (tmp_path / "large.mar").write_bytes(data)
-    store = open_store(tmp_path.as_uri())
-    pieces = [bytes(piece) async for piece in await store.pieces("large.mar")]
-    assert b"".join(pieces) == data
-    assert max(map(len, pieces)) < 2 * PIECE_BYTES
-    assert await store.pieces("small.mar") is None
+    async with local_archive((tmp_path / "large.mar").as_uri()) as fetched:
+        assert fetched.read_bytes() == data
+        folder = fetched.parent
+    assert not folder.exists()
+    with pytest.raises(ServingError, match="no such object"):
+        async with local_archive((tmp_path / "other.mar").as_uri()):
+            pass
+
+
+async def test_an_archive_that_is_replaced_while_it_is_fetched_is_refused(monkeypatch):
+    class Replaced(MemoryStore):
+        async def get(self, key, start=None, stop=None):
+            blob = await super().get(key, start, stop)
+            if stop is not None:
+                self.objects[key] = b"new" * 100
+            return blob
+
+    store = Replaced()
+    store.objects["digits.mar"] = b"old" * 100
+    monkeypatch.setattr("batch_client.archives.PIECE_BYTES", 100)
+    monkeypatch.setattr("batch_client.archives.open_store", lambda *_, **__: store)
+    with pytest.raises(StorageError, match="digits.mar was replaced while it was fetched"):
+        async with local_archive("s3://models/digits.mar"):
+            pass
 
 
 async def test_a_store_that_shows_only_the_archive_has_no_file(archive, monkeypatch):

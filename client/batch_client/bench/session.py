@@ -11,7 +11,6 @@ import math
 import os
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -31,6 +30,7 @@ from batch_client.bench.workers import ask_handler, workers_of
 from batch_client.bottleneck import Limit
 from batch_client.contract import contract_of
 from batch_client.errors import StorageError, UsageError
+from batch_client.files import temporary_folder
 from batch_client.java import find_java, torchserve_home
 from batch_client.machine import cores, device, gpus
 from batch_client.pipeline import execute
@@ -125,16 +125,8 @@ async def bench(spec: BenchSpec, say: Say, environ: Mapping[str, str] = os.envir
     if spec.output is not None:
         open_store(spec.output, anonymous=spec.anonymous)
     async with local_archive(spec.archive, anonymous=spec.anonymous) as archive:
-        with _folder() as folder:
+        with temporary_folder("batch-client-bench-") as folder:
             return await _Session(spec, source, archive, Path(folder), say, environ).run()
-
-
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    try:
-        return tempfile.TemporaryDirectory(prefix="batch-client-bench-")
-    except OSError as error:
-        raise StorageError(f"there is no place for what is written meanwhile ({error}): set TMPDIR to one that can be "
-                           "written") from error
 
 
 class _Session:
