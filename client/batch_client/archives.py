@@ -60,15 +60,14 @@ async def _fetch(store: Store, path: Path, *, web: bool) -> bool:
     """The object of `path`'s name into that file; False if there is none. Of the web in one piece: not every web server
     gives ranges.
     """
-    if web:
-        blob = await store.get(path.name)
-        if blob is not None:
-            path.write_bytes(blob.data)
-        return blob is not None
-    meta = await store.head(path.name)
-    if meta is None:
-        return False
     with path.open("wb") as file:
+        if web:
+            blob = await store.get(path.name)
+            file.write(b"" if blob is None else blob.data)
+            return blob is not None
+        meta = await store.head(path.name)
+        if meta is None:
+            return False
         for start in range(0, meta.size, PIECE_BYTES):
             blob = await store.get(path.name, start, min(start + PIECE_BYTES, meta.size))
             if blob is None or blob.etag != meta.etag:

@@ -45,9 +45,9 @@ def test_a_failure_leaves_what_was_there_and_nothing_beside_it(tmp_path: Path) -
     assert sorted(tmp_path.iterdir()) == [folder, path]
 
 
-def test_a_place_where_no_temporary_folder_can_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_takes_no_temporary_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(StorageError, match="nowhere.*set TMPDIR"):
+    with pytest.raises(StorageError, match=r"nowhere.*set TMPDIR"):
         temporary_folder("a-")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with temporary_folder("a-") as folder:

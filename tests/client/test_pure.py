@@ -108,5 +108,5 @@ def test_another_run_is_told_apart_by_each_differing_field():
         identity().require_same(identity(codec="zstd", model_digest="e").to_json(), "out")
     with pytest.raises(MismatchError, match="can't be read"):
         identity().require_same(b"not json", "out")
-    with pytest.raises(MismatchError, match="nested too deeply.*not an output of batch-client"):
+    with pytest.raises(MismatchError, match=r"nested too deeply.*not an output of batch-client"):
         identity().require_same(b"[" * 1_000_000, "out")

@@ -193,7 +193,7 @@ async def test_an_archive_that_is_replaced_while_it_is_fetched_is_refused(monkey
     store.objects["digits.mar"] = b"old" * 100
     monkeypatch.setattr("batch_client.archives.PIECE_BYTES", 100)
     monkeypatch.setattr("batch_client.archives.open_store", lambda *_, **__: store)
-    with pytest.raises(StorageError, match="digits.mar was replaced while it was fetched"):
+    with pytest.raises(StorageError, match=r"digits\.mar was replaced while it was fetched"):
         async with local_archive("s3://models/digits.mar"):
             pass
 
