@@ -37,7 +37,8 @@ async def local_archive(location: str, *, anonymous: bool = False) -> AsyncItera
     """The archive at a path, or fetched from s3://, https:// or another store's URL to a temporary file, with the
     tuning file for this kind of machine beside it where there is one.
 
-    Raises ServingError when there is none, or a tuning file beside it is too large for one.
+    Raises ServingError when there is none, it has no room here, or a tuning file beside it is too large for one;
+    StorageError when a store fails or it is replaced meanwhile.
     """
     scheme = urlsplit(location).scheme
     if len(scheme) <= 1:
