@@ -17,7 +17,7 @@ from batch_client.errors import CredentialsError, ServingError, StorageError, Us
 from batch_client.machine import cpu_kind, device, gpus
 from batch_client.server_config import ServerSettings, environment
 from batch_client.server_process import settled
-from batch_client.storage import MemoryStore
+from batch_client.storage import MemoryStore, open_store
 from batch_client.tuning import ALLOCATORS, MAX_BYTES, Tuning, read_tuning, require_place, tuning_path, write_tuning
 
 DIGEST = "sha256:" + "1" * 64
@@ -178,6 +178,18 @@ async def test_an_archive_comes_in_pieces(tmp_path, monkeypatch, size):
     assert not folder.exists()
     with pytest.raises(ServingError, match="no such object"):
         async with local_archive((tmp_path / "other.mar").as_uri()):
+            pass
+
+
+async def test_an_archive_comes_in_pieces_from_s3(s3, s3_environ, monkeypatch, archive):
+    for name, value in s3_environ.items():
+        monkeypatch.setenv(name, value)
+    assert await open_store("s3://data/models").create("digits.mar", archive.read_bytes())
+    monkeypatch.setattr("batch_client.archives.PIECE_BYTES", -(-archive.stat().st_size // 3))
+    async with local_archive("s3://data/models/digits.mar") as fetched:
+        assert fetched.read_bytes() == archive.read_bytes()
+    with pytest.raises(ServingError, match="no such object"):
+        async with local_archive("s3://data/models/other.mar"):
             pass
 
 
