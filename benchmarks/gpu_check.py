@@ -123,13 +123,17 @@ def work(directory: str, device: str, records: int, request: int, precision: str
     slot.inputs[0][:] = np.resize(rows, slot.inputs[0].shape)
 
     def serial() -> None:
-        for _ in range(whole):
-            runtime.run(slot, model.micro_batch)
-            slot.wait()
+        with runtime.session():
+            for _ in range(whole):
+                runtime.run(slot, model.micro_batch)
+                slot.wait()
+
+    targets = [target[:model.micro_batch] for target in slot.targets]
 
     def alone() -> None:
-        for _ in range(whole):
-            seam.compute(lambda: runtime._compute(slot.targets, model.micro_batch), seam.upload((), ()))  # noqa: SLF001 - without the copies
+        with runtime.session():
+            for _ in range(whole):
+                seam.compute(lambda: runtime._compute(targets, model.micro_batch), seam.upload((), ()))  # noqa: SLF001 - without the copies
         seam.settle()
 
     scores = core()

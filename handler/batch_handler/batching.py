@@ -1,4 +1,4 @@
-"""Requests' records → micro-batches, and back.
+"""Requests' records → micro-batches in stacks, and back.
 
 Rule: a pure plan says for every record of a server batch in which micro-batch and place it is computed.
 Two laws hold. Every record is in exactly one place. And a bulk request's record *j* is in place
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from batch_handler.oip import Array
 
-__all__ = ["Load", "MicroBatch", "Span", "gather", "plan", "scatter"]
+__all__ = ["Load", "Span", "Stack", "gather", "plan", "scatter"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Span:
-    """Records `row` to `row + count` of load number `request`, in places `place` to `place + count`."""
+    """Records `row` to `row + count` of load number `request`, in places `place` to `place + count` of a stack."""
 
     request: int
     row: int
@@ -35,8 +35,11 @@ class Span:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """What is computed at once: `size` places, of which `spans` (ascending by place) are taken."""
+class Stack:
+    """What is filled and issued at once: `size` places, of which `spans` (ascending by place) are taken.
+
+    They are whole micro-batches of a bulk request, which the model computes one after another, or one of online ones.
+    """
 
     size: int
     spans: tuple[Span, ...]
@@ -47,50 +50,51 @@ class MicroBatch:
         return tuple(span.request for span in self.spans)
 
 
-def plan(loads: Sequence[Load], micro_batch: int) -> tuple[MicroBatch, ...]:
-    """All micro-batches of a server batch: online requests share theirs, each bulk request has its own."""
+def plan(loads: Sequence[Load], micro_batch: int, most: int = 1) -> tuple[Stack, ...]:
+    """All stacks of a server batch: online requests share a micro-batch, each bulk request has its own, up to `most` in
+    a stack.
+    """
     online = [(index, load.records) for index, load in enumerate(loads) if load.first_row is None]
-    batches = list(_plan_online(online, micro_batch))
+    stacks = list(_plan_online(online, micro_batch))
     for index, load in enumerate(loads):
         if load.first_row is not None:
-            batches.extend(_plan_bulk(index, load.records, load.first_row, micro_batch))
-    return tuple(batches)
+            stacks.extend(_plan_bulk(index, load.records, load.first_row, micro_batch, most))
+    return tuple(stacks)
 
 
-def gather(batch: MicroBatch, sources: Sequence[Array], target: Array) -> None:
+def gather(stack: Stack, sources: Sequence[Array], target: Array) -> None:
     """Copy records into their places of `target` (at least `size` rows); free places become zeros.
 
     `sources` holds one array a load. Zeros, not what was there before: a runtime whose rows touch each other
     would otherwise let an earlier request into the bits.
     """
     free = 0
-    for span in batch.spans:
+    for span in stack.spans:
         if span.place > free:
             target[free : span.place] = 0
         free = span.place + span.count
         target[span.place : free] = sources[span.request][span.row : span.row + span.count]
-    if free < batch.size:
-        target[free : batch.size] = 0
+    if free < stack.size:
+        target[free : stack.size] = 0
 
 
-def scatter(batch: MicroBatch, source: Array, targets: Sequence[Array | None]) -> None:
+def scatter(stack: Stack, source: Array, targets: Sequence[Array | None]) -> None:
     """Copy places of `source` back to the rows of each load; a load whose target is None gets nothing."""
-    for span in batch.spans:
+    for span in stack.spans:
         target = targets[span.request]
         if target is not None:
             target[span.row : span.row + span.count] = source[span.place : span.place + span.count]
 
 
-def _plan_bulk(request: int, records: int, first_row: int, micro_batch: int) -> Iterator[MicroBatch]:
-    row = 0
+def _plan_bulk(request: int, records: int, first_row: int, micro_batch: int, most: int) -> Iterator[Stack]:
+    row, place = 0, first_row % micro_batch
     while row < records:
-        place = (first_row + row) % micro_batch
-        count = min(micro_batch - place, records - row)
-        yield MicroBatch(micro_batch, (Span(request, row, place, count),))
-        row += count
+        count = min(most * micro_batch - place, records - row)
+        yield Stack(-(-(place + count) // micro_batch) * micro_batch, (Span(request, row, place, count),))
+        row, place = row + count, 0
 
 
-def _plan_online(counts: Sequence[tuple[int, int]], micro_batch: int) -> Iterator[MicroBatch]:
+def _plan_online(counts: Sequence[tuple[int, int]], micro_batch: int) -> Iterator[Stack]:
     spans: list[Span] = []
     taken = 0
     for request, records in counts:
@@ -101,10 +105,10 @@ def _plan_online(counts: Sequence[tuple[int, int]], micro_batch: int) -> Iterato
             row += count
             taken += count
             if taken == micro_batch:
-                yield MicroBatch(micro_batch, tuple(spans))
+                yield Stack(micro_batch, tuple(spans))
                 spans, taken = [], 0
     if taken:
-        yield MicroBatch(_online_size(taken, micro_batch), tuple(spans))
+        yield Stack(_online_size(taken, micro_batch), tuple(spans))
 
 
 def _online_size(records: int, micro_batch: int) -> int:

@@ -1,4 +1,4 @@
-"""Queries in, their outputs out: micro-batches through the slots of a runtime.
+"""Queries in, their outputs out: stacks of micro-batches through the slots of a runtime.
 
 Rule: a query's failure is its own. A micro-batch of several online requests that the model fails on is scored
 again request by request, so that only the one whose records are to blame is told so.
@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from batch_handler.batching import Load, MicroBatch, gather, plan, scatter
+from batch_handler.batching import Load, Stack, gather, plan, scatter
 from batch_handler.oip import Array
 from batch_handler.runtimes import Runtime
 from batch_handler.runtimes.device import CapacityError, LostDeviceError
@@ -79,7 +79,7 @@ class _Work:
 @dataclass(frozen=True, eq=False)
 class _Issued:
     slot: Slot
-    batch: MicroBatch
+    stack: Stack
     at: float
 
 
@@ -89,7 +89,7 @@ class _Clock:
     finished: float = field(default=0.0)
 
 
-_Failed: TypeAlias = list[tuple[MicroBatch, Exception]]
+_Failed: TypeAlias = list[tuple[Stack, Exception]]
 
 
 def exit_process(error: BaseException) -> None:
@@ -122,6 +122,7 @@ class Scorer:
         self._on_lost = on_lost
         self._clock = _Clock(now)
         self._slots = runtime.prepare(micro_batch)
+        self._most = self._slots[0].places // micro_batch
 
     def score(self, queries: Sequence[Query]) -> list[Score | Failure]:
         """Score a server batch; one answer a query, in order."""
@@ -129,8 +130,9 @@ class Scorer:
         works = [self._begin(query) for query in queries]
         # A query that had no room has no records to place.
         loads = [Load(0 if work.failure else work.query.records, work.query.first_row) for work in works]
-        for batch, error in self._stream(plan(loads, self._micro_batch), works):
-            self._isolate(batch, error, works)
+        with self._runtime.session():
+            for stack, error in self._stream(plan(loads, self._micro_batch, self._most), works):
+                self._isolate(stack, error, works)
         return [self._answer(work, begun) for work in works]
 
     def _begin(self, query: Query) -> _Work:
@@ -139,18 +141,18 @@ class Scorer:
         except MemoryError as error:
             return _Work(query, (), failure=_failure(error))
 
-    def _isolate(self, batch: MicroBatch, error: Exception, works: Sequence[_Work]) -> None:
+    def _isolate(self, stack: Stack, error: Exception, works: Sequence[_Work]) -> None:
         """Score the requests of a failed micro-batch one by one, in smaller pieces where memory was full."""
         full = isinstance(error, CapacityError)
-        for index in batch.requests:
+        for index in stack.requests:
             work = works[index]
             if work.failure is not None:
                 continue
             online = work.query.first_row is None
-            if not online or (len(batch.requests) == 1 and not full):
+            if not online or (len(stack.requests) == 1 and not full):
                 work.failure = _failure(error)
             else:
-                self._alone(work, batch.size // 2 if full else self._micro_batch, error)
+                self._alone(work, stack.size // 2 if full else self._micro_batch, error)
 
     def _alone(self, work: _Work, size: int, error: Exception) -> None:
         while size >= 1:
@@ -163,19 +165,19 @@ class Scorer:
             size //= 2
         work.failure = _failure(error)
 
-    def _stream(self, batches: Sequence[MicroBatch], works: Sequence[_Work]) -> _Failed:
-        """Fill one slot while another computes; the micro-batches that failed."""
+    def _stream(self, stacks: Sequence[Stack], works: Sequence[_Work]) -> _Failed:
+        """Fill one slot while another computes; the stacks that failed."""
         failed: _Failed = []
         busy: deque[_Issued] = deque()
         began = self._clock.finished = self._clock.now()
-        for number, batch in enumerate(batches):
+        for number, stack in enumerate(stacks):
             slot = self._slots[number % len(self._slots)]
             while any(issued.slot is slot for issued in busy):
                 self._finish(busy.popleft(), works, failed)
             try:
-                busy.append(self._issue(slot, batch, works))
+                busy.append(self._issue(slot, stack, works))
             except (ModelError, CapacityError, MemoryError) as error:
-                failed.append((batch, error))
+                failed.append((stack, error))
             except LostDeviceError as error:
                 self._on_lost(error)
                 raise
@@ -184,38 +186,39 @@ class Scorer:
                 self._finish(busy.popleft(), works, failed)
         while busy:
             self._finish(busy.popleft(), works, failed)
-        if batches and not failed and all(batch.size == self._micro_batch for batch in batches):
-            each = (self._clock.finished - began) / len(batches)
+        places = sum(stack.size for stack in stacks)
+        if stacks and not failed and all(stack.size % self._micro_batch == 0 for stack in stacks):
+            each = (self._clock.finished - began) * self._micro_batch / places
             self.micro_batch_seconds = min(self.micro_batch_seconds, each)
         return failed
 
-    def _issue(self, slot: Slot, batch: MicroBatch, works: Sequence[_Work]) -> _Issued:
+    def _issue(self, slot: Slot, stack: Stack, works: Sequence[_Work]) -> _Issued:
         at = self._clock.now()
-        for index in batch.requests:
+        for index in stack.requests:
             if works[index].first_run is None:
                 works[index].first_run = at
         for number, target in enumerate(slot.inputs):
-            gather(batch, [work.query.inputs[number] for work in works], target)
-        self.micro_batches += 1
-        self._runtime.run(slot, batch.size)
-        return _Issued(slot, batch, at)
+            gather(stack, [work.query.inputs[number] for work in works], target)
+        self.micro_batches += -(-stack.size // self._micro_batch)
+        self._runtime.run(slot, stack.size)
+        return _Issued(slot, stack, at)
 
     def _finish(self, issued: _Issued, works: Sequence[_Work], failed: _Failed) -> None:
         try:
             results = issued.slot.wait()
         except (ModelError, CapacityError, MemoryError) as error:
-            failed.append((issued.batch, error))
+            failed.append((issued.stack, error))
             return
         except LostDeviceError as error:
             self._on_lost(error)
             raise
         for number, result in enumerate(results):
-            scatter(issued.batch, result, [work.outputs[number] if work.outputs else None for work in works])
+            scatter(issued.stack, result, [work.outputs[number] if work.outputs else None for work in works])
         done = self._clock.now()
-        # What overlaps with the micro-batch before is that one's time.
+        # What overlaps with the stack before is that one's time.
         elapsed = done - max(issued.at, self._clock.finished)
         self._clock.finished = done
-        for index in issued.batch.requests:
+        for index in issued.stack.requests:
             works[index].compute += elapsed
 
     def _answer(self, work: _Work, begun: float) -> Score | Failure:

@@ -114,6 +114,11 @@ class InputSpec:
         if field == "std" and 0.0 in values:
             raise SignatureError(f"std of input {self.name} holds 0, wanted numbers to divide by")
 
+    @property
+    def model_dtype(self) -> np.dtype[Any]:
+        """What the model takes."""
+        return np.dtype(np.float32) if self.cast else self.dtype
+
     def tensor(self) -> TensorSpec:
         """The input as clients see it."""
         return TensorSpec(self.name, self.dtype, self.shape)

@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 from batch_handler.runtimes import device as devices
 from batch_handler.runtimes.device import CapacityError, CpuDevice, LostDeviceError, classify, open_device
 from batch_handler.runtimes.scripted import ScriptedDevice, ScriptedEvent
-from batch_handler.runtimes.slots import SlotRuntime
+from batch_handler.runtimes.slots import SlotRuntime, stack_of
 from batch_handler.runtimes.transform import ModelError, Preprocess, collect
 from batch_handler.scoring import Failure, Query, Score, Scorer
 from batch_handler.signature import InputSpec, OutputSpec
 
-INPUT = InputSpec("x", np.dtype("i2"), (3,), (3,))
-OUTPUT = OutputSpec("y", np.dtype("f4"), (3,))
+WIDTH = 16  # a micro-batch of B such records is a multiple of 64 bytes, so it can be stacked
+INPUT = InputSpec("x", np.dtype("i2"), (WIDTH,), (WIDTH,))
+OUTPUT = OutputSpec("y", np.dtype("f4"), (WIDTH,))
 B = 4
+STACKED = 3 * B * WIDTH * 8  # bytes of three micro-batches' inputs and outputs
 
 
 def double(values: torch.Tensor) -> torch.Tensor:
@@ -33,7 +35,8 @@ def scorer_on(device: Any, forward: Any = double, **options: Any) -> Scorer:
 
 
 def records(count: int, start: int = 0) -> np.ndarray:
-    return (np.arange(count * 3).reshape(count, 3) + start).astype(np.int16)
+    # Never 99, which `picky` does not like.
+    return (np.arange(count * WIDTH).reshape(count, WIDTH) % 50 + start).astype(np.int16)
 
 
 queries = st.lists(
@@ -47,9 +50,10 @@ queries = st.lists(
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 5), max_size=60), queries)
-def test_late_copies_change_no_number(script, asked):
-    for query, score in zip(asked, scorer_on(ScriptedDevice(script)).score(asked), strict=True):
+@given(st.lists(st.integers(0, 5), max_size=60), queries, st.sampled_from([0, STACKED]))
+def test_late_copies_change_no_number(script, asked, stack_bytes):
+    device = ScriptedDevice(script, stack_bytes=stack_bytes)
+    for query, score in zip(asked, scorer_on(device).score(asked), strict=True):
         assert isinstance(score, Score)
         np.testing.assert_array_equal(score.outputs[0], query.inputs[0] * 2.0 + 1)
 
@@ -97,12 +101,15 @@ def test_a_record_that_the_model_raises_on_fails_its_own_request_only(device):
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 5), max_size=60), st.lists(st.integers(0, 19), max_size=3))
-def test_failures_between_micro_batches_leave_the_others_right(script, bad):
+@given(
+    st.lists(st.integers(0, 5), max_size=60), st.lists(st.integers(0, 19), max_size=3), st.sampled_from([0, STACKED])
+)
+def test_failures_between_micro_batches_leave_the_others_right(script, bad, stack_bytes):
     values = records(20)
     values[bad, 1] = 99
     good = Query((records(20, 200),), 0)
-    answers = scorer_on(ScriptedDevice(script), picky).score([Query((values,)), good])
+    device = ScriptedDevice(script, stack_bytes=stack_bytes)
+    answers = scorer_on(device, picky).score([Query((values,)), good])
     assert isinstance(answers[0], Failure if bad else Score)
     np.testing.assert_array_equal(answers[1].outputs[0], good.inputs[0] * 2.0 + 1)
 
@@ -119,6 +126,55 @@ def test_full_memory_halves_online_micro_batches_and_fails_bulk():
         np.testing.assert_array_equal(answers[index].outputs[0], asked[index].inputs[0] * 2.0 + 1)
     assert isinstance(answers[2], Failure)
     assert answers[2].status == 507
+
+
+def test_micro_batches_of_a_stack_are_computed_one_by_one():
+    seen = []
+
+    def watched(values: torch.Tensor) -> torch.Tensor:
+        seen.append((len(values), values.data_ptr() % 64))
+        return double(values)
+
+    device = ScriptedDevice(stack_bytes=STACKED)
+    scorer = scorer_on(device, watched)
+    seen.clear()
+    asked = Query((records(7 * B),), 1)
+    (score,) = scorer.score([asked])
+    assert seen == [(B, 0)] * 8
+    assert scorer.micro_batches == 8
+    assert isinstance(score, Score)
+    np.testing.assert_array_equal(score.outputs[0], asked.inputs[0] * 2.0 + 1)
+
+
+@pytest.mark.parametrize("rows", [lambda turn: B + (-1) ** turn, lambda turn: B - 1], ids=["in turn", "always"])
+def test_a_model_that_gives_other_rows_than_it_was_asked_is_caught_in_a_stack_too(rows):
+    turns = iter(range(1000))
+
+    def shifting(values: torch.Tensor) -> torch.Tensor:
+        if not bool(values.any()):  # while it warms up
+            return double(values)
+        return torch.ones(rows(next(turns)), WIDTH)
+
+    (answer,) = scorer_on(ScriptedDevice(stack_bytes=STACKED), shifting).score([Query((records(2 * B, 1),), 0)])
+    assert isinstance(answer, Failure)
+    assert "wanted" in answer.message or "equal size" in answer.message
+
+
+@pytest.mark.parametrize(
+    ("width", "micro_batch", "stack_bytes", "wanted"),
+    [
+        (784, 128, 4 << 20, 10),
+        (784, 128, 0, 1),
+        (150_528, 128, 4 << 20, 1),
+        (3, 128, 4 << 20, 32),
+        # Its second micro-batch would begin where no tensor does.
+        (3, 4, 4 << 20, 1),
+        (16, 1, 4 << 20, 32),
+    ],
+)
+def test_stacks_are_as_large_as_the_bytes_allow_and_aligned(width, micro_batch, stack_bytes, wanted):
+    inputs = (InputSpec("x", np.dtype("u1"), (width,), (width,)),)
+    assert stack_of(inputs, (OutputSpec("y", np.dtype("f4"), (10,)),), micro_batch, stack_bytes) == wanted
 
 
 def test_memory_that_is_full_at_load_refuses_the_model():
@@ -233,9 +289,12 @@ def test_outputs_are_taken_by_order_or_by_name_and_checked():
 
 
 def test_bfloat16_is_a_choice_and_in_the_numerics():
-    runtime = SlotRuntime(torch.nn.Linear(3, 3), CpuDevice(), [INPUT], [OUTPUT], numerics={}, precision="bfloat16")
+    linear = torch.nn.Linear(WIDTH, WIDTH)
+    runtime = SlotRuntime(linear, CpuDevice(), [INPUT], [OUTPUT], numerics={}, precision="bfloat16")
     slot, _ = runtime.prepare(B)
     slot.inputs[0][:] = 1
-    runtime.run(slot, 2)
-    assert slot.wait()[0].shape == (2, 3)
+    with runtime.session():
+        runtime.run(slot, 2)
+        (found,) = slot.wait()
+    assert found.shape == (2, WIDTH)
     assert runtime.numerics["precision"] == "bfloat16"

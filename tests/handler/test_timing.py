@@ -15,17 +15,19 @@ SCORE = OutputSpec("y", np.dtype("f4"), (1,))
 
 
 class Paced(NoopRuntime):
-    """A micro-batch takes a second of a clock that nothing else moves, while `run` is called as on a CPU."""
+    """A micro-batch takes a second of a clock that nothing else moves, while `run` is called as on a CPU; two of them
+    are a stack.
+    """
 
     def __init__(self):
         super().__init__(CpuDevice(), (RECORD,), (SCORE,))
         self.now = 0.0
 
     def prepare(self, micro_batch):
-        return tuple(Slot(self._device, self._inputs, self._outputs, micro_batch) for _ in range(2))
+        return tuple(Slot(self._device, self._inputs, self._outputs, 2 * micro_batch) for _ in range(2))
 
     def run(self, slot, size):
-        self.now += 1.0
+        self.now += -(-size // B)
         super().run(slot, size)
 
 

@@ -1,13 +1,15 @@
 """The ways to run a model: one file each, and one small protocol.
 
-Rule: `prepare(B)` allocates for micro-batches of at most B records, then `run(slot, size)` issues one; a new
-way to run models is one file, one line of the registry, and its kinds of weights in `signature.runtimes_for`.
+Rule: `prepare(B)` allocates for stacks of micro-batches of B records, then `run(slot, size)` issues one, within a
+`session()`; a new way to run models is one file, one line of the registry, and its kinds of weights in
+`signature.runtimes_for`.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,10 +28,13 @@ class Runtime(Protocol):
     numerics: Mapping[str, Any]
 
     def prepare(self, micro_batch: int) -> tuple[Slot, ...]:
-        """Allocate static buffers and warm up."""
+        """Allocate static buffers, of whole micro-batches each, and warm up."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """What `run` and the waits for it have to be within; for many of them."""
 
     def run(self, slot: Slot, size: int) -> None:
-        """Issue the first `size` rows of a free slot."""
+        """Issue the first `size` places of a free slot: up to a micro-batch, or whole ones, each computed alone."""
 
 
 Opener = Callable[[ModelDescription, Path, Device, str], Runtime]

@@ -83,13 +83,15 @@ class Event(Protocol):
 
 
 class Device(Protocol):
-    """Where a runtime computes: buffers, and the three operations of a micro-batch.
+    """Where a runtime computes: buffers, and the three operations of a stack of micro-batches.
 
-    `numerics` says what of the device decides bits; `torch_device` is where tensors live.
+    `numerics` says what of the device decides bits; `torch_device` is where tensors live; `stack_bytes` is how large
+    the inputs and outputs of a stack may be.
     """
 
     torch_device: torch.device
     numerics: Mapping[str, Any]
+    stack_bytes: int
 
     def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory of the host that copies can start from without another copy."""
@@ -122,7 +124,13 @@ _DONE = _Done()
 
 
 class CpuDevice:
-    """The host itself: nothing is copied and everything is done at once."""
+    """The host itself: nothing is copied and everything is done at once.
+
+    What is done beside the model finds the caches full of it, and takes five times as long as in a loop of its own: a
+    micro-batch of a network of 17 ms had 0.53 ms of it, and has 0.18 ms in stacks. Larger stacks gave no more.
+    """
+
+    stack_bytes = 4 << 20
 
     def __init__(self, threads: int = 1) -> None:
         torch.set_num_threads(threads)
@@ -175,8 +183,11 @@ class CudaDevice:
     """A GPU with a stream for uploads and one for the model and its downloads.
 
     Downloads are small after the reductions and follow on the compute stream: on the upload stream, a
-    download that waits for this micro-batch would hold up the upload of the next, which two slots are for.
+    download that waits for this micro-batch would hold up the upload of the next, which two slots are for. No stacks,
+    for the same reason: the host's steps are hidden behind the device's.
     """
+
+    stack_bytes = 0
 
     def __init__(self, index: int, *, threads: int = 1, precision: str = "float32") -> None:
         torch.set_num_threads(threads)

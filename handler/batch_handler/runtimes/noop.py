@@ -7,11 +7,12 @@ its own; no setting makes a model's archive do so.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from batch_handler.runtimes.device import Device
-from batch_handler.runtimes.slots import Slot
+from batch_handler.runtimes.slots import Slot, stack_of
 from batch_handler.signature import InputSpec, ModelDescription, OutputSpec
 
 __all__ = ["NoopRuntime", "open_noop"]
@@ -28,7 +29,11 @@ class NoopRuntime:
 
     def prepare(self, micro_batch: int) -> tuple[Slot, ...]:
         """One slot, whose outputs are zeros and stay so."""
-        return (Slot(self._device, self._inputs, self._outputs, micro_batch),)
+        stack = stack_of(self._inputs, self._outputs, micro_batch, self._device.stack_bytes)
+        return (Slot(self._device, self._inputs, self._outputs, micro_batch * stack),)
+
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def run(self, slot: Slot, size: int) -> None:
         """Nothing is issued."""

@@ -71,7 +71,8 @@ class ScriptedDevice:
     nothing more by itself.
     """
 
-    def __init__(self, script: Iterable[int] = ()) -> None:
+    def __init__(self, script: Iterable[int] = (), *, stack_bytes: int = 0) -> None:
+        self.stack_bytes = stack_bytes
         self.torch_device = torch.device("cpu")
         self.numerics: Mapping[str, Any] = {"device": "scripted"}
         self._script = iter(script)

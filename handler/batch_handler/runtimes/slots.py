@@ -1,4 +1,4 @@
-"""Micro-batches through two slots of static buffers, so that the next one is filled while one computes.
+"""Stacks of micro-batches through two slots of static buffers, so that the next is filled while one computes.
 
 Rule: `prepare` allocates everything once; `run` issues upload, model and download and returns; a slot is
 touched again only after its `wait`.
@@ -6,37 +6,41 @@ touched again only after its `wait`.
 
 from __future__ import annotations
 
-import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from batch_handler.oip import Array
 from batch_handler.runtimes.device import PRECISIONS, Device, DeviceError, Event, classify
-from batch_handler.runtimes.transform import ModelError, Preprocess, collect, torch_dtype
+from batch_handler.runtimes.transform import ModelError, Preprocess, collect, joined, torch_dtype
 from batch_handler.signature import InputSpec, OutputSpec
 
-__all__ = ["Forward", "Slot", "SlotRuntime", "autocast"]
+__all__ = ["Forward", "Slot", "SlotRuntime", "autocast", "stack_of"]
 
 Tensor = torch.Tensor
 Forward = Callable[..., Any]
 
 _SLOTS = 2
+_MOST_STACKED = 32
+_ALIGNMENT = 64  # of what torch allocates on a CPU
 # TorchScript's profiling executor watches the first runs and changes the graph after them; so do cuDNN's and
 # oneDNN's caches. A worker that is ready has left that behind.
 _WARM_UP_RUNS = 3
 
 
 class Slot:
-    """Buffers of one micro-batch on host and device, and the event that says when they are free."""
+    """Buffers of `places` records on host and device, and the event that says when they are free."""
 
     def __init__(
-        self, device: Device, inputs: Sequence[InputSpec], outputs: Sequence[OutputSpec], micro_batch: int
+        self, device: Device, inputs: Sequence[InputSpec], outputs: Sequence[OutputSpec], places: int
     ) -> None:
-        self.hosts = [device.host_buffer((micro_batch, *s.shape), torch_dtype(s.dtype)) for s in inputs]
+        self.places = places
+        self.hosts = [device.host_buffer((places, *s.shape), torch_dtype(s.dtype)) for s in inputs]
         self.targets = [device.mirror(host) for host in self.hosts]
-        self.landing = [device.host_buffer((micro_batch, *s.shape), torch_dtype(s.dtype)) for s in outputs]
+        self.landing = [device.host_buffer((places, *s.shape), torch_dtype(s.dtype)) for s in outputs]
         self.inputs: tuple[Array, ...] = tuple(host.numpy() for host in self.hosts)
         self.results: Sequence[Tensor] = ()
         self.event: Event | None = None
@@ -85,8 +89,9 @@ class SlotRuntime:
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
         self._preprocess = [Preprocess(spec, device.torch_device) for spec in inputs]
-        self._precision = precision if lower else "float32"
+        self._autocast = autocast(precision if lower else "float32", device.torch_device)
         self._fixed = fixed
+        self._micro_batch = 0
 
     def prepare(self, micro_batch: int) -> tuple[Slot, ...]:
         """Allocate the slots and run zeros through them; raises `CapacityError` where they do not fit."""
@@ -95,20 +100,29 @@ class SlotRuntime:
                 f"the model takes {self._fixed} records at a time and no other number, "
                 f"found micro-batches of {micro_batch}, wanted {self._fixed}"
             )
+        self._micro_batch = micro_batch
+        places = micro_batch * stack_of(self._inputs, self._outputs, micro_batch, self._device.stack_bytes)
         with _mapped():
             self._device.settle()
-            slots = tuple(Slot(self._device, self._inputs, self._outputs, micro_batch) for _ in range(_SLOTS))
-        for slot in slots * _WARM_UP_RUNS:
-            for array in slot.inputs:
-                array[:] = 0
-            self.run(slot, micro_batch)
-            slot.wait()
+            slots = tuple(Slot(self._device, self._inputs, self._outputs, places) for _ in range(_SLOTS))
+        with self.session():
+            for slot in slots * _WARM_UP_RUNS:
+                for array in slot.inputs:
+                    array[:micro_batch] = 0
+                self.run(slot, micro_batch)
+                slot.wait()
         return slots
 
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """No gradients, and the precision: for many runs, since entering costs more than some of a model's layers."""
+        with torch.inference_mode(), self._autocast:
+            yield
+
     def run(self, slot: Slot, size: int) -> None:
-        """Issue the first `size` rows of a slot that was waited for."""
+        """Issue the first `size` places of a slot that was waited for: up to a micro-batch, or whole ones."""
         with _mapped(), self._settled_on_error():
-            rows = self._fixed or size
+            rows = max(size, self._fixed or 0)
             for array in slot.inputs:
                 array[size:rows] = 0
             targets = [target[:rows] for target in slot.targets]
@@ -119,12 +133,15 @@ class SlotRuntime:
 
     def _compute(self, records: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
         rows = records[0].shape[0]
-        with torch.inference_mode(), autocast(self._precision, self._device.torch_device):
-            prepared = [step(tensor) for step, tensor in zip(self._preprocess, records, strict=True)]
-            results = collect(self._forward(*prepared), self._outputs, rows)
-        return tuple(result[:size] for result in results)
+        prepared = [step(tensor) for step, tensor in zip(self._preprocess, records, strict=True)]
+        if rows <= self._micro_batch:
+            raw = self._forward(*prepared)
+        else:
+            parts = zip(*(torch.split(tensor, self._micro_batch) for tensor in prepared), strict=True)
+            raw = joined([self._forward(*part) for part in parts], self._outputs)
+        return tuple(result[:size] for result in collect(raw, self._outputs, rows))
 
-    @contextlib.contextmanager
+    @contextmanager
     def _settled_on_error(self) -> Iterator[None]:
         """The slot of a micro-batch that failed half-way is free again only when its upload is done."""
         try:
@@ -134,17 +151,31 @@ class SlotRuntime:
             raise
 
 
+def stack_of(inputs: Sequence[InputSpec], outputs: Sequence[OutputSpec], micro_batch: int, stack_bytes: int) -> int:
+    """How many micro-batches to stack: as many as keep tensors within `stack_bytes`, one where they are larger.
+
+    What is done once a stack, and not once a micro-batch, costs so much less. Each micro-batch begins where a tensor of
+    its own would, at a multiple of 64 bytes, since kernels may take another path, and give other bits, where it doesn't
+    (https://www.intel.com/content/www/us/en/docs/onemkl/developer-guide-linux/2024-2/reproducibility-conditions.html).
+    """
+    taken = [micro_batch * math.prod(spec.shape) * spec.model_dtype.itemsize for spec in inputs]
+    given = [micro_batch * math.prod(spec.shape) * spec.dtype.itemsize for spec in outputs]
+    if any(nbytes % _ALIGNMENT for nbytes in taken):
+        return 1
+    return max(1, min(stack_bytes // max(1, sum(taken) + sum(given)), _MOST_STACKED))
+
+
 def autocast(
     precision: str, device: torch.device, *, cache: bool = True
-) -> contextlib.AbstractContextManager[object]:
+) -> AbstractContextManager[object]:
     """Where a precision is lower than float32: what torch can compute in it is computed in it."""
     dtype = PRECISIONS[precision]
     if dtype is None:
-        return contextlib.nullcontext()
+        return nullcontext()
     return torch.autocast(device.type, dtype, cache_enabled=cache)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _mapped() -> Iterator[None]:
     """Errors of the engine become ours here, once: the device's, or the model's."""
     try:

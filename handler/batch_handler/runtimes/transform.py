@@ -14,7 +14,7 @@ import torch
 
 from batch_handler.signature import InputSpec, OutputSpec
 
-__all__ = ["ModelError", "Preprocess", "collect", "example_inputs", "torch_dtype"]
+__all__ = ["ModelError", "Preprocess", "collect", "example_inputs", "joined", "torch_dtype"]
 
 Tensor = torch.Tensor
 
@@ -72,6 +72,15 @@ def collect(raw: Any, specs: Sequence[OutputSpec], records: int) -> tuple[Tensor
     """
     tensors = _by_output(raw, specs)
     return tuple(_finish(tensor, spec, records) for tensor, spec in zip(tensors, specs, strict=True))
+
+
+def joined(raws: Sequence[Any], specs: Sequence[OutputSpec]) -> tuple[Tensor, ...]:
+    """What a module returned for micro-batches of equal size → one tensor an output, their rows one after another.
+
+    Stacked and flattened, not concatenated: that fails where one of them has more rows, or other axes, than the others.
+    """
+    outputs = zip(*(_by_output(raw, specs) for raw in raws), strict=True)
+    return tuple(torch.stack(tensors).flatten(0, 1) for tensors in outputs)
 
 
 def _channels(values: tuple[float, ...] | None, rank: int, device: torch.device) -> Tensor | None:
