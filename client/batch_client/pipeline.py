@@ -84,13 +84,13 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     root = await published_root(output)
     if root is not None:
         emit(Published(spec.output, root, already=True))
-        return tally.summary(spec, prepared, _failures_of(await read_manifest(output), spec))
+        return tally.summary(spec, prepared, await read_manifest(output))
     layout = await OutputLayout.open(prepared.plan, spec.codec)
     run = _Run(spec, services, prepared, layout, emit, stop or asyncio.Event())
     root = await run.to_the_end(reusable)
     if root is not None:
         emit(Published(spec.output, root))
-    return tally.summary(spec, prepared, run.failed)
+    return tally.summary(spec, prepared, run.counted)
 
 
 async def _is_begun(output: Store, identity: RunIdentity) -> bool:
@@ -99,10 +99,6 @@ async def _is_begun(output: Store, identity: RunIdentity) -> bool:
         return False
     spec = await output.get(SPEC_KEY)
     return spec is not None and bytes(spec.data) == identity.to_json()
-
-
-def _failures_of(counted: LedgerView | Manifest, spec: RunSpec) -> int:
-    return counted.failed + (counted.not_finite if spec.require_finite else 0)
 
 
 class _Run:
@@ -138,10 +134,16 @@ class _Run:
         return max(2, min(for_requests, OUTPUT_BYTES // self._plan.unit_bytes_out))
 
     @property
+    def counted(self) -> LedgerView:
+        """What is proven by anyone."""
+        return self._view
+
+    @property
     def failed(self) -> int:
         """Failures of everything proven by anyone, being written or held back here."""
         here = self._writing | self._held
-        return _failures_of(self._view, self._spec) + sum(here[index] for index in here if index not in self._view)
+        proven = self._view.failed + (self._view.not_finite if self._spec.require_finite else 0)
+        return proven + sum(here[index] for index in here if index not in self._view)
 
     async def to_the_end(self, reusable: AsyncIterator[Row] | None) -> str | None:
         """Score what no ledger row proves, then publish. Returns the root hash, None if other parts are not done."""

@@ -12,6 +12,8 @@ from typing import Any
 from batch_client.bottleneck import Bottleneck, find_bottleneck
 from batch_client.events import ChunkWritten, Event, Published, RequestDone, RequestRetried, RunStarted
 from batch_client.forecast import Answer, Sample, forecast
+from batch_client.ledger import LedgerView
+from batch_client.manifest import Manifest
 from batch_client.prepare import Prepared
 from batch_client.spec import RunSpec
 from batch_client.timesheet import Timesheet
@@ -23,8 +25,8 @@ STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A finished run. `records` is the size of the output, `scored` what this run computed of it, `failed` the
-    failures in the output; seconds are from the first read to publication, `in_flight` is the limit that was found for
+    """A finished run. `records` is the size of the output, `scored` what this run computed of it, `failed` and
+    `not_finite` its records without a prediction and with one that is NaN or infinite; seconds are from the first read to publication, `in_flight` is the limit that was found for
     each endpoint, bytes are of records read from and chunks written to storage, peak memory is that of this process,
     its imports included.
 
@@ -39,6 +41,7 @@ class RunSummary:
     records: int
     scored: int
     failed: int
+    not_finite: int
     seconds: float
     records_per_s: float
     output: str
@@ -111,8 +114,8 @@ class Tally:
             case Published():
                 self._published = event
 
-    def summary(self, spec: RunSpec, prepared: Prepared, failed: int) -> RunSummary:
-        """The figures so far; `failed` counts the whole output, whoever scored it."""
+    def summary(self, spec: RunSpec, prepared: Prepared, counted: LedgerView | Manifest) -> RunSummary:
+        """The figures so far; `counted` is the whole output, whoever scored it."""
         contract = prepared.contract
         seconds = self._clock() - self._started
         rate = self._scored / seconds if seconds > 0 else 0.0
@@ -122,7 +125,8 @@ class Tally:
         return RunSummary(
             records=prepared.plan.count,
             scored=self._scored,
-            failed=failed,
+            failed=counted.failed,
+            not_finite=counted.not_finite,
             seconds=round(seconds, 3),
             records_per_s=round(rate, 1),
             output=spec.output,

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zarr.storage import MemoryStore as ZarrMemory
 
+from batch_client.cli.run import _sentence
 from batch_client.errors import DataError, MismatchError, StoppedError, UsageError
 from batch_client.events import ChunkWritten, Published, RequestSent, RunStarted
 from batch_client.pipeline import execute, plan_run
@@ -260,12 +261,16 @@ class WithNan(SimulatedServer):
         return y
 
 
-async def test_what_is_published_is_counted_as_it_is_asked_for():
+async def test_a_prediction_that_is_not_finite_is_counted_apart_whoever_asks():
     source, output = await source_of(records_of(20), (20, 3)), MemoryStore("memory://out")
-    assert (await execute(spec(), services(WithNan(), source, output))).failed == 0
-    assert (await execute(spec(), services(WithNan(), source, output))).failed == 0
+    first = await execute(spec(), services(WithNan(), source, output))
+    again = await execute(spec(), services(WithNan(), source, output))
     strict = await execute(spec(require_finite=True), services(WithNan(), source, output))
-    assert (strict.already_published, strict.failed) == (True, 1)
+    for summary in (first, again, strict):
+        assert (summary.failed, summary.not_finite) == (0, 1)
+    assert [summary.already_published for summary in (first, again, strict)] == [False, True, True]
+    assert " 0 failed, 1 not finite, 0 retries → memory://out" in _sentence(first)
+    assert " 0 failed, 0 retries → " in _sentence(replace(first, not_finite=0))
 
 
 @pytest.mark.parametrize(("options", "field"), [

@@ -147,8 +147,9 @@ def _sentence(summary: RunSummary) -> str:
     if not summary.published:
         return (f"{scored}: this part is done, {summary.output} is published when all parts are"
                 f"{_limited_by(summary)}")
-    return (f"{scored}, {summary.records_per_s:,.0f} records/s, {summary.failed:,} failed, {summary.retries:,} retries "
-            f"→ {summary.output}{_limited_by(summary)}")
+    not_finite = f"{summary.not_finite:,} not finite, " if summary.not_finite else ""
+    return (f"{scored}, {summary.records_per_s:,.0f} records/s, {summary.failed:,} failed, {not_finite}"
+            f"{summary.retries:,} retries → {summary.output}{_limited_by(summary)}")
 
 
 def _limited_by(summary: RunSummary) -> str:
