@@ -32,7 +32,7 @@ from batch_client.events import (
 from batch_client.exchange import Exchange
 from batch_client.layout import FAILED_PREFIX, SPEC_KEY, OutputLayout
 from batch_client.ledger import FLUSH_SECONDS, Ledger, LedgerView, Row, check_place
-from batch_client.manifest import Manifest, read_manifest
+from batch_client.manifest import read_manifest
 from batch_client.plan import Plan, Span, Unit
 from batch_client.prepare import Prepared, Services, prepare
 from batch_client.publish import publish, published_root

@@ -26,9 +26,9 @@ STATUS = Path("/proc/self/status")
 @dataclass(frozen=True)
 class RunSummary:
     """A finished run. `records` is the size of the output, `scored` what this run computed of it, `failed` and
-    `not_finite` its records without a prediction and with one that is NaN or infinite; seconds are from the first read to publication, `in_flight` is the limit that was found for
-    each endpoint, bytes are of records read from and chunks written to storage, peak memory is that of this process,
-    its imports included.
+    `not_finite` its records without a prediction and with one that is NaN or infinite; seconds are from the first read
+    to publication, `in_flight` is the limit that was found for each endpoint, bytes are of records read from and chunks
+    written to storage, peak memory is that of this process, its imports included.
 
     `limited_by` is a value of `bottleneck.Limit` and `advice` the next thing to turn, `time_shares` the run's time by
     what was waited for; None and empty where nothing was scored. `ceiling_records_per_s` is what the model alone was

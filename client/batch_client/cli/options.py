@@ -120,7 +120,8 @@ run_options = _stack(
                  "servers may differ in numerics."),
     click.option("--max-failed", type=int, default=0, show_default=True, help="Publish with up to this many failed "
                  "records; others are listed and their chunks held back."),
-    click.option("--require-finite", is_flag=True, help="Let NaN and infinite predictions count against --max-failed too."),
+    click.option("--require-finite", is_flag=True, help="Let NaN and infinite predictions count against --max-failed, "
+                 "too."),
     click.option("--part", metavar="I/N", help="Score the I-th of N parts; whoever completes the run publishes it."),
     click.option("--reuse", metavar="OLD", help="Copy the chunks of this earlier output that are still true."),
     click.option("--overwrite", is_flag=True, help="Delete the OUTPUT that is there first; an unfinished one "
