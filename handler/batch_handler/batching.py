@@ -1,9 +1,10 @@
 """Requests' records → micro-batches in stacks, and back.
 
-Rule: a pure plan says for every record of a server batch in which micro-batch and place it is computed.
-Two laws hold. Every record is in exactly one place. And a bulk request's record *j* is in place
-`(first_row + j) mod B` of a micro-batch of exactly B records that holds no other request's, so that its bits
-depend on nothing but its place: neither on who else is asking nor on how the run was cut into requests.
+Rule: a pure plan says for every record of a server batch in which micro-batch and place it is computed. Place *p*
+of a stack is place *p* mod B of its micro-batch *p* div B. Two laws hold. Every record is in exactly one place. And
+a bulk request's record *j* is in place `(first_row + j) mod B` of a micro-batch of exactly B records that holds no
+other request's, so that its bits depend on nothing but its place: neither on who else is asking nor on how the run
+was cut into requests.
 """
 
 from __future__ import annotations
@@ -51,9 +52,7 @@ class Stack:
 
 
 def plan(loads: Sequence[Load], micro_batch: int, most: int = 1) -> tuple[Stack, ...]:
-    """All stacks of a server batch: online requests share a micro-batch, each bulk request has its own, up to `most` in
-    a stack.
-    """
+    """All stacks of a server batch: online requests share micro-batches; bulk ones have `most` of their own in each."""
     online = [(index, load.records) for index, load in enumerate(loads) if load.first_row is None]
     stacks = list(_plan_online(online, micro_batch))
     for index, load in enumerate(loads):

@@ -102,7 +102,7 @@ def exit_process(error: BaseException) -> None:
 class Scorer:
     """A prepared runtime; not for several threads.
 
-    `micro_batches` were computed so far; in the quickest server batch of full ones each took `micro_batch_seconds`.
+    `micro_batches` were issued so far; in the quickest server batch of full ones each took `micro_batch_seconds`.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Scorer:
             return _Work(query, (), failure=_failure(error))
 
     def _isolate(self, stack: Stack, error: Exception, works: Sequence[_Work]) -> None:
-        """Score the requests of a failed micro-batch one by one, in smaller pieces where memory was full."""
+        """Score the requests of a failed stack one by one, in smaller pieces where memory was full."""
         full = isinstance(error, CapacityError)
         for index in stack.requests:
             work = works[index]

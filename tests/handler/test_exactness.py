@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from batch_handler.archive import pack
 from batch_handler.model import Model, Tuning
+from batch_handler.runtimes.device import CpuDevice
 from batch_handler.scoring import STATUS_NOT_FINITE, STATUS_OK, Query
 from batch_handler.signature import InputSpec, OutputDraft
 from support.onnx_files import tiny_onnx
@@ -20,15 +21,24 @@ WIDE = InputSpec("image", np.dtype("f4"), (6, 6), (1, 6, 6))
 HOSTILE = [np.nan, np.inf, -np.inf, 3e38, -3e38]
 
 
+class _Unstacked(CpuDevice):
+    stack_bytes = 0
+
+
 @pytest.fixture(scope="module", params=["eager", "torchscript", "aot", "onnx"])
-def floats(request, pack_request, tiny_module, unpack, tmp_path_factory):
+def floats_dir(request, pack_request, tiny_module, unpack, tmp_path_factory):
     """The tiny model on raw floats, so that NaN and infinities get in."""
     folder = tmp_path_factory.mktemp("floats")
     change = {"inputs": (WIDE,), "output": folder / "floats.mar", "runtime": request.param, "micro_batch": 16}
     if request.param == "onnx":
         (folder / "tiny.onnx").write_bytes(tiny_onnx(tiny_module))
         change |= {"model": folder / "tiny.onnx", "arch": None}
-    return Model.open(unpack(pack(dataclasses.replace(pack_request, **change))))
+    return unpack(pack(dataclasses.replace(pack_request, **change)))
+
+
+@pytest.fixture(scope="module")
+def floats(floats_dir):
+    return Model.open(floats_dir)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +65,13 @@ def test_online_requests_beside_a_bulk_request_change_no_bit(floats, values):
     answers = floats.score([Query((noise,)), Query((values,), 0), Query((noise,)), Query((values[:5],), 0)])
     np.testing.assert_array_equal(bits(answers[1].outputs[0]), bits(clean))
     np.testing.assert_array_equal(bits(answers[3].outputs[0]), bits(clean[:5]))
+
+
+def test_stacks_change_no_bit(floats_dir, floats, values):
+    alone = Model.open(floats_dir, device=_Unstacked())
+    for count, first in ((48, 0), (48, 5), (33, 15), (16, 0)):
+        stacked, single = (model.score_bulk([values[:count]], first)[0] for model in (floats, alone))
+        np.testing.assert_array_equal(bits(stacked), bits(single))
 
 
 def test_bits_do_not_depend_on_how_a_run_is_cut(floats, values):

@@ -128,6 +128,16 @@ def test_full_memory_halves_online_micro_batches_and_fails_bulk():
     assert answers[2].status == 507
 
 
+class _Counting(ScriptedDevice):
+    """Counts what is issued."""
+
+    issued = 0
+
+    def compute(self, work, after):
+        self.issued += 1
+        return super().compute(work, after)
+
+
 def test_micro_batches_of_a_stack_are_computed_one_by_one():
     seen = []
 
@@ -135,15 +145,50 @@ def test_micro_batches_of_a_stack_are_computed_one_by_one():
         seen.append((len(values), values.data_ptr() % 64))
         return double(values)
 
-    device = ScriptedDevice(stack_bytes=STACKED)
+    device = _Counting(stack_bytes=STACKED)
     scorer = scorer_on(device, watched)
     seen.clear()
+    device.issued = 0
     asked = Query((records(7 * B),), 1)
     (score,) = scorer.score([asked])
     assert seen == [(B, 0)] * 8
+    assert device.issued == 3
     assert scorer.micro_batches == 8
     assert isinstance(score, Score)
     np.testing.assert_array_equal(score.outputs[0], asked.inputs[0] * 2.0 + 1)
+
+
+@pytest.mark.parametrize("stack_bytes", [0, STACKED])
+@pytest.mark.parametrize("buffers", [1, 2])
+def test_a_model_that_returns_the_same_memory_again_gets_every_row_right(buffers, stack_bytes):
+    kept = [torch.empty(B, WIDTH) for _ in range(buffers)]
+    turns = iter(range(10_000))
+
+    def thrifty(values: torch.Tensor) -> torch.Tensor:
+        out = kept[next(turns) % buffers][: len(values)]
+        torch.mul(values, 2, out=out)
+        return out.add_(1)
+
+    scorer = scorer_on(ScriptedDevice(stack_bytes=stack_bytes), thrifty)
+    for start in (1, 7):
+        asked = Query((records(7 * B, start),), 1)
+        (score,) = scorer.score([asked])
+        assert isinstance(score, Score)
+        np.testing.assert_array_equal(score.outputs[0], asked.inputs[0] * 2.0 + 1)
+
+
+def test_a_model_that_returns_its_input_is_right_in_a_stack():
+    asked = Query((records(7 * B),), 0)
+    (score,) = scorer_on(ScriptedDevice(stack_bytes=STACKED), lambda values: values).score([asked])
+    assert isinstance(score, Score)
+    np.testing.assert_array_equal(score.outputs[0], asked.inputs[0])
+
+
+def test_run_is_refused_outside_of_a_session():
+    runtime = SlotRuntime(double, CpuDevice(), [INPUT], [OUTPUT], numerics={})
+    slot, _ = runtime.prepare(B)
+    with pytest.raises(RuntimeError, match="session"):
+        runtime.run(slot, B)
 
 
 @pytest.mark.parametrize("rows", [lambda turn: B + (-1) ** turn, lambda turn: B - 1], ids=["in turn", "always"])

@@ -1,4 +1,4 @@
-"""What a request is told that it took: each micro-batch's time is its own, also where issuing is computing."""
+"""What a request is told that it took: each stack's time is its own, also where issuing is computing."""
 
 import numpy as np
 import pytest

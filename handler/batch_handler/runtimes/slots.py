@@ -15,7 +15,15 @@ import torch
 
 from batch_handler.oip import Array
 from batch_handler.runtimes.device import PRECISIONS, Device, DeviceError, Event, classify
-from batch_handler.runtimes.transform import ModelError, Preprocess, collect, joined, torch_dtype
+from batch_handler.runtimes.transform import (
+    ModelError,
+    Preprocess,
+    by_output,
+    collect,
+    joined,
+    share_memory,
+    torch_dtype,
+)
 from batch_handler.signature import InputSpec, OutputSpec
 
 __all__ = ["Forward", "Slot", "SlotRuntime", "autocast", "stack_of"]
@@ -24,7 +32,7 @@ Tensor = torch.Tensor
 Forward = Callable[..., Any]
 
 _SLOTS = 2
-_MOST_STACKED = 32
+_MOST_STACKED = 32  # by then what is done once a stack is nothing
 _ALIGNMENT = 64  # of what torch allocates on a CPU
 # TorchScript's profiling executor watches the first runs and changes the graph after them; so do cuDNN's and
 # oneDNN's caches. A worker that is ready has left that behind.
@@ -89,9 +97,10 @@ class SlotRuntime:
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
         self._preprocess = [Preprocess(spec, device.torch_device) for spec in inputs]
-        self._autocast = autocast(precision if lower else "float32", device.torch_device)
+        self._precision = precision if lower else "float32"
         self._fixed = fixed
         self._micro_batch = 0
+        self._overwrites = False  # whether the callable gives the same memory again
 
     def prepare(self, micro_batch: int) -> tuple[Slot, ...]:
         """Allocate the slots and run zeros through them; raises `CapacityError` where they do not fit."""
@@ -101,7 +110,9 @@ class SlotRuntime:
                 f"found micro-batches of {micro_batch}, wanted {self._fixed}"
             )
         self._micro_batch = micro_batch
-        places = micro_batch * stack_of(self._inputs, self._outputs, micro_batch, self._device.stack_bytes)
+        # Joining outputs is an operation that autocast has its own rules for: no stacks there.
+        stack_bytes = self._device.stack_bytes if PRECISIONS[self._precision] is None else 0
+        places = micro_batch * stack_of(self._inputs, self._outputs, micro_batch, stack_bytes)
         with _mapped():
             self._device.settle()
             slots = tuple(Slot(self._device, self._inputs, self._outputs, places) for _ in range(_SLOTS))
@@ -116,11 +127,13 @@ class SlotRuntime:
     @contextmanager
     def session(self) -> Iterator[None]:
         """No gradients, and the precision: for many runs, since entering costs more than some of a model's layers."""
-        with torch.inference_mode(), self._autocast:
+        with torch.inference_mode(), autocast(self._precision, self._device.torch_device):
             yield
 
     def run(self, slot: Slot, size: int) -> None:
         """Issue the first `size` places of a slot that was waited for: up to a micro-batch, or whole ones."""
+        if not torch.is_inference_mode_enabled():
+            raise RuntimeError("run() outside of session() would compute in another precision")
         with _mapped(), self._settled_on_error():
             rows = max(size, self._fixed or 0)
             for array in slot.inputs:
@@ -134,16 +147,24 @@ class SlotRuntime:
     def _compute(self, records: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
         rows = records[0].shape[0]
         prepared = [step(tensor) for step, tensor in zip(self._preprocess, records, strict=True)]
-        if rows <= self._micro_batch:
-            raw = self._forward(*prepared)
-        else:
-            parts = zip(*(torch.split(tensor, self._micro_batch) for tensor in prepared), strict=True)
-            raw = joined([self._forward(*part) for part in parts], self._outputs)
+        raw = self._forward(*prepared) if rows <= self._micro_batch else self._one_by_one(prepared)
         return tuple(result[:size] for result in collect(raw, self._outputs, rows))
+
+    def _one_by_one(self, prepared: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The outputs of a stack. A module that writes into memory of its own and returns that is found out by it, and
+        its outputs are copied before it is called again.
+        """
+        parts = list(zip(*(torch.split(tensor, self._micro_batch) for tensor in prepared), strict=True))
+        if not self._overwrites:
+            outputs = by_output((self._forward(*part) for part in parts), self._outputs)
+            self._overwrites = share_memory(outputs)
+        if self._overwrites:
+            outputs = by_output((self._forward(*part) for part in parts), self._outputs, copy=True)
+        return joined(outputs)
 
     @contextmanager
     def _settled_on_error(self) -> Iterator[None]:
-        """The slot of a micro-batch that failed half-way is free again only when its upload is done."""
+        """The slot of a stack that failed half-way is free again only when its upload is done."""
         try:
             yield
         except Exception:
@@ -152,7 +173,8 @@ class SlotRuntime:
 
 
 def stack_of(inputs: Sequence[InputSpec], outputs: Sequence[OutputSpec], micro_batch: int, stack_bytes: int) -> int:
-    """How many micro-batches to stack: as many as keep tensors within `stack_bytes`, one where they are larger.
+    """How many micro-batches to stack: as many as keep the inputs, as the model takes them, and the outputs of a stack
+    within `stack_bytes`; one where they are larger.
 
     What is done once a stack, and not once a micro-batch, costs so much less. Each micro-batch begins where a tensor of
     its own would, at a multiple of 64 bytes, since kernels may take another path, and give other bits, where it doesn't

@@ -7,14 +7,23 @@ the copy back. Nothing here writes to the tensors it is given.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from batch_handler.signature import InputSpec, OutputSpec
 
-__all__ = ["ModelError", "Preprocess", "collect", "example_inputs", "joined", "torch_dtype"]
+__all__ = [
+    "ModelError",
+    "Preprocess",
+    "by_output",
+    "collect",
+    "example_inputs",
+    "joined",
+    "share_memory",
+    "torch_dtype",
+]
 
 Tensor = torch.Tensor
 
@@ -74,13 +83,29 @@ def collect(raw: Any, specs: Sequence[OutputSpec], records: int) -> tuple[Tensor
     return tuple(_finish(tensor, spec, records) for tensor, spec in zip(tensors, specs, strict=True))
 
 
-def joined(raws: Sequence[Any], specs: Sequence[OutputSpec]) -> tuple[Tensor, ...]:
-    """What a module returned for micro-batches of equal size → one tensor an output, their rows one after another.
+def by_output(
+    raws: Iterable[Any], specs: Sequence[OutputSpec], *, copy: bool = False
+) -> tuple[tuple[Tensor, ...], ...]:
+    """What a module returned for several micro-batches → for each output, their tensors in order."""
+    rows = [
+        tuple(tensor.clone() for tensor in _by_output(raw, specs)) if copy else _by_output(raw, specs) for raw in raws
+    ]
+    return tuple(zip(*rows, strict=True))
+
+
+def share_memory(outputs: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether any two tensors of an output are in the same memory, all of which are still held."""
+    return any(
+        len({tensor.untyped_storage().data_ptr() for tensor in tensors}) < len(tensors) for tensors in outputs
+    )
+
+
+def joined(outputs: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """One tensor an output, the rows of its micro-batches one after another.
 
     Stacked and flattened, not concatenated: that fails where one of them has more rows, or other axes, than the others.
     """
-    outputs = zip(*(_by_output(raw, specs) for raw in raws), strict=True)
-    return tuple(torch.stack(tensors).flatten(0, 1) for tensors in outputs)
+    return tuple(torch.stack(tuple(tensors)).flatten(0, 1) for tensors in outputs)
 
 
 def _channels(values: tuple[float, ...] | None, rank: int, device: torch.device) -> Tensor | None:
