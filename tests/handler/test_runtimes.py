@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from batch_handler.runtimes import device as devices
 from batch_handler.runtimes.device import CapacityError, CpuDevice, LostDeviceError, classify, open_device
 from batch_handler.runtimes.scripted import ScriptedDevice, ScriptedEvent
-from batch_handler.runtimes.slots import SlotRuntime, stack_of
+from batch_handler.runtimes.slots import SlotRuntime, most_stacked
 from batch_handler.runtimes.transform import ModelError, Preprocess, collect
 from batch_handler.scoring import Failure, Query, Score, Scorer
 from batch_handler.signature import InputSpec, OutputSpec
@@ -68,10 +68,11 @@ class _Impatient(ScriptedDevice):
         return landing, event
 
 
+@pytest.mark.parametrize("stack_bytes", [0, STACKED])
 @pytest.mark.parametrize("script", [[], [0, 1, 0] * 40, [1, 0, 0] * 40])
-def test_reuse_before_the_event_is_caught(script):
-    asked = Query((records(20),), 0)
-    (score,) = scorer_on(_Impatient(script)).score([asked])
+def test_reuse_before_the_event_is_caught(script, stack_bytes):
+    asked = Query((records(60),), 0)
+    (score,) = scorer_on(_Impatient(script, stack_bytes=stack_bytes)).score([asked])
     assert isinstance(score, Score)
     assert not np.array_equal(score.outputs[0], asked.inputs[0] * 2.0 + 1)
 
@@ -219,7 +220,7 @@ def test_a_model_that_gives_other_rows_than_it_was_asked_is_caught_in_a_stack_to
 )
 def test_stacks_are_as_large_as_the_bytes_allow_and_aligned(width, micro_batch, stack_bytes, wanted):
     inputs = (InputSpec("x", np.dtype("u1"), (width,), (width,)),)
-    assert stack_of(inputs, (OutputSpec("y", np.dtype("f4"), (10,)),), micro_batch, stack_bytes) == wanted
+    assert most_stacked(inputs, (OutputSpec("y", np.dtype("f4"), (10,)),), micro_batch, stack_bytes) == wanted
 
 
 def test_memory_that_is_full_at_load_refuses_the_model():

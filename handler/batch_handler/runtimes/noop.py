@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_handler.runtimes.device import Device
-from batch_handler.runtimes.slots import Slot, stack_of
+from batch_handler.runtimes.slots import Slot, most_stacked
 from batch_handler.signature import InputSpec, ModelDescription, OutputSpec
 
 __all__ = ["NoopRuntime", "open_noop"]
@@ -29,8 +29,8 @@ class NoopRuntime:
 
     def prepare(self, micro_batch: int) -> tuple[Slot, ...]:
         """One slot, whose outputs are zeros and stay so."""
-        stack = stack_of(self._inputs, self._outputs, micro_batch, self._device.stack_bytes)
-        return (Slot(self._device, self._inputs, self._outputs, micro_batch * stack),)
+        most = most_stacked(self._inputs, self._outputs, micro_batch, self._device.stack_bytes)
+        return (Slot(self._device, self._inputs, self._outputs, micro_batch * most),)
 
     def session(self) -> AbstractContextManager[None]:
         return nullcontext()

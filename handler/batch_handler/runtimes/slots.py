@@ -26,13 +26,13 @@ from batch_handler.runtimes.transform import (
 )
 from batch_handler.signature import InputSpec, OutputSpec
 
-__all__ = ["Forward", "Slot", "SlotRuntime", "autocast", "stack_of"]
+__all__ = ["Forward", "Slot", "SlotRuntime", "autocast", "most_stacked"]
 
 Tensor = torch.Tensor
 Forward = Callable[..., Any]
 
 _SLOTS = 2
-_MOST_STACKED = 32  # by then what is done once a stack is nothing
+_LIMIT = 32  # by then what is done once a stack is nothing
 _ALIGNMENT = 64  # of what torch allocates on a CPU
 # TorchScript's profiling executor watches the first runs and changes the graph after them; so do cuDNN's and
 # oneDNN's caches. A worker that is ready has left that behind.
@@ -103,7 +103,10 @@ class SlotRuntime:
         self._overwrites = False  # whether the callable gives the same memory again
 
     def prepare(self, micro_batch: int) -> tuple[Slot, ...]:
-        """Allocate the slots and run zeros through them; raises `CapacityError` where they do not fit."""
+        """Allocate the slots and run zeros through them; raises `CapacityError` where they do not fit.
+
+        What a stack needs beside its slot, about the device's `stack_bytes`, is allocated by the first that comes.
+        """
         if self._fixed not in (None, micro_batch):
             raise ModelError(
                 f"the model takes {self._fixed} records at a time and no other number, "
@@ -112,7 +115,7 @@ class SlotRuntime:
         self._micro_batch = micro_batch
         # Joining outputs is an operation that autocast has its own rules for: no stacks there.
         stack_bytes = self._device.stack_bytes if PRECISIONS[self._precision] is None else 0
-        places = micro_batch * stack_of(self._inputs, self._outputs, micro_batch, stack_bytes)
+        places = micro_batch * most_stacked(self._inputs, self._outputs, micro_batch, stack_bytes)
         with _mapped():
             self._device.settle()
             slots = tuple(Slot(self._device, self._inputs, self._outputs, places) for _ in range(_SLOTS))
@@ -172,7 +175,7 @@ class SlotRuntime:
             raise
 
 
-def stack_of(inputs: Sequence[InputSpec], outputs: Sequence[OutputSpec], micro_batch: int, stack_bytes: int) -> int:
+def most_stacked(inputs: Sequence[InputSpec], outputs: Sequence[OutputSpec], micro_batch: int, stack_bytes: int) -> int:
     """How many micro-batches to stack: as many as keep the inputs, as the model takes them, and the outputs of a stack
     within `stack_bytes`; one where they are larger.
 
@@ -184,7 +187,7 @@ def stack_of(inputs: Sequence[InputSpec], outputs: Sequence[OutputSpec], micro_b
     given = [micro_batch * math.prod(spec.shape) * spec.dtype.itemsize for spec in outputs]
     if any(nbytes % _ALIGNMENT for nbytes in taken):
         return 1
-    return max(1, min(stack_bytes // max(1, sum(taken) + sum(given)), _MOST_STACKED))
+    return max(1, min(stack_bytes // max(1, sum(taken) + sum(given)), _LIMIT))
 
 
 def autocast(
