@@ -48,20 +48,20 @@ def main() -> None:
         np.save(work / "records.npy", images)
         source = load.store(store, images)
         archive = load.pack(work, options.runtime, options.model)
-        way = better(archive, work / "records.npy", count)
+        way = better(archive, work / "records.npy", count, own_cores=options.own_cores)
         print(f"ceiling: processes x threads = {way[0]} x {way[1]}", flush=True)
         pairs = []
         with served(archive, work) as server:
             environ = {**os.environ, **store.environ()}
             run(server, source, "warm-up", environ)
             for number in range(options.pairs):
-                ceiling = rate(archive, work / "records.npy", count, *way)
+                ceiling = rate(archive, work / "records.npy", count, *way, own_cores=options.own_cores)
                 ours = run(server, source, f"{number}", environ)
                 fast = run(server, source, f"{number}-fast", environ, "--fast") if options.fast else None
                 pairs.append(Pair(ours, *ceiling, fast))
                 print(f"pair {number + 1}: {pairs[-1]}", flush=True)
-        what = f"{'heavy, ' if options.heavy else ''}{options.runtime}"
-        report(pairs, f"{what}, {load.chunk:,} records an input chunk", count)
+        what = f"{'heavy, ' if options.heavy else ''}{options.runtime}, {load.chunk:,} records an input chunk"
+        report(pairs, f"{what}{', ceiling on own cores' if options.own_cores else ''}", count)
 
 
 def arguments() -> argparse.Namespace:
@@ -72,6 +72,8 @@ def arguments() -> argparse.Namespace:
                         "--heavy 100]")
     parser.add_argument("--runtime", choices=["eager", "torchscript"], default="torchscript")
     parser.add_argument("--heavy", action="store_true", help="a network of ResNet-50's size and 3x112x112 records")
+    parser.add_argument("--own-cores", action="store_true", help="the ceiling's processes keep to a core each, as the "
+                        "workers do")
     parser.add_argument("--fast", action="store_true", help="after each run another one with --fast")
     workload_flags(parser)
     options = parser.parse_args()
