@@ -63,20 +63,12 @@ def worker(archive: str, records: str, count: int, threads: int) -> None:
                           "cpu": time.process_time() - cpu}), flush=True)
 
 
-def rate(archive: Path, records: Path, count: int, processes: int, threads: int, *,
-         own_cores: bool = False) -> tuple[float, float]:
-    """Records a second over all processes, and CPU seconds per million records.
-
-    own_cores: each process keeps to its share of the cores; of one process that is all of them.
-    """
+def rate(archive: Path, records: Path, count: int, processes: int, threads: int) -> tuple[float, float]:
+    """Records a second over all processes, and CPU seconds per million records."""
     environ = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(threads)}
     arguments = [sys.executable, __file__, str(archive), str(records), str(count // processes), str(threads)]
     running = [subprocess.Popen(arguments, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                 stderr=subprocess.DEVNULL, text=True) for _ in range(processes)]
-    if own_cores:  # before they have any threads
-        usable = sorted(os.sched_getaffinity(0))
-        for first, process in enumerate(running):
-            os.sched_setaffinity(process.pid, usable[first * threads:(first + 1) * threads])
     for process in running:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -92,7 +84,7 @@ def rate(archive: Path, records: Path, count: int, processes: int, threads: int,
     return total / seconds, sum(result["cpu"] for result in results) / total * 1e6
 
 
-def better(archive: Path, records: Path, count: int, *, own_cores: bool = False) -> tuple[int, int]:
+def better(archive: Path, records: Path, count: int) -> tuple[int, int]:
     """Processes and threads of the better way: one process with all cores, or one process a core.
 
     The median of interleaved rounds, each as long as what is measured afterwards: shorter ones, and one alone, chose
@@ -100,7 +92,7 @@ def better(archive: Path, records: Path, count: int, *, own_cores: bool = False)
     """
     cores = os.cpu_count() or 1
     ways = ((1, cores), (cores, 1))
-    rates = [[rate(archive, records, count, *way, own_cores=own_cores)[0] for way in ways] for _ in range(ROUNDS)]
+    rates = [[rate(archive, records, count, *way)[0] for way in ways] for _ in range(ROUNDS)]
     return max(zip(ways, zip(*rates, strict=True), strict=True), key=lambda pair: statistics.median(pair[1]))[0]
 
 

@@ -51,20 +51,20 @@ def main() -> None:
         np.save(work / "records.npy", images)
         source = load.store(store, images)
         archive = load.pack(work, options.runtime, options.model)
-        way = better(archive, work / "records.npy", count, own_cores=options.own_cores)
+        way = better(archive, work / "records.npy", count)
         print(f"ceiling: processes x threads = {way[0]} x {way[1]}", flush=True)
         environ, pairs = {**os.environ, **store.environ()}, []
         for first in range(0, options.pairs, PAIRS_A_SERVER):
             with served(archive, work) as server:
                 run(server, source, f"warm-up-{first}", environ)
                 for number in range(first, min(first + PAIRS_A_SERVER, options.pairs)):
-                    ceiling = rate(archive, work / "records.npy", count, *way, own_cores=options.own_cores)
+                    ceiling = rate(archive, work / "records.npy", count, *way)
                     ours = run(server, source, f"{number}", environ)
                     fast = run(server, source, f"{number}-fast", environ, "--fast") if options.fast else None
                     pairs.append(Pair(ours, *ceiling, fast))
                     print(f"pair {number + 1}: {pairs[-1]}", flush=True)
-        what = f"{'heavy, ' if options.heavy else ''}{options.runtime}, {load.chunk:,} records an input chunk"
-        report(pairs, f"{what}{', ceiling on own cores' if options.own_cores else ''}", count)
+        what = f"{'heavy, ' if options.heavy else ''}{options.runtime}"
+        report(pairs, f"{what}, {load.chunk:,} records an input chunk", count)
 
 
 def arguments() -> argparse.Namespace:
@@ -75,8 +75,6 @@ def arguments() -> argparse.Namespace:
                         "--heavy 100]")
     parser.add_argument("--runtime", choices=["eager", "torchscript"], default="torchscript")
     parser.add_argument("--heavy", action="store_true", help="a network of ResNet-50's size and 3x112x112 records")
-    parser.add_argument("--own-cores", action="store_true", help="the ceiling's processes keep to a core each, as the "
-                        "workers do")
     parser.add_argument("--fast", action="store_true", help="after each run another one with --fast")
     workload_flags(parser)
     options = parser.parse_args()

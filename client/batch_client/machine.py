@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["cores", "cpu_kind", "device", "free_ports", "gpus", "whole_cores"]
+__all__ = ["cores", "cpu_kind", "device", "free_ports", "gpus"]
 
 CPUINFO_BYTES = 1 << 16  # the first core says what all are
 # From the widest: the first that a core has names it.
@@ -25,21 +25,11 @@ _INSTRUCTIONS = (("amx_tile", "amx"), ("avx512f", "avx512"), ("avx2", "avx2"), (
 
 def cores() -> int:
     """Cores that this process may use: its affinity, and the CPU quota of its control group."""
-    usable = _affinity()
+    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("ascii").split()
         usable = min(usable, max(1, int(quota) // int(period)))
     return usable
-
-
-def whole_cores() -> int:
-    """Cores that this process may use all of the time; 0 where a quota allows less than they are."""
-    usable = _affinity()
-    return usable if cores() == usable else 0
-
-
-def _affinity() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def gpus(environ: Mapping[str, str]) -> int:

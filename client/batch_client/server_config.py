@@ -32,7 +32,7 @@ MANIFEST_BYTES = 1 << 20
 CEILING = "BATCH_HANDLER_CEILING"
 # Variables that would override or redirect what is configured here.
 OVERRIDES = re.compile(r"TS_.*|LOG_LOCATION|METRICS_LOCATION|SM_TELEMETRY_LOG|LOG4J_.*"
-                       r"|BATCH_HANDLER_(BULK_LANE|CORES|SHARED_MEMORY)")
+                       r"|BATCH_HANDLER_(BULK_LANE|SHARED_MEMORY)")
 
 
 @dataclass(frozen=True)
@@ -153,14 +153,13 @@ def _escape(value: str) -> str:
 
 def environment(
     environ: Mapping[str, str], kept_back: str, tmp: Path, settings: ServerSettings, threads: int,
-    lanes: Sequence[Lane], shared: Path | None, *, own_cores: bool = False,
+    lanes: Sequence[Lane], shared: Path | None,
 ) -> dict[str, str]:
     """What Java and its workers get to see of `environ`, and what tells a worker its share of the machine.
 
     `kept_back` is `blacklist_env_vars`: what workers must not see is not even given to Java, whose own environment they
     could read. Relative entries of PYTHONPATH are made absolute, because a worker starts in its model's folder.
-    `shared` is the folder that clients on this machine share with the workers. `own_cores`: bulk workers keep to cores
-    of their own, and say in `tmp` to which.
+    `shared` is the folder that clients on this machine share with the workers.
     `threads` are each worker's if the settings name none. Settings win over variables of `environ`, and those over
     the tuning file; for threads and the allocator variables of `environ` say nothing. The ceiling is told only where
     nothing was changed since it was measured.
@@ -179,8 +178,6 @@ def environment(
         seen["BATCH_HANDLER_BULK_LANE"] = lanes[-1].name
     if shared is not None:
         seen["BATCH_HANDLER_SHARED_MEMORY"] = str(shared)
-    if own_cores:
-        seen["BATCH_HANDLER_CORES"] = str(tmp)
     if settings.micro_batch is not None:
         seen["BATCH_HANDLER_MICRO_BATCH"] = str(settings.micro_batch)
     if tuning is not None:

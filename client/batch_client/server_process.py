@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from batch_client.errors import ServingError
 from batch_client.java import Java, java_command
-from batch_client.machine import cores, device, free_ports, gpus, whole_cores
+from batch_client.machine import cores, device, free_ports, gpus
 from batch_client.regions import new_folder, remove_folder
 from batch_client.resources import serve_config_dir
 from batch_client.server_config import (
@@ -133,10 +133,8 @@ def launch(
             "--python", sys.executable, "-f", str(config), "-s", str(folder / "models"),
             "-w", str(folder / "workflows"), "-ncs", "-m", ",".join(f"{lane.name}={archive.name}" for lane in lanes),
         ]
-        workers = lanes[-1].workers
-        threads = settings.threads or max(1, cores() // workers)
-        seen = environment(environ, properties["blacklist_env_vars"], folder / "tmp", settings, threads, lanes, shared,
-                           own_cores=not gpus(environ) and workers * threads == whole_cores())
+        share = max(1, cores() // lanes[-1].workers)
+        seen = environment(environ, properties["blacklist_env_vars"], folder / "tmp", settings, share, lanes, shared)
         with log.open("ab") as stream:
             log_start = stream.tell()
             guard, lifeline = _guarded(command, folder, shared, seen, stream)

@@ -17,9 +17,9 @@ from typing import Any
 
 from batch_handler.counts import Counts
 from batch_handler.exchange import MAX_RECORDS, Exchange, Pending, Reply, Request, failed, refused
+from batch_handler.lane import bulk_lane_of, make_way
 from batch_handler.model import Model, ModelLoadError, Tuning
 from batch_handler.oip import OipError
-from batch_handler.scheduling import bulk_lane_of, keep_to_cores, make_way
 from batch_handler.scoring import Failure, Score
 from batch_handler.shared import shared_memory_of
 from batch_handler.worker import make_lean
@@ -86,13 +86,10 @@ def initialize(context: Any, environ: Mapping[str, str] | None = None) -> Servic
     environ = os.environ if environ is None else environ
     properties = context.system_properties
     lane = bulk_lane_of(environ)
+    if lane is not None and context.model_name == lane:
+        make_way()  # before the model's own threads are there
     try:
         tuning, max_records = tuning_from(environ, properties.get("gpu_id"))
-        # Before the model's own threads are there.
-        if context.model_name == lane:
-            make_way()
-        if lane in (None, context.model_name):
-            keep_to_cores(environ, tuning.threads)
         model = Model.open(Path(properties["model_dir"]), tuning)
     except ModelLoadError as error:
         _log.critical("not ready: %s", error)

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_client import machine
 from batch_client.archives import local_archive
 from batch_client.errors import CredentialsError, ServingError, StorageError, UsageError
 from batch_client.machine import cpu_kind, device, gpus
@@ -160,20 +159,6 @@ def test_flags_win_over_variables_and_those_over_the_file_whose_ceiling_is_then_
     assert settings.get("workers", workers) == workers
     rest = {name: value for name, value in MEASURED.environment().items() if name not in changed}
     assert rest.items() <= found.items()
-
-
-def test_workers_are_told_to_keep_to_their_cores_only_where_they_have_them_to_themselves(archive):
-    decided = settled(ServerSettings(archive), {})
-    without, own = [environment({}, "SECRET", archive.parent, decided, 1, (), None, own_cores=own)
-                    for own in (False, True)]
-    assert own == without | {"BATCH_HANDLER_CORES": str(archive.parent)}
-
-
-@pytest.mark.parametrize(("quota", "whole"), [(1, 0), (7, 0), (8, 8)])
-def test_cores_under_a_quota_are_not_whole(monkeypatch, quota, whole):
-    monkeypatch.setattr(machine, "_affinity", lambda: 8)
-    monkeypatch.setattr(machine, "cores", lambda: quota)
-    assert machine.whole_cores() == whole
 
 
 async def test_an_archive_that_is_fetched_brings_its_file(tuned):

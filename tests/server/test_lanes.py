@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import re
-import signal
 import subprocess
 import urllib.request
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 import zarr
 
 from batch_client.errors import UsageError
-from batch_client.machine import whole_cores
 from batch_client.server import ServerSettings
 from batch_client.server_lanes import lanes_of
 from support.cli import command, run_cli
@@ -24,14 +22,11 @@ from support.faults import until
 from support.served import Served
 
 QUERIES = 40
-CORES = sorted(os.sched_getaffinity(0))
 
 
 @pytest.fixture(scope="module")
 def served(toy_archive, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lanes")
-    others = {"BATCH_HANDLER_CORES": str(folder)}  # of another server: not for these workers
-    with Served(toy_archive, folder, workers=1, online_workers=1, environ=others) as server:
+    with Served(toy_archive, tmp_path_factory.mktemp("lanes"), workers=1, online_workers=1) as server:
         yield server
 
 
@@ -60,14 +55,6 @@ def priorities(pid):
     return {(os.getpriority(os.PRIO_PROCESS, thread), os.sched_getscheduler(thread)) for thread in threads}
 
 
-def cores(pids):
-    """The cores of each process, the same for all of its threads."""
-    found = [{tuple(os.sched_getaffinity(int(task.name))) for task in Path(f"/proc/{pid}/task").iterdir()}
-             for pid in pids]
-    assert all(len(each) == 1 for each in found), found
-    return sorted(sorted(*each) for each in found)
-
-
 def test_the_bulk_lane_has_the_lowest_priority_in_every_thread_and_the_online_lane_none(served):
     (online,), (bulk,) = served.workers("toy"), served.workers("toy.bulk")
     ours = psutil.Process().nice()
@@ -75,24 +62,6 @@ def test_the_bulk_lane_has_the_lowest_priority_in_every_thread_and_the_online_la
     assert priorities(bulk) == {(19, os.SCHED_IDLE)}
     assert priorities(online) == {(ours, os.sched_getscheduler(0))}
     assert psutil.Process(served.java().pid).nice() == ours
-
-
-def test_workers_use_all_cores_where_they_are_fewer(served):
-    if len(CORES) == 1:
-        pytest.skip("needs two cores")
-    assert cores(served.workers("toy.bulk")) == [CORES]
-
-
-def test_a_worker_for_each_core_keeps_to_it_and_so_does_the_one_after_it(toy_archive, tmp_path):
-    if whole_cores() < 2:
-        pytest.skip("needs two cores without a quota")
-    with Served(toy_archive, tmp_path, workers=len(CORES), online_workers=1) as server:
-        (online,), bulk = server.workers("toy"), server.workers("toy.bulk")
-        assert cores([online]) == [CORES]
-        assert cores(bulk) == [[core] for core in CORES]
-        os.kill(bulk[0], signal.SIGKILL)
-        until(lambda: len(set(server.workers("toy.bulk")) - {bulk[0]}) == len(CORES))
-        assert cores(server.workers("toy.bulk")) == [[core] for core in CORES]
 
 
 def test_a_run_goes_to_the_bulk_lane_and_queries_beside_it_to_the_other(served, source, toy_images, clean_environ):
