@@ -7,10 +7,10 @@
 
 Pairs are interleaved, since a machine's speed drifts; a figure is the median of the pairs' ratios with a 95 % bootstrap
 interval. The server is `batch-client serve` in a process of its own, warmed up by one run that does not count, so that
-its Java and workers can be read before and after each run. Every third pair has a new one, as every ceiling has new
-processes: the same module loaded again is up to 2 % quicker or slower for as long as it lives. A run's seconds are
-those of its own summary: from the first read to publication. CPU seconds are of client, Java and workers over the same
-time; the object store's are left out. The ceiling is measured by `ceiling.py`.
+its Java and workers can be read before and after each run. Every three pairs have a new one, as every ceiling has new
+processes: where in memory a model happens to lie makes it quicker or slower for as long as it lives. A run's seconds
+are those of its own summary: from the first read to publication. CPU seconds are of client, Java and workers over the
+same time; the object store's are left out. The ceiling is measured by `ceiling.py`.
 """
 
 from __future__ import annotations
