@@ -25,7 +25,8 @@ from batch_client.spec import MIB, RunSpec
 __all__ = ["MAX_CHUNK_RECORDS", "MAX_REQUEST_BYTES", "Geometry", "OutputGeometry", "Plan", "RequestSize", "Span",
            "Unit", "default_request", "make_plan"]
 
-MAX_CHUNK_RECORDS = 8192
+# Each object of an output chunk costs the store milliseconds and the client one, however small it is.
+MAX_CHUNK_RECORDS = 32_768
 MAX_CHUNK_BYTES_IN = 64 * MIB
 MAX_CHUNK_BYTES_OUT = 8 * MIB
 # Of a request's body; and of what lies in shared memory, where only the number of requests costs.
@@ -300,10 +301,10 @@ def _request(spec: RunSpec, micro_batch: int, wire_bytes: int, reply_bytes: int,
 
 
 def _default_chunk(source: Geometry, outputs: tuple[OutputGeometry, ...], micro_batch: int) -> int:
-    """Records of an output chunk: whole input chunks of at most 8 MiB out, 64 MiB in and 8,192 records in all, and of
+    """Records of an output chunk: whole input chunks of at most 8 MiB out, 64 MiB in and 32,768 records in all, and of
     no more than a 32nd of the source or 8 MiB in, whichever is larger; at least one. Of the numbers over half of what
-    that allows the one that fills its last micro-batch best, to a thousandth; a larger one where none does to a
-    hundredth.
+    that allows the one that fills its last micro-batch best, to a thousandth; where none does to a hundredth, the next
+    larger one that does, or else the best of all.
     """
     record_bytes, bytes_out = max(source.record_bytes, 1), max([1, *(output.record_bytes for output in outputs)])
     most = min(MAX_CHUNK_RECORDS, MAX_CHUNK_BYTES_OUT // bytes_out, MAX_CHUNK_BYTES_IN // record_bytes)
@@ -319,7 +320,8 @@ def _default_chunk(source: Geometry, outputs: tuple[OutputGeometry, ...], micro_
     larger = range(fitting, most // source.chunk_records + 1)
     best = min(usual, key=empty_places)
     if empty_places(best) > MAX_EMPTY_PLACES:
-        best = min([best, *larger], key=empty_places)
+        enough = (chunks for chunks in larger if empty_places(chunks) <= MAX_EMPTY_PLACES)
+        best = next(enough, None) or min([best, *larger], key=empty_places)
     return best * source.chunk_records
 
 

@@ -68,7 +68,7 @@ def test_objects_read_are_those_that_the_units_touch(plan):
 
 
 def test_a_cost_is_machines_for_the_time_and_the_stores_requests():
-    plan = plan_of(count=80_000, chunk=100)  # 10 chunks of 8,000 records: 2 objects each
+    plan = plan_of(count=80_000, chunk=100, chunk_records=8_000)  # 10 chunks: 2 objects each
     found = forecast(answers_of([1.0] * 100, records=100), plan.count)
     assert found.seconds == pytest.approx(800)
     cost = cost_of(plan, Prices(hour=3.6, thousand_puts=1.0, thousand_gets=10.0), found)

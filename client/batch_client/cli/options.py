@@ -102,7 +102,7 @@ run_options = _stack(
     array_options,
     click.option("--chunk-records", type=int,
                  help="Records in an output chunk, whole input chunks.  [default: those of what is there, else up to "
-                      "8192, 8 MiB out, and 64 MiB or a 32nd of INPUT in]"),
+                      "32768, 8 MiB out, and 64 MiB or a 32nd of INPUT in]"),
     click.option("--request-records", type=int,
                  help="Records in a request, whole micro-batches. Raise it for tiny records, lower it where online "
                       "queries share its workers.  [default: up to 0.1 s of compute and 1 MiB; 0.5 s where nobody "
