@@ -6,11 +6,11 @@
     python benchmarks/end_to_end.py --input-chunk 8192
 
 Pairs are interleaved, since a machine's speed drifts; a figure is the median of the pairs' ratios with a 95 % bootstrap
-interval. The server is `batch-client serve` in a process of its own, warmed up by one run that does not count, so that
-its Java and workers can be read before and after each run. Every three pairs have a new one, as every ceiling has new
-processes: where in memory a model happens to lie makes it quicker or slower for as long as it lives. A run's seconds
-are those of its own summary: from the first read to publication. CPU seconds are of client, Java and workers over the
-same time; the object store's are left out. The ceiling is measured by `ceiling.py`.
+interval. The server is `batch-client serve` in a process of its own, warmed up by a run of a tenth of the records, so
+that its Java and workers can be read before and after each run. Each pair has a new one, as each ceiling has new
+processes: how quick a process is may depend on where its memory lies, and pairs that shared it would not be
+independent. A run's seconds are those of its own summary: from the first read to publication. CPU seconds are of
+client, Java and workers over the same time; the object store's are left out. The ceiling is measured by `ceiling.py`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ from workload import HEAVY, SMALL, command, given_images, summary_of, workload_f
 
 from batch_client.demo.objectstore import SeaweedServer
 
-PAIRS_A_SERVER = 3
-
 
 def main() -> None:
     options = arguments()
@@ -54,15 +52,14 @@ def main() -> None:
         way = better(archive, work / "records.npy", count)
         print(f"ceiling: processes x threads = {way[0]} x {way[1]}", flush=True)
         environ, pairs = {**os.environ, **store.environ()}, []
-        for first in range(0, options.pairs, PAIRS_A_SERVER):
+        for number in range(options.pairs):
             with served(archive, work) as server:
-                run(server, source, f"warm-up-{first}", environ)
-                for number in range(first, min(first + PAIRS_A_SERVER, options.pairs)):
-                    ceiling = rate(archive, work / "records.npy", count, *way)
-                    ours = run(server, source, f"{number}", environ)
-                    fast = run(server, source, f"{number}-fast", environ, "--fast") if options.fast else None
-                    pairs.append(Pair(ours, *ceiling, fast))
-                    print(f"pair {number + 1}: {pairs[-1]}", flush=True)
+                run(server, source, f"warm-up-{number}", environ, "--records", f"0:{-(-count // 10)}")
+                ceiling = rate(archive, work / "records.npy", count, *way)
+                ours = run(server, source, f"{number}", environ)
+                fast = run(server, source, f"{number}-fast", environ, "--fast") if options.fast else None
+            pairs.append(Pair(ours, *ceiling, fast))
+            print(f"pair {number + 1}: {pairs[-1]}", flush=True)
         what = f"{'heavy, ' if options.heavy else ''}{options.runtime}"
         report(pairs, f"{what}, {load.chunk:,} records an input chunk", count)
 

@@ -1,9 +1,12 @@
-"""How many bytes of source records are held at a time. First come, first served, so that early chunks finish first."""
+"""How many bytes of source records are held at a time. Whoever has the lower rank is served first, so that early output
+chunks finish first.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import heapq
+import itertools
 
 __all__ = ["ByteBudget", "Lease"]
 
@@ -32,31 +35,39 @@ class ByteBudget:
     def __init__(self, most: int) -> None:
         self.most = most
         self.used = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._arrivals = itertools.count()
+        self._waiting: list[tuple[int, int, int, asyncio.Future[None]]] = []  # a heap: rank, arrival, bytes, turn
 
-    async def take(self, nbytes: int) -> Lease:
-        """Wait for room. Raises ValueError for more than the whole budget."""
+    async def take(self, nbytes: int, rank: int = 0) -> Lease:
+        """Wait for room, behind all of a lower rank and those of the same that came before, however little they want.
+
+        Raises ValueError for more than the whole budget.
+        """
         if nbytes > self.most:
             raise ValueError(f"{nbytes} bytes asked of a budget of {self.most}")
-        if self._waiting or self.used + nbytes > self.most:
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append((nbytes, turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._give_back(nbytes)
-                else:
-                    self._waiting.remove((nbytes, turn))
-                raise
-        else:
-            self.used += nbytes
+        turn = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (rank, next(self._arrivals), nbytes, turn))
+        self._grant()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                self._grant()  # to those who were behind it
+            else:
+                self._give_back(nbytes)
+            raise
         return Lease(self, nbytes)
 
     def _give_back(self, nbytes: int) -> None:
         self.used -= nbytes
-        while self._waiting and self.used + self._waiting[0][0] <= self.most:
-            size, turn = self._waiting.popleft()
-            if not turn.done():
-                self.used += size
+        self._grant()
+
+    def _grant(self) -> None:
+        while self._waiting:
+            _, _, nbytes, turn = self._waiting[0]
+            if not turn.done():  # cancelled otherwise
+                if self.used + nbytes > self.most:
+                    return
+                self.used += nbytes
                 turn.set_result(None)
+            heapq.heappop(self._waiting)

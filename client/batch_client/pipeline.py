@@ -131,7 +131,8 @@ class _Run:
     def _units_at_once(self, servers: int) -> int:
         requests_a_unit = -(-self._plan.chunk_records // self._plan.request_records)
         for_requests = -(-self._spec.in_flight * servers // requests_a_unit) + 2
-        return max(2, min(for_requests, OUTPUT_BYTES // self._plan.unit_bytes_out))
+        for_bytes = self._spec.max_bytes_in_flight // self._plan.unit_bytes_in + 2
+        return max(2, min(for_requests, for_bytes, OUTPUT_BYTES // self._plan.unit_bytes_out))
 
     @property
     def counted(self) -> LedgerView:
@@ -209,7 +210,7 @@ class _Run:
     async def _units(self, *, first: bool) -> bool:
         """Whether all units were begun and finished."""
         async with asyncio.TaskGroup() as tasks:
-            for unit in self._order(first=first):
+            for rank, unit in enumerate(self._order(first=first)):
                 await self._places.acquire()
                 if self._stop.is_set():
                     return False
@@ -217,7 +218,7 @@ class _Run:
                 if unit.index in self._view:
                     self._places.release()
                     continue
-                tasks.create_task(self._unit_in_its_place(unit))
+                tasks.create_task(self._unit_in_its_place(unit, rank))
                 # Ten units that are read at once share the machine: the servers would wait for the first as for all.
                 await self._under_way.wait()
         return True
@@ -239,18 +240,18 @@ class _Run:
             self._refreshed_at = now
             await self._view.refresh()
 
-    async def _unit_in_its_place(self, unit: Unit) -> None:
+    async def _unit_in_its_place(self, unit: Unit, rank: int) -> None:
         try:
-            await self._unit(unit)
+            await self._unit(unit, rank)
         finally:
             self._places.release()
             self._under_way.set()
 
-    async def _unit(self, unit: Unit) -> None:
+    async def _unit(self, unit: Unit, rank: int) -> None:
         assembler = UnitAssembler(unit, self._plan.outputs)
         failures: list[RecordFailed] = []
         stream = UnitStream(self._prepared.source, self._plan, unit, self._budget, self._spec.allow_missing,
-                            self._timed)
+                            rank, self._timed)
         async with asyncio.TaskGroup() as tasks:
             async for span, records, lease in stream.spans():
                 tasks.create_task(self._score(span, records, lease, assembler, failures))

@@ -25,7 +25,7 @@ from batch_client.spec import MIB, RunSpec
 __all__ = ["MAX_CHUNK_RECORDS", "MAX_REQUEST_BYTES", "Geometry", "OutputGeometry", "Plan", "RequestSize", "Span",
            "Unit", "default_request", "make_plan"]
 
-# Each object of an output chunk costs the store milliseconds and the client one, however small it is.
+# Each object of an output chunk costs the store and the client milliseconds, however small it is.
 MAX_CHUNK_RECORDS = 32_768
 MAX_CHUNK_BYTES_IN = 64 * MIB
 MAX_CHUNK_BYTES_OUT = 8 * MIB
@@ -40,10 +40,11 @@ ALONE_COMPUTE_SECONDS = 0.5
 # The last requests of a run are a quarter as long, so that a few workers end at nearly the same time.
 TAIL_REQUESTS = 8
 TAIL_SHARE = 4
-# Output chunks of a short run are at most a 32nd of it, or 8 MiB in: a write after the last prediction, and what a
-# kill loses, stay small.
+# Output chunks of a short run are at most a 32nd of it, or 8 MiB in and 8,192 records: a write after the last
+# prediction, and what a kill loses, stay small.
 LEAST_CHUNKS = 32
 LEAST_CHUNK_BYTES_IN = 8 * MIB
+LEAST_CHUNK_RECORDS = 8192
 # The most empty places, a record, that a smaller chunk may have in its last micro-batch: they are computed like others.
 MAX_EMPTY_PLACES = 0.01
 # The server's own bound on one body, either way (serve_config/config.properties), leaves room for the header.
@@ -155,6 +156,11 @@ class Plan:
     @property
     def unit_count(self) -> int:
         return -(-self.count // self.chunk_records)
+
+    @property
+    def unit_bytes_in(self) -> int:
+        """Bytes of one output chunk's records as they are read, at least 1."""
+        return max(1, self.chunk_records * self.source.record_bytes)
 
     @property
     def unit_bytes_out(self) -> int:
@@ -302,13 +308,14 @@ def _request(spec: RunSpec, micro_batch: int, wire_bytes: int, reply_bytes: int,
 
 def _default_chunk(source: Geometry, outputs: tuple[OutputGeometry, ...], micro_batch: int) -> int:
     """Records of an output chunk: whole input chunks of at most 8 MiB out, 64 MiB in and 32,768 records in all, and of
-    no more than a 32nd of the source or 8 MiB in, whichever is larger; at least one. Of the numbers over half of what
-    that allows the one that fills its last micro-batch best, to a thousandth; where none does to a hundredth, the next
-    larger one that does, or else the best of all.
+    no more than a 32nd of the source or, if that is more, 8 MiB in and 8,192 records; at least one. Of the numbers over
+    half of what that allows the one that fills its last micro-batch best, to a thousandth; where none does to a
+    hundredth, the next larger one that does, or else the best of all.
     """
-    record_bytes, bytes_out = max(source.record_bytes, 1), max([1, *(output.record_bytes for output in outputs)])
+    record_bytes, bytes_out = max(source.record_bytes, 1), max(1, sum(output.record_bytes for output in outputs))
     most = min(MAX_CHUNK_RECORDS, MAX_CHUNK_BYTES_OUT // bytes_out, MAX_CHUNK_BYTES_IN // record_bytes)
-    wanted = min(most, max(source.count // LEAST_CHUNKS, LEAST_CHUNK_BYTES_IN // record_bytes))
+    short = min(LEAST_CHUNK_RECORDS, LEAST_CHUNK_BYTES_IN // record_bytes)
+    wanted = min(most, max(source.count // LEAST_CHUNKS, short))
 
     def empty_places(chunks: int) -> float:
         """Places of an output chunk's last micro-batch that no record has, a record: they are computed all the same."""

@@ -19,13 +19,16 @@ __all__ = ["UnitStream"]
 
 @dataclass
 class UnitStream:
-    """Reads a unit once. `etags` and `nbytes` are of what has been read so far; `timed` is put around each step."""
+    """Reads a unit once. `etags` and `nbytes` are of what has been read so far; `timed` is put around each step. Units of
+    a lower `rank` have the budget first.
+    """
 
     source: Source
     plan: Plan
     unit: Unit
     budget: ByteBudget
     allow_missing: bool
+    rank: int = 0
     timed: Callable[[Step], AbstractContextManager[None]] = lambda _: nullcontext()
     etags: dict[str, str | None] = field(default_factory=dict)
     nbytes: int = 0
@@ -39,7 +42,7 @@ class UnitStream:
         carried: np.ndarray | None = None
         for start, stop in self.plan.blocks(self.unit):
             with self.timed(Step.BUDGET):
-                lease = await self.budget.take((stop - start) * self.plan.source.record_bytes)
+                lease = await self.budget.take((stop - start) * self.plan.source.record_bytes, self.rank)
             try:
                 with self.timed(Step.READ):
                     rows = await self.source.read(start, stop, allow_missing=self.allow_missing)

@@ -60,6 +60,8 @@ def test_blocks_are_whole_input_chunks_within_the_byte_budget(plan):
 
 def test_an_output_chunk_is_whole_input_chunks_within_the_three_bounds():
     assert plan_of(count=2_000_000, chunk=64).grid_records == 32_768
+    assert plan_of(count=200_000, chunk=64).grid_records == 8192
+    assert plan_of(count=100_000, record=(16,), chunk=64).grid_records == 8192
     large = plan_of(count=200_000, record=(224, 224, 3), chunk=16, micro_batch=16)
     assert large.grid_records == 64 * MIB // (224 * 224 * 3) // 16 * 16
     wide = OutputGeometry("map", np.dtype(np.float32), (512, 512))
@@ -67,7 +69,7 @@ def test_an_output_chunk_is_whole_input_chunks_within_the_three_bounds():
     assert plan_of(chunk=20_000, count=100_000).grid_records == 20_000
 
 
-@pytest.mark.parametrize(("chunk", "micro_batch", "grid"), [(1000, 128, 6000), (100, 8, 10_600), (1000, 1000, 10_000),
+@pytest.mark.parametrize(("chunk", "micro_batch", "grid"), [(1000, 128, 6000), (100, 8, 8100), (1000, 1000, 8000),
                                                             (3000, 128, 6000), (5000, 128, 15_000)])
 def test_an_output_chunk_leaves_few_places_of_its_last_micro_batch_empty(chunk, micro_batch, grid):
     assert plan_of(count=200_000, chunk=chunk, micro_batch=micro_batch).grid_records == grid
@@ -77,6 +79,7 @@ def test_an_output_chunk_leaves_few_places_of_its_last_micro_batch_empty(chunk, 
     (2_000, 8, 200),  # 8 MiB, more than a 32nd
     (20_000, 8, 600),  # a 32nd
     (200_000, 8, 1600),  # 64 MiB
+    (2_000, 4096, 1700),  # of all that 64 MiB allow none fills it
     (2_000, 128, 1400),  # 200 records would leave a fifth of the places empty, all up to 1300 over a hundredth
 ])
 def test_a_short_run_of_large_records_has_smaller_output_chunks(count, micro_batch, grid):

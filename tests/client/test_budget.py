@@ -1,0 +1,85 @@
+"""The byte budget: who is served when, and what is given back."""
+
+import asyncio
+
+import pytest
+
+from batch_client.budget import ByteBudget
+
+
+async def begun(*waiting):
+    """Tasks that wait, after they had a turn of the loop."""
+    tasks = [asyncio.ensure_future(one) for one in waiting]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def test_the_lowest_rank_is_served_first_and_of_equals_who_came_first():
+    budget, served = ByteBudget(10), []
+    held = await budget.take(10)
+
+    async def wait(name, rank, nbytes):
+        lease = await budget.take(nbytes, rank)
+        served.append(name)
+        lease.release()
+
+    tasks = await begun(wait("late", 2, 10), wait("early", 1, 10), wait("early too", 1, 10), wait("first", 0, 10))
+    held.release()
+    await asyncio.gather(*tasks)
+    assert served == ["first", "early", "early too", "late"]
+    assert budget.used == 0
+
+
+async def test_nobody_passes_a_lower_rank_that_wants_more_but_a_lower_rank_passes():
+    budget = ByteBudget(10)
+    await budget.take(6)
+    large, small = await begun(budget.take(8, 1), budget.take(2, 1))
+    assert not large.done()
+    assert not small.done()
+    (lower,) = await begun(budget.take(3, 0))
+    assert (await lower) is not None
+    assert budget.used == 9
+    for task in (large, small):
+        task.cancel()
+
+
+async def test_who_stops_waiting_holds_nothing_and_nobody_up():
+    budget = ByteBudget(10)
+    held = await budget.take(6)
+    large, small = await begun(budget.take(8), budget.take(2))
+    large.cancel()
+    await small
+    assert budget.used == 8
+    held.release()
+    assert budget.used == 2
+
+
+@pytest.mark.parametrize("cancel_first", [True, False])
+async def test_bytes_given_back_at_the_moment_of_a_cancellation_are_not_lost(cancel_first):
+    budget = ByteBudget(10)
+    held = await budget.take(10)
+    waiting, other = await begun(budget.take(4), budget.take(5))
+    if cancel_first:
+        waiting.cancel()
+        held.release()
+    else:
+        held.release()
+        waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    (await other).release()
+    assert budget.used == 0
+
+
+async def test_a_lease_is_given_back_by_its_last_holder():
+    budget = ByteBudget(4)
+    lease = (await budget.take(4)).hold()
+    lease.release()
+    assert budget.used == 4
+    lease.release()
+    assert budget.used == 0
+
+
+async def test_more_than_the_whole_budget_is_refused():
+    with pytest.raises(ValueError, match="5 bytes asked of a budget of 4"):
+        await ByteBudget(4).take(5)
