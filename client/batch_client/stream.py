@@ -19,8 +19,9 @@ __all__ = ["UnitStream"]
 
 @dataclass
 class UnitStream:
-    """Reads a unit once. `etags` and `nbytes` are of what has been read so far; `timed` is put around each step. Units of
-    a lower `rank` have the budget first.
+    """Reads a unit once. `etags` and `nbytes` are of what has been read so far; `timed` is put around each step.
+
+    Units of a lower `rank` have the budget first.
     """
 
     source: Source
