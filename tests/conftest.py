@@ -8,9 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from batch_client.demo.objectstore import SeaweedServer
 from support.cli import ServeProcess, run_cli
+
+# A deadline for each example is a timed assertion: a busy machine breaks it.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 SEED = Path(__file__).parents[2] / "shared" / "seed"
 # One worker is enough for what is right; how fast it is, benchmarks/ say.

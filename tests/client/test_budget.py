@@ -1,10 +1,19 @@
-"""The byte budget: who is served when, and what is given back."""
+"""The byte budget: who is served when, what is given back, and what a run makes of it."""
 
 import asyncio
+import random
 
+import numpy as np
 import pytest
 
+from batch_client import pipeline
 from batch_client.budget import ByteBudget
+from batch_client.events import ChunkWritten, RecordsScored
+from batch_client.pipeline import execute
+from batch_client.prepare import Services
+from support.simulated import SimulatedServer
+from support.virtual import run_virtually
+from support.world import World, make_source
 
 
 async def begun(*waiting):
@@ -83,3 +92,25 @@ async def test_a_lease_is_given_back_by_its_last_holder():
 async def test_more_than_the_whole_budget_is_refused():
     with pytest.raises(ValueError, match="5 bytes asked of a budget of 4"):
         await ByteBudget(4).take(5)
+
+
+def test_output_chunks_that_share_the_bytes_have_them_in_order_and_few_are_begun(monkeypatch):
+    ranks, seen = [], []
+
+    class Recorded(ByteBudget):
+        async def take(self, nbytes, rank=0):
+            ranks.append(rank)
+            return await super().take(nbytes, rank)
+
+    monkeypatch.setattr(pipeline, "ByteBudget", Recorded)
+    records = np.random.default_rng(0).integers(0, 99, (960, 3), np.uint8)
+    world = World(1, server=SimulatedServer(seconds=0.01), records=records, source=make_source(records, (16, 3)))
+    # Bytes for two output chunks of ten requests each; requests for more.
+    asked = world.spec(chunk_records=160, request_records=16, in_flight=32, max_bytes_in_flight=2 * 160 * 3)
+    run_virtually(execute(asked, Services(world.server.servers(), world.source, world.output,
+                                          rng=random.Random(0)), (seen.append,)))
+    blocks = len(ranks) // 6
+    assert blocks > 1
+    assert sorted(ranks) == sorted(list(range(6)) * blocks)
+    before = seen[:[type(event) for event in seen].index(ChunkWritten)]
+    assert {event.start // 160 for event in before if isinstance(event, RecordsScored)} <= {0, 1, 2, 3}

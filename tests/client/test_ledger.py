@@ -48,7 +48,7 @@ def ledgers(draw, shas=("a",)):
 
 
 @given(ledgers(), st.integers(0, 9), st.lists(st.integers(0, 80), max_size=9))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_view_says_what_a_dict_of_all_rows_says(segments, halfway, own):
     naive = {row.unit: row for _, rows in segments for row in rows}
     everything = [row for _, rows in segments for row in rows]
@@ -75,7 +75,7 @@ def test_a_view_says_what_a_dict_of_all_rows_says(segments, halfway, own):
 
 
 @given(ledgers(shas=("a", "a", "a", "c")), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_two_writers_who_proved_different_bytes_are_noticed_in_any_order(segments, backwards):
     proofs = {}
     for _, rows in segments:

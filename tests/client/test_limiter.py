@@ -187,7 +187,7 @@ def test_the_limit_stays_between_one_and_the_most_and_never_stays_at_one(steps, 
     assert limiter.limit >= min(most, 2)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 16), st.floats(0.05, 5), st.integers(1, 16), st.floats(0, 0.4), st.integers(0, 999))
 def test_any_server_is_kept_busy(workers, compute, batch, noise, seed):
     def rate(limiter):

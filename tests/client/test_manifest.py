@@ -61,7 +61,7 @@ proofs = st.builds(ChunkProof, text, st.integers(0, 1 << 40), text)
 
 @given(st.lists(st.tuples(st.lists(proofs, max_size=4).map(tuple), st.dictionaries(text, st.none() | text, max_size=6),
                           *[st.integers(0, 9)] * 3), max_size=30))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_rows_come_out_of_bounded_parts_as_they_went_in(values):
     rows = [Row(unit, *value) for unit, value in enumerate(values)]
     builder, store = ManifestBuilder(), MemoryStore()

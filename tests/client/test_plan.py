@@ -1,5 +1,6 @@
 # ruff: noqa: S108 - no file is made of these paths
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,11 @@ from hypothesis import given
 
 from batch_client.contract import ModelContract
 from batch_client.errors import DataError, UsageError
-from batch_client.plan import OutputGeometry, RequestSize
+from batch_client.plan import Geometry, OutputGeometry, RequestSize, make_plan
 from batch_client.prepare import _request_size
 from batch_client.serving import Servers
 from batch_client.spec import MIB, Records
-from support.plans import plan_of, plans
+from support.plans import plan_of, plans, spec
 
 
 @given(plans())
@@ -66,6 +67,8 @@ def test_an_output_chunk_is_whole_input_chunks_within_the_three_bounds():
     assert large.grid_records == 64 * MIB // (224 * 224 * 3) // 16 * 16
     wide = OutputGeometry("map", np.dtype(np.float32), (512, 512))
     assert plan_of(output=wide, chunk=3, micro_batch=3).grid_records == 6
+    source, two = Geometry((1000, 28, 28), np.dtype(np.uint8), 3), (wide, replace(wide, name="other"))
+    assert make_plan(spec(), source, np.dtype(np.uint8), two, 3).grid_records == 3
     assert plan_of(chunk=20_000, count=100_000).grid_records == 20_000
 
 

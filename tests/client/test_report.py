@@ -218,7 +218,7 @@ def test_a_report_stays_small_however_long_the_run():
     assert len(render(data)) < 300_000
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), shape=st.lists(st.integers(0, 3), max_size=3), record=st.lists(st.integers(0, 9), max_size=3),
        kind=st.sampled_from(["f4", "f2", "i8", "u1", "?"]))
 def test_predictions_of_any_shape_are_gathered(data, shape, record, kind):
@@ -239,7 +239,6 @@ def all_of(*values):
     return st.lists(st.floats(allow_nan=True, allow_infinity=True) | st.sampled_from(values), max_size=20)
 
 
-@settings(deadline=None)
 @given(st.sampled_from([0.0, -1.0, 1e-320, -5e-324, 0.3, 3.7, 1e15, 1e300, sys.float_info.max, -sys.float_info.max])
        .flatmap(lambda value: all_of(value, float(np.nextafter(value, 0.0)), -value)))
 @example([sys.float_info.max, -sys.float_info.max])
@@ -282,7 +281,7 @@ def test_large_outputs_are_neither_copied_nor_cast_nor_all_looked_at():
     assert 8 <= len(report.data().scores) <= 16
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(steps=st.integers(0, 6), seconds=st.floats(1e-3, 1e6))
 def test_a_page_can_be_made_at_any_moment(steps, seconds):
     parsed(render(reported(seconds, steps).data("stopped")))

@@ -81,7 +81,7 @@ def test_bits_do_not_depend_on_how_a_run_is_cut(floats, values):
         np.testing.assert_array_equal(bits(np.concatenate(parts)), bits(clean))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     begin=st.integers(0, 40),
     count=st.integers(1, 40),

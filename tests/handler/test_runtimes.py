@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_handler.runtimes import device as devices
@@ -49,7 +49,6 @@ queries = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=60), queries, st.sampled_from([0, STACKED]))
 def test_late_copies_change_no_number(script, asked, stack_bytes):
     device = ScriptedDevice(script, stack_bytes=stack_bytes)
@@ -101,7 +100,6 @@ def test_a_record_that_the_model_raises_on_fails_its_own_request_only(device):
         np.testing.assert_array_equal(answers[index].outputs[0], asked[index].inputs[0] * 2.0 + 1)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 5), max_size=60), st.lists(st.integers(0, 19), max_size=3), st.sampled_from([0, STACKED])
 )

@@ -50,7 +50,7 @@ def sent(pieces, function, lengths):
 
 
 @BOTH
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pieces=st.lists(st.binary(max_size=300), max_size=12), data=st.data())
 def test_what_is_received_is_what_was_sent_in_pieces_of_any_size(function, pieces, data):
     whole = b"".join(pieces)
