@@ -21,6 +21,8 @@ from pathlib import Path
 
 from measure import ALLOCATOR
 
+from batch_client.machine import cores
+
 ROUNDS = 5  # of both ways, before the better one is chosen
 
 
@@ -90,8 +92,7 @@ def better(archive: Path, records: Path, count: int) -> tuple[int, int]:
     The median of interleaved rounds, each as long as what is measured afterwards: shorter ones, and one alone, chose
     the worse way by a slow moment of the machine, and by how far apart the processes of a short round end.
     """
-    cores = os.cpu_count() or 1
-    ways = ((1, cores), (cores, 1))
+    ways = ((1, cores()), (cores(), 1))
     rates = [[rate(archive, records, count, *way)[0] for way in ways] for _ in range(ROUNDS)]
     return max(zip(ways, zip(*rates, strict=True), strict=True), key=lambda pair: statistics.median(pair[1]))[0]
 

@@ -41,6 +41,7 @@ from measure import ALLOCATOR, PeakMemory, family, heading, interval, machine, r
 from workload import SMALL, absolute, given_images, workload_flags
 
 from batch_client.demo.objectstore import SeaweedServer
+from batch_client.machine import cores
 
 HERE = Path(__file__).parent / "contenders"
 TOLERANCE = 1e-5
@@ -195,7 +196,7 @@ class Arena:
         records = min(self._options.records, contender.most or self._options.records)
         with tempfile.TemporaryDirectory(prefix="c-") as folder:
             job = Job(self._source, str(output), str(self._model), str(self.archive), python, records,
-                      os.cpu_count() or 1, folder)
+                      cores(), folder)
             told = Path(folder, "job.json")
             told.write_text(json.dumps(asdict(job)), "utf-8")
             command = [sys.executable if contender.client else python, str(HERE / contender.script), str(told),

@@ -35,6 +35,7 @@ from measure import cpu_seconds, heading, interval, java_and_workers, stamped
 from workload import HEAVY, SMALL, command, given_images, summary_of, workload_flags
 
 from batch_client.demo.objectstore import SeaweedServer
+from batch_client.machine import cores
 
 
 def main() -> None:
@@ -117,7 +118,7 @@ class Run:
     @property
     def idle(self) -> float:
         """The share of the machine's cores that the workers left: they are one thread a core together."""
-        return 1 - self.cpu.workers / self.seconds / (os.cpu_count() or 1)
+        return 1 - self.cpu.workers / self.seconds / cores()
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Pair:
     @property
     def ceiling_idle(self) -> float:
         """What the ceiling's processes left of the cores: ends at different times, the kernel's own work."""
-        return 1 - self.ceiling * self.ceiling_cpu / 1e6 / (os.cpu_count() or 1)
+        return 1 - self.ceiling * self.ceiling_cpu / 1e6 / cores()
 
     @property
     def cpu_ratio(self) -> float:

@@ -98,7 +98,7 @@ _PHRASES = {
 }
 _ADVICE = {
     Limit.MODEL: "add workers, GPUs or endpoints",
-    Limit.WIRE: "run the client nearer to the servers, or add endpoints",
+    Limit.WIRE: "add workers or endpoints, or run the client nearer to servers that are elsewhere",
     Limit.IN_FLIGHT: "raise --in-flight",
     Limit.READING: "raise --in-flight, which reads more output chunks at once, or go nearer to INPUT",
     Limit.WRITING: "raise --in-flight, which stores more output chunks at once, or go nearer to OUTPUT",
