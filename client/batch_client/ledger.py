@@ -58,6 +58,11 @@ class Row(NamedTuple):
     def records(self) -> int:
         return self.ok + self.failed + self.not_finite
 
+    @property
+    def missing_chunks(self) -> int:
+        """Source chunks that were not there and were taken as the fill value."""
+        return sum(etag is None for etag in self.source.values())
+
     def to_value(self) -> dict[str, Any]:
         return self._asdict()
 
@@ -82,7 +87,7 @@ class LedgerView:
     """
 
     def __init__(self, store: Store, units: int) -> None:
-        self.records = self.failed = self.not_finite = 0
+        self.records = self.failed = self.not_finite = self.missing_chunks = 0
         self._store = store
         self._count = 0
         # A hash of each proven unit's objects, 0 where nothing is proven.
@@ -126,6 +131,7 @@ class LedgerView:
             self.records += row.records
             self.failed += row.failed
             self.not_finite += row.not_finite
+            self.missing_chunks += row.missing_chunks
         elif found != known:
             raise MismatchError(f"{self._store.url}: two writers proved different bytes for output chunk {row.unit}: "
                                 "the output can't be trusted; score it again at another place")

@@ -20,7 +20,7 @@ from batch_client.storage import Store, child_url
 
 __all__ = ["Manifest", "ManifestBuilder", "RootHash", "manifest_rows", "read_manifest"]
 
-FORMAT = 2
+FORMAT = 3
 # A part is closed by the row with which it reaches this many bytes: some 13,000 rows of an image run.
 PART_BYTES = 4 << 20
 _FAST = ("the run was not exact: a record's bits may depend on the records that it was scored with, the servers may "
@@ -45,7 +45,8 @@ class RootHash:
 @dataclass(frozen=True)
 class Manifest:
     """A manifest's head as it was read: `run` is the identity's fields, `records` how many it was for, the counts are
-    of records by status, `parts` are in the order of the units.
+    of records by status, `missing_chunks` of source chunks that were taken as the fill value, once for each output
+    chunk that read them; `parts` are in the order of the units.
     """
 
     root: str
@@ -54,6 +55,7 @@ class Manifest:
     ok: int
     failed: int
     not_finite: int
+    missing_chunks: int
     metadata: tuple[ChunkProof, ...]
     parts: tuple[ChunkProof, ...]
 
@@ -64,6 +66,7 @@ class ManifestBuilder:
     def __init__(self) -> None:
         self.root = RootHash()
         self.units = 0
+        self._missing_chunks = 0
         self._counts = dict.fromkeys(("ok", "failed", "not_finite"), 0)
         self._parts: list[ChunkProof] = []
         self._rows: list[bytes] = []
@@ -75,6 +78,7 @@ class ManifestBuilder:
         self.units += 1
         for name in self._counts:
             self._counts[name] += getattr(row, name)
+        self._missing_chunks += row.missing_chunks
         self._rows.append(canonical_json(row.to_value()))
         self._nbytes += len(self._rows[-1])
         return self.close() if self._nbytes >= PART_BYTES else None
@@ -96,6 +100,7 @@ class ManifestBuilder:
             "root": str(self.root),
             "run": identity.to_value(),
             "records": self._counts,
+            "missing_chunks": self._missing_chunks,
             "metadata": list(metadata),
             "parts": self._parts,
         }
@@ -119,7 +124,8 @@ async def read_manifest(store: Store) -> Manifest:
                            for name in ("metadata", "parts"))
         ok, failed, not_finite = (int(value["records"][name]) for name in ("ok", "failed", "not_finite"))
         records = int(value["run"]["stop"]) - int(value["run"]["start"])
-        return Manifest(str(value["root"]), records, value["run"], ok, failed, not_finite, metadata, parts)
+        return Manifest(str(value["root"]), records, value["run"], ok, failed, not_finite,
+                        int(value["missing_chunks"]), metadata, parts)
     except (ValueError, KeyError, TypeError) as error:
         raise MismatchError(f"{where} can't be read ({type(error).__name__}: {error})") from error
 

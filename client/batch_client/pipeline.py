@@ -57,8 +57,15 @@ NOT_FINITE = "the prediction is not finite"
 
 
 async def plan_run(spec: RunSpec, services: Services) -> Plan:
-    """What `spec` would do; sends one metadata request a server and writes nothing."""
-    return (await prepare(spec, services)).plan
+    """What `spec` would do; sends one metadata request a server and writes nothing.
+
+    Raises what `execute` would raise before it writes.
+    """
+    prepared = await prepare(spec, services)
+    await _reusable(spec, services, prepared)
+    if not spec.overwrite:
+        await check_place(services.output_store, prepared.identity)
+    return prepared.plan
 
 
 async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, ...] = (),
@@ -76,8 +83,8 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
             observer(event)
 
     prepared = await prepare(spec, services)
-    old, output = services.reuse_store, services.output_store
-    reusable = None if old is None else await reusable_rows(old, prepared, require_finite=spec.require_finite)
+    output = services.output_store
+    reusable = await _reusable(spec, services, prepared)
     if spec.overwrite and not await _is_begun(output, prepared.identity):
         await remove_output(output)
     await check_place(output, prepared.identity)
@@ -91,6 +98,12 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     if root is not None:
         emit(Published(spec.output, root))
     return tally.summary(spec, prepared, run.counted)
+
+
+async def _reusable(spec: RunSpec, services: Services, prepared: Prepared) -> AsyncIterator[Row] | None:
+    if services.reuse_store is None:
+        return None
+    return await reusable_rows(services.reuse_store, prepared, require_finite=spec.require_finite)
 
 
 async def _is_begun(output: Store, identity: RunIdentity) -> bool:

@@ -228,7 +228,6 @@ def _identity(spec: RunSpec, services: Services, source: Source, contract: Model
         model_digest=contract.digest,
         fingerprint=contract.fingerprint if spec.exact else ANY_NUMERICS,
         outputs=tuple((output.name, str(output.dtype), output.shape) for output in plan.outputs),
-        allow_missing=spec.allow_missing,
         exact=spec.exact,
         numerics=contract.numerics if spec.exact else {},
     )

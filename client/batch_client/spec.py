@@ -173,10 +173,9 @@ class RunIdentity:
     model_digest: str
     fingerprint: str
     outputs: tuple[tuple[str, str, tuple[int, ...]], ...]
-    allow_missing: bool
     exact: bool
     numerics: Mapping[str, object]
-    format: int = 1
+    format: int = 2
 
     def to_value(self) -> dict[str, Any]:
         return asdict(self)

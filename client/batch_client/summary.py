@@ -26,9 +26,10 @@ STATUS = Path("/proc/self/status")
 @dataclass(frozen=True)
 class RunSummary:
     """A finished run. `records` is the size of the output, `scored` what this run computed of it, `failed` and
-    `not_finite` its records without a prediction and with one that is NaN or infinite; seconds are from the first read
-    to publication, `in_flight` is the limit that was found for each endpoint, bytes are of records read from and chunks
-    written to storage, peak memory is that of this process, its imports included.
+    `not_finite` its records without a prediction and with one that is NaN or infinite, `missing_chunks` source chunks
+    that were taken as the fill value for it; seconds are from the first read to publication, `in_flight` is the limit
+    that was found for each endpoint, bytes are of records read from and chunks written to storage, peak memory is that
+    of this process, its imports included.
 
     `limited_by` is a value of `bottleneck.Limit` and `advice` the next thing to turn, `time_shares` the run's time by
     what was waited for; None and empty where nothing was scored. `ceiling_records_per_s` is what the model alone was
@@ -42,6 +43,7 @@ class RunSummary:
     scored: int
     failed: int
     not_finite: int
+    missing_chunks: int
     seconds: float
     records_per_s: float
     output: str
@@ -127,6 +129,7 @@ class Tally:
             scored=self._scored,
             failed=counted.failed,
             not_finite=counted.not_finite,
+            missing_chunks=counted.missing_chunks,
             seconds=round(seconds, 3),
             records_per_s=round(rate, 1),
             output=spec.output,

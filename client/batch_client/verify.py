@@ -35,6 +35,7 @@ class Verification:
     records: int
     failed: int
     not_finite: int
+    missing_chunks: int
     objects: int
     nbytes: int
     deep: bool
@@ -81,6 +82,7 @@ async def verify_output(store: Store, *, deep: bool = False) -> Verification:
         records=manifest.records,
         failed=manifest.failed,
         not_finite=manifest.not_finite,
+        missing_chunks=manifest.missing_chunks,
         objects=objects,
         nbytes=nbytes,
         deep=deep)
@@ -98,18 +100,21 @@ async def _identity(store: Store, manifest: Manifest, problems: _Problems) -> No
 async def _coverage(store: Store, manifest: Manifest, problems: _Problems) -> None:
     """Every record once, the sums, and the root over it all."""
     root = RootHash()
-    number = ok = failed = not_finite = 0
+    number = ok = failed = not_finite = missing = 0
     async for row in manifest_rows(store, manifest):
         if row.unit != number:
             problems.add(f"{MANIFEST_KEY} has chunk {row.unit} where chunk {number} belongs")
         root.add(row)
         number, ok = number + 1, ok + row.ok
         failed, not_finite = failed + row.failed, not_finite + row.not_finite
+        missing += row.missing_chunks
     if ok + failed + not_finite != manifest.records:
         problems.add(f"{MANIFEST_KEY} proves {ok + failed + not_finite} records of {manifest.records}")
     if (ok, failed, not_finite) != (manifest.ok, manifest.failed, manifest.not_finite):
         problems.add(f"{MANIFEST_KEY} counts {(manifest.ok, manifest.failed, manifest.not_finite)} (ok, failed, not "
                      f"finite), its rows have {(ok, failed, not_finite)}")
+    if missing != manifest.missing_chunks:
+        problems.add(f"{MANIFEST_KEY} counts {manifest.missing_chunks} missing source chunks, its rows have {missing}")
     if str(root) != manifest.root:
         problems.add(f"{MANIFEST_KEY} has root {manifest.root}, its rows have {root}")
 

@@ -82,6 +82,7 @@ def test_rows_come_out_of_bounded_parts_as_they_went_in(values):
         assert found.root == f"sha256:{digest.hexdigest()}"
         assert (found.ok, found.failed, found.not_finite) == tuple(sum(value[at] for value in values)
                                                                    for at in (2, 3, 4))
+        assert found.missing_chunks == sum(list(value[1].values()).count(None) for value in values)
         assert [part.key for part in found.parts] == [key for key, _ in parts]
         for key, body in parts:
             assert key == f"{MANIFEST_PREFIX}{json.loads(body)['rows'][0]['unit']:08d}.json"
@@ -122,7 +123,8 @@ def test_every_alteration_of_a_part_is_noticed():
     (lambda head: head["records"].update(failed=1, ok=95), r"counts \(95, 1, 0\) .* its rows have \(96, 0, 0\)"),
     (lambda head: head.update(root="sha256:0"), "has root sha256:0, its rows have sha256:"),
     (lambda head: head["metadata"][0].__setitem__(1, 7), r"y/zarr.json is \d+ bytes, wanted 7 bytes"),
-    (lambda head: head.update(format=1), "has format 1, wanted 2"),
+    (lambda head: head.update(missing_chunks=1), "counts 1 missing source chunks, its rows have 0"),
+    (lambda head: head.update(format=1), "has format 1, wanted 3"),
     (lambda head: head.pop("parts"), "can't be read"),
     (lambda head: head["run"].pop("stop"), "can't be read"),
 ])

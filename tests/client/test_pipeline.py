@@ -19,6 +19,8 @@ from batch_client.errors import DataError, MismatchError, StoppedError, UsageErr
 from batch_client.events import ChunkWritten, Published, RequestSent, RunStarted
 from batch_client.pipeline import execute, plan_run
 from batch_client.prepare import Services
+from batch_client.publish import published_root
+from batch_client.replay import replay
 from batch_client.spec import Records, RunSpec
 from batch_client.storage import MemoryStore, open_store
 from support.simulated import URL, SimulatedServer
@@ -310,6 +312,28 @@ async def refused(kind, wanted, source, server=None, **options):
     return output
 
 
+async def test_a_plan_refuses_what_its_run_would_refuse_before_it_writes():
+    source, server = await source_of(records_of(20), (10, 3)), SimulatedServer()
+    taken, foreign = MemoryStore("memory://out"), MemoryStore("memory://out")
+    await execute(spec(), services(server, source, taken))
+    foreign.objects["notes.txt"] = b"mine"
+    for wanted, output, reused, options in [
+        ("belongs to another run: codec", taken, None, {"codec": "zstd"}),
+        ("belongs to another run: start", taken, None, {"records": Records(10, 20)}),
+        ("is not empty (notes.txt)", foreign, None, {}),
+        ("is no published output", MemoryStore("memory://out"), foreign, {"reuse": "memory://out"}),
+        ("no chunk of it can be reused: codec", MemoryStore("memory://out"), taken, {"reuse": "x", "codec": "zstd"}),
+    ]:
+        before = dict(output.objects)
+        for go in (plan_run, execute):
+            with pytest.raises(MismatchError) as error:
+                await go(spec(**options), replace(services(server, source, output), reuse_store=reused))
+            assert wanted in str(error.value)
+            assert output.objects == before
+    for options in ({}, {"overwrite": True, "codec": "zstd"}):
+        assert (await plan_run(spec(**options), services(server, source, taken))).count == 20
+
+
 async def test_sources_that_can_not_be_scored_are_refused_before_anything_is_written():
     good, wide = await source_of(records_of(20), (10, 3)), await source_of(records_of(20, (4,)), (10, 4))
     for kind, wanted, source, options in [
@@ -337,10 +361,30 @@ async def test_a_missing_chunk_is_no_data_unless_the_user_says_so():
     records = records_of(40)
     source = await source_of(records, (10, 3))
     del source.objects["c/2/0"]
-    output = await refused(DataError, "chunk c/2/0 (among records", source)
+    output = await refused(DataError, "chunk c/2/0 (among records", source, chunk_records=10)
     assert not [key for key in output.objects if key.endswith("zarr.json")]
     summary = await execute(spec(allow_missing=True), services(SimulatedServer(), source))
-    assert summary.records == 40
+    assert (summary.records, summary.missing_chunks) == (40, 1)
+    assert " 1 missing input chunks taken as the fill value, " in _sentence(summary)
+
+
+async def test_a_run_that_met_a_missing_chunk_goes_on_with_the_fill_value():
+    source = await source_of(records_of(40), (10, 3))
+    whole = MemoryStore("memory://out")
+    missing = source.objects.pop("c/2/0")
+    await execute(spec(allow_missing=True, chunk_records=10), services(SimulatedServer(), source, whole))
+    output = await refused(DataError, "missing from the store", source, chunk_records=10, in_flight=1)
+    scored = [key for key in output.objects if key.startswith("y/c/")]
+    assert scored
+    events = []
+    summary = await execute(spec(allow_missing=True, chunk_records=10), services(SimulatedServer(), source, output),
+                            (events.append,))
+    assert (summary.scored, summary.missing_chunks) == (40 - 10 * len(scored), 1)
+    assert output.objects["y/c/2/0"] == whole.objects["y/c/2/0"]
+    assert summary.root == (await published_root(whole))
+    source.objects["c/2/0"] = missing
+    with pytest.raises(MismatchError, match="c/2/0 is another one than was scored"):
+        await replay(spec(chunk_records=10), services(SimulatedServer(), source, output), 4)
 
 
 async def test_a_chunk_that_can_not_be_decoded_is_named_by_its_records():

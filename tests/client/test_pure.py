@@ -98,8 +98,8 @@ def identity(**changes):
         "source": "s", "source_array": "",
         "source_metadata": "m", "source_shape": (3, 2), "source_dtype": "uint8", "start": 0, "stop": 3,
         "grid_records": 3, "chunk_records": 3, "micro_batch": 4, "codec": "none", "model": "toy", "model_digest": "d",
-        "fingerprint": "f", "outputs": (("y", "float32", (2,)),), "allow_missing": False, "exact": True,
-        "numerics": {}, **changes})
+        "fingerprint": "f", "outputs": (("y", "float32", (2,)),), "exact": True, "numerics": {},
+        **changes})
 
 
 def test_another_run_is_told_apart_by_each_differing_field():

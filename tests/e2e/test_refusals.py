@@ -178,6 +178,9 @@ def test_settings_come_from_flags_then_environment_then_file(place, toy_server, 
     flags = [*toy_server.flags[2:], "--in-flight", "2"]
     done = run_cli(["run", place / "in.zarr", "named", *flags], named, cwd=tmp_path)
     assert json.loads(done.stdout)["records"] == 100
+    # Servers are no business of a verify without --replay; only one who names them there is told.
+    assert run_cli(["verify", "named"], named, cwd=tmp_path).returncode == 0
+    check(run_cli(["verify", "named", *toy_server.flags], clean_environ, cwd=tmp_path), 64, "only together with --replay")
     (tmp_path / "batch-client.toml").write_text("[run]\nin-fligth = 2\n")
     check(run_cli(words, clean_environ, cwd=tmp_path), 64, "[run] has no setting 'in-fligth'; wanted allow-missing,")
 

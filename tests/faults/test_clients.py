@@ -90,7 +90,7 @@ class PinnedMeanwhile(MemoryStore):
 async def test_a_run_that_another_client_begins_in_between():
     # Seen with four clients that started at once: the place was empty, and then was not.
     values = {"source_shape": (1,), "outputs": (), "start": 0, "stop": 1, "grid_records": 1, "chunk_records": 1,
-              "micro_batch": 1, "allow_missing": False, "exact": True}
+              "micro_batch": 1, "exact": True}
     names = [field.name for field in fields(RunIdentity) if field.name != "format"]
     identity = RunIdentity(**{name: values.get(name, "x") for name in names})
     await check_place(PinnedMeanwhile(identity.to_json()), identity)

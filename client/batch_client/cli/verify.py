@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from batch_client.cli.options import bytes_option, server_options
 from batch_client.errors import UsageError
@@ -32,15 +33,20 @@ def command(output_url: str, *, deep: bool, replays: int | None, as_json: bool, 
     """
     from batch_client.api import run_until_complete
 
-    if replays is None and (options["endpoints"] or options["archive"]):
+    # Variables and settings say what to score with where something is scored; only on the command line is it a mistake.
+    said = click.get_current_context().get_parameter_source
+    if replays is None and ParameterSource.COMMANDLINE in (said("endpoints"), said("archive")):
         raise UsageError("--endpoint and --archive: wanted only together with --replay N")
     verification, replayed = run_until_complete(_verify(output_url, deep, replays, options))
     if as_json:
         click.echo(json.dumps(asdict(verification) | ({} if replayed is None else {"replayed": asdict(replayed)})))
         return
+    missing = (f", {verification.missing_chunks:,} missing input chunks taken as the fill value"
+               if verification.missing_chunks else "")
     click.echo(f"{verification.output}: {verification.records:,} records in {verification.objects:,} objects "
                f"({verification.nbytes:,} bytes) are what the manifest says{', every byte' if deep else ''}; "
-               f"{verification.failed:,} failed, {verification.not_finite:,} not finite; root {verification.root}")
+               f"{verification.failed:,} failed, {verification.not_finite:,} not finite{missing}; "
+               f"root {verification.root}")
     if replayed is not None:
         click.echo(f"scored again: {replayed.records:,} records in {len(replayed.chunks)} chunks, all bits equal")
 
@@ -62,6 +68,6 @@ async def _verify(output_url: str, deep: bool, replays: int | None,  # noqa: FBT
     spec = RunSpec(
         input=run["source"], output=output_url, array=run["source_array"] or None,
         records=Records(run["start"], run["stop"]), chunk_records=run["grid_records"], codec=run["codec"],
-        allow_missing=run["allow_missing"], exact=run["exact"], **options)
+        exact=run["exact"], **options)
     async with serving(spec) as services:
         return verification, await replay(spec, services, replays)
