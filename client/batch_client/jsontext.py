@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 __all__ = ["canonical_json", "parse_json"]
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def canonical_json(value: object) -> bytes:
@@ -14,8 +17,16 @@ def canonical_json(value: object) -> bytes:
 
 
 def parse_json(text: bytes | memoryview) -> Any:
-    """Any JSON value; ValueError is all that it raises, for text that nests deeper than Python can follow as well."""
+    """Any JSON value; ValueError is all that it raises, for text that nests deeper than Python can follow as well, and
+    for half a surrogate pair, which is no character and can't be written again.
+    """
+    data = bytes(text)
     try:
-        return json.loads(bytes(text))
+        value = json.loads(data)
+        if _SURROGATE.search(data):
+            canonical_json(value)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("half of a surrogate pair") from error
+    return value

@@ -1,30 +1,34 @@
 """What is proven: one row for each output chunk that is in the store, in create-only segments.
 
-`_run/spec.json` says what the run is; `_run/ledger/<writer>/<seq>.json` hold rows; `_run/failed/…` list the records
-that failed. A row is written after its chunks, so what a row says is true; what no row says is scored again, and the
-create-only write of the chunk compares.
+`_run/spec.json` says what the run is, `_run/generation` which of the outputs that may follow one another at this place;
+`_run/ledger/<generation>/<writer>/<seq>.json` hold rows; `_run/failed/…` list the records that failed. A row is written
+after its chunks, so what a row says is true; what no row says is scored again, and the create-only write of the chunk
+compares.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from batch_client.errors import MismatchError, StorageError, one_error
 from batch_client.events import RecordFailed
 from batch_client.jsontext import canonical_json, parse_json
-from batch_client.layout import FAILED_PREFIX, LEDGER_PREFIX, SPEC_KEY
+from batch_client.layout import FAILED_PREFIX, GENERATION_KEY, LEDGER_PREFIX, SPEC_KEY
 from batch_client.spec import RunIdentity
 from batch_client.storage import Blob, Store, child_url, put_same
 
-__all__ = ["ChunkProof", "Ledger", "LedgerView", "Row", "check_place", "rows_from_json"]
+__all__ = ["ChunkProof", "Ledger", "LedgerView", "Row", "check_place", "generation_of", "rows_from_json"]
 
 FLUSH_ROWS = 64
 FLUSH_SECONDS = 10.0
+FLUSH_SOURCE_CHUNKS = 50_000  # some 5 MB of keys and ETags
+_NAME = re.compile(rb"[0-9a-f]{16}")
 # Segments read at a time: on an object store it is the answers that take long, and a segment is small, some 20 KB. One
 # whose units have thousands of source chunks each is not, so bytes are bounded too.
 READS_AT_ONCE = 64
@@ -80,15 +84,17 @@ def rows_from_json(data: bytes | memoryview) -> list[Row]:
 
 
 class LedgerView:
-    """What all writers have proven of an output of `units` chunks; `refresh` reads the segments that are new.
+    """What all writers of one generation have proven of an output of `units` chunks; `refresh` reads the segments that
+    are new.
 
     Rows are not kept: eight bytes a unit say that it is proven and with which objects, and an index says which segments
     have a unit's row. Who needs the rows themselves has them read again, in the order of the units.
     """
 
-    def __init__(self, store: Store, units: int) -> None:
+    def __init__(self, store: Store, units: int, generation: str) -> None:
         self.records = self.failed = self.not_finite = self.missing_chunks = 0
         self._store = store
+        self._generation = generation
         self._count = 0
         # A hash of each proven unit's objects, 0 where nothing is proven.
         self._hashes = np.zeros(units, np.int64)
@@ -103,9 +109,12 @@ class LedgerView:
         return bool(self._hashes[unit])
 
     async def refresh(self) -> None:
-        """Raises StorageError for a segment that can't be read, MismatchError for rows that contradict each other."""
+        """Raises StorageError for a segment that can't be read, MismatchError for rows that contradict each other, and
+        what `require_current` raises.
+        """
+        await self.require_current()
         fresh = {}
-        async for meta in self._store.list(LEDGER_PREFIX):
+        async for meta in self._store.list(f"{LEDGER_PREFIX}{self._generation}/"):
             if meta.key not in self._segments:
                 if meta.size > LARGEST_SEGMENT:
                     raise StorageError(f"{child_url(self._store.url, meta.key)}: {meta.size} bytes, no ledger segment "
@@ -117,6 +126,10 @@ class LedgerView:
             for block in {row.unit // BLOCK_UNITS for row in rows}:
                 self._blocks.setdefault(block, []).append(key)
             self._segments[key] = fresh[key]
+
+    async def require_current(self) -> None:
+        """Raises MismatchError when the output was removed, or removed and begun anew, while it was being written."""
+        await _require_generation(self._store, self._generation)
 
     def add(self, row: Row) -> None:
         """A unit with several rows (two clients, a lost answer) has one meaning: their objects are equal."""
@@ -160,48 +173,65 @@ class LedgerView:
 
 
 class Ledger:
-    """One client's own segments of an output's ledger."""
+    """One client's own segments of an output's ledger. `generation` is that of the output, `first` whether this client
+    began it.
+    """
 
-    def __init__(self, store: Store, writer: str, clock: Callable[[], float]) -> None:
+    def __init__(self, store: Store, generation: str, writer: str, clock: Callable[[], float], *, first: bool) -> None:
+        self.generation = generation
+        self.first = first
         self._store = store
+        self._prefix = f"{LEDGER_PREFIX}{generation}/{writer}/"
         self._writer = writer
         self._clock = clock
         self._rows: list[Row] = []
+        self._source_chunks = 0
         self._seq = 0
         self._flushed_at = clock()
         self._lock = asyncio.Lock()
 
-    async def pin(self, identity: RunIdentity) -> bool:
-        """Make this output that of `identity`; False if it was already.
+    @classmethod
+    async def open(cls, store: Store, identity: RunIdentity, writer: str, clock: Callable[[], float]) -> Self:
+        """The ledger of the output that `identity` is, or is made here; `writer` is a name that nobody else has.
 
-        Raises MismatchError when it belongs to another run, or holds something that is no output of ours.
+        Raises MismatchError when the output belongs to another run, or holds something that is no output of ours.
         """
-        await check_place(self._store, identity)
-        if await self._store.create(SPEC_KEY, identity.to_json()):
-            return True
-        await check_place(self._store, identity)
-        if await self._store.head(SPEC_KEY) is None:
-            raise StorageError(f"{child_url(self._store.url, SPEC_KEY)}: the store says that it exists and has none")
-        return False
+        await check_place(store, identity)
+        first = await store.create(SPEC_KEY, identity.to_json())
+        if not first:
+            await check_place(store, identity)
+            if await store.head(SPEC_KEY) is None:
+                raise _vanished(store, SPEC_KEY)
+        # Whoever begins an output names its generation, whoever comes later takes what is there.
+        await store.create(GENERATION_KEY, writer.encode())
+        generation = await generation_of(store)
+        if generation is None:
+            raise _vanished(store, GENERATION_KEY)
+        return cls(store, generation, writer, clock, first=first)
 
     async def add(self, row: Row) -> None:
         """Note that a unit's chunks are stored; written at once with others, or after a while."""
         self._rows.append(row)
-        if len(self._rows) >= FLUSH_ROWS or self._clock() - self._flushed_at >= FLUSH_SECONDS:
+        self._source_chunks += len(row.source)
+        # A record that failed may not fail again after a kill, and a chunk that is there and not proven is compared.
+        if (row.failed or len(self._rows) >= FLUSH_ROWS or self._source_chunks >= FLUSH_SOURCE_CHUNKS
+                or self._clock() - self._flushed_at >= FLUSH_SECONDS):
             await self.flush()
 
     async def flush(self) -> None:
-        """Write all rows that are not written yet."""
+        """Write all rows that are not written yet. Raises MismatchError when the output was removed meanwhile."""
         async with self._lock:
             rows, self._flushed_at = list(self._rows), self._clock()
             if not rows:
                 return
+            await _require_generation(self._store, self.generation)
             body = canonical_json({"rows": [row.to_value() for row in rows]})
             # Only this writer writes under its name. Other bytes there are an earlier flush whose answer was lost.
-            while not await put_same(self._store, f"{LEDGER_PREFIX}{self._writer}/{self._seq:06d}.json", body):
+            while not await put_same(self._store, f"{self._prefix}{self._seq:06d}.json", body):
                 self._seq += 1
             self._seq += 1
             del self._rows[:len(rows)]
+            self._source_chunks = sum(len(row.source) for row in self._rows)
 
     async def list_failures(self, unit: int, failures: Sequence[RecordFailed]) -> None:
         """Write the dead letters of a unit: each record's number, reason and how often it failed alone."""
@@ -222,6 +252,32 @@ async def check_place(store: Store, identity: RunIdentity) -> None:
             raise MismatchError(f"{store.url} is not empty ({found.key}) and is no output of batch-client: "
                                 "choose another OUTPUT")
     identity.require_same(bytes(spec.data), store.url)
+
+
+async def generation_of(store: Store) -> str | None:
+    """The name of an output's generation, which is gone as soon as its removal begins: what was proven before a removal
+    removal is proven of objects that may be gone. None where there is none.
+
+    Raises MismatchError for what is no such name.
+    """
+    blob = await store.get(GENERATION_KEY)
+    if blob is None:
+        return None
+    name = bytes(blob.data)
+    if not _NAME.fullmatch(name):
+        raise MismatchError(f"{child_url(store.url, GENERATION_KEY)} can't be read: wanted 16 hexadecimal digits; "
+                            "score again at another place, or with --overwrite")
+    return name.decode()
+
+
+async def _require_generation(store: Store, generation: str) -> None:
+    if await generation_of(store) != generation:
+        raise MismatchError(f"{store.url} was removed while this client worked on it: end every client of an output "
+                            "before it is removed, then run again")
+
+
+def _vanished(store: Store, key: str) -> StorageError:
+    return StorageError(f"{child_url(store.url, key)}: the store says that it exists and has none")
 
 
 async def _read_segments(store: Store, sizes: Mapping[str, int]) -> AsyncIterator[tuple[str, list[Row]]]:

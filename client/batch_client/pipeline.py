@@ -15,7 +15,7 @@ import numpy as np
 
 from batch_client.assemble import STATUS_NOT_FINITE, UnitAssembler
 from batch_client.budget import ByteBudget, Lease
-from batch_client.errors import DataError, StoppedError, one_error
+from batch_client.errors import DataError, MismatchError, StoppedError, one_error
 from batch_client.events import (
     ChunkHeld,
     ChunkWritten,
@@ -30,8 +30,8 @@ from batch_client.events import (
     timed,
 )
 from batch_client.exchange import Exchange
-from batch_client.layout import FAILED_PREFIX, SPEC_KEY, OutputLayout
-from batch_client.ledger import FLUSH_SECONDS, Ledger, LedgerView, Row, check_place
+from batch_client.layout import FAILED_PREFIX, SPEC_KEY, SUCCESS_KEY, OutputLayout
+from batch_client.ledger import FLUSH_SECONDS, Ledger, LedgerView, Row, check_place, generation_of
 from batch_client.manifest import read_manifest
 from batch_client.plan import Plan, Span, Unit
 from batch_client.prepare import Prepared, Services, prepare
@@ -39,7 +39,7 @@ from batch_client.publish import publish, published_root
 from batch_client.removal import remove_output
 from batch_client.reuse import copy_chunks, reusable_rows
 from batch_client.scorer import Scorer
-from batch_client.spec import RunIdentity, RunSpec
+from batch_client.spec import RunSpec
 from batch_client.storage import Store, child_url
 from batch_client.stream import UnitStream
 from batch_client.summary import RunSummary, Tally
@@ -82,10 +82,11 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
         for observer in (tally, *observers):
             observer(event)
 
+    stop = stop or asyncio.Event()
     prepared = await prepare(spec, services)
     output = services.output_store
     reusable = await _reusable(spec, services, prepared)
-    if spec.overwrite and not await _is_begun(output, prepared.identity):
+    if spec.overwrite and not await _goes_on(output, prepared):
         await remove_output(output)
     await check_place(output, prepared.identity)
     root = await published_root(output)
@@ -93,7 +94,10 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
         emit(Published(spec.output, root, already=True))
         return tally.summary(spec, prepared, await read_manifest(output))
     layout = await OutputLayout.open(prepared.plan, spec.codec)
-    run = _Run(spec, services, prepared, layout, emit, stop or asyncio.Event())
+    _require_going_on(stop)
+    writer = f"{services.rng.getrandbits(64):016x}"
+    ledger = await Ledger.open(output, prepared.identity, writer, services.clock)
+    run = _Run(spec, services, prepared, layout, ledger, emit, stop)
     root = await run.to_the_end(reusable)
     if root is not None:
         emit(Published(spec.output, root))
@@ -106,18 +110,37 @@ async def _reusable(spec: RunSpec, services: Services, prepared: Prepared) -> As
     return await reusable_rows(services.reuse_store, prepared, require_finite=spec.require_finite)
 
 
-async def _is_begun(output: Store, identity: RunIdentity) -> bool:
-    """Whether an output is this very run, not finished: it goes on, even where it was asked to overwrite."""
-    if await published_root(output) is not None:
+async def _goes_on(output: Store, prepared: Prepared) -> bool:
+    """Whether an output is this very run, not finished, of the source as it is now: it goes on, even where it was asked
+    to overwrite.
+    """
+    if await output.head(SUCCESS_KEY) is not None:
         return False
     spec = await output.get(SPEC_KEY)
-    return spec is not None and bytes(spec.data) == identity.to_json()
+    if spec is None or bytes(spec.data) != prepared.identity.to_json():
+        return False
+    try:
+        generation = await generation_of(output)
+        if generation is None:  # its removal had begun
+            return False
+        proven = LedgerView(output, prepared.plan.unit_count, generation)
+        await proven.refresh()
+        if len(proven):
+            await prepared.source.require_unchanged(row.source async for row in proven.rows())
+    except MismatchError:
+        return False
+    return True
+
+
+def _require_going_on(stop: asyncio.Event) -> None:
+    if stop.is_set():
+        raise StoppedError("stopped before the end; what is finished is kept: the same command goes on from there")
 
 
 class _Run:
     """One execution: the tasks and what they share."""
 
-    def __init__(self, spec: RunSpec, services: Services, prepared: Prepared, layout: OutputLayout,
+    def __init__(self, spec: RunSpec, services: Services, prepared: Prepared, layout: OutputLayout, ledger: Ledger,
                  emit: Callable[[Event], None], stop: asyncio.Event) -> None:
         self._spec = spec
         self._services = services
@@ -128,8 +151,8 @@ class _Run:
         self._emit = emit
         self._stop = stop
         self._writer = ChunkWriter(self._store, layout, exact=spec.exact)
-        self._ledger = Ledger(self._store, f"{services.rng.getrandbits(64):016x}", services.clock)
-        self._view = LedgerView(self._store, prepared.plan.unit_count)
+        self._ledger = ledger
+        self._view = LedgerView(self._store, prepared.plan.unit_count, ledger.generation)
         self._refreshed_at = services.clock()
         self._writing: dict[int, int] = {}
         self._held: dict[int, int] = {}
@@ -145,7 +168,8 @@ class _Run:
         requests_a_unit = -(-self._plan.chunk_records // self._plan.request_records)
         for_requests = -(-self._spec.in_flight * servers // requests_a_unit) + 2
         for_bytes = self._spec.max_bytes_in_flight // self._plan.unit_bytes_in + 2
-        return max(2, min(for_requests, for_bytes, OUTPUT_BYTES // self._plan.unit_bytes_out))
+        least = 2 if self._plan.unit_bytes_out <= OUTPUT_BYTES else 1
+        return max(least, min(for_requests, for_bytes, OUTPUT_BYTES // self._plan.unit_bytes_out))
 
     @property
     def counted(self) -> LedgerView:
@@ -161,8 +185,6 @@ class _Run:
 
     async def to_the_end(self, reusable: AsyncIterator[Row] | None) -> str | None:
         """Score what no ledger row proves, then publish. Returns the root hash, None if other parts are not done."""
-        self._require_going_on()
-        first = await self._ledger.pin(self._prepared.identity)
         await self._view.refresh()
         if self._services.reuse_store is not None and reusable is not None:
             await self._reuse(self._services.reuse_store, reusable)
@@ -171,13 +193,15 @@ class _Run:
         self._emit(RunStarted(self._plan, self._spec.output, contract.name, contract.digest, self._view.records,
                               contract.fingerprint, self._spec.in_flight * servers, contract.ceiling))
         try:
-            await self._score_all(first=first)
+            await self._score_all()
         finally:
             # What is stored is stored, whatever happened since: prove it, so that a resume need not repeat it.
             await self._ledger.flush()
+        await self._view.refresh()
+        # Another client may have proven what was held back here.
+        self._held = {index: failed for index, failed in self._held.items() if index not in self._view}
         if self._held:
             raise self._too_many()
-        await self._view.refresh()
         if len(self._view) < self._plan.unit_count and self._spec.part is not None:
             return None
         # Parts and other clients count for themselves while they run; what is published counts together.
@@ -199,9 +223,9 @@ class _Run:
                 self._view.add(row)
                 await self._ledger.add(row)
 
-    async def _score_all(self, *, first: bool) -> None:
+    async def _score_all(self) -> None:
         watcher = asyncio.ensure_future(self._stop.wait())
-        work = asyncio.ensure_future(self._units(first=first))
+        work = asyncio.ensure_future(self._units())
         try:
             await asyncio.wait({watcher, work}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -214,16 +238,12 @@ class _Run:
         with one_error():
             finished = not work.cancelled() and work.result()
         if not finished:
-            self._require_going_on()
+            _require_going_on(self._stop)
 
-    def _require_going_on(self) -> None:
-        if self._stop.is_set():
-            raise StoppedError("stopped before the end; what is finished is kept: the same command goes on from there")
-
-    async def _units(self, *, first: bool) -> bool:
+    async def _units(self) -> bool:
         """Whether all units were begun and finished."""
         async with asyncio.TaskGroup() as tasks:
-            for rank, unit in enumerate(self._order(first=first)):
+            for rank, unit in enumerate(self._order()):
                 await self._places.acquire()
                 if self._stop.is_set():
                     return False
@@ -236,10 +256,10 @@ class _Run:
                 await self._under_way.wait()
         return True
 
-    def _order(self, *, first: bool) -> Iterator[Unit]:
+    def _order(self) -> Iterator[Unit]:
         """Units of this run's part. A client that joins others begins somewhere else, so that they meet late."""
         low, high = self._ends()
-        offset = 0 if first or low == high else self._services.rng.randrange(high - low)
+        offset = 0 if self._ledger.first or low == high else self._services.rng.randrange(high - low)
         return (self._plan.unit(low + (step + offset) % (high - low)) for step in range(high - low))
 
     def _ends(self) -> tuple[int, int]:
@@ -299,12 +319,14 @@ class _Run:
         return timed(step, self._emit, self._services.clock)
 
     def _accept(self, unit: Unit, assembler: UnitAssembler) -> bool:
-        """Whether a unit's failures are within what the run accepts; if not it is held back, so that nothing has to be
-        overwritten when more are accepted later.
+        """Whether a unit is to be written: its failures are within what the run accepts. If not it is held back, so
+        that nothing has to be overwritten when more are accepted later.
         """
         failed = assembler.failures(require_finite=self._spec.require_finite)
         if not failed:
             return True
+        if unit.index in self._view:  # another client has proven it, whose failures count already, if it had any
+            return False
         if self.failed + failed <= self._spec.max_failed:
             self._writing[unit.index] = failed
             return True

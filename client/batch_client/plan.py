@@ -45,6 +45,9 @@ TAIL_SHARE = 4
 LEAST_CHUNKS = 32
 LEAST_CHUNK_BYTES_IN = 8 * MIB
 LEAST_CHUNK_RECORDS = 8192
+# Every source object of a chunk is named in its ledger row; and a chunk is assembled and encoded in memory.
+MOST_SOURCE_OBJECTS = 200_000
+LARGEST_CHUNK_BYTES_OUT = 1 << 30
 # The most empty places, a record, that a smaller chunk may have in its last micro-batch: they are computed like others.
 MAX_EMPTY_PLACES = 0.01
 # The server's own bound on one body, either way (serve_config/config.properties), leaves room for the header.
@@ -261,6 +264,7 @@ def make_plan(
         nearest = max(1, round(grid / source.chunk_records)) * source.chunk_records
         raise UsageError(f"--chunk-records {grid}: wanted a multiple of the source's {source.chunk_records} records a "
                          f"chunk, such as {nearest}")
+    _require_bearable(grid, source, outputs)
     wire_bytes = max(1, math.prod(source.record_shape) * wire_dtype.itemsize)
     reply_bytes = 1 + sum(output.record_bytes for output in outputs)
     request = _request(spec, micro_batch, wire_bytes, reply_bytes,
@@ -283,6 +287,18 @@ def make_plan(
         block_records=source.chunk_records * share,
         max_bytes_in_flight=spec.max_bytes_in_flight,
     )
+
+
+def _require_bearable(grid: int, source: Geometry, outputs: tuple[OutputGeometry, ...]) -> None:
+    objects = -(-min(grid, source.count) // source.chunk_records) * source.chunk_objects
+    nbytes = min(grid, source.count) * sum(output.record_bytes for output in outputs)
+    smaller = "lower --chunk-records" if grid > source.chunk_records else "store the source in smaller chunks"
+    if objects > MOST_SOURCE_OBJECTS:
+        raise UsageError(f"an output chunk of {grid:,} records would be read from {objects:,} objects, the most is "
+                         f"{MOST_SOURCE_OBJECTS:,}: {smaller}")
+    if nbytes > LARGEST_CHUNK_BYTES_OUT:
+        raise UsageError(f"an output chunk of {grid:,} records would have {nbytes:,} bytes, the most is "
+                         f"{LARGEST_CHUNK_BYTES_OUT:,}: {smaller}")
 
 
 def _request(spec: RunSpec, micro_batch: int, wire_bytes: int, reply_bytes: int, usual: int) -> int:
@@ -313,7 +329,8 @@ def _default_chunk(source: Geometry, outputs: tuple[OutputGeometry, ...], micro_
     hundredth, the next larger one that does, or else the best of all.
     """
     record_bytes, bytes_out = max(source.record_bytes, 1), max(1, sum(output.record_bytes for output in outputs))
-    most = min(MAX_CHUNK_RECORDS, MAX_CHUNK_BYTES_OUT // bytes_out, MAX_CHUNK_BYTES_IN // record_bytes)
+    most = min(MAX_CHUNK_RECORDS, MAX_CHUNK_BYTES_OUT // bytes_out, MAX_CHUNK_BYTES_IN // record_bytes,
+               MOST_SOURCE_OBJECTS // source.chunk_objects * source.chunk_records)
     short = min(LEAST_CHUNK_RECORDS, LEAST_CHUNK_BYTES_IN // record_bytes)
     wanted = min(most, max(source.count // LEAST_CHUNKS, short))
 

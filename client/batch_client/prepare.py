@@ -14,14 +14,14 @@ import numpy as np
 
 from batch_client.contract import ModelContract, fetch_contract
 from batch_client.endpoint import Pool
-from batch_client.errors import BatchClientError, DataError, MismatchError, ServingError
+from batch_client.errors import BatchClientError, DataError, MismatchError, ServingError, UsageError
 from batch_client.jsontext import parse_json
 from batch_client.layout import SPEC_KEY, SUCCESS_KEY
 from batch_client.plan import Geometry, Plan, RequestSize, make_plan
 from batch_client.reader import Source, open_source
 from batch_client.serving import Servers, open_servers
 from batch_client.spec import RunIdentity, RunSpec
-from batch_client.storage import Store, open_store
+from batch_client.storage import Store, is_inside, open_store
 
 __all__ = ["Prepared", "Services", "geometry_for", "prepare", "serving"]
 
@@ -76,6 +76,10 @@ async def prepare(spec: RunSpec, services: Services) -> Prepared:
     Raises DataError, ServingError, CredentialsError, UsageError, or MismatchError when the servers have another model
     than the output that is there already.
     """
+    for name, store in (("INPUT", services.source_store), ("--reuse", services.reuse_store)):
+        if store is not None and is_inside(store.url, services.output_store.url):
+            raise UsageError(f"{name} {store.url} is in OUTPUT {services.output_store.url}: the output needs a place "
+                             "of its own")
     source = await open_source(services.source_store, spec.array)
     pool = Pool(services.servers.urls, spec.in_flight, services.clock, services.rng)
     begun = await _stored_run(services.output_store)
@@ -200,7 +204,9 @@ def geometry_for(source: Source, contract: ModelContract) -> Geometry:
     if _squeezed(found.record_shape) != _squeezed(contract.input_shape):
         raise DataError(f"{source.url}: a record has shape {found.record_shape}, model {contract.name} takes "
                         f"{contract.input_shape}: score another array, or pack the model for these records")
-    if not np.can_cast(found.dtype, contract.input_dtype, "safe"):
+    # numpy calls 64-bit integers in 64-bit floats safe, which have 53 bits for them.
+    rounded = found.dtype.kind in "iu" and found.dtype.itemsize == 8 and contract.input_dtype.kind == "f"
+    if rounded or not np.can_cast(found.dtype, contract.input_dtype, "safe"):
         raise DataError(f"{source.url}: records are {found.dtype}, model {contract.name} takes {contract.input_dtype}, "
                         "which can't hold them all: convert the array, or pack the model for this dtype")
     return found
@@ -218,6 +224,7 @@ def _identity(spec: RunSpec, services: Services, source: Source, contract: Model
         source_metadata=source.metadata_digest,
         source_shape=source.geometry.shape,
         source_dtype=str(source.geometry.dtype),
+        source_encoding=source.encoding_digest,
         start=plan.start,
         stop=plan.stop,
         grid_records=plan.grid_records,

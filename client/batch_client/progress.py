@@ -8,7 +8,7 @@ from typing import Any
 from batch_client.errors import MismatchError
 from batch_client.jsontext import parse_json
 from batch_client.layout import FAILED_PREFIX, LEDGER_PREFIX, SPEC_KEY
-from batch_client.ledger import LedgerView
+from batch_client.ledger import LedgerView, generation_of
 from batch_client.publish import published_root
 from batch_client.storage import Store, child_url
 
@@ -63,9 +63,11 @@ async def progress_of(store: Store) -> Progress:
         raise MismatchError(f"{child_url(store.url, SPEC_KEY)} can't be of a run: {records} records in chunks "
                             f"of {a_chunk}")
     chunks = -(-records // a_chunk)
-    view = LedgerView(store, chunks)
-    await view.refresh()
-    writers, times = await _writers(store)
+    generation = await generation_of(store)
+    view = LedgerView(store, chunks, generation or "")
+    if generation is not None:
+        await view.refresh()
+    writers, times = await _writers(store, generation)
     rate = _rate(times, view.records, len(view))
     root = await published_root(store)
     return Progress(
@@ -85,10 +87,11 @@ async def progress_of(store: Store) -> Progress:
     )
 
 
-async def _writers(store: Store) -> tuple[tuple[Writer, ...], list[float]]:
+async def _writers(store: Store, generation: str | None) -> tuple[tuple[Writer, ...], list[float]]:
     segments: dict[str, list[float]] = {}
-    async for meta in store.list(LEDGER_PREFIX):
-        segments.setdefault(meta.key[len(LEDGER_PREFIX):].partition("/")[0], []).append(meta.modified)
+    ours = f"{LEDGER_PREFIX}{generation}/"
+    async for meta in store.list(ours):
+        segments.setdefault(meta.key[len(ours):].partition("/")[0], []).append(meta.modified)
     writers = sorted((Writer(name, len(times), max(times)) for name, times in segments.items()),
                      key=lambda writer: writer.last_wrote)
     return tuple(writers), sorted(time for times in segments.values() for time in times)

@@ -29,10 +29,12 @@ async def published_root(store: Store) -> str | None:
 async def publish(store: Store, layout: OutputLayout, plan: Plan, identity: RunIdentity, proven: LedgerView) -> str:
     """Make a complete output visible and return its root hash. `proven` has seen all segments.
 
-    Raises BrokenPromiseError when it is not complete, MismatchError when something else was published here.
+    Raises BrokenPromiseError when it is not complete, MismatchError when something else was published here, or it was
+    removed meanwhile.
     """
     if len(proven) != plan.unit_count:
         raise BrokenPromiseError(f"{len(proven)} of {plan.unit_count} output chunks are proven: not publishing")
+    await proven.require_current()
     manifest = await _write_parts(store, plan, proven)
     root = str(manifest.root)
     attributes = {
@@ -50,6 +52,7 @@ async def publish(store: Store, layout: OutputLayout, plan: Plan, identity: RunI
     await _create_same(store, MANIFEST_KEY, manifest.head(identity, proofs))
     for key, document in documents:
         await _create_same(store, key, document)
+    await proven.require_current()
     await _create_same(store, SUCCESS_KEY, b"")
     return root
 

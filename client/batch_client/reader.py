@@ -7,6 +7,7 @@ threads. How many bytes may be held is the caller's business (`budget.py`).
 from __future__ import annotations
 
 import hashlib
+import json
 import lzma
 import math
 import zlib
@@ -68,12 +69,14 @@ class Source:
     """An open source array."""
 
     def __init__(self, store: Store, path: str, array: AsyncArray[Any], metadata_keys: list[str],
-                 metadata_digest: str) -> None:
+                 metadata: list[bytes]) -> None:
         self._metadata_keys = metadata_keys
         self.url = child_url(store.url, path)
         self._store = store
         self._prefix = f"{path.strip('/')}/" if path else ""
-        self.metadata_digest = metadata_digest
+        self.metadata_digest = _digest(metadata)
+        # How chunks are decoded, whatever number of records there is and whatever is noted of them.
+        self.encoding_digest = _digest([_encoding(document) for document in metadata])
         self._array = array
         grid = array.shards or array.chunks
         beside = (-(-size // piece) for size, piece in zip(array.shape[1:], grid[1:], strict=True) if size)
@@ -113,7 +116,7 @@ class Source:
 
         pinned: ETags by key, as `read` gave them.
         """
-        if await _metadata_digest(self._store, self._metadata_keys) != self.metadata_digest:
+        if _digest(await _documents(self._store, self._metadata_keys)) != self.metadata_digest:
             raise MismatchError(f"{self.url}: its Zarr metadata changed while it was being scored: "
                                 "score a source that stays as it is, into a new OUTPUT")
         now = await self.etags()
@@ -146,16 +149,30 @@ async def open_source(store: Store, array: str | None) -> Source:
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise DataError(f"{where}: dtype {dtype} can't be scored; wanted bool, integers or floats up to 64 bits")
     keys = sorted(key for key in record.etags if key.endswith(("zarr.json", ".zarray")))
-    return Source(store, array or "", node, keys, await _metadata_digest(store, keys))
+    return Source(store, array or "", node, keys, await _documents(store, keys))
 
 
-async def _metadata_digest(store: Store, keys: list[str]) -> str:
-    digest = hashlib.sha256()
+async def _documents(store: Store, keys: list[str]) -> list[bytes]:
+    documents = []
     for key in keys:
         blob = await store.get(key)
         if blob is None:
             raise StorageError(f"{child_url(store.url, key)}: vanished while it was being read")
-        digest.update(blob.data)
+        documents.append(bytes(blob.data))
+    return documents
+
+
+def _encoding(document: bytes) -> bytes:
+    """A metadata document, which zarr has read, without the number of records and without attributes."""
+    described = json.loads(document)
+    kept = {name: value for name, value in described.items() if name not in ("attributes", "consolidated_metadata")}
+    return json.dumps(kept | {"shape": described.get("shape", [])[1:]}, sort_keys=True).encode()
+
+
+def _digest(documents: list[bytes]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document)
     return "sha256:" + digest.hexdigest()
 
 

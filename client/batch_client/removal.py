@@ -1,7 +1,8 @@
 """Taking an output away: for a person at a desk who says so.
 
-What opens goes first, then the proofs, then what they prove, and last what says whose it is. So whatever is left of a
-removal that was cut off proves nothing that is gone, and the removal can be repeated.
+The generation goes first, which ends every client that still works there and makes all its proofs void; then what
+opens, the proofs, what they prove, and last what says whose it is. So whatever is left of a removal that was cut off
+proves nothing that is gone, and the removal can be repeated.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from batch_client.errors import MismatchError, StorageError, one_error
-from batch_client.layout import LEDGER_PREFIX, SPEC_KEY, SUCCESS_KEY
+from batch_client.layout import GENERATION_KEY, LEDGER_PREFIX, SPEC_KEY, SUCCESS_KEY
 from batch_client.storage import Meta, Store
 
 __all__ = ["Contents", "contents_of", "remove_output"]
 
 DELETES_AT_ONCE = 32
 SHOWN = 20
-LAST = 4
+LAST = 5
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ async def remove_output(store: Store) -> None:
     Raises MismatchError for a place that is not an output of ours, StorageError where objects stay.
     """
     await contents_of(store)
-    for order in range(LAST + 1):
+    for order in range(LAST):
         # A listing need not show all while objects of it vanish: each kind is gone when one shows none.
         before = math.inf
         while found := await _remove_kind(store, order):
@@ -64,6 +65,12 @@ async def remove_output(store: Store) -> None:
                 raise StorageError(f"{store.url}: {found:,} objects are still listed after they were deleted: "
                                    "nothing else may write there; try again")
             before = found
+    # What a client wrote meanwhile stays together with the name of whose it is, and can be removed by trying again.
+    async for meta in store.list(""):
+        if _order(meta.key) < LAST:
+            raise StorageError(f"{store.url}: {meta.key} was written while the rest was deleted: end every client that "
+                               "works there; try again")
+    await store.delete(SPEC_KEY)
 
 
 async def _remove_kind(store: Store, order: int) -> int:
@@ -88,11 +95,15 @@ async def _delete(store: Store, keys: Sequence[str]) -> None:
 
 
 def _order(key: str) -> int:
-    """The group's metadata and `_SUCCESS` first, so that nothing half-deleted opens; `spec.json` last."""
-    if key in ("zarr.json", SUCCESS_KEY):
+    """The generation first, then the group's metadata and `_SUCCESS`, so that nothing half-deleted opens; `spec.json`
+    last.
+    """
+    if key == GENERATION_KEY:
         return 0
-    if key.endswith("zarr.json"):
+    if key in ("zarr.json", SUCCESS_KEY):
         return 1
-    if key.startswith(LEDGER_PREFIX):
+    if key.endswith("zarr.json"):
         return 2
-    return LAST if key == SPEC_KEY else 3
+    if key.startswith(LEDGER_PREFIX):
+        return 3
+    return LAST if key == SPEC_KEY else 4

@@ -21,7 +21,7 @@ __all__ = ["copy_chunks", "reusable_rows"]
 
 # What decides a chunk's bytes beside its source chunks; where one differs nothing can be reused.
 _SAME = ("start", "grid_records", "chunk_records", "micro_batch", "codec", "model_digest", "fingerprint", "outputs",
-         "source_dtype", "exact")
+         "source_dtype", "source_encoding", "exact")
 
 
 async def reusable_rows(old: Store, prepared: Prepared, *, require_finite: bool) -> AsyncIterator[Row]:

@@ -84,7 +84,7 @@ class ServerSpec:
     def _at_least(self, *names: str, least: int = 1) -> None:
         for name in names:
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:  # NaN is not
                 raise UsageError(f"--{name.replace('_', '-')} {value}: wanted at least {least}")
 
 
@@ -144,6 +144,10 @@ class RunSpec(ServerSpec):
         if self.reuse is not None and not self.exact:
             raise UsageError("--reuse and --fast: only chunks of exact runs can be told to be the same")
         for name, place in (("INPUT", self.input), ("OUTPUT", self.output), ("--reuse", self.reuse or "")):
+            user = urlsplit(place).netloc.rpartition("@")[0]
+            if ":" in user or (user and not place.startswith(("abfs://", "abfss://"))):
+                raise UsageError(f"{name} has a user name or password in its URL, which would be stored in the output: "
+                                 "give credentials by the store's variables")
             if place.startswith(("http://", "https://")):
                 raise UsageError(f"{name} {place.partition('?')[0]}: a web server can't list what it holds, which "
                                  "proves that a source has not changed: use s3://, gs://, az:// or a path")
@@ -163,6 +167,7 @@ class RunIdentity:
     source_metadata: str
     source_shape: tuple[int, ...]
     source_dtype: str
+    source_encoding: str
     start: int
     stop: int
     grid_records: int

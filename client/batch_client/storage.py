@@ -24,7 +24,7 @@ from obstore import store as obstores
 
 from batch_client.errors import BatchClientError, CredentialsError, StorageError, UsageError
 
-__all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "open_store", "put_same"]
+__all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "is_inside", "open_store", "put_same"]
 
 # obstore repeats 5xx, resets and cut bodies itself; after this long the run is better stopped and resumed.
 RETRY_SECONDS = 60
@@ -198,6 +198,18 @@ def child_url(url: str, key: str) -> str:
     return f"{url.rstrip('/')}/{key}" if key else url
 
 
+def is_inside(url: str, place: str) -> bool:
+    """Whether the store at one URL is the one at `place`, or below it; links of the file system are followed."""
+    inner, outer = (_resolved(one) for one in (url, place))
+    return inner == outer or inner.startswith(f"{outer}/")
+
+
+def _resolved(url: str) -> str:
+    if url.startswith("file:"):
+        url = Path(unquote(urlsplit(url).path)).resolve().as_uri()
+    return re.sub("^s3a:", "s3:", url).rstrip("/")
+
+
 def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] = os.environ) -> Store:
     """The store at a URL or a path.
 
@@ -230,14 +242,20 @@ def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] 
 
 
 def _local_store(url: str) -> Store:
-    path = Path(unquote(urlsplit(url).path) if url.startswith("file:") else url).expanduser().absolute()
-    # obstore wants its root to exist, and a refused run must not leave an empty folder: so the root is the nearest
-    # folder that exists, and the rest is part of each key; the first write makes the folders.
-    root = path
-    while not root.is_dir():
-        if root.exists():
-            raise UsageError(f"{root}: this is a file; wanted a folder")
-        root = root.parent
+    try:
+        path = Path(unquote(urlsplit(url).path) if url.startswith("file:") else url).expanduser().absolute()
+        # obstore wants its root to exist, and a refused run must not leave an empty folder: so the root is the nearest
+        # folder that exists, and the rest is part of each key; the first write makes the folders.
+        root = path
+        while not root.is_dir():
+            if root.exists():
+                raise UsageError(f"{root}: this is a file; wanted a folder")
+            root = root.parent
+    except PermissionError as error:
+        raise StorageError(f"{url}: permission denied") from error
+    # RuntimeError: a home that nobody has.
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{url}: not a path that can be read or written ({_first_line(error)})") from error
     prefix = path.relative_to(root).as_posix()
     return ObjectStore(path.as_uri(), obstores.LocalStore(prefix=root), "" if prefix == "." else prefix + "/")
 

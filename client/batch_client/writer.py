@@ -65,7 +65,8 @@ class ChunkWriter:
             return bytes(stored.data)
         raise BrokenPromiseError(
             f"{child_url(self._store.url, key)} holds other bytes than this run computes: the server's numbers are "
-            "not repeatable, or the chunk was altered; nothing was overwritten")
+            "not repeatable, the source has changed, or another run's client wrote there; nothing was overwritten: "
+            f"batch-client status {self._store.url} --clean --yes removes it all")
 
 
 async def encode_unit(layout: OutputLayout, unit: UnitAssembler, *,

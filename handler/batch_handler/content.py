@@ -36,6 +36,8 @@ _NPY_READERS: Mapping[tuple[int, int], Callable[..., Any]] = {
 }
 # Formats that people send; each further one is a parser that strangers' bytes reach.
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+# Pillow cuts pixels of more than 8 bits off at 255 when it converts them.
+_IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 
 def decode_npy(body: Buffer, spec: TensorSpec, max_records: int) -> tuple[Array, bool]:
@@ -87,6 +89,8 @@ def decode_image(body: Buffer, spec: TensorSpec) -> Array:
         picture = Image.open(io.BytesIO(body), formats=_IMAGE_FORMATS)
         if picture.size != (width, height):
             raise OipError(f"the picture is {picture.width} x {picture.height}, wanted {width} x {height}")
+        if picture.mode not in _IMAGE_MODES:
+            raise OipError(f"the picture's pixels are {picture.mode}, wanted 8 bits a channel, grey or colour")
         pixels = np.asarray(picture.convert(mode))
     except UnidentifiedImageError as error:
         raise OipError(f"the picture can't be read, wanted {', '.join(_IMAGE_FORMATS)}") from error

@@ -11,9 +11,10 @@ from batch_client.budget import ByteBudget
 from batch_client.events import ChunkWritten, RecordsScored
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
+from support.faulty import Fate
 from support.simulated import SimulatedServer
 from support.virtual import run_virtually
-from support.world import World, make_source
+from support.world import CHUNK, World, make_source
 
 
 async def begun(*waiting):
@@ -114,3 +115,15 @@ def test_output_chunks_that_share_the_bytes_have_them_in_order_and_few_are_begun
     assert sorted(ranks) == sorted(list(range(6)) * blocks)
     before = seen[:[type(event) for event in seen].index(ChunkWritten)]
     assert {event.start // 160 for event in before if isinstance(event, RecordsScored)} <= {0, 1, 2, 3}
+
+
+def test_output_chunks_that_fill_the_memory_are_assembled_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(pipeline, "OUTPUT_BYTES", 1)
+    world = World(1, server=SimulatedServer(seconds=5))
+
+    async def run():
+        await world.live(Fate(random.Random(0), faults=0))
+        await world.check()
+        assert world.server.most_at_once == CHUNK // 4
+
+    run_virtually(run())

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 import numpy as np
 import pytest
 
+from batch_client import exchange
 from batch_client.contract import ModelContract
 from batch_client.dialect import Outcome
 from batch_client.endpoint import Pool
@@ -18,7 +19,7 @@ from batch_client.layout import SPEC_KEY
 from batch_client.plan import OutputGeometry, Span
 from batch_client.transport import HttpReply
 from batch_client.verify import verify_output
-from batch_handler.oip import crc32c
+from batch_handler.oip import HEADER_LENGTH, OipError, crc32c
 from batch_handler.shared import SharedMemory
 from support.faulty import Fate
 from support.simulated import URL, SimulatedServer
@@ -259,3 +260,9 @@ def test_a_chunk_that_was_altered_before_its_proof_is_never_overwritten_nor_beli
             await world.until_published(Fate(random.Random(1), faults=0))
 
     run_virtually(run())
+
+
+@pytest.mark.parametrize("length", ["", "-1", "1.0", "\u00b2", "\u0661", "1" * 19, "1" * 5000])
+def test_a_replys_length_that_is_no_number_of_bytes_is_an_unsound_reply(length):
+    with pytest.raises(OipError, match="wanted a number"):
+        exchange._decode(HttpReply(200, {HEADER_LENGTH.lower(): length}, b"{}"))

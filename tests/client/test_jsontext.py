@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from batch_client.dialect import read_reply
 from batch_client.errors import MismatchError
 from batch_client.jsontext import parse_json
 from batch_client.layout import MANIFEST_KEY, SPEC_KEY
@@ -24,6 +25,17 @@ def test_text_that_nests_too_deeply_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="nested too deeply"):
         rows_from_json(DEEP)
     assert parse_json(memoryview(b"[[1]]")) == [[1]]
+
+
+@pytest.mark.parametrize("text", [rb'"\ud800"', rb'{"\uDFFF": 1}', rb'["\udc00\ud800"]'])
+def test_half_of_a_surrogate_pair_could_not_be_written_again(text: bytes) -> None:
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        parse_json(text)
+    assert parse_json(rb'"\ud83d\ude00"') == "\U0001f600"
+    # Of a reply that has one the bytes are the reason.
+    verdict = read_reply(500, b'{"error": %s}' % text)
+    verdict.reason.encode()
+    assert verdict.reason
 
 
 @pytest.mark.parametrize("read", [progress_of, read_manifest])

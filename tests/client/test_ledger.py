@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from dataclasses import fields
 
 import pytest
 from hypothesis import given, settings
@@ -9,12 +10,15 @@ from hypothesis import strategies as st
 
 from batch_client import ledger
 from batch_client.errors import MismatchError, StorageError
-from batch_client.layout import LEDGER_PREFIX
-from batch_client.ledger import ChunkProof, LedgerView, Row
+from batch_client.layout import GENERATION_KEY, LEDGER_PREFIX
+from batch_client.ledger import ChunkProof, Ledger, LedgerView, Row, generation_of
+from batch_client.removal import remove_output
+from batch_client.spec import RunIdentity
 from batch_client.storage import MemoryStore
 from batch_client.stringset import StringSet
 from support.virtual import run_virtually
 
+GENERATION = "0123456789abcdef"
 UNITS = 40
 MANY = 100_000
 
@@ -27,9 +31,17 @@ def _small_blocks_and_batches():
         yield
 
 
-def row_of(unit, sha256="a"):
+def row_of(unit, sha256="a", failed=None):
     chunks = (ChunkProof(f"y/c/{unit}/0", 100 + unit, sha256), ChunkProof(f"record_status/c/{unit}", 12, "b"))
-    return Row(unit, chunks, {f"c/{unit}": f'"{unit}"', f"c/{unit + 1}": None}, 5 + unit, unit % 3, unit % 2)
+    return Row(unit, chunks, {f"c/{unit}": f'"{unit}"', f"c/{unit + 1}": None}, 5 + unit,
+               unit % 3 if failed is None else failed, unit % 2)
+
+
+def begun():
+    """A store with an output that a client has begun."""
+    store = MemoryStore("memory://out")
+    store.objects[GENERATION_KEY] = GENERATION.encode()
+    return store
 
 
 def segment(rows):
@@ -43,8 +55,8 @@ def ledgers(draw, shas=("a",)):
     segments = draw(st.lists(st.lists(rows, max_size=9), max_size=9))
     names = draw(st.lists(st.tuples(st.sampled_from("wxyz"), st.integers(0, 99)), min_size=len(segments),
                           max_size=len(segments), unique=True))
-    return [(f"{LEDGER_PREFIX}{writer}/{seq:06d}.json", rows) for (writer, seq), rows in zip(names, segments,
-                                                                                          strict=True)]
+    return [(f"{LEDGER_PREFIX}{GENERATION}/{writer}/{seq:06d}.json", rows)
+            for (writer, seq), rows in zip(names, segments, strict=True)]
 
 
 @given(ledgers(), st.integers(0, 9), st.lists(st.integers(0, 80), max_size=9))
@@ -54,8 +66,8 @@ def test_a_view_says_what_a_dict_of_all_rows_says(segments, halfway, own):
     everything = [row for _, rows in segments for row in rows]
 
     async def run():
-        store = MemoryStore()
-        view = LedgerView(store, UNITS)
+        store = begun()
+        view = LedgerView(store, UNITS, GENERATION)
         for number, (key, rows) in enumerate(segments):
             if number == halfway:
                 await view.refresh()
@@ -84,8 +96,8 @@ def test_two_writers_who_proved_different_bytes_are_noticed_in_any_order(segment
     contradictory = any(len(chunks) > 1 for chunks in proofs.values())
 
     async def run():
-        store = MemoryStore()
-        view = LedgerView(store, UNITS)
+        store = begun()
+        view = LedgerView(store, UNITS, GENERATION)
         for key, rows in segments[::-1] if backwards else segments:
             store.objects[key] = segment(rows)
             await view.refresh()
@@ -100,16 +112,16 @@ def test_two_writers_who_proved_different_bytes_are_noticed_in_any_order(segment
 @pytest.mark.parametrize("unit", [-1, UNITS, 1 << 40])
 def test_a_row_for_a_chunk_that_the_run_has_not_is_refused(unit):
     with pytest.raises(MismatchError, match=f"a row for output chunk {unit}, and the run has {UNITS}"):
-        LedgerView(MemoryStore(), UNITS).add(row_of(unit))
+        LedgerView(MemoryStore(), UNITS, GENERATION).add(row_of(unit))
 
 
 def test_a_row_that_is_gone_or_altered_when_it_is_read_again_is_noticed():
     async def run():
-        store = MemoryStore()
-        keys = [f"{LEDGER_PREFIX}w/{seq:06d}.json" for seq in range(4)]
+        store = begun()
+        keys = [f"{LEDGER_PREFIX}{GENERATION}/w/{seq:06d}.json" for seq in range(4)]
         for seq, key in enumerate(keys):
             store.objects[key] = segment([row_of(unit) for unit in range(seq * 10, seq * 10 + 10)])
-        view = LedgerView(store, UNITS)
+        view = LedgerView(store, UNITS, GENERATION)
         await view.refresh()
         good = store.objects.pop(keys[2])
         with pytest.raises(StorageError, match="row of output chunk 20 is not found again: run the same command"):
@@ -141,13 +153,13 @@ def long_row(unit):
 def test_a_view_of_a_hundred_thousand_chunks_takes_less_than_five_megabytes(monkeypatch):
     monkeypatch.setattr(ledger, "READS_AT_ONCE", 64)
     monkeypatch.setattr(ledger, "BLOCK_UNITS", 1024)
-    store = MemoryStore()
+    store = begun()
     for seq, low in enumerate(range(0, MANY, 64)):
-        store.objects[f"{LEDGER_PREFIX}d48e7e7adbeeb904/{seq:06d}.json"] = segment(
+        store.objects[f"{LEDGER_PREFIX}{GENERATION}/d48e7e7adbeeb904/{seq:06d}.json"] = segment(
             [long_row(unit) for unit in range(low, min(low + 64, MANY))])
 
     async def run():
-        view = LedgerView(store, MANY)
+        view = LedgerView(store, MANY, GENERATION)
         await view.refresh()
         assert view.records == MANY * 1000
         rows = view.rows()
@@ -173,3 +185,67 @@ def test_a_string_set_is_a_set(first, second):
         added.update(batch)
         for text in {*first, *second, "", "x"}:
             assert (text in found) == (text in added)
+
+
+def identity(**changes):
+    values = {"source_shape": (1,), "outputs": (), "start": 0, "stop": 1, "grid_records": 1, "chunk_records": 1,
+              "micro_batch": 1, "exact": True, "numerics": {}, **changes}
+    names = [field.name for field in fields(RunIdentity) if field.name != "format"]
+    return RunIdentity(**{name: values.get(name, "x") for name in names})
+
+
+A, B = "a" * 16, "b" * 16
+
+
+def test_what_was_proven_before_a_removal_proves_nothing_of_the_output_that_follows():
+    async def run():
+        store = MemoryStore("memory://out")
+        first = await Ledger.open(store, identity(), A, lambda: 0.0)
+        joined = await Ledger.open(store, identity(), "c" * 16, lambda: 0.0)
+        assert (first.first, joined.first, joined.generation) == (True, False, A)
+        view = LedgerView(store, UNITS, first.generation)
+        await first.add(row_of(0, failed=0))
+        await remove_output(store)
+        assert store.objects == {}
+        # The removed output's client goes on for a while, beside one that begins the next.
+        for _ in range(2):
+            with pytest.raises(MismatchError, match="was removed while this client worked on it"):
+                await first.flush()
+            with pytest.raises(MismatchError, match="was removed while this client worked on it"):
+                await view.refresh()
+            follower = await Ledger.open(store, identity(model="other"), B, lambda: 0.0)
+        # A segment that it wrote at the last moment, or whose PUT lands late.
+        store.objects[f"{LEDGER_PREFIX}{A}/{A}/000000.json"] = segment([row_of(1)])
+        await follower.add(row_of(2, failed=0))
+        await follower.flush()
+        found = LedgerView(store, UNITS, follower.generation)
+        await found.refresh()
+        assert [unit for unit in range(UNITS) if unit in found] == [2]
+
+    run_virtually(run())
+
+
+@pytest.mark.parametrize("name", [b"", b"x", b"A" * 16, b"../../../../../..", b"a" * 17, b"\xff" * 16])
+def test_a_generation_that_is_no_name_of_ours_is_no_part_of_a_key(name):
+    async def run():
+        store = MemoryStore("memory://out")
+        store.objects[GENERATION_KEY] = name
+        with pytest.raises(MismatchError, match="_run/generation can't be read: wanted 16 hexadecimal digits"):
+            await generation_of(store)
+
+    run_virtually(run())
+
+
+def test_segments_are_written_before_they_are_larger_than_any_that_is_read():
+    async def run():
+        store = MemoryStore("memory://out")
+        written = await Ledger.open(store, identity(), A, lambda: 0.0)
+        many = {f"c/{chunk}": None for chunk in range(ledger.FLUSH_SOURCE_CHUNKS // 2)}
+        for unit in range(6):
+            await written.add(row_of(unit, failed=0)._replace(source=many))
+        assert sum(key.startswith(LEDGER_PREFIX) for key in store.objects) == 3
+        # A record that failed may not fail again: its chunk is proven at once.
+        await written.add(row_of(7, failed=1))
+        assert sum(key.startswith(LEDGER_PREFIX) for key in store.objects) == 4
+
+    run_virtually(run())

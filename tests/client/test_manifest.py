@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from batch_client import manifest
 from batch_client.errors import BrokenPromiseError, DataError, MismatchError
 from batch_client.jsontext import canonical_json
-from batch_client.layout import LEDGER_PREFIX, MANIFEST_KEY, MANIFEST_PREFIX, OutputLayout
+from batch_client.layout import GENERATION_KEY, LEDGER_PREFIX, MANIFEST_KEY, MANIFEST_PREFIX, OutputLayout
 from batch_client.ledger import ChunkProof, LedgerView, Row
 from batch_client.manifest import ManifestBuilder, manifest_rows, read_manifest
 from batch_client.publish import publish
@@ -155,15 +155,16 @@ def test_verify_names_a_few_problems_and_counts_the_rest():
 def test_what_is_not_complete_is_not_published(rows, words):
     plan = plan_of(250, 100, chunk_records=100)
     store = MemoryStore()
-    store.objects[f"{LEDGER_PREFIX}w/000000.json"] = json.dumps(
+    store.objects[GENERATION_KEY] = b"a" * 16
+    store.objects[f"{LEDGER_PREFIX}{'a' * 16}/w/000000.json"] = json.dumps(
         {"rows": [Row(unit, (), {}, ok, 0, 0).to_value() for unit, ok in rows]}).encode()
 
     async def run():
-        view = LedgerView(store, plan.unit_count)
+        view = LedgerView(store, plan.unit_count, "a" * 16)
         await view.refresh()
         with pytest.raises(BrokenPromiseError, match=words):
             await publish(store, await OutputLayout.open(plan, "none"), plan, Identity(), view)
-        assert len(store.objects) == 1
+        assert len(store.objects) == 2
 
     run_virtually(run())
 

@@ -8,6 +8,7 @@ from obstore.exceptions import GenericError
 
 from batch_client.endpoint import EJECT_AFTER, Pool
 from batch_client.errors import CredentialsError, StoppedError, StorageError
+from batch_client.layout import GENERATION_KEY
 from batch_client.ledger import Ledger
 from batch_client.storage import MemoryStore, _translate
 from batch_client.transport import HttpReply
@@ -77,14 +78,15 @@ def test_a_flush_whose_answer_was_lost_loses_no_row():
 
     async def run():
         store = Losing()
-        ledger = Ledger(store, "w", lambda: 0.0)
+        store.objects[GENERATION_KEY] = b"a" * 16
+        ledger = Ledger(store, "a" * 16, "w", lambda: 0.0, first=True)
         rows = [Row(unit, (ChunkProof(f"y/c/{unit}", 1, "0"),), {}, 1, 0, 0) for unit in (0, 1)]
         await ledger.add(rows[0])
         with pytest.raises(StorageError):
             await ledger.flush()
         await ledger.add(rows[1])
         await ledger.flush()
-        view = LedgerView(store, 2)
+        view = LedgerView(store, 2, "a" * 16)
         await view.refresh()
         assert [row.unit async for row in view.rows()] == [0, 1]
 

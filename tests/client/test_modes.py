@@ -128,6 +128,7 @@ def test_reuse_scores_what_changed_what_failed_and_what_was_appended():
         assert first.failed == 1
         server.broken = False
         before = dict(new.output.objects)
+        old.output.url = "memory://old"
         fresh = await World(3, server=server, records=source.records, source=source.new).live(calm())
         services = new.services(calm(), Life())
         services = Services(services.servers, services.source_store, services.output_store, old.output,
@@ -434,6 +435,10 @@ def test_specs_of_parts_and_modes():
     common = {"input": "a", "output": "b", "endpoints": (URL,), "model": "toy"}
     for options in ({"part": (0, 2)}, {"part": (1, 2), "overwrite": True}, {"reuse": "b", "overwrite": True},
                     {"part": (3, 2)}, {"reuse": "o", "exact": False}, {"max_failed": -1},
-                    {"token_file": "t", "token_command": "c"}):
-        with pytest.raises(UsageError):
-            RunSpec(**common, **options)
+                    {"token_file": "t", "token_command": "c"}, {"patience": float("nan")},
+                    {"input": "s3://key:secret@bucket/in"}, {"output": "s3://key@bucket/out"},
+                    {"reuse": "abfss://key:secret@account.dfs.core.windows.net/out"}):
+        with pytest.raises(UsageError) as error:
+            RunSpec(**common | options)
+        assert "secret" not in str(error.value)
+    RunSpec(**common | {"input": "abfss://container@account.dfs.core.windows.net/in"})

@@ -96,9 +96,9 @@ def test_ranges_that_are_none(text):
 def identity(**changes):
     return RunIdentity(**{
         "source": "s", "source_array": "",
-        "source_metadata": "m", "source_shape": (3, 2), "source_dtype": "uint8", "start": 0, "stop": 3,
-        "grid_records": 3, "chunk_records": 3, "micro_batch": 4, "codec": "none", "model": "toy", "model_digest": "d",
-        "fingerprint": "f", "outputs": (("y", "float32", (2,)),), "exact": True, "numerics": {},
+        "source_metadata": "m", "source_shape": (3, 2), "source_dtype": "uint8", "source_encoding": "e",
+        "start": 0, "stop": 3, "grid_records": 3, "chunk_records": 3, "micro_batch": 4, "codec": "none", "model": "toy",
+        "model_digest": "d", "fingerprint": "f", "outputs": (("y", "float32", (2,)),), "exact": True, "numerics": {},
         **changes})
 
 

@@ -31,7 +31,8 @@ def test_removal_takes_away_first_what_opens_and_last_what_says_whose_it_is():
         store.objects = world.output.objects
         await remove_output(store)
         assert store.objects == {}
-        assert set(order[:2]) == {"zarr.json", "_SUCCESS"}
+        assert order[0] == "_run/generation"
+        assert set(order[1:3]) == {"zarr.json", "_SUCCESS"}
         assert order[-1] == "_run/spec.json"
 
     run_virtually(run())
@@ -60,7 +61,8 @@ def test_a_removal_that_is_cut_off_leaves_no_proof_of_what_is_gone(deletes):
         with pytest.raises(StoppedError):
             await remove_output(store)
         assert "_run/spec.json" in store.objects
-        assert "_SUCCESS" not in store.objects or deletes < 2
+        assert "_run/generation" not in store.objects
+        assert "_SUCCESS" not in store.objects or deletes < 3
         if any(key.startswith("_run/ledger/") for key in store.objects):
             assert sum("/c/" in key for key in store.objects) == chunks
 

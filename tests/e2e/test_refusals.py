@@ -80,6 +80,7 @@ SERVERS = [
     ([], 64, "--endpoint URL (repeatable) or --archive MODEL.mar"),
     (["--archive", "missing.mar"], 69, "no such file; make one with batch-client pack"),
     (["--archive", "bad.mar"], 69, "bad.mar"),
+    (["--endpoint", "URL", "--model", "toy", "--patience", "nan"], 64, "wanted a finite number"),
     (["--endpoint", "URL", "--model", "nobody", "--token-file", "TOKEN"], 69, "has no model 'nobody'"),
     (["--endpoint", "URL", "--model", "toy"], 77, "refuses the token"),
     (["--endpoint", "URL", "--model", "toy", "--token-file", "nofile"], 77, "--token-file nofile: can't be read"),
@@ -180,7 +181,8 @@ def test_settings_come_from_flags_then_environment_then_file(place, toy_server, 
     assert json.loads(done.stdout)["records"] == 100
     # Servers are no business of a verify without --replay; only one who names them there is told.
     assert run_cli(["verify", "named"], named, cwd=tmp_path).returncode == 0
-    check(run_cli(["verify", "named", *toy_server.flags], clean_environ, cwd=tmp_path), 64, "only together with --replay")
+    flags = ["verify", "named", *toy_server.flags]
+    check(run_cli(flags, clean_environ, cwd=tmp_path), 64, "only together with --replay")
     (tmp_path / "batch-client.toml").write_text("[run]\nin-fligth = 2\n")
     check(run_cli(words, clean_environ, cwd=tmp_path), 64, "[run] has no setting 'in-fligth'; wanted allow-missing,")
 

@@ -119,6 +119,12 @@ def test_pictures():
     assert content.decode_image(picture(grey), TensorSpec("i", np.dtype("u1"), (1, 4, 5))).shape == (1, 1, 4, 5)
 
 
+@pytest.mark.parametrize("pixels", [np.uint16, np.int32, np.float32])
+def test_a_picture_of_more_than_8_bits_is_refused_and_not_cut_off(pixels):
+    with pytest.raises(OipError, match="wanted 8 bits a channel"):
+        content.decode_image(picture(np.full((4, 5), 300, pixels), "TIFF"), GREY)
+
+
 def test_a_picture_of_another_size_is_refused_before_it_is_decoded():
     whole = picture(np.zeros((5, 4), np.uint8))
     # Cut after the header: decoding would fail with another message.

@@ -113,7 +113,7 @@ run_options = _stack(
     bytes_option,
     click.option("--codec", type=click.Choice(["none", "zstd"]), default="none", show_default=True,
                  help="Compression of the output."),
-    click.option("--patience", type=float, default=600.0, show_default=True, metavar="SECONDS",
+    click.option("--patience", type=AMOUNT, default=600.0, show_default=True, metavar="SECONDS",
                  help="Stop, resumable, when no request was answered for this long."),
     click.option("--allow-missing", is_flag=True, help="Take the fill value for input chunks that are not there."),
     click.option("--fast", is_flag=True, help="Give up equal bytes: records share micro-batches as they come, and "

@@ -148,7 +148,8 @@ def _sentence(summary: RunSummary) -> str:
         return (f"{scored}: this part is done, {summary.output} is published when all parts are"
                 f"{_limited_by(summary)}")
     not_finite = f"{summary.not_finite:,} not finite, " if summary.not_finite else ""
-    missing = f"{summary.missing_chunks:,} missing input chunks taken as the fill value, " if summary.missing_chunks else ""
+    missing = (f"{summary.missing_chunks:,} missing input chunks taken as the fill value, "
+               if summary.missing_chunks else "")
     return (f"{scored}, {summary.records_per_s:,.0f} records/s, {summary.failed:,} failed, {not_finite}{missing}"
             f"{summary.retries:,} retries → {summary.output}{_limited_by(summary)}")
 

@@ -59,10 +59,10 @@ def _lines(progress: Progress) -> str:
 
 
 async def _clean(store: Store, *, yes: bool) -> str:
-    from batch_client.publish import published_root
+    from batch_client.layout import SUCCESS_KEY
     from batch_client.removal import contents_of, remove_output
 
-    if await published_root(store) is not None:
+    if await store.head(SUCCESS_KEY) is not None:
         raise UsageError(f"{store.url} is published: --clean removes only outputs that are not")
     found = await contents_of(store)
     if not found.objects:

@@ -1,0 +1,302 @@
+"""Outputs that follow one another at a place: removed under a client, overwritten, reused; and places that overlap."""
+
+import asyncio
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from batch_client import pipeline
+from batch_client.errors import BrokenPromiseError, DataError, MismatchError, StorageError, UsageError
+from batch_client.events import ChunkHeld
+from batch_client.layout import GENERATION_KEY, MANIFEST_KEY, SUCCESS_KEY
+from batch_client.ledger import Ledger
+from batch_client.pipeline import execute
+from batch_client.prepare import prepare
+from batch_client.removal import contents_of, remove_output
+from batch_client.storage import MemoryStore, is_inside, open_store
+from batch_client.transport import HttpReply
+from batch_handler.oip import decode_request
+from support.faulty import Fate, Life
+from support.simulated import SimulatedServer
+from support.virtual import run_virtually
+from support.world import CHUNK, World, make_source, undisturbed
+
+
+def calm():
+    return Fate(random.Random(0), faults=0)
+
+
+@pytest.fixture(scope="module")
+def root():
+    return undisturbed()[0]
+
+
+class Interrupted(MemoryStore):
+    """Calls `meanwhile` before the first object is written whose key begins with `prefix`."""
+
+    def __init__(self, prefix, meanwhile):
+        super().__init__("memory://out")
+        self._prefix, self._meanwhile = prefix, meanwhile
+
+    async def create(self, key, data):
+        if key.startswith(self._prefix) and self._meanwhile is not None:
+            meanwhile, self._meanwhile = self._meanwhile, None
+            await meanwhile()
+        return await super().create(key, data)
+
+
+@pytest.mark.parametrize("prefix", ["y/c/5/", "record_status/c/11", "_run/ledger/", MANIFEST_KEY, "zarr.json"])
+def test_an_output_that_is_removed_under_its_client_is_not_published(prefix, root):
+    world = World(1)
+
+    async def run():
+        async def removed():
+            await remove_output(world.output)
+
+        world.output = Interrupted(prefix, removed)
+        with pytest.raises((MismatchError, BaseExceptionGroup), match=r"was removed while|unhandled"):
+            await world.live(calm())
+        assert SUCCESS_KEY not in world.output.objects
+        # What the client still wrote is in the way of nothing but an empty place.
+        left, world.output.objects = world.output.objects, {}
+        assert not any(key.startswith("_run/ledger/") for key in left) or prefix == "_run/ledger/"
+        await world.live(calm())
+        await world.check(root)
+
+    run_virtually(run())
+
+
+def test_what_a_removed_outputs_client_still_writes_is_not_taken_for_the_next_ones(root):
+    """Another run begins at the place before the first client has noticed; theirs are different models."""
+    world = World(1)
+    other = World(1, server=Other(digest="sha256:other", seconds=0.01), records=world.records)
+
+    async def run():
+        async def removed_and_begun():
+            await remove_output(world.output)
+            await Ledger.open(world.output, prepared.identity, "b" * 16, lambda: 0.0)
+
+        other.output = world.output = Interrupted("y/c/5/", removed_and_begun)
+        prepared = await prepare(other.spec(), other.services(calm(), Life()))
+        with pytest.raises(MismatchError, match="was removed while"):
+            await world.live(calm())
+        assert any("/c/" in key for key in world.output.objects)
+        # Chunks that are there are the other model's: they stop the run, and no run takes them for its own.
+        with pytest.raises(BrokenPromiseError, match="another run's client wrote there"):
+            await other.live(calm())
+        assert SUCCESS_KEY not in other.output.objects
+        await remove_output(other.output)
+        summary = await other.live(calm())
+        assert summary.scored == len(other.records)
+        await other.check()
+
+    run_virtually(run())
+
+
+def test_what_is_written_while_an_output_is_removed_is_said_and_can_be_removed(root):
+    world = World(1)
+
+    class Busy(MemoryStore):
+        async def delete(self, key):
+            await super().delete(key)
+            if key == "record_status/c/11":
+                self.objects[GENERATION_KEY] = b"b" * 16
+
+    async def run():
+        await world.live(calm())
+        store = Busy("memory://out")
+        store.objects = world.output.objects
+        with pytest.raises(StorageError, match="_run/generation was written while the rest was deleted"):
+            await remove_output(store)
+        await remove_output(store)
+        assert (await contents_of(store)).objects == 0
+
+    run_virtually(run())
+
+
+class Other(SimulatedServer):
+    def predict(self, records, first_row):
+        return -super().predict(records, first_row)
+
+
+def altered_manifest(output):
+    head = json.loads(output.objects[MANIFEST_KEY])
+    output.objects[MANIFEST_KEY] = json.dumps(head | {"format": 1}).encode()
+
+
+def damaged_manifest(output):
+    output.objects[MANIFEST_KEY] = b"{"
+
+
+def removal_that_was_cut_off(output):
+    del output.objects[GENERATION_KEY], output.objects[SUCCESS_KEY]
+
+
+@pytest.mark.parametrize("change", [altered_manifest, damaged_manifest, removal_that_was_cut_off])
+@pytest.mark.parametrize("overwritten_by", ["the same run", "another run"])
+def test_overwrite_replaces_what_another_version_published_and_what_was_half_removed(change, overwritten_by, root):
+    world = World(1)
+    mended = world.records[::-1].copy()
+    objects = make_source(mended, (CHUNK, 3)).objects
+
+    async def run():
+        await world.live(calm())
+        change(world.output)
+        # The source was mended in place meanwhile: no old chunk is any good.
+        world.records, world.source.objects = mended, objects
+        options = {} if overwritten_by == "the same run" else {"codec": "zstd"}
+        summary = await world.live(calm(), overwrite=True, **options)
+        assert summary.scored == len(world.records)
+        await world.check()
+
+    run_virtually(run())
+
+
+def test_an_unfinished_run_of_a_source_that_has_changed_is_overwritten():
+    world = World(1)
+    good = world.source.objects.pop("c/9/0")
+
+    async def run():
+        with pytest.raises(DataError, match="c/9/0"):
+            await world.live(calm())
+        world.source.objects["c/9/0"] = good
+        first = world.source.objects["c/0/0"]
+        world.records = np.concatenate([world.records[CHUNK:2 * CHUNK], world.records[CHUNK:]])
+        world.source.objects["c/0/0"] = world.source.objects["c/1/0"]
+        assert first != world.source.objects["c/0/0"]
+        with pytest.raises(MismatchError, match="c/0/0 changed since it was scored"):
+            await world.live(calm())
+        summary = await world.live(calm(), overwrite=True)
+        assert summary.scored == len(world.records)
+        await world.check()
+
+    run_virtually(run())
+
+
+def test_chunks_that_decode_otherwise_are_not_reused():
+    records = np.random.default_rng(3).integers(0, 99, (96, 3)).astype(np.uint16)
+    source = make_source(records, (CHUNK, 3))
+    server = SimulatedServer(dtype=np.uint16, seconds=0.01)
+    old, new = (World(seed, server=server, records=records, source=source) for seed in (1, 2))
+
+    async def reuse():
+        services = replace(new.services(calm(), Life()), reuse_store=old.output)
+        return await execute(new.spec(reuse="memory://old"), services)
+
+    async def run():
+        await old.live(calm())
+        old.output.url = "memory://old"
+        metadata = source.objects["zarr.json"]
+        described = json.loads(metadata)
+        source.objects["zarr.json"] = json.dumps(described | {"attributes": {"note": "mine"}}).encode()
+        assert (await reuse()).scored == 0
+        new.output.objects.clear()
+        assert b'"little"' in metadata
+        source.objects["zarr.json"] = metadata.replace(b'"little"', b'"big"')
+        with pytest.raises(MismatchError, match="no chunk of it can be reused: source_encoding"):
+            await reuse()
+
+    run_virtually(run())
+
+
+class Failing(SimulatedServer):
+    """Fails on records that begin with 255, after `patience` seconds."""
+
+    def __init__(self, patience, **options):
+        super().__init__(**options)
+        self.patience = patience
+
+    async def send(self, method, url, headers, parts, deadline):
+        reply = await super().send(method, url, headers, parts, deadline)
+        if reply.status == 500:
+            await asyncio.sleep(self.patience)
+        return reply
+
+    def answer(self, body, header_length):
+        data = decode_request(body, header_length, max_tensor_bytes=1 << 20).inputs[0].data
+        bad = bool((data[:, 0] == 255).any())
+        return HttpReply(500, {}, b'{"error": "bad record"}') if bad else super().answer(body, header_length)
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_a_chunk_with_failures_that_another_client_has_proven_meanwhile_is_the_others(mended, monkeypatch):
+    """Its failures count once; and if it has none any more, its bytes are no contradiction."""
+    monkeypatch.setattr(pipeline, "FLUSH_SECONDS", 0.0)  # look at the others' rows before each chunk
+    records = np.random.default_rng(5).integers(0, 99, (96, 3), np.uint8)
+    records[1, 0] = 255
+    slow = World(1, server=Failing(60, seconds=5), records=records)
+    server = SimulatedServer(seconds=0.01) if mended else Failing(0, seconds=0.01)
+    quick = World(2, server=server, records=records, source=slow.source)
+    quick.output = slow.output
+
+    async def run():
+        first = asyncio.ensure_future(slow.live(calm(), Life(), max_failed=1))
+        await asyncio.sleep(7)
+        assert (await quick.live(calm(), Life(), max_failed=1)).published
+        summary = await first
+        assert (summary.failed, summary.published) == (0 if mended else 1, True)
+
+    run_virtually(run())
+
+
+def test_a_chunk_that_was_held_back_here_and_proven_without_failures_elsewhere_is_held_no_more():
+    records = np.random.default_rng(5).integers(0, 99, (960, 3), np.uint8)
+    records[1, 0] = 255
+    failing = World(1, server=Failing(0, seconds=5), records=records)
+    mended = World(2, records=records, source=failing.source)
+    mended.output = failing.output
+
+    async def run():
+        events = []
+        first = asyncio.ensure_future(execute(failing.spec(), failing.services(calm(), Life()), (events.append,)))
+        while not any(isinstance(event, ChunkHeld) for event in events):
+            assert not first.done()
+            await asyncio.sleep(1)
+        assert (await mended.live(calm(), Life())).published
+        summary = await first
+        assert (summary.failed, summary.published) == (0, True)
+
+    run_virtually(run())
+
+
+@pytest.mark.parametrize(("inner", "outer", "wanted"), [
+    ("s3://b/out", "s3://b/out", True), ("s3://b/out/in", "s3://b/out", True), ("s3a://b/out/in", "s3://b/out/", True),
+    ("s3://b/out", "s3://b", True), ("s3://b/output", "s3://b/out", False), ("s3://b/out", "s3://b/out/in", False),
+    ("s3://c/out/in", "s3://b/out", False),
+])
+def test_a_place_is_inside_another_by_its_folders(inner, outer, wanted):
+    assert is_inside(inner, outer) == wanted
+
+
+def test_links_lead_to_the_same_place(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    for name in ("out", "link/in", "out/../link"):
+        assert is_inside(open_store(str(tmp_path / name)).url, open_store(str(tmp_path / "out")).url)
+
+
+def test_an_overwrite_does_not_delete_what_it_would_read():
+    world = World(1)
+
+    async def run():
+        await world.live(calm())
+        before = dict(world.output.objects)
+        for name, url in (("INPUT", "memory://out/y"), ("--reuse", "memory://out")):
+            services = world.services(calm(), Life())
+            inside = MemoryStore(url)
+            changed = replace(services, source_store=inside) if name == "INPUT" else replace(
+                services, reuse_store=inside)
+            with pytest.raises(UsageError, match=f"{name} {url} is in OUTPUT memory://out"):
+                await execute(world.spec(overwrite=True), changed)
+            assert world.output.objects == before
+
+    run_virtually(run())
+
+
+@pytest.mark.parametrize("path", ["~nobody-has-this-home/x", "x" * 300])
+def test_a_path_that_can_not_be_is_refused(path):
+    with pytest.raises(UsageError, match="not a path that can be read or written"):
+        open_store(path)
