@@ -17,16 +17,16 @@ def canonical_json(value: object) -> bytes:
 
 
 def parse_json(text: bytes | memoryview) -> Any:
-    """Any JSON value; ValueError is all that it raises, for text that nests deeper than Python can follow as well, and
-    for half a surrogate pair, which is no character and can't be written again.
+    """Any JSON value; ValueError is all that it raises, for text that nests deeper than Python can follow as well.
+
+    Half of a surrogate pair is no character and could not be written again: it is read as U+FFFD.
     """
     data = bytes(text)
     try:
         value = json.loads(data)
         if _SURROGATE.search(data):
-            canonical_json(value)
+            units = json.dumps(value, ensure_ascii=False).encode("utf-16-le", "surrogatepass")
+            value = json.loads(units.decode("utf-16-le", "replace"))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    except UnicodeEncodeError as error:
-        raise ValueError("half of a surrogate pair") from error
     return value

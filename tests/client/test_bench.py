@@ -197,8 +197,8 @@ def test_a_budget_that_never_ends_is_none(budget):
         BenchSpec(archive="m.mar", budget=budget)
 
 
-@pytest.mark.parametrize(("verb", "flags"), [("bench", {"budget"}), ("plan", {"price_per_hour", "price_per_1000_puts",
-                                                                              "price_per_1000_gets"})])
+@pytest.mark.parametrize(("verb", "flags"), [("bench", {"budget"}), ("plan", {
+    "patience", "price_per_hour", "price_per_1000_puts", "price_per_1000_gets"}), ("run", {"patience"})])
 @pytest.mark.parametrize("text", ["nan", "inf", "1e999"])
 def test_amounts_are_finite(verb, flags, text):
     options = [one for one in import_module(f"batch_client.cli.{verb}").command.params if one.type is AMOUNT]

@@ -62,8 +62,8 @@ class Workers(SimulatedServer):
 class Slow(MemoryStore):
     """A store whose chunks take their time, each on its own."""
 
-    def __init__(self, objects=None, get=0.0, create=0.0):
-        super().__init__("memory://slow")
+    def __init__(self, url, objects=None, get=0.0, create=0.0):
+        super().__init__(url)
         self.objects.update(objects or {})
         self.get_seconds, self.create_seconds = get, create
 
@@ -90,7 +90,8 @@ def scored(source, server=None, get=0.0, create=0.0, cpu=lambda: 0.0, **options)
         served = Workers(**(server or {}))
         spec = RunSpec(**{"input": "memory://slow", "output": "memory://out", "endpoints": (URL,), "model": "toy",
                           "chunk_records": 16, "request_records": 4, "in_flight": 4, **options})
-        services = Services(served.servers(), Slow(source, get=get), Slow(create=create), rng=random.Random(3),
+        services = Services(served.servers(), Slow("memory://slow", source, get=get),
+                            Slow("memory://out", create=create), rng=random.Random(3),
                             clock=lambda: asyncio.get_running_loop().time(), cpu=cpu)
         return await execute(spec, services)
 

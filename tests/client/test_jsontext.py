@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from batch_client.dialect import read_reply
+from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.errors import MismatchError
-from batch_client.jsontext import parse_json
+from batch_client.jsontext import canonical_json, parse_json
 from batch_client.layout import MANIFEST_KEY, SPEC_KEY
 from batch_client.ledger import rows_from_json
 from batch_client.manifest import read_manifest
@@ -27,15 +27,19 @@ def test_text_that_nests_too_deeply_is_a_value_error() -> None:
     assert parse_json(memoryview(b"[[1]]")) == [[1]]
 
 
-@pytest.mark.parametrize("text", [rb'"\ud800"', rb'{"\uDFFF": 1}', rb'["\udc00\ud800"]'])
-def test_half_of_a_surrogate_pair_could_not_be_written_again(text: bytes) -> None:
-    with pytest.raises(ValueError, match="half of a surrogate pair"):
-        parse_json(text)
-    assert parse_json(rb'"\ud83d\ude00"') == "\U0001f600"
-    # Of a reply that has one the bytes are the reason.
-    verdict = read_reply(500, b'{"error": %s}' % text)
-    verdict.reason.encode()
-    assert verdict.reason
+@pytest.mark.parametrize(("text", "value"), [
+    (rb'"a\ud800"', "a\ufffd"), (rb'{"\uDFFF": 1}', {"\ufffd": 1}),
+    (rb'["\udc00\ud800", "\ud800\ud800b"]', ["\ufffd\ufffd", "\ufffd\ufffdb"]),
+    (rb'"\ud83d\ude00"', "\U0001f600"), (rb'"\\ud800"', r"\ud800"),
+])
+def test_half_of_a_surrogate_pair_could_not_be_written_again(text: bytes, value: object) -> None:
+    found = parse_json(text)
+    assert found == value
+    assert parse_json(canonical_json(found)) == value
+
+
+def test_a_reason_with_half_of_a_surrogate_pair_is_our_handlers_all_the_same() -> None:
+    assert read_reply(500, rb'{"error": "\ud800 is no text"}') == Verdict(Outcome.RAISED, "500: \ufffd is no text")
 
 
 @pytest.mark.parametrize("read", [progress_of, read_manifest])
