@@ -29,6 +29,7 @@ from workload import SMALL, command
 
 from batch_client.layout import OutputLayout
 from batch_client.ledger import ChunkProof, Ledger, LedgerView, Row
+from batch_client.place import begin, generation_of
 from batch_client.plan import Geometry, OutputGeometry, Plan, make_plan
 from batch_client.publish import publish
 from batch_client.spec import RunIdentity, RunSpec
@@ -118,7 +119,9 @@ def plan_of(records: int, chunk_records: int | None = None) -> Plan:
 
 async def write_ledger(folder: Path, chunks: int) -> None:
     """Rows as a run of 28 x 28 images writes them: one of scores, one of statuses, one input chunk."""
-    ledger = Ledger(open_store(str(folder)), "writer", time.monotonic)
+    store = open_store(str(folder))
+    begun = await begin(store, identity_of(plan_of(chunks * CHUNK, CHUNK)), "0" * 16)
+    ledger = Ledger(store, begun.generation, "writer", time.monotonic)
     for unit in range(chunks):
         proofs = tuple(ChunkProof(f"{name}/c/{unit}{last}", size, f"{unit:064x}")
                        for name, last, size in (("scores", "/0", 40_004), ("record_status", "", 1_004)))
@@ -130,7 +133,7 @@ async def read_and_publish(folder: str, chunks: int) -> None:
     """In a process of its own, so that its peak memory is that of reading, and then of both."""
     store, plan = open_store(folder), plan_of(chunks * CHUNK, CHUNK)
     layout = await OutputLayout.open(plan, "none")
-    view, before = LedgerView(store, plan.unit_count), peak_megabytes()
+    view, before = LedgerView(store, plan.unit_count, await generation_of(store) or ""), peak_megabytes()
     began = time.perf_counter()
     await view.refresh()
     seconds = time.perf_counter() - began
@@ -146,9 +149,9 @@ async def read_and_publish(folder: str, chunks: int) -> None:
 def identity_of(plan: Plan) -> RunIdentity:
     return RunIdentity(
         source="in", source_array="", source_metadata="", source_shape=plan.source.shape, source_dtype="uint8",
-        start=plan.start, stop=plan.stop, grid_records=plan.grid_records, chunk_records=plan.chunk_records,
-        micro_batch=plan.micro_batch, codec="none", model="noop", model_digest="", fingerprint="",
-        outputs=(("scores", "float32", (10,)),), allow_missing=False, exact=True, numerics={})
+        source_encoding="", start=plan.start, stop=plan.stop, grid_records=plan.grid_records,
+        chunk_records=plan.chunk_records, micro_batch=plan.micro_batch, codec="none", model="noop",
+        model_digest="", fingerprint="", outputs=(("scores", "float32", (10,)),), exact=True, numerics={})
 
 
 def peak_megabytes() -> float:

@@ -45,7 +45,7 @@ __all__ = ["Exchange", "Prediction"]
 
 RECORD_STATUS = "record_status"
 REQUEST_SECONDS = 300.0
-LONGEST_NUMBER = 19  # digits of a length in bytes
+LONGEST_NUMBER = 18  # digits of a length in bytes
 # A token may be refused while its server restarts or another program renews it; after this long it is wrong.
 TOKEN_SECONDS = 30.0
 # A request on which the connection breaks, or whose reply is unsound, this often in a row may be the reason: taking it
@@ -303,7 +303,7 @@ def _decode(reply: HttpReply) -> InferReply:
     if wanted is not None and wanted != str(crc32c(reply.body)):
         raise OipError(f"the reply's bytes have CRC-32C {crc32c(reply.body)}, its header says {wanted[:20]}")
     length = reply.headers.get(HEADER_LENGTH.lower())
-    if length is not None and not (length.isascii() and length.isdecimal() and len(length) < LONGEST_NUMBER):
+    if length is not None and not (length.isascii() and length.isdecimal() and len(length) <= LONGEST_NUMBER):
         raise OipError(f"{HEADER_LENGTH} is {length[:40]!r}, wanted a number")
     return decode_reply(reply.body, None if length is None else int(length))
 

@@ -8,7 +8,8 @@ from typing import Any
 
 __all__ = ["canonical_json", "parse_json"]
 
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# Written as an escape, or as the three bytes that UTF-8 would have for it; json takes both.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 
 
 def canonical_json(value: object) -> bytes:

@@ -21,11 +21,12 @@ from zarr.storage import MemoryStore
 
 from batch_client.plan import OutputGeometry, Plan
 
-__all__ = ["FAILED_PREFIX", "GENERATION_KEY", "LEDGER_PREFIX", "MANIFEST_KEY", "MANIFEST_PREFIX", "SPEC_KEY",
-           "SUCCESS_KEY", "OutputLayout"]
+__all__ = ["FAILED_PREFIX", "GENERATION_KEY", "LEDGER_PREFIX", "MANIFEST_KEY", "MANIFEST_PREFIX", "REMOVING_KEY",
+           "SPEC_KEY", "SUCCESS_KEY", "OutputLayout"]
 
 SPEC_KEY = "_run/spec.json"
 GENERATION_KEY = "_run/generation"
+REMOVING_KEY = "_run/removing"
 LEDGER_PREFIX = "_run/ledger/"
 FAILED_PREFIX = "_run/failed/"
 MANIFEST_KEY = "_run/manifest.json"

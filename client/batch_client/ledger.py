@@ -1,6 +1,5 @@
 """What is proven: one row for each output chunk that is in the store, in create-only segments.
 
-`_run/spec.json` says what the run is, `_run/generation` which of the outputs that may follow one another at this place;
 `_run/ledger/<generation>/<writer>/<seq>.json` hold rows; `_run/failed/…` list the records that failed. A row is written
 after its chunks, so what a row says is true; what no row says is scored again, and the create-only write of the chunk
 compares.
@@ -9,26 +8,24 @@ compares.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from batch_client.errors import MismatchError, StorageError, one_error
 from batch_client.events import RecordFailed
 from batch_client.jsontext import canonical_json, parse_json
-from batch_client.layout import FAILED_PREFIX, GENERATION_KEY, LEDGER_PREFIX, SPEC_KEY
-from batch_client.spec import RunIdentity
+from batch_client.layout import FAILED_PREFIX, LEDGER_PREFIX
+from batch_client.place import require_generation
 from batch_client.storage import Blob, Store, child_url, put_same
 
-__all__ = ["ChunkProof", "Ledger", "LedgerView", "Row", "check_place", "generation_of", "rows_from_json"]
+__all__ = ["ChunkProof", "Ledger", "LedgerView", "Row", "rows_from_json"]
 
 FLUSH_ROWS = 64
 FLUSH_SECONDS = 10.0
 FLUSH_SOURCE_CHUNKS = 50_000  # some 5 MB of keys and ETags
-_NAME = re.compile(rb"[0-9a-f]{16}")
 # Segments read at a time: on an object store it is the answers that take long, and a segment is small, some 20 KB. One
 # whose units have thousands of source chunks each is not, so bytes are bounded too.
 READS_AT_ONCE = 64
@@ -109,16 +106,16 @@ class LedgerView:
         return bool(self._hashes[unit])
 
     async def refresh(self) -> None:
-        """Raises StorageError for a segment that can't be read, MismatchError for rows that contradict each other, and
-        what `require_current` raises.
+        """Raises MismatchError for a segment that can't be read, for rows that contradict each other, and where
+        `require_current` does.
         """
         await self.require_current()
         fresh = {}
         async for meta in self._store.list(f"{LEDGER_PREFIX}{self._generation}/"):
             if meta.key not in self._segments:
                 if meta.size > LARGEST_SEGMENT:
-                    raise StorageError(f"{child_url(self._store.url, meta.key)}: {meta.size} bytes, no ledger segment "
-                                       "is that large")
+                    raise MismatchError(f"{child_url(self._store.url, meta.key)}: {meta.size} bytes, no ledger segment "
+                                        "is that large: remove it, and its chunks are scored and compared again")
                 fresh[meta.key] = meta.size
         async for key, rows in _read_segments(self._store, fresh):
             for row in rows:
@@ -128,8 +125,8 @@ class LedgerView:
             self._segments[key] = fresh[key]
 
     async def require_current(self) -> None:
-        """Raises MismatchError when the output was removed, or removed and begun anew, while it was being written."""
-        await _require_generation(self._store, self._generation)
+        """Raises MismatchError when the output was removed, or is being removed, since this view was made."""
+        await require_generation(self._store, self._generation)
 
     def add(self, row: Row) -> None:
         """A unit with several rows (two clients, a lost answer) has one meaning: their objects are equal."""
@@ -173,14 +170,11 @@ class LedgerView:
 
 
 class Ledger:
-    """One client's own segments of an output's ledger. `generation` is that of the output, `first` whether this client
-    began it.
-    """
+    """One client's own segments of an output's ledger; `writer` is a name that no other client has."""
 
-    def __init__(self, store: Store, generation: str, writer: str, clock: Callable[[], float], *, first: bool) -> None:
-        self.generation = generation
-        self.first = first
+    def __init__(self, store: Store, generation: str, writer: str, clock: Callable[[], float]) -> None:
         self._store = store
+        self._generation = generation
         self._prefix = f"{LEDGER_PREFIX}{generation}/{writer}/"
         self._writer = writer
         self._clock = clock
@@ -189,25 +183,6 @@ class Ledger:
         self._seq = 0
         self._flushed_at = clock()
         self._lock = asyncio.Lock()
-
-    @classmethod
-    async def open(cls, store: Store, identity: RunIdentity, writer: str, clock: Callable[[], float]) -> Self:
-        """The ledger of the output that `identity` is, or is made here; `writer` is a name that nobody else has.
-
-        Raises MismatchError when the output belongs to another run, or holds something that is no output of ours.
-        """
-        await check_place(store, identity)
-        first = await store.create(SPEC_KEY, identity.to_json())
-        if not first:
-            await check_place(store, identity)
-            if await store.head(SPEC_KEY) is None:
-                raise _vanished(store, SPEC_KEY)
-        # Whoever begins an output names its generation, whoever comes later takes what is there.
-        await store.create(GENERATION_KEY, writer.encode())
-        generation = await generation_of(store)
-        if generation is None:
-            raise _vanished(store, GENERATION_KEY)
-        return cls(store, generation, writer, clock, first=first)
 
     async def add(self, row: Row) -> None:
         """Note that a unit's chunks are stored; written at once with others, or after a while."""
@@ -221,63 +196,32 @@ class Ledger:
     async def flush(self) -> None:
         """Write all rows that are not written yet. Raises MismatchError when the output was removed meanwhile."""
         async with self._lock:
-            rows, self._flushed_at = list(self._rows), self._clock()
-            if not rows:
-                return
-            await _require_generation(self._store, self.generation)
-            body = canonical_json({"rows": [row.to_value() for row in rows]})
-            # Only this writer writes under its name. Other bytes there are an earlier flush whose answer was lost.
-            while not await put_same(self._store, f"{self._prefix}{self._seq:06d}.json", body):
+            self._flushed_at = self._clock()
+            while rows := self._next_segment():
+                await require_generation(self._store, self._generation)
+                body = canonical_json({"rows": [row.to_value() for row in rows]})
+                # Only this writer writes under its name. Other bytes there are an earlier flush whose answer was lost.
+                while not await put_same(self._store, f"{self._prefix}{self._seq:06d}.json", body):
+                    self._seq += 1
                 self._seq += 1
-            self._seq += 1
-            del self._rows[:len(rows)]
-            self._source_chunks = sum(len(row.source) for row in self._rows)
+                del self._rows[:len(rows)]
+                self._source_chunks -= sum(len(row.source) for row in rows)
+
+    def _next_segment(self) -> list[Row]:
+        """The first rows that are not written yet: at least one, and others as long as there is room."""
+        room = FLUSH_SOURCE_CHUNKS
+        rows: list[Row] = []
+        for row in self._rows[:FLUSH_ROWS]:
+            room -= len(row.source)
+            if rows and room < 0:
+                break
+            rows.append(row)
+        return rows
 
     async def list_failures(self, unit: int, failures: Sequence[RecordFailed]) -> None:
         """Write the dead letters of a unit: each record's number, reason and how often it failed alone."""
         body = canonical_json({"unit": unit, "records": [asdict(failure) for failure in failures]})
         await self._store.create(f"{FAILED_PREFIX}{unit:08d}-{self._writer}.json", body)
-
-
-async def check_place(store: Store, identity: RunIdentity) -> None:
-    """Raises MismatchError unless the output is empty or belongs to `identity`. Writes nothing."""
-    spec = await store.get(SPEC_KEY)
-    if spec is None:
-        found = await anext(store.list(""), None)
-        if found is None:
-            return
-        # Another client may have begun this very run in between.
-        spec = await store.get(SPEC_KEY)
-        if spec is None:
-            raise MismatchError(f"{store.url} is not empty ({found.key}) and is no output of batch-client: "
-                                "choose another OUTPUT")
-    identity.require_same(bytes(spec.data), store.url)
-
-
-async def generation_of(store: Store) -> str | None:
-    """The name of an output's generation, which is gone as soon as its removal begins: what was proven before a removal
-    removal is proven of objects that may be gone. None where there is none.
-
-    Raises MismatchError for what is no such name.
-    """
-    blob = await store.get(GENERATION_KEY)
-    if blob is None:
-        return None
-    name = bytes(blob.data)
-    if not _NAME.fullmatch(name):
-        raise MismatchError(f"{child_url(store.url, GENERATION_KEY)} can't be read: wanted 16 hexadecimal digits; "
-                            "score again at another place, or with --overwrite")
-    return name.decode()
-
-
-async def _require_generation(store: Store, generation: str) -> None:
-    if await generation_of(store) != generation:
-        raise MismatchError(f"{store.url} was removed while this client worked on it: end every client of an output "
-                            "before it is removed, then run again")
-
-
-def _vanished(store: Store, key: str) -> StorageError:
-    return StorageError(f"{child_url(store.url, key)}: the store says that it exists and has none")
 
 
 async def _read_segments(store: Store, sizes: Mapping[str, int]) -> AsyncIterator[tuple[str, list[Row]]]:
@@ -307,5 +251,5 @@ def _rows_of(store: Store, key: str, blob: Blob | None) -> list[Row]:
     try:
         return [] if blob is None else rows_from_json(blob.data)
     except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{child_url(store.url, key)}: this ledger segment can't be read ({error}); "
-                           "remove it, and its chunks are scored and compared again") from error
+        raise MismatchError(f"{child_url(store.url, key)}: this ledger segment can't be read ({error}); "
+                            "remove it, and its chunks are scored and compared again") from error

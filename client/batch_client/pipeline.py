@@ -31,12 +31,13 @@ from batch_client.events import (
 )
 from batch_client.exchange import Exchange
 from batch_client.layout import FAILED_PREFIX, SPEC_KEY, SUCCESS_KEY, OutputLayout
-from batch_client.ledger import FLUSH_SECONDS, Ledger, LedgerView, Row, check_place, generation_of
+from batch_client.ledger import FLUSH_SECONDS, Ledger, LedgerView, Row
 from batch_client.manifest import read_manifest
+from batch_client.place import Begun, begin, check_place, generation_of
 from batch_client.plan import Plan, Span, Unit
 from batch_client.prepare import Prepared, Services, prepare
 from batch_client.publish import publish, published_root
-from batch_client.removal import remove_output
+from batch_client.removal import contents_of, remove_output
 from batch_client.reuse import copy_chunks, reusable_rows
 from batch_client.scorer import Scorer
 from batch_client.spec import RunSpec
@@ -63,8 +64,11 @@ async def plan_run(spec: RunSpec, services: Services) -> Plan:
     """
     prepared = await prepare(spec, services)
     await _reusable(spec, services, prepared)
-    if not spec.overwrite:
+    if spec.overwrite:
+        await contents_of(services.output_store)
+    else:
         await check_place(services.output_store, prepared.identity)
+        await published_root(services.output_store)
     return prepared.plan
 
 
@@ -95,9 +99,9 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
         return tally.summary(spec, prepared, await read_manifest(output))
     layout = await OutputLayout.open(prepared.plan, spec.codec)
     _require_going_on(stop)
-    writer = f"{services.rng.getrandbits(64):016x}"
-    ledger = await Ledger.open(output, prepared.identity, writer, services.clock)
-    run = _Run(spec, services, prepared, layout, ledger, emit, stop)
+    name = f"{services.rng.getrandbits(64):016x}"
+    begun = await begin(output, prepared.identity, name)
+    run = _Run(spec, services, prepared, layout, begun, name, emit, stop)
     root = await run.to_the_end(reusable)
     if root is not None:
         emit(Published(spec.output, root))
@@ -121,7 +125,7 @@ async def _goes_on(output: Store, prepared: Prepared) -> bool:
         return False
     try:
         generation = await generation_of(output)
-        if generation is None:  # its removal had begun
+        if generation is None:  # its removal has begun, or nothing was scored yet
             return False
         proven = LedgerView(output, prepared.plan.unit_count, generation)
         await proven.refresh()
@@ -140,8 +144,8 @@ def _require_going_on(stop: asyncio.Event) -> None:
 class _Run:
     """One execution: the tasks and what they share."""
 
-    def __init__(self, spec: RunSpec, services: Services, prepared: Prepared, layout: OutputLayout, ledger: Ledger,
-                 emit: Callable[[Event], None], stop: asyncio.Event) -> None:
+    def __init__(self, spec: RunSpec, services: Services, prepared: Prepared, layout: OutputLayout, begun: Begun,
+                 name: str, emit: Callable[[Event], None], stop: asyncio.Event) -> None:
         self._spec = spec
         self._services = services
         self._store = services.output_store
@@ -151,8 +155,9 @@ class _Run:
         self._emit = emit
         self._stop = stop
         self._writer = ChunkWriter(self._store, layout, exact=spec.exact)
-        self._ledger = ledger
-        self._view = LedgerView(self._store, prepared.plan.unit_count, ledger.generation)
+        self._first = begun.first
+        self._ledger = Ledger(self._store, begun.generation, name, services.clock)
+        self._view = LedgerView(self._store, prepared.plan.unit_count, begun.generation)
         self._refreshed_at = services.clock()
         self._writing: dict[int, int] = {}
         self._held: dict[int, int] = {}
@@ -207,6 +212,10 @@ class _Run:
         # Parts and other clients count for themselves while they run; what is published counts together.
         if self.failed > self._spec.max_failed:
             raise self._too_many()
+        if self._view.missing_chunks and not self._spec.allow_missing:
+            raise DataError(f"{self._view.missing_chunks:,} missing input chunks were taken as the fill value by a "
+                            "client with --allow-missing: publish with that flag, or restore them and score again at "
+                            "another place")
         await self._prepared.source.require_unchanged(row.source async for row in self._view.rows())
         return await publish(self._store, self._layout, self._plan, self._prepared.identity, self._view)
 
@@ -259,7 +268,7 @@ class _Run:
     def _order(self) -> Iterator[Unit]:
         """Units of this run's part. A client that joins others begins somewhere else, so that they meet late."""
         low, high = self._ends()
-        offset = 0 if self._ledger.first or low == high else self._services.rng.randrange(high - low)
+        offset = 0 if self._first or low == high else self._services.rng.randrange(high - low)
         return (self._plan.unit(low + (step + offset) % (high - low)) for step in range(high - low))
 
     def _ends(self) -> tuple[int, int]:

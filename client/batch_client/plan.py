@@ -264,13 +264,13 @@ def make_plan(
         nearest = max(1, round(grid / source.chunk_records)) * source.chunk_records
         raise UsageError(f"--chunk-records {grid}: wanted a multiple of the source's {source.chunk_records} records a "
                          f"chunk, such as {nearest}")
-    _require_bearable(grid, source, outputs)
+    chunk = min(grid, stop - start)
+    _require_bearable(chunk, source, outputs)
     wire_bytes = max(1, math.prod(source.record_shape) * wire_dtype.itemsize)
     reply_bytes = 1 + sum(output.record_bytes for output in outputs)
     request = _request(spec, micro_batch, wire_bytes, reply_bytes,
                        default_request(wire_bytes, micro_batch, grid, micro_batch_seconds, most))
     share = max(1, spec.max_bytes_in_flight // 8 // max(chunk_bytes, 1))
-    chunk = min(grid, stop - start)
     tail = request if spec.request_records else max(1, request // micro_batch // TAIL_SHARE) * micro_batch
     return Plan(
         source=source,
@@ -289,15 +289,16 @@ def make_plan(
     )
 
 
-def _require_bearable(grid: int, source: Geometry, outputs: tuple[OutputGeometry, ...]) -> None:
-    objects = -(-min(grid, source.count) // source.chunk_records) * source.chunk_objects
-    nbytes = min(grid, source.count) * sum(output.record_bytes for output in outputs)
-    smaller = "lower --chunk-records" if grid > source.chunk_records else "store the source in smaller chunks"
+def _require_bearable(chunk: int, source: Geometry, outputs: tuple[OutputGeometry, ...]) -> None:
+    """Refuse an output chunk that its ledger row or the memory could not hold; `chunk` is in records."""
+    objects = -(-chunk // source.chunk_records) * source.chunk_objects
+    nbytes = chunk * sum(output.record_bytes for output in outputs)
+    smaller = "lower --chunk-records" if chunk > source.chunk_records else "store the source in smaller chunks"
     if objects > MOST_SOURCE_OBJECTS:
-        raise UsageError(f"an output chunk of {grid:,} records would be read from {objects:,} objects, the most is "
+        raise UsageError(f"an output chunk of {chunk:,} records would be read from {objects:,} objects, the most is "
                          f"{MOST_SOURCE_OBJECTS:,}: {smaller}")
     if nbytes > LARGEST_CHUNK_BYTES_OUT:
-        raise UsageError(f"an output chunk of {grid:,} records would have {nbytes:,} bytes, the most is "
+        raise UsageError(f"an output chunk of {chunk:,} records would have {nbytes:,} bytes, the most is "
                          f"{LARGEST_CHUNK_BYTES_OUT:,}: {smaller}")
 
 

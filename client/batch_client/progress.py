@@ -7,8 +7,9 @@ from typing import Any
 
 from batch_client.errors import MismatchError
 from batch_client.jsontext import parse_json
-from batch_client.layout import FAILED_PREFIX, LEDGER_PREFIX, SPEC_KEY
-from batch_client.ledger import LedgerView, generation_of
+from batch_client.layout import FAILED_PREFIX, LEDGER_PREFIX, REMOVING_KEY, SPEC_KEY
+from batch_client.ledger import LedgerView
+from batch_client.place import generation_of
 from batch_client.publish import published_root
 from batch_client.storage import Store, child_url
 
@@ -29,10 +30,13 @@ class Writer:
 
 @dataclass(frozen=True)
 class Progress:
-    """State of an output. Rates are records a second, `eta` is seconds left; None where nothing can be said."""
+    """State of an output; `removing` says that its removal has begun, and nothing in it is proven any more. Rates are
+    records a second, `eta` is seconds left; None where nothing can be said.
+    """
 
     output: str
     published: bool
+    removing: bool
     root: str | None
     records: int
     done: int
@@ -65,14 +69,17 @@ async def progress_of(store: Store) -> Progress:
     chunks = -(-records // a_chunk)
     generation = await generation_of(store)
     view = LedgerView(store, chunks, generation or "")
+    writers: tuple[Writer, ...] = ()
+    times: list[float] = []
     if generation is not None:
         await view.refresh()
-    writers, times = await _writers(store, generation)
+        writers, times = await _writers(store, generation)
     rate = _rate(times, view.records, len(view))
     root = await published_root(store)
     return Progress(
         output=store.url,
         published=root is not None,
+        removing=await store.head(REMOVING_KEY) is not None,
         root=root,
         records=records,
         done=view.records,
@@ -87,7 +94,7 @@ async def progress_of(store: Store) -> Progress:
     )
 
 
-async def _writers(store: Store, generation: str | None) -> tuple[tuple[Writer, ...], list[float]]:
+async def _writers(store: Store, generation: str) -> tuple[tuple[Writer, ...], list[float]]:
     segments: dict[str, list[float]] = {}
     ours = f"{LEDGER_PREFIX}{generation}/"
     async for meta in store.list(ours):

@@ -50,10 +50,9 @@ async def publish(store: Store, layout: OutputLayout, plan: Plan, identity: RunI
     documents = await layout.metadata(attributes)
     proofs = [ChunkProof(key, len(document), hashlib.sha256(document).hexdigest()) for key, document in documents]
     await _create_same(store, MANIFEST_KEY, manifest.head(identity, proofs))
-    for key, document in documents:
+    for key, document in (*documents, (SUCCESS_KEY, b"")):
+        await proven.require_current()
         await _create_same(store, key, document)
-    await proven.require_current()
-    await _create_same(store, SUCCESS_KEY, b"")
     return root
 
 

@@ -152,6 +152,11 @@ async def open_source(store: Store, array: str | None) -> Source:
     return Source(store, array or "", node, keys, await _documents(store, keys))
 
 
+# Of Zarr's two formats: https://zarr-specs.readthedocs.io, core v3.0 "Array metadata", and v2 "Metadata".
+_ENCODING = ("zarr_format", "data_type", "dtype", "chunk_grid", "chunks", "chunk_key_encoding", "dimension_separator",
+             "codecs", "compressor", "filters", "order", "fill_value", "storage_transformers")
+
+
 async def _documents(store: Store, keys: list[str]) -> list[bytes]:
     documents = []
     for key in keys:
@@ -163,9 +168,9 @@ async def _documents(store: Store, keys: list[str]) -> list[bytes]:
 
 
 def _encoding(document: bytes) -> bytes:
-    """A metadata document, which zarr has read, without the number of records and without attributes."""
+    """What of a metadata document, which zarr has read, says how chunks are found and decoded."""
     described = json.loads(document)
-    kept = {name: value for name, value in described.items() if name not in ("attributes", "consolidated_metadata")}
+    kept = {name: described[name] for name in _ENCODING if name in described}
     return json.dumps(kept | {"shape": described.get("shape", [])[1:]}, sort_keys=True).encode()
 
 

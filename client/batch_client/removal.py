@@ -1,26 +1,27 @@
 """Taking an output away: for a person at a desk who says so.
 
-The generation goes first, which ends every client that still works there and makes all its proofs void; then what
-opens, the proofs, what they prove, and last what says whose it is. So whatever is left of a removal that was cut off
-proves nothing that is gone, and the removal can be repeated.
+First a mark is made: from then on no client begins, proves or publishes anything there. Then the generation goes, what
+opens, the proofs, what they prove, what says whose it is, whatever clients wrote meanwhile, and last the mark. So what
+is left of a removal that was cut off proves nothing, and the removal can be repeated.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from batch_client.errors import MismatchError, StorageError, one_error
-from batch_client.layout import GENERATION_KEY, LEDGER_PREFIX, SPEC_KEY, SUCCESS_KEY
-from batch_client.storage import Meta, Store
+from batch_client.errors import MismatchError, StorageError, UsageError, one_error
+from batch_client.layout import GENERATION_KEY, LEDGER_PREFIX, REMOVING_KEY, SPEC_KEY, SUCCESS_KEY
+from batch_client.storage import Blob, Meta, Store
 
-__all__ = ["Contents", "contents_of", "remove_output"]
+__all__ = ["Contents", "contents_of", "remove_output", "require_unpublished"]
 
 DELETES_AT_ONCE = 32
 SHOWN = 20
-LAST = 5
+LAST = 6
 
 
 @dataclass(frozen=True)
@@ -42,52 +43,70 @@ async def contents_of(store: Store) -> Contents:
     ours = False
     async for meta in store.list(""):
         objects, nbytes = objects + 1, nbytes + meta.size
-        ours = ours or meta.key == SPEC_KEY
+        ours = ours or meta.key in (SPEC_KEY, REMOVING_KEY)
         if len(first) < SHOWN:
             first.append(meta)
     if objects and not ours:
         raise MismatchError(f"{store.url} is not empty ({first[0].key}) and is no output of batch-client: "
-                            "nothing was deleted")
+                            "nothing was deleted; do that with the store's own tools")
     return Contents(objects, nbytes, tuple(first))
 
 
-async def remove_output(store: Store) -> None:
+async def remove_output(store: Store, *, published: bool = True) -> None:
     """Delete an output, published or not. May be repeated after a kill.
 
-    Raises MismatchError for a place that is not an output of ours, StorageError where objects stay.
+    Raises MismatchError for a place that is not an output of ours, UsageError for one that is published although
+    `published` is false, StorageError where objects stay or somebody else removes them at the same time.
     """
-    await contents_of(store)
-    for order in range(LAST):
+    if not (await contents_of(store)).objects:
+        return
+    await store.create(REMOVING_KEY, secrets.token_hex(8).encode())
+    mark = await store.get(REMOVING_KEY)
+    # Nobody publishes after the mark.
+    if not published:
+        try:
+            await require_unpublished(store)
+        except UsageError:
+            await store.delete(REMOVING_KEY)
+            raise
+    for order in (*range(LAST), None):
         # A listing need not show all while objects of it vanish: each kind is gone when one shows none.
         before = math.inf
-        while found := await _remove_kind(store, order):
+        while found := await _remove_kind(store, order, mark):
             if found >= before:
                 raise StorageError(f"{store.url}: {found:,} objects are still listed after they were deleted: "
                                    "nothing else may write there; try again")
             before = found
-    # What a client wrote meanwhile stays together with the name of whose it is, and can be removed by trying again.
-    async for meta in store.list(""):
-        if _order(meta.key) < LAST:
-            raise StorageError(f"{store.url}: {meta.key} was written while the rest was deleted: end every client that "
-                               "works there; try again")
-    await store.delete(SPEC_KEY)
+    await store.delete(REMOVING_KEY)
 
 
-async def _remove_kind(store: Store, order: int) -> int:
-    """Delete every object of one kind that a listing shows; how many there were."""
+async def require_unpublished(store: Store) -> None:
+    """Raises UsageError for a published output."""
+    if await store.head(SUCCESS_KEY) is not None:
+        raise UsageError(f"{store.url} is published: --clean removes only outputs that are not")
+
+
+async def _remove_kind(store: Store, order: int | None, mark: Blob | None) -> int:
+    """Delete every object of one kind, or of all but the mark, that a listing shows; how many there were."""
     found, batch = 0, []
     async for meta in store.list(""):
-        if _order(meta.key) == order:
+        if order == _order(meta.key) or (order is None and meta.key != REMOVING_KEY):
             found += 1
             batch.append(meta.key)
         if len(batch) == DELETES_AT_ONCE:
-            await _delete(store, batch)
+            await _delete(store, batch, mark)
             batch = []
-    await _delete(store, batch)
+    await _delete(store, batch, mark)
     return found
 
 
-async def _delete(store: Store, keys: Sequence[str]) -> None:
+async def _delete(store: Store, keys: Sequence[str], mark: Blob | None) -> None:
+    if not keys:
+        return
+    now = await store.get(REMOVING_KEY)
+    if mark is None or now is None or now.data != mark.data:
+        # What is there by now may be an output that has begun since.
+        raise StorageError(f"{store.url}: somebody else has removed what was there: try again if it is still wanted")
     with one_error():
         async with asyncio.TaskGroup() as tasks:
             for key in keys:
@@ -96,8 +115,10 @@ async def _delete(store: Store, keys: Sequence[str]) -> None:
 
 def _order(key: str) -> int:
     """The generation first, then the group's metadata and `_SUCCESS`, so that nothing half-deleted opens; `spec.json`
-    last.
+    last, but for the mark.
     """
+    if key == REMOVING_KEY:
+        return LAST
     if key == GENERATION_KEY:
         return 0
     if key in ("zarr.json", SUCCESS_KEY):
@@ -106,4 +127,4 @@ def _order(key: str) -> int:
         return 2
     if key.startswith(LEDGER_PREFIX):
         return 3
-    return LAST if key == SPEC_KEY else 4
+    return 5 if key == SPEC_KEY else 4

@@ -108,7 +108,8 @@ class RunSpec(ServerSpec):
     require_finite: count a record with a prediction that is not finite as failed.
     part: (i, n) scores the i-th of n parts of the run; whoever completes the run publishes it.
     reuse: an earlier output whose chunks are copied where source, model and numerics are the same.
-    overwrite: delete the output that is there first, unless it is an unfinished one of this very run.
+    overwrite: delete the output that is there first, unless it is an unfinished one of this very run, of the source as
+        it is now.
     """
 
     input: str

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import AsyncIterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -206,7 +206,8 @@ def is_inside(url: str, place: str) -> bool:
 
 def _resolved(url: str) -> str:
     if url.startswith("file:"):
-        url = Path(unquote(urlsplit(url).path)).resolve().as_uri()
+        with suppress(OSError, RuntimeError):  # links that lead in a circle
+            url = Path(unquote(urlsplit(url).path)).resolve().as_uri()
     return re.sub("^s3a:", "s3:", url).rstrip("/")
 
 

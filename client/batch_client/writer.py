@@ -65,8 +65,8 @@ class ChunkWriter:
             return bytes(stored.data)
         raise BrokenPromiseError(
             f"{child_url(self._store.url, key)} holds other bytes than this run computes: the server's numbers are "
-            "not repeatable, the source has changed, or another run's client wrote there; nothing was overwritten: "
-            f"batch-client status {self._store.url} --clean --yes removes it all")
+            "not repeatable, the source has changed, the chunk was altered, or another run's client wrote there; "
+            "nothing was overwritten: score at another place, or end every client of this one and remove it")
 
 
 async def encode_unit(layout: OutputLayout, unit: UnitAssembler, *,

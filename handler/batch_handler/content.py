@@ -36,7 +36,8 @@ _NPY_READERS: Mapping[tuple[int, int], Callable[..., Any]] = {
 }
 # Formats that people send; each further one is a parser that strangers' bytes reach.
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-# Pillow cuts pixels of more than 8 bits off at 255 when it converts them.
+# Pillow cuts grey pixels of more than 8 bits off at 255, and leaves the low byte of colours of 16 away; those it calls
+# by the mode of 8 bits and tells apart in what it is about to decode only.
 _IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 
@@ -89,8 +90,9 @@ def decode_image(body: Buffer, spec: TensorSpec) -> Array:
         picture = Image.open(io.BytesIO(body), formats=_IMAGE_FORMATS)
         if picture.size != (width, height):
             raise OipError(f"the picture is {picture.width} x {picture.height}, wanted {width} x {height}")
-        if picture.mode not in _IMAGE_MODES:
-            raise OipError(f"the picture's pixels are {picture.mode}, wanted 8 bits a channel, grey or colour")
+        if picture.mode not in _IMAGE_MODES or _has_16_bits(picture):
+            more = " of 16 bits" if _has_16_bits(picture) else ""
+            raise OipError(f"the picture's pixels are {picture.mode}{more}, wanted 8 bits a channel, grey or colour")
         pixels = np.asarray(picture.convert(mode))
     except UnidentifiedImageError as error:
         raise OipError(f"the picture can't be read, wanted {', '.join(_IMAGE_FORMATS)}") from error
@@ -100,6 +102,11 @@ def decode_image(body: Buffer, spec: TensorSpec) -> Array:
     if mode == "RGB" and spec.shape[0] == 3 and spec.shape[-1] != 3:
         pixels = np.moveaxis(pixels, -1, 0)
     return np.ascontiguousarray(pixels).reshape(1, *spec.shape)
+
+
+def _has_16_bits(picture: Image.Image) -> bool:
+    # The raw modes of what is to be decoded, such as RGB;16B.
+    return ";16" in str(getattr(picture, "tile", ""))
 
 
 def encode_npy(array: Array) -> bytes:

@@ -249,7 +249,7 @@ def test_a_chunk_that_was_altered_before_its_proof_is_never_overwritten_nor_beli
 
     async def run():
         fate = Fate(random.Random(1), faults=0, kinds=("crash before",))
-        fate.at = {60}
+        fate.at = set(range(60, 70))
         await world.live(fate)
         keys = sorted(key for key in world.output.objects if key.startswith("y/c/"))
         proven = any("ledger" in key for key in world.output.objects)

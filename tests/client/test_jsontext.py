@@ -30,7 +30,7 @@ def test_text_that_nests_too_deeply_is_a_value_error() -> None:
 @pytest.mark.parametrize(("text", "value"), [
     (rb'"a\ud800"', "a\ufffd"), (rb'{"\uDFFF": 1}', {"\ufffd": 1}),
     (rb'["\udc00\ud800", "\ud800\ud800b"]', ["\ufffd\ufffd", "\ufffd\ufffdb"]),
-    (rb'"\ud83d\ude00"', "\U0001f600"), (rb'"\\ud800"', r"\ud800"),
+    (b'"\xed\xa0\x80"', "\ufffd"), (rb'"\ud83d\ude00"', "\U0001f600"), (rb'"\\ud800"', r"\ud800"),
 ])
 def test_half_of_a_surrogate_pair_could_not_be_written_again(text: bytes, value: object) -> None:
     found = parse_json(text)

@@ -1,8 +1,8 @@
 """The view of a ledger says what a dict of all its rows would say, in a few bytes a chunk."""
 
+import asyncio
 import json
 import tracemalloc
-from dataclasses import fields
 
 import pytest
 from hypothesis import given, settings
@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from batch_client import ledger
 from batch_client.errors import MismatchError, StorageError
 from batch_client.layout import GENERATION_KEY, LEDGER_PREFIX
-from batch_client.ledger import ChunkProof, Ledger, LedgerView, Row, generation_of
+from batch_client.ledger import ChunkProof, Ledger, LedgerView, Row, rows_from_json
+from batch_client.place import begin
 from batch_client.removal import remove_output
-from batch_client.spec import RunIdentity
 from batch_client.storage import MemoryStore
 from batch_client.stringset import StringSet
+from support.identities import identity_of
 from support.virtual import run_virtually
 
 GENERATION = "0123456789abcdef"
@@ -187,11 +188,8 @@ def test_a_string_set_is_a_set(first, second):
             assert (text in found) == (text in added)
 
 
-def identity(**changes):
-    values = {"source_shape": (1,), "outputs": (), "start": 0, "stop": 1, "grid_records": 1, "chunk_records": 1,
-              "micro_batch": 1, "exact": True, "numerics": {}, **changes}
-    names = [field.name for field in fields(RunIdentity) if field.name != "format"]
-    return RunIdentity(**{name: values.get(name, "x") for name in names})
+async def ledger_of(store, identity, name):
+    return Ledger(store, (await begin(store, identity, name)).generation, name, lambda: 0.0)
 
 
 A, B = "a" * 16, "b" * 16
@@ -200,38 +198,25 @@ A, B = "a" * 16, "b" * 16
 def test_what_was_proven_before_a_removal_proves_nothing_of_the_output_that_follows():
     async def run():
         store = MemoryStore("memory://out")
-        first = await Ledger.open(store, identity(), A, lambda: 0.0)
-        joined = await Ledger.open(store, identity(), "c" * 16, lambda: 0.0)
-        assert (first.first, joined.first, joined.generation) == (True, False, A)
-        view = LedgerView(store, UNITS, first.generation)
+        first = await ledger_of(store, identity_of(), A)
+        view = LedgerView(store, UNITS, A)
         await first.add(row_of(0, failed=0))
         await remove_output(store)
         assert store.objects == {}
         # The removed output's client goes on for a while, beside one that begins the next.
         for _ in range(2):
-            with pytest.raises(MismatchError, match="was removed while this client worked on it"):
+            with pytest.raises(MismatchError, match="was removed, or is being removed"):
                 await first.flush()
-            with pytest.raises(MismatchError, match="was removed while this client worked on it"):
+            with pytest.raises(MismatchError, match="was removed, or is being removed"):
                 await view.refresh()
-            follower = await Ledger.open(store, identity(model="other"), B, lambda: 0.0)
+            follower = await ledger_of(store, identity_of(model="other"), B)
         # A segment that it wrote at the last moment, or whose PUT lands late.
         store.objects[f"{LEDGER_PREFIX}{A}/{A}/000000.json"] = segment([row_of(1)])
         await follower.add(row_of(2, failed=0))
         await follower.flush()
-        found = LedgerView(store, UNITS, follower.generation)
+        found = LedgerView(store, UNITS, B)
         await found.refresh()
         assert [unit for unit in range(UNITS) if unit in found] == [2]
-
-    run_virtually(run())
-
-
-@pytest.mark.parametrize("name", [b"", b"x", b"A" * 16, b"../../../../../..", b"a" * 17, b"\xff" * 16])
-def test_a_generation_that_is_no_name_of_ours_is_no_part_of_a_key(name):
-    async def run():
-        store = MemoryStore("memory://out")
-        store.objects[GENERATION_KEY] = name
-        with pytest.raises(MismatchError, match="_run/generation can't be read: wanted 16 hexadecimal digits"):
-            await generation_of(store)
 
     run_virtually(run())
 
@@ -239,7 +224,7 @@ def test_a_generation_that_is_no_name_of_ours_is_no_part_of_a_key(name):
 def test_segments_are_written_before_they_are_larger_than_any_that_is_read():
     async def run():
         store = MemoryStore("memory://out")
-        written = await Ledger.open(store, identity(), A, lambda: 0.0)
+        written = await ledger_of(store, identity_of(), A)
         many = {f"c/{chunk}": None for chunk in range(ledger.FLUSH_SOURCE_CHUNKS // 2)}
         for unit in range(6):
             await written.add(row_of(unit, failed=0)._replace(source=many))
@@ -247,5 +232,28 @@ def test_segments_are_written_before_they_are_larger_than_any_that_is_read():
         # A record that failed may not fail again: its chunk is proven at once.
         await written.add(row_of(7, failed=1))
         assert sum(key.startswith(LEDGER_PREFIX) for key in store.objects) == 4
+
+    run_virtually(run())
+
+
+def test_rows_that_gathered_during_a_flush_are_written_in_segments_that_can_be_read():
+    class Slow(MemoryStore):
+        async def create(self, key, data):
+            await asyncio.sleep(5)
+            return await super().create(key, data)
+
+    async def run():
+        store = Slow("memory://out")
+        written = await ledger_of(store, identity_of(), A)
+        many = {f"c/{chunk}": None for chunk in range(ledger.FLUSH_SOURCE_CHUNKS // 2)}
+        async with asyncio.TaskGroup() as tasks:
+            for unit in range(9):
+                tasks.create_task(written.add(row_of(unit, failed=0)._replace(source=many)))
+        await written.flush()
+        segments = [data for key, data in store.objects.items() if key.startswith(LEDGER_PREFIX)]
+        assert [len(rows_from_json(data)) for data in segments] == [2, 2, 2, 2, 1]
+        view = LedgerView(store, UNITS, A)
+        await view.refresh()
+        assert len(view) == 9
 
     run_virtually(run())

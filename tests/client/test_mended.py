@@ -79,7 +79,7 @@ def test_a_flush_whose_answer_was_lost_loses_no_row():
     async def run():
         store = Losing()
         store.objects[GENERATION_KEY] = b"a" * 16
-        ledger = Ledger(store, "a" * 16, "w", lambda: 0.0, first=True)
+        ledger = Ledger(store, "a" * 16, "w", lambda: 0.0)
         rows = [Row(unit, (ChunkProof(f"y/c/{unit}", 1, "0"),), {}, 1, 0, 0) for unit in (0, 1)]
         await ledger.add(rows[0])
         with pytest.raises(StorageError):

@@ -199,7 +199,7 @@ def test_an_overwrite_that_was_stopped_goes_on_and_a_refused_one_deletes_nothing
             await execute(world.spec(overwrite=True, reuse="memory://none"), services)
         assert world.output.objects == before
         fate = calm()
-        fate.at, fate.kinds = set(range(70, 90)), ("crash before",)
+        fate.at, fate.kinds = set(range(120, 140)), ("crash before",)
         await world.live(fate, overwrite=True)
         assert world.ends == ["crash"]
         begun = [key for key in world.output.objects if "/c/" in key]

@@ -332,6 +332,13 @@ async def test_a_plan_refuses_what_its_run_would_refuse_before_it_writes():
             assert output.objects == before
     for options in ({}, {"overwrite": True, "codec": "zstd"}):
         assert (await plan_run(spec(**options), services(server, source, taken))).count == 20
+    for go in (plan_run, execute):
+        with pytest.raises(MismatchError, match="nothing was deleted"):
+            await go(spec(overwrite=True), services(server, source, foreign))
+    taken.objects["_run/manifest.json"] = b"{"
+    for go in (plan_run, execute):
+        with pytest.raises(MismatchError, match="can't be read"):
+            await go(spec(), services(server, source, taken))
 
 
 async def test_sources_that_can_not_be_scored_are_refused_before_anything_is_written():
@@ -385,6 +392,11 @@ async def test_a_run_that_met_a_missing_chunk_goes_on_with_the_fill_value():
     summary = await execute(spec(allow_missing=True, chunk_records=10), services(SimulatedServer(), source, output))
     assert 0 < summary.scored < 400
     assert summary.missing_chunks == 1
+    # One who does not accept them is told, whoever else did.
+    del output.objects["_SUCCESS"]
+    with pytest.raises(DataError, match="1 missing input chunks were taken as the fill value by a client"):
+        await execute(spec(chunk_records=10), services(SimulatedServer(), source, output))
+    await execute(spec(allow_missing=True, chunk_records=10), services(SimulatedServer(), source, output))
     assert output.objects["y/c/30/0"] == whole.objects["y/c/30/0"]
     assert summary.root == (await published_root(whole))
     source.objects["c/30/0"] = missing

@@ -203,6 +203,13 @@ def test_sizes_that_can_not_be_met_are_refused_with_both_numbers(options, wanted
     assert wanted in str(refused.value)
 
 
+def test_the_bounds_are_of_the_output_chunk_that_is_made():
+    wide = OutputGeometry("y", np.dtype(np.float32), (1 << 20,))
+    assert plan_of(10**6, 500_000, record=(1,), output=wide, records=Records(0, 15), micro_batch=1).chunk_records == 15
+    with pytest.raises(UsageError, match="store the source in smaller chunks"):
+        plan_of(10**6, 500_000, record=(1,), output=wide, micro_batch=1)
+
+
 def test_an_empty_source_is_refused():
     with pytest.raises(DataError, match="no records"):
         plan_of(count=0)

@@ -33,7 +33,7 @@ def test_removal_takes_away_first_what_opens_and_last_what_says_whose_it_is():
         assert store.objects == {}
         assert order[0] == "_run/generation"
         assert set(order[1:3]) == {"zarr.json", "_SUCCESS"}
-        assert order[-1] == "_run/spec.json"
+        assert order[-2:] == ["_run/spec.json", "_run/removing"]
 
     run_virtually(run())
 
@@ -62,6 +62,7 @@ def test_a_removal_that_is_cut_off_leaves_no_proof_of_what_is_gone(deletes):
             await remove_output(store)
         assert "_run/spec.json" in store.objects
         assert "_run/generation" not in store.objects
+        assert "_run/removing" in store.objects
         assert "_SUCCESS" not in store.objects or deletes < 3
         if any(key.startswith("_run/ledger/") for key in store.objects):
             assert sum("/c/" in key for key in store.objects) == chunks

@@ -292,7 +292,7 @@ def test_a_report_agrees_with_the_summary():
 
     async def run():
         report = Report("memory://source", asyncio.get_running_loop().time, lambda: 0.0)
-        fate = Fate(random.Random(3), steps=20, faults=8, kinds=Fate.SERVER)
+        fate = Fate(random.Random(3), steps=40, faults=16, kinds=Fate.SERVER)
         return report.data, await execute(world.spec(), world.services(fate, Life()), (report,))
 
     gathered, summary = run_virtually(run())

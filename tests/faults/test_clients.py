@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -18,11 +18,11 @@ import zarr
 
 from batch_client.errors import MismatchError
 from batch_client.layout import SPEC_KEY
-from batch_client.ledger import check_place
-from batch_client.spec import RunIdentity
+from batch_client.place import check_place
 from batch_client.storage import MemoryStore
 from support.cli import command, run_cli
 from support.faults import FULL, LONG, PACE, QUICK, Client, each_scale, images_of, run
+from support.identities import identity_of
 from support.proxy import FaultProxy
 
 
@@ -89,10 +89,7 @@ class PinnedMeanwhile(MemoryStore):
 
 async def test_a_run_that_another_client_begins_in_between():
     # Seen with four clients that started at once: the place was empty, and then was not.
-    values = {"source_shape": (1,), "outputs": (), "start": 0, "stop": 1, "grid_records": 1, "chunk_records": 1,
-              "micro_batch": 1, "exact": True}
-    names = [field.name for field in fields(RunIdentity) if field.name != "format"]
-    identity = RunIdentity(**{name: values.get(name, "x") for name in names})
+    identity = identity_of()
     await check_place(PinnedMeanwhile(identity.to_json()), identity)
     with pytest.raises(MismatchError, match="another run"):
         await check_place(PinnedMeanwhile(replace(identity, model="y").to_json()), identity)

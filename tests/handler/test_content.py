@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -125,14 +127,26 @@ def test_a_picture_of_more_than_8_bits_is_refused_and_not_cut_off(pixels):
         content.decode_image(picture(np.full((4, 5), 300, pixels), "TIFF"), GREY)
 
 
+def test_a_colour_picture_of_16_bits_is_refused_and_not_rounded():
+    rows = b"".join(b"\0" + bytes(5 * 6) for _ in range(4))
+    with pytest.raises(OipError, match="RGB of 16 bits, wanted 8 bits a channel"):
+        content.decode_image(png(struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0), rows), GREY)
+    assert content.decode_image(png(struct.pack(">IIBBBBB", 5, 4, 8, 2, 0, 0, 0), b"".join(
+        b"\0" + bytes(5 * 3) for _ in range(4))), GREY).shape == (1, 4, 5)
+
+
+def png(header, rows):
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks)
+
+
 def test_a_picture_of_another_size_is_refused_before_it_is_decoded():
     whole = picture(np.zeros((5, 4), np.uint8))
     # Cut after the header: decoding would fail with another message.
     with pytest.raises(OipError, match="the picture is 4 x 5, wanted 5 x 4"):
         content.decode_image(whole[:45], GREY)
-    import struct
-    import zlib
-
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
     chunk = b"IHDR" + header
     bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))

@@ -5,11 +5,13 @@ import random
 import numpy as np
 import pytest
 
-from batch_client import exchange, pipeline, writer
-from batch_client.errors import BatchClientError
+from batch_client import exchange, ledger, pipeline, writer
+from batch_client.errors import BatchClientError, DataError, MismatchError
 from batch_client.exchange import Exchange, Prediction
 from batch_client.ledger import Ledger
+from batch_client.removal import remove_output
 from batch_client.scorer import Scorer
+from batch_client.storage import MemoryStore
 from batch_client.transport import HttpReply
 from batch_handler.oip import OipError, decode_reply, decode_request
 from support.faulty import Fate
@@ -175,3 +177,28 @@ def test_a_request_that_travels_is_what_the_server_computes(calm):
         return summary
 
     assert run_virtually(run()).retries > 5
+
+
+def test_proofs_of_a_removed_output_that_count_are_caught(calm, monkeypatch):
+    """The check of the generation planted away, and a removal under a client that is about to publish."""
+    async def blind(store, generation):
+        pass
+
+    async def run():
+        world = World(1, source=calm[2])
+
+        class Removed(MemoryStore):
+            async def create(self, key, data):
+                if key == "_run/manifest/00000000.json" and "_run/removing" not in self.objects:
+                    await remove_output(self)
+                return await super().create(key, data)
+
+        world.output = Removed("memory://out")
+        await world.live(Fate(random.Random(0), faults=0))
+        await world.check(calm[0])
+
+    with pytest.raises(MismatchError, match="was removed"):
+        run_virtually(run())
+    monkeypatch.setattr(ledger, "require_generation", blind)
+    with pytest.raises(DataError, match="is not what was published"):
+        run_virtually(run())

@@ -50,6 +50,8 @@ def _lines(progress: Progress) -> str:
         f"failed   {progress.failed:,}, and {progress.not_finite:,} not finite",
         f"chunks   {progress.chunks_done:,} of {progress.chunks:,}, {progress.dead_letters:,} with dead letters",
     ]
+    if progress.removing:
+        lines.append("removal  begun and not finished; --clean --yes or run --overwrite finishes it")
     if progress.rate is not None and progress.eta is not None:
         lines.append(f"rate     {progress.rate:,.0f} records/s, {progress.eta:,.0f} s left at that rate")
     for writer in progress.writers:
@@ -59,11 +61,9 @@ def _lines(progress: Progress) -> str:
 
 
 async def _clean(store: Store, *, yes: bool) -> str:
-    from batch_client.layout import SUCCESS_KEY
-    from batch_client.removal import contents_of, remove_output
+    from batch_client.removal import contents_of, remove_output, require_unpublished
 
-    if await store.head(SUCCESS_KEY) is not None:
-        raise UsageError(f"{store.url} is published: --clean removes only outputs that are not")
+    await require_unpublished(store)
     found = await contents_of(store)
     if not found.objects:
         raise MismatchError(f"{store.url}: nothing is there")
@@ -72,5 +72,5 @@ async def _clean(store: Store, *, yes: bool) -> str:
         shown = "\n".join(f"  {meta.key}  {meta.size:,}" for meta in found.first)
         more = "\n  …" if found.objects > len(found.first) else ""
         return f"{store.url} holds {size}:\n{shown}{more}\nnothing removed; add --yes to remove all of it"
-    await remove_output(store)
+    await remove_output(store, published=False)
     return f"removed {size} from {store.url}"
