@@ -1,0 +1,130 @@
+"""What a run refuses: sources that can't be scored, missing and damaged chunks; and what a plan refuses with it."""
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import zarr
+from zarr.storage import MemoryStore as ZarrMemory
+
+from batch_client.cli.run import _sentence
+from batch_client.errors import DataError, MismatchError, UsageError
+from batch_client.pipeline import execute, plan_run
+from batch_client.publish import published_root
+from batch_client.replay import replay
+from batch_client.spec import Records
+from batch_client.storage import MemoryStore
+from support.runs import records_of, refused, services, source_of, spec
+from support.simulated import SimulatedServer
+
+
+async def test_a_plan_refuses_what_its_run_would_refuse_before_it_writes():
+    source, server = await source_of(records_of(20), (10, 3)), SimulatedServer()
+    taken, foreign = MemoryStore("memory://out"), MemoryStore("memory://out")
+    await execute(spec(), services(server, source, taken))
+    foreign.objects["notes.txt"] = b"mine"
+    for wanted, output, reused, options in [
+        ("belongs to another run: codec", taken, None, {"codec": "zstd"}),
+        ("belongs to another run: start", taken, None, {"records": Records(10, 20)}),
+        ("is not empty (notes.txt)", foreign, None, {}),
+        ("is no published output", MemoryStore("memory://out"), MemoryStore("memory://old"), {"reuse": "x"}),
+        ("no chunk of it can be reused: codec", MemoryStore("memory://new"), taken, {"reuse": "x", "codec": "zstd"}),
+    ]:
+        before = dict(output.objects)
+        for go in (plan_run, execute):
+            with pytest.raises(MismatchError) as error:
+                await go(spec(**options), replace(services(server, source, output), reuse_store=reused))
+            assert wanted in str(error.value)
+            assert output.objects == before
+    for options in ({}, {"overwrite": True, "codec": "zstd"}):
+        assert (await plan_run(spec(**options), services(server, source, taken))).count == 20
+    for go in (plan_run, execute):
+        with pytest.raises(MismatchError, match="nothing was deleted"):
+            await go(spec(overwrite=True), services(server, source, foreign))
+    taken.objects["_run/manifest.json"] = b"{"
+    for go in (plan_run, execute):
+        with pytest.raises(MismatchError, match="can't be read"):
+            await go(spec(), services(server, source, taken))
+
+
+async def test_sources_that_can_not_be_scored_are_refused_before_anything_is_written():
+    good, wide = await source_of(records_of(20), (10, 3)), await source_of(records_of(20, (4,)), (10, 4))
+    for kind, wanted, source, options in [
+        (DataError, "no Zarr array there", MemoryStore("memory://source"), {}),
+        (DataError, "a record has shape (4,), model toy takes (3,)", wide, {}),
+        (DataError, "records are float64", await source_of(records_of(20, dtype=np.float64), (10, 3)), {}),
+        (UsageError, "INPUT memory://out/in is in OUTPUT memory://out", MemoryStore("memory://out/in"), {}),
+        (DataError, "complex64 can't be scored", await source_of(records_of(20).astype(np.complex64), (10, 3)), {}),
+        (UsageError, "over --max-bytes-in-flight", good, {"max_bytes_in_flight": 8}),
+    ]:
+        assert (await refused(kind, wanted, source, **options)).objects == {}
+
+
+async def test_a_group_names_its_arrays():
+    store = ZarrMemory()
+    group = await zarr.api.asynchronous.open_group(store=store, mode="w")
+    await group.create_array(name="images", shape=(4, 3), chunks=(2, 3), dtype="uint8")
+    source = MemoryStore("memory://source")
+    async for key in store.list():
+        source.objects[key] = (await store.get(key, zarr.core.buffer.default_buffer_prototype())).to_bytes()
+    await refused(DataError, "the group has images: name one with --array", source)
+    await refused(DataError, "no such array; the group has images", source, array="pictures")
+
+
+async def test_a_chunk_that_can_not_be_decoded_is_named_by_its_records():
+    source = await source_of(records_of(40), (10, 3))
+    source.objects["c/1/0"] = source.objects["c/1/0"][:5]
+    await refused(DataError, "can't be decoded", source)
+
+
+@pytest.mark.parametrize("name", ["gzip", "zlib", "bz2", "lzma"])
+async def test_a_damaged_chunk_is_named_whichever_codec_says_so(name):
+    codec = {"name": f"numcodecs.{name}", "configuration": {}}
+    if name == "gzip":
+        codec = {"name": "gzip", "configuration": {"level": 1}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr's: these codecs are in no specification yet
+        source = await source_of(records_of(40), (10, 3), compressors=[codec])
+        good = source.objects["c/1/0"]
+        source.objects["c/1/0"] = good[:10] + bytes(byte ^ 0xFF for byte in good[10:])
+        await refused(DataError, "can't be decoded", source)
+
+
+async def test_a_missing_chunk_is_no_data_unless_the_user_says_so():
+    records = records_of(40)
+    source = await source_of(records, (10, 3))
+    del source.objects["c/2/0"]
+    output = await refused(DataError, "chunk c/2/0 (among records", source, chunk_records=10)
+    assert not [key for key in output.objects if key.endswith("zarr.json")]
+    summary = await execute(spec(allow_missing=True), services(SimulatedServer(), source))
+    assert (summary.records, summary.missing_chunks) == (40, 1)
+    assert " 1 missing input chunks taken as the fill value, " in _sentence(summary)
+
+
+async def test_a_run_that_met_a_missing_chunk_goes_on_with_the_fill_value():
+    source = await source_of(records_of(400), (10, 3))
+    whole = MemoryStore("memory://out")
+    missing = source.objects.pop("c/30/0")
+    await execute(spec(allow_missing=True, chunk_records=10), services(SimulatedServer(), source, whole))
+    output = await refused(DataError, "missing from the store", source, chunk_records=10, in_flight=1)
+    summary = await execute(spec(allow_missing=True, chunk_records=10), services(SimulatedServer(), source, output))
+    assert 0 < summary.scored < 400
+    assert summary.missing_chunks == 1
+    # One who does not accept them is told, whoever else did.
+    del output.objects["_SUCCESS"]
+    with pytest.raises(DataError, match="1 missing input chunks were taken as the fill value by a client"):
+        await execute(spec(chunk_records=10), services(SimulatedServer(), source, output))
+    await execute(spec(allow_missing=True, chunk_records=10), services(SimulatedServer(), source, output))
+    assert output.objects["y/c/30/0"] == whole.objects["y/c/30/0"]
+    assert summary.root == (await published_root(whole))
+    source.objects["c/30/0"] = missing
+    with pytest.raises(MismatchError, match="c/30/0 is another one than was scored"):
+        await replay(spec(chunk_records=10), services(SimulatedServer(), source, output), 40)
+
+
+async def test_integers_that_a_float_would_round_are_refused():
+    wide, narrow = [await source_of(records_of(20, dtype=dtype), (10, 3)) for dtype in (np.int64, np.int32)]
+    server = SimulatedServer((3,), np.float64)
+    await refused(DataError, "records are int64, model toy takes float64, which can't hold them all", wide, server)
+    assert (await execute(spec(), services(server, narrow))).records == 20

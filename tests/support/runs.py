@@ -1,0 +1,56 @@
+"""Short runs against a simulated server, from a source in memory into an output in memory."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import zarr
+from zarr.storage import MemoryStore as ZarrMemory
+
+from batch_client.pipeline import execute
+from batch_client.prepare import Services
+from batch_client.spec import RunSpec
+from batch_client.storage import MemoryStore
+from support.simulated import URL, SimulatedServer
+
+
+def records_of(count, shape=(3,), dtype=np.uint8, seed=0):
+    rng = np.random.default_rng(seed)
+    if np.dtype(dtype).kind == "f":
+        return rng.standard_normal((count, *shape)).astype(dtype)
+    return rng.integers(0, 100, (count, *shape)).astype(dtype)
+
+
+async def source_of(records, chunks, **options):
+    """A source in memory, written by zarr."""
+    zarr_store = ZarrMemory()
+    array = await zarr.api.asynchronous.create_array(
+        store=zarr_store, shape=records.shape, chunks=chunks, dtype=records.dtype,
+        config={"write_empty_chunks": True}, **options)
+    await array.setitem(slice(None), records)
+    store = MemoryStore("memory://source")
+    async for key in zarr_store.list():
+        buffer = await zarr_store.get(key, zarr.core.buffer.default_buffer_prototype())
+        store.objects[key] = buffer.to_bytes()
+    return store
+
+
+def spec(**options):
+    return RunSpec(**{"input": "memory://source", "output": "memory://out", "endpoints": (URL,), "model": "toy",
+                      "in_flight": 4, **options})
+
+
+def services(server, source, output=None, seed=1):
+    return Services(server.servers(), source, output or MemoryStore("memory://out"), rng=random.Random(seed))
+
+
+async def refused(kind, wanted, source, server=None, **options):
+    """The output of a run that ends with this error, in one line."""
+    output = MemoryStore("memory://out")
+    with pytest.raises(kind) as error:
+        await execute(spec(**options), services(server or SimulatedServer(), source, output))
+    assert wanted in str(error.value)
+    assert "\n" not in str(error.value)
+    return output
