@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,10 +26,12 @@ PIECE_BYTES = 64 << 20
 
 
 def _existing(location: str) -> Path:
-    path = Path(location).expanduser().absolute()
-    if not path.is_file():
-        raise ServingError(f"--archive {location}: there is no such file; make one with batch-client pack")
-    return path
+    # RuntimeError: a home that nobody has.
+    with suppress(OSError, RuntimeError, ValueError):
+        path = Path(location).expanduser().absolute()
+        if path.is_file():
+            return path
+    raise ServingError(f"--archive {location}: there is no such file; make one with batch-client pack")
 
 
 @asynccontextmanager

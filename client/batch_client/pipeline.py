@@ -91,6 +91,7 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     output = services.output_store
     reusable = await _reusable(spec, services, prepared)
     if spec.overwrite and not await _goes_on(output, prepared):
+        await _require_replaceable(spec, output, prepared)
         await remove_output(output)
     await check_place(output, prepared.identity)
     root = await published_root(output)
@@ -134,6 +135,19 @@ async def _goes_on(output: Store, prepared: Prepared) -> bool:
     except MismatchError:
         return False
     return True
+
+
+async def _require_replaceable(spec: RunSpec, output: Store, prepared: Prepared) -> None:
+    """Raises DataError where a run would end at a missing chunk that the published output it deletes first tells of."""
+    if spec.allow_missing:
+        return
+    try:
+        there = await read_manifest(output)
+    except MismatchError:
+        return
+    if there.missing_chunks and there.run.get("source_metadata") == prepared.identity.source_metadata:
+        raise DataError(f"{output.url} was scored with --allow-missing, since INPUT lacked {there.missing_chunks:,} "
+                        "chunks: say it again, or restore them and remove the output first; nothing was deleted")
 
 
 def _require_going_on(stop: asyncio.Event) -> None:

@@ -100,7 +100,8 @@ class Source:
         if record.missing and not allow_missing:
             raise DataError(
                 f"{self.url}: chunk {record.missing[0]} (among records {start} to {stop - 1}) is missing from the "
-                "store; restore it, or go on with --allow-missing, which takes the fill value for missing chunks")
+                "store: restore it, or, if it means the fill value, as where writers leave out chunks of nothing else, "
+                "go on with run --allow-missing")
         etags = {key: etag or "" for key, etag in record.etags.items()} | dict.fromkeys(record.missing)
         return Rows(start, stop, _native(np.asarray(data)), etags, record.nbytes)
 

@@ -278,6 +278,36 @@ def test_an_overwrite_does_not_delete_what_it_would_read():
     run_virtually(run())
 
 
+def test_an_overwrite_that_would_end_at_a_missing_chunk_deletes_nothing():
+    world = World(1)
+    missing = world.source.objects.pop("c/9/0")
+
+    async def run():
+        await world.live(calm(), allow_missing=True)
+        before = dict(world.output.objects)
+        with pytest.raises(DataError, match="scored with --allow-missing, since INPUT lacked 1 chunks: say it again"):
+            await world.live(calm(), overwrite=True, codec="zstd")
+        assert world.output.objects == before
+        assert (await world.live(calm(), overwrite=True, codec="zstd", allow_missing=True)).missing_chunks == 1
+        await remove_output(world.output)
+        world.source.objects["c/9/0"] = missing
+        assert (await world.live(calm())).missing_chunks == 0
+
+    run_virtually(run())
+
+
+def test_an_output_is_in_no_array_that_it_is_scored_from():
+    world = World(1)
+
+    async def run():
+        for url in ("memory://source/scores", "memory://source/c/9/0"):
+            services = replace(world.services(calm(), Life()), output_store=MemoryStore(url))
+            with pytest.raises(UsageError, match=f"OUTPUT {url} is in INPUT memory://source"):
+                await execute(world.spec(), services)
+
+    run_virtually(run())
+
+
 @pytest.mark.parametrize("path", ["~nobody-has-this-home/x", "x" * 300])
 def test_a_path_that_can_not_be_is_refused(path):
     with pytest.raises(UsageError, match="not a path that can be read or written"):

@@ -56,7 +56,8 @@ class ProgressBar:
             case ChunkWritten() | ChunkHeld():
                 self._advance(event.records)
             case Stopping():
-                self._stream.write("\nstopping: finishing what is in flight (again to stop at once)\n")
+                self._stream.write("\nstopping: finishing the output chunks that are begun, for 12 s at most "
+                                   "(again to stop at once)\n")
 
     def _advance(self, records: int) -> None:
         if self._bar is not None:
