@@ -62,7 +62,7 @@ class Row(NamedTuple):
     @property
     def missing_chunks(self) -> int:
         """Source chunks that were not there and were taken as the fill value."""
-        return sum(etag is None for etag in self.source.values())
+        return list(self.source.values()).count(None)
 
     def to_value(self) -> dict[str, Any]:
         return self._asdict()
