@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,12 +26,15 @@ PIECE_BYTES = 64 << 20
 
 
 def _existing(location: str) -> Path:
-    # RuntimeError: a home that nobody has.
-    with suppress(OSError, RuntimeError, ValueError):
+    try:
         path = Path(location).expanduser().absolute()
-        if path.is_file():
-            return path
-    raise ServingError(f"--archive {location}: there is no such file; make one with batch-client pack")
+        found = path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a home that nobody has
+        raise ServingError(f"--archive {location}: can't be read ({error}); name a file made by batch-client "
+                           "pack") from error
+    if not found:
+        raise ServingError(f"--archive {location}: there is no such file; make one with batch-client pack")
+    return path
 
 
 @asynccontextmanager

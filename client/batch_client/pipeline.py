@@ -65,7 +65,7 @@ async def plan_run(spec: RunSpec, services: Services) -> Plan:
     prepared = await prepare(spec, services)
     await _reusable(spec, services, prepared)
     if spec.overwrite:
-        await contents_of(services.output_store)
+        await _replaces(spec, services.output_store, prepared)
     else:
         await check_place(services.output_store, prepared.identity)
         await published_root(services.output_store)
@@ -90,8 +90,7 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     prepared = await prepare(spec, services)
     output = services.output_store
     reusable = await _reusable(spec, services, prepared)
-    if spec.overwrite and not await _goes_on(output, prepared):
-        await _require_replaceable(spec, output, prepared)
+    if spec.overwrite and await _replaces(spec, output, prepared):
         await remove_output(output)
     await check_place(output, prepared.identity)
     root = await published_root(output)
@@ -137,10 +136,21 @@ async def _goes_on(output: Store, prepared: Prepared) -> bool:
     return True
 
 
-async def _require_replaceable(spec: RunSpec, output: Store, prepared: Prepared) -> None:
-    """Raises DataError where a run would end at a missing chunk that the published output it deletes first tells of."""
-    if spec.allow_missing:
-        return
+async def _replaces(spec: RunSpec, output: Store, prepared: Prepared) -> bool:
+    """Whether a run that may overwrite takes away what is there. Writes nothing.
+
+    Raises MismatchError for a place that is no output of ours, DataError where the run would end at a missing chunk
+    that the published output tells of.
+    """
+    if await _goes_on(output, prepared):
+        return False
+    await contents_of(output)
+    if not spec.allow_missing:
+        await _require_no_missing_chunks(output, prepared)
+    return True
+
+
+async def _require_no_missing_chunks(output: Store, prepared: Prepared) -> None:
     try:
         there = await read_manifest(output)
     except MismatchError:

@@ -60,14 +60,15 @@ async def remove_output(store: Store, *, published: bool = True) -> None:
     """
     if not (await contents_of(store)).objects:
         return
-    await store.create(REMOVING_KEY, secrets.token_hex(8).encode())
+    made = await store.create(REMOVING_KEY, secrets.token_hex(8).encode())
     mark = await store.get(REMOVING_KEY)
     # Nobody publishes after the mark.
     if not published:
         try:
             await require_unpublished(store)
         except UsageError:
-            await store.delete(REMOVING_KEY)
+            if made:  # else it is of a removal that somebody asked for
+                await store.delete(REMOVING_KEY)
             raise
     for order in (*range(LAST), None):
         # A listing need not show all while objects of it vanish: each kind is gone when one shows none.

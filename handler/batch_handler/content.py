@@ -90,9 +90,9 @@ def decode_image(body: Buffer, spec: TensorSpec) -> Array:
         picture = Image.open(io.BytesIO(body), formats=_IMAGE_FORMATS)
         if picture.size != (width, height):
             raise OipError(f"the picture is {picture.width} x {picture.height}, wanted {width} x {height}")
-        if picture.mode not in _IMAGE_MODES or _has_16_bits(picture):
-            more = " of 16 bits" if _has_16_bits(picture) else ""
-            raise OipError(f"the picture's pixels are {picture.mode}{more}, wanted 8 bits a channel, grey or colour")
+        pixel = f"{picture.mode} of 16 bits" if _has_16_bits(picture) else picture.mode
+        if pixel not in _IMAGE_MODES:
+            raise OipError(f"the picture's pixels are {pixel}, wanted 8 bits a channel, grey or colour")
         pixels = np.asarray(picture.convert(mode))
     except UnidentifiedImageError as error:
         raise OipError(f"the picture can't be read, wanted {', '.join(_IMAGE_FORMATS)}") from error

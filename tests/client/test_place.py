@@ -21,6 +21,10 @@ MINE = identity_of()
 GONE = "was removed, or is being removed"
 
 
+def calm():
+    return Fate(random.Random(0), faults=0)
+
+
 class Meanwhile(MemoryStore):
     """Calls `meanwhile` once, before or after what is done to the object `key`."""
 
@@ -96,45 +100,42 @@ async def test_an_output_that_is_removed_while_it_is_begun_is_not_begun(key, aft
     assert store.objects == {SPEC_KEY: MINE.to_json(), GENERATION_KEY: A.encode()}
 
 
+def removed(what, key, meanwhile, *, after):
+    """A world whose published output was removed, and what `meanwhile(world)` did before or after `key` went."""
+    world = World(1)
+
+    async def run():
+        await world.live(calm())
+        store = Meanwhile(what, key, lambda: meanwhile(world), after=after)
+        store.objects, world.output = world.output.objects, store
+        await remove_output(store)
+
+    run_virtually(run())
+    return world
+
+
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("key", [GENERATION_KEY, "y/c/0/0", "record_status/c/11", SPEC_KEY])
 def test_nothing_begins_while_an_output_is_removed(key, after):
     """Otherwise old chunks would be found, proven, and deleted after that."""
-    world = World(1)
+    tried = []
 
-    async def begun():
+    async def begins(world):
         with pytest.raises(MismatchError, match="is being removed, or its removal was cut off: finish it"):
-            await world.live(Fate(random.Random(0), faults=0))
-        assert (await progress_of(world.output)).removing == (SPEC_KEY in world.output.objects)
-
-    async def quiet():
+            await world.live(calm())
         if SPEC_KEY in world.output.objects:
-            await begun()
+            assert (await progress_of(world.output)).removing
+        tried.append(key)
 
-    async def run():
-        await world.live(Fate(random.Random(0), faults=0))
-        store = Meanwhile("delete", key, quiet, after=after)
-        store.objects, world.output = world.output.objects, store
-        await remove_output(store)
-        assert store.objects == {}
-
-    run_virtually(run())
+    assert removed("delete", key, begins, after=after).output.objects == {}
+    assert tried == [key]
 
 
 def test_what_a_client_writes_while_its_output_is_removed_goes_too():
-    world = World(1)
-
-    async def written():
+    async def writes(world):
         world.output.objects["y/c/3/0"] = world.output.objects[GENERATION_KEY] = b"a" * 16
 
-    async def run():
-        await world.live(Fate(random.Random(0), faults=0))
-        store = Meanwhile("delete", SPEC_KEY, written, after=True)
-        store.objects, world.output = world.output.objects, store
-        await remove_output(store)
-        assert store.objects == {}
-
-    run_virtually(run())
+    assert removed("delete", SPEC_KEY, writes, after=True).output.objects == {}
 
 
 def test_a_client_that_writes_on_and_on_stops_the_removal_which_can_be_finished_later():
@@ -150,15 +151,15 @@ def test_a_client_that_writes_on_and_on_stops_the_removal_which_can_be_finished_
                 self.objects[key] = b"again"
 
     async def run():
-        await world.live(Fate(random.Random(0), faults=0))
+        await world.live(calm())
         store = Busy("memory://out")
         store.objects, world.output = world.output.objects, store
         with pytest.raises(StorageError, match="still listed after they were deleted"):
             await remove_output(store)
         with pytest.raises(MismatchError, match="its removal was cut off"):
-            await world.live(Fate(random.Random(0), faults=0))
+            await world.live(calm())
         store.writing = False
-        assert (await world.live(Fate(random.Random(0), faults=0), overwrite=True)).root == root
+        assert (await world.live(calm(), overwrite=True)).root == root
         await world.check(root)
 
     run_virtually(run())
@@ -186,6 +187,11 @@ async def test_an_output_that_is_published_at_the_last_moment_is_not_cleaned_awa
         await remove_output(store, published=False)
     assert set(store.objects) == {SPEC_KEY, GENERATION_KEY, SUCCESS_KEY}
     await check_place(store, MINE)
+    # The mark of a removal that was asked for, by --overwrite, stays.
+    store.objects[REMOVING_KEY] = b"0123"
+    with pytest.raises(UsageError, match="is published"):
+        await remove_output(store, published=False)
+    assert store.objects[REMOVING_KEY] == b"0123"
 
 
 async def test_an_empty_place_is_left_alone():

@@ -79,7 +79,7 @@ SERVERS = [
     (["--endpoint", "http://me:secret@host", "--model", "toy"], 64, "--endpoint has a user name or password"),
     ([], 64, "--endpoint URL (repeatable) or --archive MODEL.mar"),
     (["--archive", "missing.mar"], 69, "no such file; make one with batch-client pack"),
-    (["--archive", "~nobody-has-this-home/m.mar"], 69, "no such file; make one with batch-client pack"),
+    (["--archive", "~nobody-has-this-home/m.mar"], 69, "can't be read (Could not determine home"),
     (["--archive", "bad.mar"], 69, "bad.mar"),
     (["--endpoint", "URL", "--model", "toy", "--patience", "nan"], 64, "wanted a finite number"),
     (["--endpoint", "URL", "--model", "nobody", "--token-file", "TOKEN"], 69, "has no model 'nobody'"),
