@@ -1,13 +1,13 @@
 """The wire alone: how many bytes a run moves through TorchServe when the model computes nothing.
 
-    python benchmarks/wire.py [--record-bytes 784 150528] [--repeats 15] [--megabytes 1000] [--bodies]
+    python benchmarks/wire.py [--record-bytes 784 150528] [--repeats 15] [--megabytes 1000] [--bodies] [--echo]
 
 A whole run, from its first read to publication, by the client's own code, with input and output in memory instead of in
 storage; the embedded TorchServe with its own settings and our handler, whose model returns the first two bytes of each
-record. So everything of a run is there (checksums both ways, micro-batches, digests, ledger) but the model and the
-store. Records are in shared memory, as for every server on the client's machine; with --bodies they travel in the
-requests' bodies, as to any other. The first run warms up and does not count. CPU seconds are of this process, Java and
-the workers.
+record, or with --echo the whole record, like a model whose outputs are as large as its records. So everything of a run
+is there (checksums both ways, micro-batches, digests, ledger) but the model and the store. Records, and outputs if they
+are large, are in shared memory, as for every server on the client's machine; with --bodies they travel in bodies, as to
+any other. The first run warms up and does not count. CPU seconds are of this process, Java and the workers.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def main() -> None:
     parser.add_argument("--record-bytes", type=int, nargs="+", default=[784, 150_528])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--megabytes", type=int, default=1000, help="of records in one run")
-    parser.add_argument("--bodies", action="store_true", help="send the records instead of sharing them")
+    parser.add_argument("--bodies", action="store_true", help="send records and outputs instead of sharing them")
+    parser.add_argument("--echo", action="store_true", help="return each record whole")
     options = parser.parse_args()
     keep_memory()  # as the command does
     print(f"{options.repeats} runs of {options.megabytes} MB each\n")
@@ -67,18 +68,22 @@ def main() -> None:
                   "CPU s per GB: client", "Java", "workers"))
     for size in options.record_bytes:
         with tempfile.TemporaryDirectory() as folder:
-            archive = packed(Path(folder), size)
+            archive = packed(Path(folder), size, size if options.echo else 2)
             run_until_complete(measured(archive, size, options.megabytes * 1_000_000 // size, options.repeats,
                                         shared=not options.bodies))
 
 
-def packed(work: Path, size: int) -> Path:
-    """The archive of a TorchScript module that slices its input."""
+def packed(work: Path, size: int, returned: int) -> Path:
+    """The archive of a TorchScript module that returns the first bytes of its records."""
     import torch
 
     class Slice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.returned = returned
+
         def forward(self, records: torch.Tensor) -> torch.Tensor:
-            return records[:, :2]
+            return records[:, :self.returned]
 
     torch.jit.script(Slice()).save(str(work / "slice.pt"))
     (work / "slice.toml").write_text(SIGNATURE.format(size), "utf-8")

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from batch_client.endpoint import Endpoint, Pool, Room
 from batch_client.errors import CredentialsError, StoppedError
 from batch_client.events import Event, RequestDone, RequestRetried, RequestSent, Step, timed
 from batch_client.plan import Span
+from batch_client.regions import Region
 from batch_client.retry import RetryBucket, full_jitter
 from batch_client.serving import Servers
 from batch_client.tokens import authorization
@@ -34,6 +36,7 @@ from batch_handler.oip import (
     InferRequest,
     Message,
     OipError,
+    Place,
     RequestedOutput,
     Tensor,
     crc32c,
@@ -48,6 +51,11 @@ REQUEST_SECONDS = 300.0
 LONGEST_NUMBER = 18  # digits of a length in bytes
 # A token may be refused while its server restarts or another program renews it; after this long it is wrong.
 TOKEN_SECONDS = 30.0
+# An output of at least this many bytes comes back through shared memory, where there is some. A smaller one stays in
+# the reply, which the sockets and Java copy: that is less than what files cost.
+SHARED_OUTPUT_BYTES = 16 << 10
+# Where outputs begin in a region: at a multiple of this.
+ALIGNMENT = 64
 # A request on which the connection breaks, or whose reply is unsound, this often in a row may be the reason: taking it
 # apart begins with a request of zeros, which waits for a server that is merely gone.
 BROKEN_TRIES = 8
@@ -66,6 +74,33 @@ class Prediction:
     status: np.ndarray
     compute: float = 0.0
     before: float = 0.0
+
+
+@dataclass
+class _Asked:
+    """One attempt at a request: its body, its id, and its outputs' places in the region that it has, if any.
+
+    `read_bytes`: of the outputs that were read there.
+    """
+
+    message: Message
+    ident: str
+    places: frozenset[Place] = frozenset()
+    region: Region | None = None
+    read_bytes: int = 0
+
+    def read(self, name: str, offset: int, size: int) -> bytearray:
+        """An output that the server has put into the region; raises OipError where it was not to be there."""
+        if self.region is None or (name, offset, size) not in self.places:
+            raise OipError(f"the reply has {size} bytes at {offset} of region {name[:60]!r}, which were not asked for")
+        try:
+            data = self.region.read(offset, size)
+        except OSError as error:
+            raise OipError(f"region {name} can't be read: {error.strerror}") from error
+        if len(data) != size:
+            raise OipError(f"region {name} gave {len(data)} bytes, wanted {size}")
+        self.read_bytes += size
+        return data
 
 
 @dataclass
@@ -121,9 +156,9 @@ class Exchange:
                 with timed(Step.ROOM, self._emit, self._clock):
                     endpoint = await held.enter_async_context((room or self.pool.room)())
                 # Only now: records that wait for room are held once, as they were read.
-                message, ident = self._placed(endpoint, span, self._contract.on_the_wire(rows), held)
+                asked = self._placed(endpoint, span, self._contract.on_the_wire(rows), held)
                 sent_at, lane = self._clock(), endpoint.lane
-                verdict, prediction = await self._attempt(endpoint, message, ident, span, tries)
+                verdict, prediction = await self._attempt(endpoint, asked, span, tries)
                 if verdict.outcome is Outcome.NO_MODEL:
                     self.pool.without_model(endpoint, lane, verdict.reason)
                 self._learn(endpoint, verdict, prediction, sent_at)
@@ -148,19 +183,29 @@ class Exchange:
         idle = self._clock() - max(self._last_success, since)
         return idle if idle > self._patience else None
 
-    def _placed(self, endpoint: Endpoint, span: Span, rows: np.ndarray,
-                held: AsyncExitStack) -> tuple[Message, str]:
-        """A request and its id. Its records are in the server's shared memory while `held` lasts, or in its body."""
+    def _placed(self, endpoint: Endpoint, span: Span, rows: np.ndarray, held: AsyncExitStack) -> _Asked:
+        """A request. Its records are in the server's shared memory while `held` lasts, or in its body."""
         ident = f"{self._nonce}-{next(self._numbers)}"
         if endpoint.shared_memory is not None:
-            message = self._encode(ident, span, rows, ident)
+            places, end = self._places(ident, rows)
+            message = self._encode(ident, span, rows, ident, places)
             try:
-                held.enter_context(self._regions.region(endpoint.shared_memory, ident, message.shared))
+                region = held.enter_context(self._regions.region(endpoint.shared_memory, ident, message.shared, end))
             except OSError:
                 self._send_bodies(endpoint)  # full, or gone with its server
             else:
-                return message, ident
-        return self._encode(ident, span, rows), ident
+                return _Asked(message, ident, frozenset(places.values()), region)
+        return _Asked(self._encode(ident, span, rows), ident)
+
+    def _places(self, ident: str, rows: np.ndarray) -> tuple[dict[str, Place], int]:
+        """Where the larger outputs go: behind the records in region `ident`; and where that ends."""
+        places, end = {}, rows.nbytes
+        for output in self._contract.outputs:
+            size = len(rows) * output.record_bytes
+            if size >= SHARED_OUTPUT_BYTES:
+                start = -(-end // ALIGNMENT) * ALIGNMENT
+                places[output.name], end = Place(ident, start, size), start + size
+        return places, end
 
     def _send_bodies(self, endpoint: Endpoint) -> None:
         """From now on the records for this server are sent."""
@@ -168,21 +213,24 @@ class Exchange:
             self._regions.give_up(endpoint.shared_memory)
             endpoint.shared_memory = None
 
-    def _encode(self, ident: str, span: Span, rows: np.ndarray, in_region: str | None = None) -> Message:
+    def _encode(self, ident: str, span: Span, rows: np.ndarray, in_region: str | None = None,
+                places: Mapping[str, Place] = MappingProxyType({})) -> Message:
         parameters: dict[str, object] = {"binary_data_output": True}
         outputs: tuple[RequestedOutput, ...] = ()
         if self._exact:
             parameters |= {"exact": True, "first_row": span.first_row}
-        elif self._contract.has_status:
+        if places or (not self._exact and self._contract.has_status):
             # Only a bulk reply has a status for each record without being asked.
-            outputs = tuple(RequestedOutput(name) for name in (*self._contract.output_names, RECORD_STATUS))
+            names = (*self._contract.output_names, RECORD_STATUS)
+            outputs = tuple(RequestedOutput(name, place=places.get(name)) for name in names)
         inputs = (Tensor(self._contract.input_name, rows),)
         request = InferRequest(id=ident, inputs=inputs, outputs=outputs, parameters=parameters)
         return encode_request(request, region=in_region)
 
-    async def _attempt(self, endpoint: Endpoint, message: Message, ident: str, span: Span,
+    async def _attempt(self, endpoint: Endpoint, asked: _Asked, span: Span,
                        tries: _Tries) -> tuple[Verdict, Prediction | None]:
         tries.made += 1
+        message = asked.message
         # One refusal makes the next request, whichever it is, ask for another token.
         refused, self._refused_token = self._refused_token, None
         token = await self._tokens.token(refused)
@@ -203,14 +251,14 @@ class Exchange:
         if verdict.outcome is not Outcome.RESULT:
             return verdict, None
         try:
-            answer = _decode(reply)
-            prediction = self._check(answer, message, ident, span.count)
+            answer = _decode(reply, asked)
+            prediction = self._check(answer, asked, span.count)
         except _OtherModelError as error:
             return Verdict(Outcome.OTHER_MODEL, str(error)), None
         except OipError as error:
             return Verdict(Outcome.CORRUPT, str(error)), None
-        self._emit(RequestDone(endpoint.url, span.count, message.nbytes, len(reply.body), self._clock() - started,
-                               prediction.compute * 1e3))
+        self._emit(RequestDone(endpoint.url, span.count, message.nbytes, len(reply.body) + asked.read_bytes,
+                               self._clock() - started, prediction.compute * 1e3))
         return verdict, prediction
 
     def _learn(self, endpoint: Endpoint, verdict: Verdict, prediction: Prediction | None, sent_at: float) -> None:
@@ -246,11 +294,11 @@ class Exchange:
         with timed(Step.PAUSE, self._emit, self._clock):
             await asyncio.sleep(delay)
 
-    def _check(self, reply: InferReply, message: Message, ident: str, count: int) -> Prediction:
+    def _check(self, reply: InferReply, asked: _Asked, count: int) -> Prediction:
         contract = self._contract
-        if reply.id != ident:
-            raise OipError(f"the reply has id {reply.id!r}, the request {ident!r}")
-        if contract.has_status and reply.parameters.get("request_crc32c") != message.crc32c:
+        if reply.id != asked.ident:
+            raise OipError(f"the reply has id {reply.id!r}, the request {asked.ident!r}")
+        if contract.has_status and reply.parameters.get("request_crc32c") != asked.message.crc32c:
             raise OipError("the server received other bytes than were sent")
         digest = str(reply.parameters.get("model_digest", contract.digest))
         fingerprint = str(reply.parameters.get("fingerprint", contract.fingerprint)) if self._exact else ""
@@ -298,14 +346,16 @@ def _status_of(tensors: Mapping[str, np.ndarray], count: int) -> np.ndarray:
     return np.where(finite, 0, 2).astype(np.uint8)
 
 
-def _decode(reply: HttpReply) -> InferReply:
+def _decode(reply: HttpReply, asked: _Asked) -> InferReply:
     wanted = reply.headers.get(BODY_CHECKSUM.lower())
     if wanted is not None and wanted != str(crc32c(reply.body)):
         raise OipError(f"the reply's bytes have CRC-32C {crc32c(reply.body)}, its header says {wanted[:20]}")
     length = reply.headers.get(HEADER_LENGTH.lower())
     if length is not None and not (length.isascii() and length.isdecimal() and len(length) <= LONGEST_NUMBER):
         raise OipError(f"{HEADER_LENGTH} is {length[:40]!r}, wanted a number")
-    return decode_reply(reply.body, None if length is None else int(length))
+    most = len(reply.body) * 8 + sum(place.size for place in asked.places)
+    return decode_reply(reply.body, None if length is None else int(length), max_tensor_bytes=most,
+                        shared=asked.read if asked.places else None)
 
 
 def _seconds(milliseconds: object) -> float:

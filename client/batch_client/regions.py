@@ -1,4 +1,5 @@
-"""Shared memory between client and server on one machine: a request's records as a file in a folder in memory.
+"""Shared memory between client and server on one machine: a request's records, and room for its outputs, as a file in
+a folder in memory.
 
 What goes through HTTP is copied by the socket, by Java several times and by the worker's socket again; what lies in
 memory is written once and read once. A region has the name of one attempt at a request, so a server that reads too late
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["MEMORY", "Regions", "new_folder", "remove_folder", "sweep", "usable_folder"]
+__all__ = ["MEMORY", "Region", "Regions", "new_folder", "remove_folder", "sweep", "usable_folder"]
 
 MEMORY = Path("/dev/shm")  # noqa: S108 - folders there are made by mkdtemp, for their owner alone
 PREFIX = "batch-client-"
@@ -82,6 +83,19 @@ def usable_folder(said: object) -> Path | None:
     return Path(said) if ours else None
 
 
+class Region:
+    """One file in shared memory, open."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def read(self, offset: int, size: int) -> bytearray:
+        """`size` bytes from `offset` on, fewer where the file ends. Raises OSError."""
+        data = bytearray(size)
+        found = os.preadv(self._file, [data], offset)
+        return data if found == size else data[:found]
+
+
 class Regions:
     """What one client has in the shared memory of its servers; closed, nothing of it is left.
 
@@ -93,8 +107,9 @@ class Regions:
         self._given_up: set[Path] = set()
 
     @contextmanager
-    def region(self, folder: Path, name: str, parts: Sequence[memoryview]) -> Iterator[None]:
-        """A region of `folder` that begins with `parts` one after the other, for as long as the block lasts.
+    def region(self, folder: Path, name: str, parts: Sequence[memoryview], size: int = 0) -> Iterator[Region]:
+        """A region of `folder` that begins with `parts` one after the other and has at least `size` bytes, for as long
+        as the block lasts. What follows the parts takes memory only when it is written.
 
         Raises OSError when it can't be written whole: no room, or the folder is gone with its server.
         """
@@ -106,22 +121,26 @@ class Regions:
                 free.pop().rename(path)
                 fresh = 0
         try:
-            file = os.open(path, os.O_WRONLY | fresh | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            file = os.open(path, os.O_RDWR | fresh | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 # The server may have ended, and another user have made a folder of its name.
-                if os.fstat(file).st_uid != os.geteuid():
+                if (status := os.fstat(file)).st_uid != os.geteuid():
                     raise PermissionError(f"{path} is another user's")
+                if status.st_size < size:
+                    os.ftruncate(file, size)
                 _write(file, parts)
-            finally:
+            except OSError:
                 os.close(file)
+                raise
         except OSError:
             # In memory that is full there is nothing to spare: neither half a region nor files that wait for the next.
             _unlink([path])
             self.give_up(folder)
             raise
         try:
-            yield
+            yield Region(file)
         finally:
+            os.close(file)
             if folder in self._given_up:
                 _unlink([path])
             else:

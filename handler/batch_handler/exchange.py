@@ -16,10 +16,10 @@ from typing import Any
 
 from batch_handler import content, oip
 from batch_handler.model import Model
-from batch_handler.oip import Array, InferRequest, ModelMetadata, OipError, Tensor, TensorSpec
+from batch_handler.oip import Array, InferRequest, ModelMetadata, OipError, Place, Tensor, TensorSpec
 from batch_handler.scoring import Failure, Query, Score
 from batch_handler.shared import SharedMemory
-from batch_handler.tensors import ReadShared
+from batch_handler.tensors import Buffer, noting
 
 __all__ = ["MAX_RECORDS", "RECORD_STATUS", "Exchange", "Pending", "Reply", "Request", "failed", "refused"]
 
@@ -153,27 +153,28 @@ class Exchange:
         # A body that the server decoded has lost its bytes, so its checksum can't be echoed.
         decoded = isinstance(body, dict | list)
         raw = json.dumps(body).encode() if decoded else _raw(body)
-        read: list[bytearray] = []
+        read: list[Buffer] = []
+        memory = self._shared_memory
+        from_memory = noting(memory.read if memory else None, read)
         asked = oip.decode_request(
-            raw, header_length, max_tensor_bytes=self._max_tensor_bytes, shared=self._reader(read)
+            raw, header_length, max_tensor_bytes=self._max_tensor_bytes, shared=from_memory
         )
         arrays = self._arrays(asked)
         binary = self._binary_by_output(asked)
         echo = {} if decoded else {"request_crc32c": oip.crc32c(raw, *read)}
-        encode = functools.partial(self._encode_oip, asked.id, binary, echo)
-        return Pending(self._query(arrays, binary, asked.first_row if asked.exact else None), encode)
+        query = self._query(arrays, binary, asked.first_row if asked.exact else None)
+        return Pending(query, functools.partial(self._encode_oip, asked.id, binary, self._places(asked, query), echo))
 
-    def _reader(self, read: list[bytearray]) -> ReadShared | None:
-        """Reads shared memory, and notes what it read: the checksum that a reply echoes is of that too."""
+    def _places(self, asked: InferRequest, query: Query) -> dict[str, Place]:
+        """Where in shared memory the request wants outputs; nowhere if this server has none."""
         memory = self._shared_memory
-        if memory is None:
-            return None
-
-        def from_memory(region: str, offset: int, size: int) -> bytearray:
-            read.append(memory.read(region, offset, size))
-            return read[-1]
-
-        return from_memory
+        places = {output.name: output.place for output in asked.outputs if output.place is not None}
+        for name, place in places.items():
+            if place.size != (size := query.records * self._sizes[name][0]):
+                raise OipError(f"output {name} is given {place.size} bytes of shared memory, wanted {size}")
+            if memory is not None:
+                memory.check_name(place.region)
+        return {} if memory is None else places
 
     def _arrays(self, asked: InferRequest) -> tuple[Array, ...]:
         given = {tensor.name: tensor.data for tensor in asked.inputs}
@@ -217,7 +218,7 @@ class Exchange:
         """The outputs of the reply in order, and which of them are binary."""
         known = (*self._outputs, RECORD_STATUS)
         default = asked.binary_output
-        chosen = {output.name: default if output.binary is None else output.binary for output in asked.outputs}
+        chosen = {output.name: _is_binary(output, default) for output in asked.outputs}
         for name in chosen:
             if name not in known:
                 raise OipError(f"output {name[:60]!r} is not one of the model's, wanted {', '.join(known)}")
@@ -231,6 +232,7 @@ class Exchange:
         self,
         request_id: str,
         binary: Mapping[str, bool],
+        places: Mapping[str, Place],
         echo: Mapping[str, Any],
         score: Score,
         batch_requests: int,
@@ -238,27 +240,40 @@ class Exchange:
         arrays = dict(zip(self._outputs, score.outputs, strict=True))
         arrays[RECORD_STATUS] = score.status
         described = self._model.description
-        message = oip.encode_reply(
-            oip.InferReply(
-                id=request_id,
-                model_name=described.name,
-                model_version=described.version,
-                outputs=tuple(Tensor(name, arrays[name]) for name in binary),
-                parameters={
-                    **echo,
-                    "model_digest": self._model.digest,
-                    "fingerprint": self._model.fingerprint,
-                    "queue_ms": score.queue_ms,
-                    "compute_ms": score.compute_ms,
-                    "batch_requests": batch_requests,
-                },
-            ),
-            binary=binary,
+        reply = oip.InferReply(
+            id=request_id,
+            model_name=described.name,
+            model_version=described.version,
+            outputs=tuple(Tensor(name, arrays[name]) for name in binary),
+            parameters={
+                **echo,
+                "model_digest": self._model.digest,
+                "fingerprint": self._model.fingerprint,
+                "queue_ms": score.queue_ms,
+                "compute_ms": score.compute_ms,
+                "batch_requests": batch_requests,
+            },
         )
+        message = oip.encode_reply(reply, binary=binary, places=places)
+        if not self._written(message, [places[name] for name in binary if name in places]):
+            message = oip.encode_reply(reply, binary=binary)
         if message.header_length is None:
             return Reply(message.join())
         headers = {oip.HEADER_LENGTH: str(message.header_length), oip.BODY_CHECKSUM: str(message.crc32c)}
         return Reply(message.join(), oip.CONTENT_TYPE, headers=headers)
+
+    def _written(self, message: oip.Message, places: Sequence[Place]) -> bool:
+        """Whether what the reply has in shared memory could be put there."""
+        memory = self._shared_memory
+        if memory is None:
+            return not places
+        try:
+            for place, data in zip(places, message.shared, strict=True):
+                memory.write(place.region, place.offset, data)
+        except OipError as error:  # the client is gone, or the memory is full
+            _log.debug("outputs are sent: %s", error)
+            return False
+        return True
 
     def _encode_npy(self, single: bool, score: Score, batch_requests: int) -> Reply:  # noqa: FBT001 - partial
         del batch_requests
@@ -283,6 +298,12 @@ class Exchange:
     def _one_output(self) -> None:
         if len(self._outputs) != 1:
             raise OipError(f"the model has {len(self._outputs)} outputs, wanted Accept: {_JSON} or OIP", 415)
+
+
+def _is_binary(output: oip.RequestedOutput, default: bool) -> bool:  # noqa: FBT001 - the request's
+    if output.place is not None:
+        return True
+    return default if output.binary is None else output.binary
 
 
 def _size(spec: TensorSpec) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ from batch_handler.tensors import (
     Buffer,
     Fields,
     OipError,
+    Place,
     ReadShared,
     Tensor,
     crc32c,
@@ -31,6 +33,8 @@ from batch_handler.tensors import (
     decode_tensors,
     dtype_named,
     encode_tensors,
+    noting,
+    place_of,
     refuse_duplicates,
     shown,
 )
@@ -46,6 +50,8 @@ __all__ = [
     "Message",
     "ModelMetadata",
     "OipError",
+    "Place",
+    "ReadShared",
     "RequestedOutput",
     "Tensor",
     "TensorSpec",
@@ -74,10 +80,13 @@ def _nothing() -> _Parameters:
 
 @dataclass(frozen=True)
 class RequestedOutput:
-    """An output asked for by name; `binary` is None where the request's default holds."""
+    """An output asked for by name; `binary` is None where the request's default holds. With a `place` the server writes
+    it there in shared memory, or sends it binary where it can't.
+    """
 
     name: str
     binary: bool | None = None
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -118,10 +127,11 @@ class InferReply:
 
 @dataclass(frozen=True)
 class Message:
-    """A body to send: the JSON header, then views of the tensors. Those in `shared` have to be in a region of shared
-    memory instead, one after the other.
+    """A body to send: the JSON header, then views of the tensors. Those in `shared` have to be in their places in
+    shared memory instead; in a request they are one after the other from a region's beginning on.
 
-    `header_length` is None for a body that is only JSON. `crc32c` is of the body and of what is shared.
+    `header_length` is None for a body that is only JSON. `crc32c` is of the body, and in a request of what is shared
+    too; a reply has the checksum of that in its header.
     """
 
     parts: tuple[bytes | memoryview, ...]
@@ -192,13 +202,20 @@ def encode_request(request: InferRequest, *, binary: bool = True, region: str | 
     header: dict[str, Any] = {"id": request.id}
     if request.parameters:
         header["parameters"] = dict(request.parameters)
-    header["inputs"], tail = encode_tensors(request.inputs, lambda _: binary, region)
+    places = {} if region is None else _one_after_the_other(request.inputs, region)
+    header["inputs"], tail, shared = encode_tensors(request.inputs, lambda _: binary, places)
     if request.outputs:
         header["outputs"] = [_requested_to_json(output) for output in request.outputs]
     if region is None:
         return _message(header, tail)
     text = _text(header)
-    return Message((text,), len(text), crc32c(text, *tail), tuple(tail))
+    return Message((text,), len(text), crc32c(text, *shared), tuple(shared))
+
+
+def _one_after_the_other(tensors: Sequence[Tensor], region: str) -> dict[str, Place]:
+    sizes = [tensor.data.nbytes for tensor in tensors]
+    offsets = accumulate(sizes, initial=0)
+    return {tensor.name: Place(region, at, size) for tensor, at, size in zip(tensors, offsets, sizes, strict=False)}
 
 
 def decode_request(
@@ -223,15 +240,18 @@ def decode_request(
     return InferRequest(fields.get("id", str, ""), inputs, outputs, MappingProxyType(parameters))
 
 
-def encode_reply(reply: InferReply, *, binary: Mapping[str, bool]) -> Message:
-    """A reply as a body; outputs that `binary` does not name are JSON.
+def encode_reply(
+    reply: InferReply, *, binary: Mapping[str, bool], places: Mapping[str, Place] = MappingProxyType({})
+) -> Message:
+    """A reply as a body; outputs that neither `binary` nor `places` names are JSON.
 
-    With any binary output the parameters get `crc32c`, that of all bytes after the JSON header.
+    With any binary output the parameters get `crc32c`, that of all bytes after the JSON header and then of those in
+    their `places` in shared memory, in the order of the outputs.
     """
-    outputs, tail = encode_tensors(reply.outputs, lambda name: binary.get(name, False))
+    outputs, tail, shared = encode_tensors(reply.outputs, lambda name: binary.get(name, False), places)
     parameters = dict(reply.parameters)
-    if tail:
-        parameters["crc32c"] = crc32c(*tail)
+    if tail or shared:
+        parameters["crc32c"] = crc32c(*tail, *shared)
     header = {
         "model_name": reply.model_name,
         "model_version": reply.model_version,
@@ -239,24 +259,27 @@ def encode_reply(reply: InferReply, *, binary: Mapping[str, bool]) -> Message:
         "parameters": parameters,
         "outputs": outputs,
     }
-    return _message(header, tail)
+    return _message(header, tail, shared)
 
 
-def decode_reply(body: Buffer, header_length: int | None, *, max_tensor_bytes: int | None = None) -> InferReply:
-    """Read a reply of any OIP server; its binary outputs are views of `body`.
+def decode_reply(
+    body: Buffer, header_length: int | None, *, max_tensor_bytes: int | None = None, shared: ReadShared | None = None
+) -> InferReply:
+    """Read a reply of any OIP server; its binary outputs are views of `body` or of what `shared` reads.
 
     The `crc32c` of the binary bytes is verified where the reply carries one.
     """
     header, tail = _split(body, header_length)
     fields = Fields(header, "reply")
     parameters = fields.get("parameters", dict, {})
+    limit = len(body) * 8 if max_tensor_bytes is None else max_tensor_bytes
+    read: list[Buffer] = []
+    outputs = decode_tensors(fields.get("outputs", list), tail, "output", limit, noting(shared, read))
     wanted = parameters.get("crc32c")
     if wanted is not None:
-        found = crc32c(tail)
+        found = crc32c(tail, *read)
         if found != wanted:
             raise OipError(f"binary outputs have CRC-32C {found}, the reply says {wanted}")
-    limit = len(body) * 8 if max_tensor_bytes is None else max_tensor_bytes
-    outputs = decode_tensors(fields.get("outputs", list), tail, "output", limit)
     return InferReply(
         id=fields.get("id", str, ""),
         model_name=fields.get("model_name", str, ""),
@@ -288,12 +311,12 @@ def _split(body: Buffer, header_length: int | None) -> tuple[Any, memoryview]:
     return header, view[length:]
 
 
-def _message(header: Mapping[str, Any], tail: Sequence[memoryview]) -> Message:
+def _message(header: Mapping[str, Any], tail: Sequence[memoryview], shared: Sequence[memoryview] = ()) -> Message:
     text = _text(header)
-    if not tail:
+    if not tail and not shared:
         return Message((text,), None, crc32c(text))
     text += b" " * (-len(text) % _ALIGNMENT)
-    return Message((text, *tail), len(text), crc32c(text, *tail))
+    return Message((text, *tail), len(text), crc32c(text, *tail), tuple(shared))
 
 
 def _text(header: Mapping[str, Any]) -> bytes:
@@ -312,6 +335,8 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
 
 
 def _requested_to_json(output: RequestedOutput) -> dict[str, Any]:
+    if output.place is not None:
+        return {"name": output.name, "parameters": output.place.to_json()}
     if output.binary is None:
         return {"name": output.name}
     return {"name": output.name, "parameters": {"binary_data": output.binary}}
@@ -321,10 +346,12 @@ def _requested_from_json(value: Any) -> RequestedOutput:
     fields = Fields(value, "a requested output")
     fields.only("name", "parameters")
     name = fields.get("name", str)
-    binary = fields.get("parameters", dict, {}).get("binary_data")
+    parameters = fields.get("parameters", dict, {})
+    binary = parameters.get("binary_data")
     if binary is not None and not isinstance(binary, bool):
         raise OipError(f"binary_data of output {name} is {shown(binary)}, wanted true or false")
-    return RequestedOutput(name, binary)
+    place = place_of(parameters, f"output {name}") if "shared_memory_region" in parameters else None
+    return RequestedOutput(name, binary, place)
 
 
 def _spec_to_json(spec: TensorSpec) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Records that a client on the same machine left in shared memory: its request's body has the JSON header only.
+"""Shared memory with clients on the same machine: their records are read there, and large outputs written.
 
-Rule: one folder, files of it by plain names, and nothing is mapped. What is read is a copy, so a client that ends,
-cuts its file short or writes on can neither crash the worker nor change records after their checksum was taken.
+Rule: one folder, files of it by plain names that clients have made, and nothing is mapped. What is read is a copy, so a
+client that ends, cuts its file short or writes on can neither crash the worker nor change records after their checksum
+was taken. What is written ends within the file.
 
 The parameters are those of Triton's system shared memory extension; a region needs no registration, since its name is
 that of a file in the folder that the metadata gives:
@@ -13,7 +14,8 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from batch_handler.tensors import GONE, OipError
@@ -33,27 +35,42 @@ class SharedMemory:
 
     def read(self, region: str, offset: int, size: int) -> bytearray:
         """`size` bytes of a region; raises OipError where it has no such bytes. The caller bounds `size`."""
-        if not _REGION.fullmatch(region):
-            raise OipError(f"shared_memory_region is {region[:60]!r}, wanted the name of a file in {self.folder}")
+        with self._open(region, os.O_RDONLY, offset + size) as file:
+            data = bytearray(size)
+            if (found := os.preadv(file, [data], offset)) != size:
+                raise OipError(f"shared_memory_region {region} gave {found} bytes, wanted {size}", GONE)
+        return data
+
+    def write(self, region: str, offset: int, data: memoryview) -> None:
+        """Put `data` into a region; raises OipError where it has no room for it."""
+        with self._open(region, os.O_WRONLY, offset + len(data)) as file:
+            if (taken := os.pwrite(file, data, offset)) != len(data):
+                raise OipError(f"shared_memory_region {region} took {taken} bytes, wanted {len(data)}", GONE)
+
+    @contextmanager
+    def _open(self, region: str, how: int, end: int) -> Iterator[int]:
+        """A region of at least `end` bytes."""
+        self.check_name(region)
         try:
-            file = os.open(self.folder / region, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            file = os.open(self.folder / region, how | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise OipError(f"shared_memory_region {region} can't be opened: {error.strerror}", GONE) from error
         try:
             status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode):
                 raise OipError(f"shared_memory_region {region} is no file", GONE)
-            held = status.st_size
-            if held < offset + size:
-                raise OipError(f"shared_memory_region {region} has {held} bytes, wanted {offset} + {size}", GONE)
-            data = bytearray(size)
-            if (found := os.preadv(file, [data], offset)) != size:
-                raise OipError(f"shared_memory_region {region} gave {found} bytes, wanted {size}", GONE)
+            if status.st_size < end:
+                raise OipError(f"shared_memory_region {region} has {status.st_size} bytes, wanted {end}", GONE)
+            yield file
         except OSError as error:
-            raise OipError(f"shared_memory_region {region} can't be read: {error.strerror}", GONE) from error
+            raise OipError(f"shared_memory_region {region} can't be used: {error.strerror}", GONE) from error
         finally:
             os.close(file)
-        return data
+
+    def check_name(self, region: str) -> None:
+        """Raises OipError if no region can be called so."""
+        if not _REGION.fullmatch(region):
+            raise OipError(f"shared_memory_region is {region[:60]!r}, wanted the name of a file in {self.folder}")
 
 
 def shared_memory_of(environ: Mapping[str, str]) -> SharedMemory | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import google_crc32c
 import numpy as np
@@ -25,6 +25,7 @@ __all__ = [
     "Buffer",
     "Fields",
     "OipError",
+    "Place",
     "ReadShared",
     "Tensor",
     "crc32c",
@@ -33,6 +34,8 @@ __all__ = [
     "dtype_named",
     "encode_tensors",
     "from_json_numbers",
+    "noting",
+    "place_of",
     "refuse_duplicates",
     "shown",
     "to_json_numbers",
@@ -77,6 +80,19 @@ class OipError(ValueError):
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
         self.status = status
+
+
+class Place(NamedTuple):
+    """Where bytes are in shared memory: `size` of them, from `offset` on, in a region."""
+
+    region: str
+    offset: int
+    size: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The parameters that say so."""
+        return {"shared_memory_region": self.region, "shared_memory_offset": self.offset,
+                "shared_memory_byte_size": self.size}
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,14 +178,14 @@ def dtype_named(datatype: str, name: str) -> np.dtype[Any]:
 
 
 def encode_tensors(
-    tensors: Sequence[Tensor], is_binary: Callable[[str], bool], region: str | None = None
-) -> tuple[list[dict[str, Any]], list[memoryview]]:
-    """The tensors' JSON objects, and the bytes of the binary ones: one after the other in the body, or, with `region`,
-    in that region of shared memory.
+    tensors: Sequence[Tensor], is_binary: Callable[[str], bool], places: Mapping[str, Place] = MappingProxyType({})
+) -> tuple[list[dict[str, Any]], list[memoryview], list[memoryview]]:
+    """The tensors' JSON objects; the bytes of the binary ones that follow them in the body; and those of the tensors
+    that have `places` in shared memory.
     """
     described: list[dict[str, Any]] = []
     tail: list[memoryview] = []
-    offset = 0
+    shared: list[memoryview] = []
     for tensor in tensors:
         datatype = datatype_of(tensor.data.dtype)
         item: dict[str, Any] = {
@@ -178,20 +194,16 @@ def encode_tensors(
             "shape": list(tensor.data.shape),
         }
         data = np.ascontiguousarray(tensor.data, dtype=DATATYPES[datatype]).reshape(-1)
-        if is_binary(tensor.name):
-            item["parameters"] = _place(region, offset, data.nbytes)
+        if (place := places.get(tensor.name)) is not None:
+            item["parameters"] = place.to_json()
+            shared.append(data.view(np.uint8).data)
+        elif is_binary(tensor.name):
+            item["parameters"] = {"binary_data_size": data.nbytes}
             tail.append(data.view(np.uint8).data)
-            offset += data.nbytes
         else:
             item["data"] = to_json_numbers(data)
         described.append(item)
-    return described, tail
-
-
-def _place(region: str | None, offset: int, size: int) -> dict[str, Any]:
-    if region is None:
-        return {"binary_data_size": size}
-    return {"shared_memory_region": region, "shared_memory_offset": offset, "shared_memory_byte_size": size}
+    return described, tail, shared
 
 
 def to_json_numbers(data: Array) -> list[Any]:
@@ -260,12 +272,31 @@ def _check_size(size: Any, nbytes: int, left: int, name: str, dtype: np.dtype[An
 def _from_shared(parameters: Mapping[str, Any], nbytes: int, name: str, shared: ReadShared | None) -> memoryview:
     if shared is None:
         raise OipError(f"{name} is said to be in shared memory, wanted it in the body: there is none here", GONE)
+    place = place_of(parameters, name)
+    if place.size != nbytes:
+        raise OipError(f"{name} is {place.size} bytes in shared memory, wanted {nbytes} bytes of its shape")
+    return memoryview(shared(*place))
+
+
+def noting(shared: ReadShared | None, read: list[Buffer]) -> ReadShared | None:
+    """`shared`, which adds what it reads to `read`: checksums are of that too."""
+    if shared is None:
+        return None
+
+    def from_memory(region: str, offset: int, size: int) -> Buffer:
+        read.append(shared(region, offset, size))
+        return read[-1]
+
+    return from_memory
+
+
+def place_of(parameters: Mapping[str, Any], name: str) -> Place:
+    """Where the parameters of a tensor say that it is."""
     where = Fields(parameters, f"the parameters of {name}")
-    region, size = where.get("shared_memory_region", str), where.get("shared_memory_byte_size", int)
-    offset = where.get("shared_memory_offset", int, 0)
-    if size != nbytes or not 0 <= offset < _FURTHEST:
-        raise OipError(f"{name} is {size} bytes at {offset} of shared memory, wanted {nbytes} bytes of its shape")
-    return memoryview(shared(region, offset, nbytes))
+    size, offset = where.get("shared_memory_byte_size", int), where.get("shared_memory_offset", int, 0)
+    if not 0 <= size < _FURTHEST or not 0 <= offset < _FURTHEST:
+        raise OipError(f"{name} is said to be {shown(size)} bytes at {shown(offset)} of shared memory, which can't be")
+    return Place(where.get("shared_memory_region", str), offset, size)
 
 
 def _from_raw(raw: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> Array:

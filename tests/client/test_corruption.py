@@ -14,12 +14,12 @@ from batch_client.contract import ModelContract
 from batch_client.dialect import Outcome
 from batch_client.endpoint import Pool
 from batch_client.errors import BrokenPromiseError, DataError
-from batch_client.exchange import Exchange, Prediction, _Tries
+from batch_client.exchange import Exchange, Prediction, _Asked, _Tries
 from batch_client.layout import SPEC_KEY
 from batch_client.plan import OutputGeometry, Span
 from batch_client.transport import HttpReply
 from batch_client.verify import verify_output
-from batch_handler.oip import HEADER_LENGTH, OipError, crc32c
+from batch_handler.oip import HEADER_LENGTH, OipError, Place, crc32c
 from batch_handler.shared import SharedMemory
 from support.faulty import Fate
 from support.simulated import URL, SimulatedServer
@@ -32,18 +32,22 @@ SPAN = Span(0, 8, 0)
 
 
 class Altering(SimulatedServer):
-    """Alters the body of one request or one reply, or the region that has the request's records."""
+    """Alters the body of one request or one reply, or the request's region before or after it was answered."""
 
     def __init__(self, **options):
         super().__init__(**options)
         self.alter_request = self.alter_reply = lambda body: body
-        self.alter_region = lambda path: None
+        self.alter_region = self.alter_region_after = lambda path: None
 
     async def send(self, method, url, headers, parts, deadline):
+        path = None
         if self.shared_memory is not None:
             name = re.search(rb'"shared_memory_region":"([^"]+)"', b"".join(parts))[1].decode()
-            self.alter_region(self.shared_memory.folder / name)
+            path = self.shared_memory.folder / name
+            self.alter_region(path)
         reply = await super().send(method, url, headers, [self.alter_request(b"".join(parts))], deadline)
+        if path is not None:
+            self.alter_region_after(path)
         return HttpReply(reply.status, reply.headers, self.alter_reply(reply.body))
 
 
@@ -69,9 +73,9 @@ async def attempt(exchange):
     endpoint, server = exchange.pool.endpoints[0], exchange._transport
     endpoint.shared_memory = server.shared_memory and server.shared_memory.folder
     async with AsyncExitStack() as held:
-        message, ident = exchange._placed(endpoint, SPAN, ROWS, held)
-        assert bool(message.shared) == (server.shared_memory is not None)
-        return await exchange._attempt(endpoint, message, ident, SPAN, _Tries())
+        asked = exchange._placed(endpoint, SPAN, ROWS, held)
+        assert bool(asked.message.shared) == (server.shared_memory is not None)
+        return await exchange._attempt(endpoint, asked, SPAN, _Tries())
 
 
 def flip(body, rng):
@@ -81,10 +85,18 @@ def flip(body, rng):
     return bytes(altered)
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["in the body", "in memory"])
+@pytest.fixture
+def outputs_in_memory(monkeypatch):
+    """However small they are."""
+    monkeypatch.setattr(exchange, "SHARED_OUTPUT_BYTES", 1)
+
+
+@pytest.mark.parametrize("shared", ["nothing", "records", "outputs too"])
 @pytest.mark.parametrize("where", ["alter_request", "alter_reply"])
-def test_every_flipped_bit_is_noticed(where, shared, exchange_with, memory):
-    server = Altering(shared_memory=memory if shared else None)
+def test_every_flipped_bit_is_noticed(where, shared, exchange_with, memory, request):
+    if shared == "outputs too":
+        request.getfixturevalue("outputs_in_memory")
+    server = Altering(shared_memory=None if shared == "nothing" else memory)
     exchange = exchange_with(server)
     rng = random.Random(7)
     outcomes = set()
@@ -100,7 +112,8 @@ def test_every_flipped_bit_is_noticed(where, shared, exchange_with, memory):
 
     asyncio.run(run())
     # Another name, or more bytes than there are, is a region that is not there.
-    assert outcomes <= {Outcome.CORRUPT, Outcome.REFUSED, *([Outcome.NOT_SHARED] if shared else [])}
+    assert outcomes <= {Outcome.CORRUPT, Outcome.REFUSED, *([Outcome.NOT_SHARED] if shared != "nothing" else [])}
+    assert (server.returned > 0) == (shared == "outputs too")
 
 
 def flip_bit(path, bit):
@@ -140,6 +153,53 @@ def test_without_the_echo_a_flipped_bit_of_a_region_would_be_scored(exchange_wit
         assert (bad.outputs["y"][0] != good.outputs["y"][0]).any()
 
     asyncio.run(run())
+
+
+OUTPUT_AT, OUTPUT_BYTES = 64, len(ROWS) * 2 * 4  # behind the 24 bytes of ROWS, at a multiple of 64
+
+
+def test_every_flipped_bit_of_an_output_in_memory_is_noticed(exchange_with, memory, outputs_in_memory):
+    server = Altering(shared_memory=memory)
+    exchange = exchange_with(server)
+
+    async def run():
+        _, good = await attempt(exchange)
+        for bit in range(OUTPUT_BYTES * 8):
+            server.alter_region_after = lambda path, bit=bit: flip_bit(path, OUTPUT_AT * 8 + bit)
+            verdict, prediction = await attempt(exchange)
+            assert (verdict.outcome, prediction) == (Outcome.CORRUPT, None)
+        # The control: a bit beside it changes nothing.
+        for bit in (OUTPUT_AT * 8 - 1, 0):
+            server.alter_region_after = lambda path, bit=bit: flip_bit(path, bit)
+            _, same = await attempt(exchange)
+            np.testing.assert_array_equal(same.outputs["y"], good.outputs["y"])
+
+    asyncio.run(run())
+    assert server.returned == OUTPUT_BYTES * 8 + 3
+
+
+@pytest.mark.parametrize("alter", [
+    lambda path: os.truncate(path, OUTPUT_AT + OUTPUT_BYTES - 1), lambda path: os.truncate(path, 0),
+    lambda path: path.write_bytes(bytes(OUTPUT_AT + OUTPUT_BYTES)),
+], ids=["cut", "empty", "zeros"])
+def test_an_output_in_memory_that_is_cut_or_anothers_is_noticed(alter, exchange_with, memory, outputs_in_memory):
+    server = Altering(shared_memory=memory)
+    exchange = exchange_with(server)
+    server.alter_region_after = alter
+    verdict, prediction = asyncio.run(attempt(exchange))
+    assert (verdict.outcome, prediction) == (Outcome.CORRUPT, None)
+
+
+def test_a_server_that_says_another_place_than_it_was_given_is_not_believed(
+        exchange_with, memory, outputs_in_memory, monkeypatch):
+    server = Altering(shared_memory=memory)
+    exchange = exchange_with(server)
+    monkeypatch.setattr(Place, "to_json", lambda place: {
+        "shared_memory_region": place.region, "shared_memory_byte_size": place.size,
+        "shared_memory_offset": place.offset - 1 if place.offset else 0})
+    verdict, prediction = asyncio.run(attempt(exchange))
+    assert (verdict.outcome, prediction) == (Outcome.CORRUPT, None)
+    assert "which were not asked for" in verdict.reason
 
 
 @pytest.mark.parametrize(("alter", "outcome"), [
@@ -184,15 +244,14 @@ def test_every_reply_to_another_request_is_noticed(exchange_with):
         for number in range(50):
             rows = ROWS + number
             ident = f"request-{number}"
-            message = exchange._encode(ident, SPAN, rows)
-            reply = await server.send("POST", URL, {"Inference-Header-Content-Length": str(message.header_length)},
-                                      message.parts, 1)
-            pairs.append((message, ident, reply))
+            asked = _Asked(exchange._encode(ident, SPAN, rows), ident)
+            headers = {"Inference-Header-Content-Length": str(asked.message.header_length)}
+            pairs.append((asked, await server.send("POST", URL, headers, asked.message.parts, 1)))
         taken = 0
-        for mine, (message, ident, _) in enumerate(pairs):
-            for theirs, (_, _, reply) in enumerate(pairs):
+        for mine, (asked, _) in enumerate(pairs):
+            for theirs, (_, reply) in enumerate(pairs):
                 server.send = lambda *_, reply=reply: asyncio.sleep(0, reply)
-                exchange._placed = lambda *_, message=message, ident=ident: (message, ident)
+                exchange._placed = lambda *_, asked=asked: asked
                 _, prediction = await attempt(exchange)
                 assert (prediction is not None) == (mine == theirs)
                 taken += prediction is not None
@@ -265,4 +324,4 @@ def test_a_chunk_that_was_altered_before_its_proof_is_never_overwritten_nor_beli
 @pytest.mark.parametrize("length", ["", "-1", "1.0", "\u00b2", "\u0661", "1" * 19, "1" * 5000])
 def test_a_replys_length_that_is_no_number_of_bytes_is_an_unsound_reply(length):
     with pytest.raises(OipError, match="wanted a number"):
-        exchange._decode(HttpReply(200, {HEADER_LENGTH.lower(): length}, b"{}"))
+        exchange._decode(HttpReply(200, {HEADER_LENGTH.lower(): length}, b"{}"), _Asked(None, "id"))

@@ -124,6 +124,38 @@ def test_a_region_has_its_parts_for_as_long_as_its_block_lasts(folder, regions):
             assert (folder / "r-1").read_bytes() == WHOLE
 
 
+def test_a_region_has_room_behind_its_parts_that_is_read_once_somebody_wrote_there(folder, regions):
+    with regions.region(folder, "r-1", PARTS, 100) as region:
+        path = folder / "r-1"
+        assert path.stat().st_size == 100
+        assert path.read_bytes() == WHOLE + bytes(100 - len(WHOLE))
+        with path.open("r+b") as file:
+            file.seek(90)
+            file.write(b"0123456789")
+        assert region.read(92, 3) == b"234"
+        assert region.read(98, 5) == b"89"  # what there is
+        assert region.read(200, 5) == b""
+    # A file that has the room already keeps it, and one that has more keeps that.
+    for number, size in ((2, 50), (3, 0), (4, 200)):
+        with regions.region(folder, f"r-{number}", PARTS, size) as region:
+            assert (folder / f"r-{number}").stat().st_size == max(size, 100)
+            assert region.read(0, len(WHOLE)) == WHOLE
+
+
+def test_room_takes_no_memory_before_it_is_written(folder, regions):
+    with regions.region(folder, "r-1", PARTS, 1 << 30):
+        status = (folder / "r-1").stat()
+        assert (status.st_size, status.st_blocks * 512 < 1 << 20) == (1 << 30, True)
+
+
+def test_no_region_is_left_open(folder, regions):
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    for number in range(20):
+        with regions.region(folder, f"r-{number}", PARTS, 100):
+            assert len(list(Path("/proc/self/fd").iterdir())) == opened + 1
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+
+
 def test_a_file_is_used_again_under_the_next_name_and_the_old_name_leads_nowhere(folder, regions):
     with regions.region(folder, "r-1", PARTS):
         first = (folder / "r-1").stat().st_ino

@@ -6,13 +6,17 @@ import subprocess
 from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from batch_client import exchange
 from batch_client.errors import DataError
+from batch_client.events import RequestDone
+from batch_client.pipeline import execute
 from batch_client.regions import new_folder, remove_folder
 from batch_client.transport import HttpReply
 from batch_handler.shared import SharedMemory
-from support.faulty import Fate
+from support.faulty import Fate, Life
 from support.simulated import SimulatedServer
 from support.virtual import run_virtually
 from support.world import World, undisturbed
@@ -69,6 +73,37 @@ def test_records_are_left_in_memory_and_the_output_is_the_same(root, memory):
     sent = SimulatedServer(seconds=0.01)
     assert run_at(sent).root == root
     assert sent.shared == 0
+
+
+@pytest.fixture
+def outputs_in_memory(monkeypatch):
+    """However small they are."""
+    monkeypatch.setattr(exchange, "SHARED_OUTPUT_BYTES", 1)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_outputs_come_back_in_memory_and_the_output_is_the_same(root, memory, outputs_in_memory, exact):
+    server = SimulatedServer(seconds=0.01, shared_memory=memory)
+    summary = run_at(server, exact=exact)
+    assert (summary.root == root, summary.retries) == (exact, 0)
+    assert server.returned == server.shared == server.requests == 24
+    small = SimulatedServer(seconds=0.01, shared_memory=memory)
+    exchange.SHARED_OUTPUT_BYTES = 4 * 8 + 1  # four records of two float32
+    assert run_at(small, exact=exact).root == summary.root
+    assert (small.returned, small.shared) == (0, 24)
+
+
+def test_bytes_received_are_those_of_the_reply_and_of_memory(memory, outputs_in_memory):
+    received = {}
+    for place, shared in (("memory", memory), ("body", None)):
+        seen = []
+        world = World(1, server=SimulatedServer(seconds=0.01, shared_memory=shared))
+        services = world.services(Fate(random.Random(0), faults=0), Life())
+        run_virtually(execute(world.spec(), services, (seen.append,)))
+        received[place] = [event.bytes_received for event in seen if isinstance(event, RequestDone)]
+        assert len(received[place]) == 24
+    # The bodies' JSON headers say more of an output in memory than of one behind them, and are padded.
+    assert all(0 <= ours - theirs < 400 for ours, theirs in zip(*received.values(), strict=True))
 
 
 @pytest.mark.parametrize("unusable", [
@@ -137,8 +172,18 @@ def test_memory_that_is_full_costs_no_request(root, memory):
     assert (summary.root, summary.retries) == (root, 0)
 
 
+def test_memory_that_has_no_room_for_outputs_costs_no_request(root, memory, outputs_in_memory):
+    records = np.random.default_rng(5).integers(0, 99, (96, 1020), np.uint8)
+    wanted = run_at(SimulatedServer(record_shape=(1020,), seconds=0.01), records=records)
+    with small_memory(memory.folder, "12k"):  # three pages: a request's records take one, its outputs another
+        server = SimulatedServer(record_shape=(1020,), seconds=0.01, shared_memory=memory)
+        summary = run_at(server, records=records)
+        assert server.shared > server.returned
+    assert (summary.root, summary.retries) == (wanted.root, 0)
+
+
 @pytest.mark.parametrize("seed", range(12))
-def test_faults_on_the_way_change_nothing(root, memory, seed):
+def test_faults_on_the_way_change_nothing(root, memory, outputs_in_memory, seed):
     world = World(seed, server=SimulatedServer(seconds=0.01, shared_memory=memory))
     fate = Fate(random.Random(seed))
 
@@ -149,7 +194,7 @@ def test_faults_on_the_way_change_nothing(root, memory, seed):
 
     run_virtually(run())
     assert fate.injected
-    assert world.server.shared > 0
+    assert world.server.returned > 0
 
 
 def test_what_other_servers_say_of_shared_memory_is_not_taken(root, memory):

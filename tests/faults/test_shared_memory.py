@@ -10,21 +10,31 @@ import psutil
 import pytest
 
 from batch_client.regions import remove_folder
-from support.faults import LONG, PACE, QUICK, RECORD_BYTES, Client, run, until
+from support.faults import LONG, PACE, QUICK, RECORD_BYTES, Client, Scale, run, until
 from support.proxy import FaultProxy
 from support.served import OPEN, Served, free_port, shared_memory_of
 
 NOT_SHARED = "the server can't read the records in shared memory"
 REQUEST_BYTES = QUICK.request * RECORD_BYTES
+RECORD_OUTPUT_BYTES = 10 * 4
+# Requests whose outputs, 20 KiB each, are large enough to be left in memory.
+WIDE = Scale("wide", 4096, 512, 1024, 512, 1)
+OUTPUT_BYTES = WIDE.request * RECORD_OUTPUT_BYTES
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
 pytestmark = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm on this machine")  # noqa: S108 - the place itself
 
 
-def posted(server, sources, environ, output):
+def posted(server, sources, environ, output, scale=QUICK):
     """A run's root, and the bytes of each request's body."""
+    root, seen = exchanged(server, sources, environ, output, scale)
+    return root, [one.size for one in seen]
+
+
+def exchanged(server, sources, environ, output, scale):
+    """A run's root, and what a proxy saw of its requests."""
     with FaultProxy(server.url) as proxy:
-        root = run(sources(QUICK), output, QUICK, server.flags_for(proxy.url), environ)["root"]
-        return root, [seen.size for seen in proxy.seen if seen.method == "POST"]
+        root = run(sources(scale), output, scale, server.flags_for(proxy.url), environ)["root"]
+        return root, [seen for seen in proxy.seen if seen.method == "POST"]
 
 
 def test_records_are_in_memory_or_in_bodies_and_the_root_is_the_same(
@@ -37,6 +47,18 @@ def test_records_are_in_memory_or_in_bodies_and_the_root_is_the_same(
     other, sizes = posted(bodies_server, sources, s3_environ, f"{output}-bodies")
     assert min(sizes) > REQUEST_BYTES
     assert root == other == undisturbed(QUICK).root
+
+
+def test_larger_outputs_are_in_memory_too_and_the_root_is_the_same(
+        sources, undisturbed, moody_server, bodies_server, s3_environ, output):
+    root, near = exchanged(moody_server, sources, s3_environ, f"{output}-memory", WIDE)
+    other, far = exchanged(bodies_server, sources, s3_environ, f"{output}-bodies", WIDE)
+    assert root == other == undisturbed(WIDE).root
+    assert max(seen.replied for seen in near if seen.size < WIDE.request * RECORD_BYTES) < OUTPUT_BYTES / 4
+    assert min(seen.replied for seen in far if seen.status == 200) > OUTPUT_BYTES
+    # The control: smaller ones are in the replies of both.
+    _, small = exchanged(moody_server, sources, s3_environ, f"{output}-small", QUICK)
+    assert min(seen.replied for seen in small if seen.status == 200) > QUICK.request * RECORD_OUTPUT_BYTES
 
 
 def test_one_run_uses_servers_of_both_kinds(sources, undisturbed, moody_server, bodies_server, s3_environ, output):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -12,8 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from batch_handler import oip
 from batch_handler.archive import PackRequest, pack
+from batch_handler.counts import Counts
+from batch_handler.exchange import Exchange
 from batch_handler.model import Model
+from batch_handler.service import METRICS, Service
+from batch_handler.shared import SharedMemory
 from batch_handler.signature import InputSpec, OutputDraft
 
 ARCH = '''
@@ -132,3 +138,36 @@ def make_context() -> Callable[..., Any]:
         return context
 
     return make
+
+
+@pytest.fixture
+def memory(tmp_path):
+    """A server's shared memory; that it is in memory is not what these tests are about."""
+    folder = tmp_path / "memory"
+    folder.mkdir(mode=0o700)
+    return SharedMemory(folder)
+
+
+@pytest.fixture
+def ask(tiny, tiny_dir, make_context, memory):
+    """Send messages as one server batch; each answer is its status and what it says."""
+
+    def send(*messages, shared=memory, **headers):
+        service = Service(tiny, Exchange(tiny, shared_memory=shared), Counts(METRICS, seconds=0))
+        rows = [{"body": bytearray(message.join())} for message in messages]
+        context = make_context(tiny_dir, *(
+            {"content-type": "application/octet-stream", oip.HEADER_LENGTH: str(message.header_length), **headers}
+            for message in messages))
+        answers = []
+        for index, body in enumerate(service.handle(rows, context)):
+            status, given = context.get_response_status(index)[0], context.get_response_headers(index)
+            if status == 200:
+                length = given.get(oip.HEADER_LENGTH)
+                reply = oip.decode_reply(body, None if length is None else int(length), max_tensor_bytes=1 << 24,
+                                         shared=memory.read)
+                answers.append((status, reply))
+            else:
+                answers.append((status, json.loads(body)["error"]))
+        return answers
+
+    return send

@@ -12,45 +12,12 @@ import numpy as np
 import pytest
 
 from batch_handler import oip
-from batch_handler.counts import Counts
 from batch_handler.exchange import Exchange
 from batch_handler.oip import InferRequest, RequestedOutput, Tensor
-from batch_handler.service import METRICS, Service
-from batch_handler.shared import SHARED_MEMORY, SharedMemory, shared_memory_of
+from batch_handler.shared import SHARED_MEMORY, shared_memory_of
 
 BULK = {"exact": True, "first_row": 5, "binary_data_output": True}
 REGION = "9f1c-17"
-
-
-@pytest.fixture
-def memory(tmp_path):
-    """A server's shared memory; that it is in memory is not what these tests are about."""
-    folder = tmp_path / "memory"
-    folder.mkdir(mode=0o700)
-    return SharedMemory(folder)
-
-
-@pytest.fixture
-def ask(tiny, tiny_dir, make_context, memory):
-    """Send messages as one server batch; each answer is its status and what it says."""
-
-    def send(*messages, shared=memory, **headers):
-        service = Service(tiny, Exchange(tiny, shared_memory=shared), Counts(METRICS, seconds=0))
-        rows = [{"body": bytearray(message.join())} for message in messages]
-        context = make_context(tiny_dir, *(
-            {"content-type": "application/octet-stream", oip.HEADER_LENGTH: str(message.header_length), **headers}
-            for message in messages))
-        answers = []
-        for index, body in enumerate(service.handle(rows, context)):
-            status, given = context.get_response_status(index)[0], context.get_response_headers(index)
-            if status == 200:
-                length = given.get(oip.HEADER_LENGTH)
-                answers.append((status, oip.decode_reply(body, None if length is None else int(length))))
-            else:
-                answers.append((status, json.loads(body)["error"]))
-        return answers
-
-    return send
 
 
 def request(data, parameters=BULK, region=None, outputs=()):
@@ -202,7 +169,7 @@ def test_a_region_that_is_not_there_or_short_is_said_to_be_gone(ask, memory, ima
     leave(memory, message)
     os.truncate(memory.folder / REGION, images[:2].nbytes - 1)
     ((status, said),) = ask(message)
-    assert (status, said) == (410, f"shared_memory_region {REGION} has 71 bytes, wanted 0 + 72")
+    assert (status, said) == (410, f"shared_memory_region {REGION} has 71 bytes, wanted 72")
     leave(memory, message)
     assert ask(message)[0][0] == 200
 

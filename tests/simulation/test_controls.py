@@ -97,7 +97,7 @@ def test_believing_that_what_exists_is_right_is_caught(calm, monkeypatch):
 
 
 def test_taking_any_reply_is_caught(calm, monkeypatch):
-    def gullible(self, reply, message, ident, count):
+    def gullible(self, reply, asked, count):
         tensors = {tensor.name: tensor.data for tensor in reply.outputs}
         return Prediction({"y": tensors["y"]}, tensors["record_status"])
 
@@ -106,7 +106,7 @@ def test_taking_any_reply_is_caught(calm, monkeypatch):
 
 
 def test_not_checking_the_replys_checksum_is_caught(calm, monkeypatch):
-    def trusting(reply):
+    def trusting(reply, asked):
         length = int(reply.headers.get("inference-header-content-length") or 0)
         try:
             return decode_reply(reply.body, length)

@@ -40,7 +40,7 @@ class Fault:
 @dataclass(frozen=True)
 class Seen:
     """A request that reached the proxy: when (time.monotonic), what, the status that was sent back (0: none), and the
-    bytes of its body.
+    bytes of its body and of the reply's.
     """
 
     at: float
@@ -48,6 +48,7 @@ class Seen:
     path: str
     status: int
     size: int
+    replied: int
 
 
 class FaultProxy:
@@ -110,7 +111,8 @@ class FaultProxy:
             self.injected["cut"] += 1
             reply = (reply[0], reply[1][:len(reply[1]) // 2])
         status = 0 if reply is None else int(reply[0].split()[1])
-        self.seen.append(Seen(time.monotonic(), method, path, status, len(request[1])))
+        replied = 0 if reply is None else len(reply[1])
+        self.seen.append(Seen(time.monotonic(), method, path, status, len(request[1]), replied))
         if reply is None:
             return False
         writer.write(reply[0] + reply[1])

@@ -1,0 +1,242 @@
+"""Outputs that a request wants in shared memory: the same bits as in a body, there or, where that can't be, sent."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from batch_handler import oip
+from batch_handler.counts import Counts
+from batch_handler.exchange import Exchange
+from batch_handler.oip import InferReply, InferRequest, OipError, Place, RequestedOutput, Tensor
+from batch_handler.service import METRICS, Service
+
+BULK = {"exact": True, "first_row": 5, "binary_data_output": True}
+REGION = "9f1c-17"
+COUNT = 50
+SCORES, STATUS = COUNT * 3 * 4, COUNT
+ROOM = 4096
+
+
+def wanting(images, *outputs, parameters=BULK):
+    return oip.encode_request(InferRequest("id-1", (Tensor("image", images),), outputs, parameters))
+
+
+def scores_at(offset=64, size=SCORES, region=REGION):
+    return RequestedOutput("scores", place=Place(region, offset, size))
+
+
+def status_at(offset, size=STATUS, region=REGION):
+    return RequestedOutput("record_status", place=Place(region, offset, size))
+
+
+@pytest.fixture
+def region(memory):
+    """A region with room, full of a byte that no output has everywhere."""
+    path = memory.folder / REGION
+    path.write_bytes(b"\xaa" * ROOM)
+    return path
+
+
+@pytest.fixture
+def reply_to(tiny, tiny_dir, make_context, memory):
+    """The reply's body, its HTTP headers and its JSON header."""
+
+    def send(message):
+        service = Service(tiny, Exchange(tiny, shared_memory=memory), Counts(METRICS, seconds=0))
+        context = make_context(tiny_dir, {oip.HEADER_LENGTH: str(message.header_length)})
+        (body,) = service.handle([{"body": message.join()}], context)
+        headers = context.get_response_headers(0)
+        return body, headers, json.loads(body[:int(headers[oip.HEADER_LENGTH])])
+
+    return send
+
+
+def same_bits(found, wanted):
+    assert [tensor.name for tensor in found.outputs] == [tensor.name for tensor in wanted.outputs]
+    for ours, theirs in zip(found.outputs, wanted.outputs, strict=True):
+        assert (ours.data.dtype, ours.data.shape) == (theirs.data.dtype, theirs.data.shape)
+        assert ours.data.tobytes() == theirs.data.tobytes()
+
+
+@pytest.mark.parametrize("outputs", [
+    (scores_at(), RequestedOutput("record_status")),
+    (status_at(0), scores_at(STATUS)),
+    (RequestedOutput("record_status", binary=False), scores_at(ROOM - SCORES)),
+    (scores_at(),),
+], ids=["one", "both", "beside JSON", "status unasked"])
+def test_outputs_are_where_they_are_wanted_bit_for_bit(ask, reply_to, region, images, outputs):
+    plain = [RequestedOutput(output.name, True) for output in outputs]
+    ((_, wanted),) = ask(wanting(images, *plain))
+    ((status, found),) = ask(wanting(images, *outputs))
+    assert status == 200
+    same_bits(found, wanted)
+    # And nowhere else: neither in the body nor beside their places.
+    left = bytearray(region.read_bytes())
+    for output in outputs:
+        if output.place is not None:
+            data = next(tensor.data.tobytes() for tensor in wanted.outputs if tensor.name == output.name)
+            assert left[output.place.offset:][:output.place.size] == data
+            left[output.place.offset:output.place.offset + output.place.size] = b"\xaa" * output.place.size
+    assert left == b"\xaa" * ROOM
+    body, headers, header = reply_to(wanting(images, *outputs))
+    scores = next(tensor.data.tobytes() for tensor in wanted.outputs if tensor.name == "scores")
+    assert scores not in body
+    assert headers[oip.BODY_CHECKSUM] == str(oip.crc32c(body))
+    described = {item["name"]: item.get("parameters") for item in header["outputs"]}
+    assert described["scores"] == next(output.place for output in outputs if output.name == "scores").to_json()
+
+
+def test_an_online_query_may_have_its_outputs_there_too(ask, region, images):
+    ((_, wanted),) = ask(wanting(images, RequestedOutput("scores", True), parameters={}))
+    ((status, found),) = ask(wanting(images, scores_at(), parameters={}))
+    assert status == 200
+    same_bits(found, wanted)
+    assert region.read_bytes()[64:64 + SCORES] == wanted.outputs[0].data.tobytes()
+
+
+def gone(path):
+    path.unlink()
+
+
+def too_short(path):
+    os.truncate(path, 64 + SCORES - 1)
+
+
+def a_link(path):
+    target = path.with_name("elsewhere")
+    path.rename(target)
+    path.symlink_to(target)
+
+
+def a_fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("spoil", [gone, too_short, a_link, a_fifo, a_folder])
+def test_outputs_that_can_not_be_put_there_are_sent(ask, reply_to, region, memory, images, spoil):
+    ((_, wanted),) = ask(wanting(images, RequestedOutput("scores", True), RequestedOutput("record_status", True)))
+    spoil(region)
+    files = {path.name: path.read_bytes() for path in memory.folder.iterdir() if path.is_file()}
+    asked = wanting(images, scores_at(), RequestedOutput("record_status"))
+    ((status, found),) = ask(asked)
+    assert status == 200
+    same_bits(found, wanted)
+    body, headers, header = reply_to(asked)
+    assert wanted.outputs[0].data.tobytes() in body
+    assert "shared_memory" not in json.dumps(header)
+    assert headers[oip.BODY_CHECKSUM] == str(oip.crc32c(body))
+    # Nothing was made, made longer or written through.
+    assert {path.name: path.read_bytes() for path in memory.folder.iterdir() if path.is_file()} == files
+
+
+def test_if_one_of_several_can_not_be_put_there_all_are_sent(ask, region, images):
+    ((_, wanted),) = ask(wanting(images, RequestedOutput("scores", True), RequestedOutput("record_status", True)))
+    ((status, found),) = ask(wanting(images, scores_at(), status_at(0, region="gone")))
+    assert status == 200
+    same_bits(found, wanted)
+
+
+def test_a_server_without_shared_memory_sends_them(ask, region, images):
+    ((_, wanted),) = ask(wanting(images, RequestedOutput("scores", True), RequestedOutput("record_status", True)))
+    ((status, found),) = ask(wanting(images, scores_at(), RequestedOutput("record_status")), shared=None)
+    assert status == 200
+    same_bits(found, wanted)
+    assert region.read_bytes() == b"\xaa" * ROOM
+
+
+@pytest.mark.parametrize(("output", "said"), [
+    (scores_at(size=SCORES - 1), f"output scores is given {SCORES - 1} bytes of shared memory, wanted {SCORES}"),
+    (scores_at(size=SCORES + 1), f"output scores is given {SCORES + 1} bytes of shared memory, wanted {SCORES}"),
+    (scores_at(size=0), f"output scores is given 0 bytes of shared memory, wanted {SCORES}"),
+    (scores_at(size=-SCORES), "which can't be"), (scores_at(offset=-1), "which can't be"),
+    (scores_at(offset=1 << 62), "which can't be"), (scores_at(offset=10**400), "which can't be"),
+    (scores_at(region="../secret"), "shared_memory_region is '../secret', wanted the name of a file in"),
+    (scores_at(region=""), "shared_memory_region is ''"),
+    (RequestedOutput("other", place=Place(REGION, 0, 4)), "output 'other' is not one of the model's"),
+])
+def test_a_place_that_can_be_none_is_refused_before_anything_is_scored(ask, region, images, output, said):
+    ((status, error),) = ask(wanting(images, output))
+    assert status == 400
+    assert said in error
+    assert len(error) < 300
+    assert region.read_bytes() == b"\xaa" * ROOM
+
+
+@pytest.mark.parametrize("parameters", [
+    {"shared_memory_region": REGION}, {"shared_memory_region": 7, "shared_memory_byte_size": SCORES},
+    {"shared_memory_region": REGION, "shared_memory_byte_size": "600"},
+    {"shared_memory_region": REGION, "shared_memory_byte_size": SCORES, "shared_memory_offset": 1.5},
+])
+def test_parameters_that_are_half_or_of_another_kind_are_refused(ask, region, images, parameters):
+    header = {"id": "x", "parameters": BULK, "outputs": [{"name": "scores", "parameters": parameters}],
+              "inputs": [{"name": "image", "datatype": "UINT8", "shape": list(images.shape),
+                          "parameters": {"binary_data_size": images.nbytes}}]}
+    text = json.dumps(header).encode()
+    ((status, _),) = ask(oip.Message((text, images.tobytes()), len(text), 0))
+    assert status == 400
+    assert region.read_bytes() == b"\xaa" * ROOM
+
+
+def test_tritonclients_own_parameters_are_understood(ask, region, images):
+    import tritonclient.http as triton
+
+    tensor = triton.InferInput("image", list(images.shape), "UINT8")
+    tensor.set_data_from_numpy(images, binary_data=True)
+    output = triton.InferRequestedOutput("scores")
+    output.set_shared_memory(REGION, SCORES, 128)
+    body, length = triton.InferenceServerClient.generate_request_body([tensor], outputs=[output])
+    ((_, wanted),) = ask(wanting(images, RequestedOutput("scores", True), parameters={}))
+    ((status, found),) = ask(oip.Message((bytes(body),), length, 0))
+    assert status == 200, found
+    same_bits(found, wanted)
+    assert region.read_bytes()[128:128 + SCORES] == wanted.outputs[0].data.tobytes()
+
+
+def a_reply():
+    outputs = (Tensor("a", np.arange(6, dtype="f4").reshape(3, 2)), Tensor("b", np.arange(3, dtype="u1")),
+               Tensor("c", np.arange(3, dtype="i8")))
+    return InferReply("i", "m", "1", outputs, {})
+
+
+def test_a_replys_checksum_is_of_its_body_and_then_of_what_is_shared():
+    places = {"a": Place(REGION, 0, 24), "c": Place(REGION, 64, 24)}
+    message = oip.encode_reply(a_reply(), binary={"a": True, "b": True, "c": True}, places=places)
+    memory = bytearray(128)
+    for place, data in zip(places.values(), message.shared, strict=True):
+        memory[place.offset:place.offset + place.size] = data
+    assert message.crc32c == oip.crc32c(message.join())
+
+    def read(region, offset, size):
+        assert region == REGION
+        return memory[offset:offset + size]
+
+    back = oip.decode_reply(message.join(), message.header_length, max_tensor_bytes=100, shared=read)
+    same_bits(back, a_reply())
+    assert back.parameters["crc32c"] == oip.crc32c(bytes([0, 1, 2]), memory[:24], memory[64:88])
+    for bit in (0, 24 * 8 - 1, 64 * 8, 88 * 8 - 1):
+        memory[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(OipError, match="CRC-32C"):
+            oip.decode_reply(message.join(), message.header_length, max_tensor_bytes=100, shared=read)
+        memory[bit // 8] ^= 1 << bit % 8
+    memory[30] ^= 1  # the control: a byte between the places is nobody's
+    same_bits(oip.decode_reply(message.join(), message.header_length, max_tensor_bytes=100, shared=read), a_reply())
+
+
+def test_a_reply_whose_outputs_are_all_shared_has_a_length_of_its_header_all_the_same():
+    places = {name: Place(REGION, at, size) for name, at, size in (("a", 0, 24), ("b", 64, 3), ("c", 128, 24))}
+    message = oip.encode_reply(a_reply(), binary={}, places=places)
+    assert message.header_length == len(message.join())
+    with pytest.raises(OipError, match="there is none here"):
+        oip.decode_reply(message.join(), message.header_length, max_tensor_bytes=100)
+    with pytest.raises(OipError, match="wanted at most 50"):  # 24, 3 and 24: more than that in all
+        oip.decode_reply(message.join(), message.header_length, max_tensor_bytes=50, shared=lambda *at: bytes(at[2]))
