@@ -166,7 +166,7 @@ class Exchange:
         return Pending(query, functools.partial(self._encode_oip, asked.id, binary, self._places(asked, query), echo))
 
     def _places(self, asked: InferRequest, query: Query) -> dict[str, Place]:
-        """Where in shared memory the request wants outputs; nowhere if this server has none."""
+        """Where in shared memory the request wants outputs."""
         memory = self._shared_memory
         places = {output.name: output.place for output in asked.outputs if output.place is not None}
         for name, place in places.items():
@@ -174,7 +174,7 @@ class Exchange:
                 raise OipError(f"output {name} is given {place.size} bytes of shared memory, wanted {size}")
             if memory is not None:
                 memory.check_name(place.region)
-        return {} if memory is None else places
+        return places
 
     def _arrays(self, asked: InferRequest) -> tuple[Array, ...]:
         given = {tensor.name: tensor.data for tensor in asked.inputs}

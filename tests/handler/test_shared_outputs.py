@@ -96,6 +96,11 @@ def test_an_online_query_may_have_its_outputs_there_too(ask, region, images):
     assert status == 200
     same_bits(found, wanted)
     assert region.read_bytes()[64:64 + SCORES] == wanted.outputs[0].data.tobytes()
+    # Where they can't be, they are as binary as there, whatever the request's other outputs are.
+    region.unlink()
+    ((_, found),) = ask(wanting(images, scores_at(), parameters={}))
+    same_bits(found, wanted)
+    assert "crc32c" in found.parameters
 
 
 def gone(path):
