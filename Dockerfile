@@ -51,7 +51,7 @@ VOLUME /run/batch-client
 USER 10001:10001
 # Loopback, as everywhere: a TLS proxy that shares this network namespace (a sidecar of the ECS task) is in front. One in
 # another namespace needs `--address 0.0.0.0` after the archive. The archive is unpacked in /tmp. A client in this
-# container leaves records in /dev/shm; where Docker's 64 MB are too small, `--shm-size`, or they are sent.
+# container has records and outputs in /dev/shm; where Docker's 64 MB are too small, `--shm-size`, or they are sent.
 EXPOSE 8080 8082
 # Starting takes as long as the model takes to load. Crash loops end the container: `serve` watches the workers.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=300s --retries=3 \

@@ -1,19 +1,22 @@
 """The wire alone: how many bytes a run moves through TorchServe when the model computes nothing.
 
-    python benchmarks/wire.py [--record-bytes 784 150528] [--repeats 15] [--megabytes 1000] [--bodies] [--echo]
+    python benchmarks/wire.py [--record-bytes 784 150528] [--repeats 15] [--megabytes 1000] [--bodies | --replies]
+                              [--echo]
 
 A whole run, from its first read to publication, by the client's own code, with input and output in memory instead of in
 storage; the embedded TorchServe with its own settings and our handler, whose model returns the first two bytes of each
 record, or with --echo the whole record, like a model whose outputs are as large as its records. So everything of a run
 is there (checksums both ways, micro-batches, digests, ledger) but the model and the store. Records, and outputs if they
 are large, are in shared memory, as for every server on the client's machine; with --bodies they travel in bodies, as to
-any other. The first run warms up and does not count. CPU seconds are of this process, Java and the workers.
+any other, and with --replies the outputs alone do. The first run warms up and does not count. CPU seconds are of this
+process, Java and the workers.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,6 +26,7 @@ import zarr.storage
 from measure import cpu_seconds, heading, interval, java_and_workers, stamped
 from workload import cli
 
+from batch_client import exchange
 from batch_client.__main__ import keep_memory
 from batch_client.api import run_until_complete
 from batch_client.pipeline import execute
@@ -59,18 +63,22 @@ def main() -> None:
     parser.add_argument("--record-bytes", type=int, nargs="+", default=[784, 150_528])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--megabytes", type=int, default=1000, help="of records in one run")
-    parser.add_argument("--bodies", action="store_true", help="send records and outputs instead of sharing them")
+    sent = parser.add_mutually_exclusive_group()
+    sent.add_argument("--bodies", action="store_true", help="send records and outputs instead of sharing them")
+    sent.add_argument("--replies", action="store_true", help="send the outputs instead of sharing them")
     parser.add_argument("--echo", action="store_true", help="return each record whole")
     options = parser.parse_args()
     keep_memory()  # as the command does
+    if options.replies:
+        exchange.SHARED_OUTPUT_BYTES = sys.maxsize
+    how = "in bodies" if options.bodies else "in memory, outputs in replies" if options.replies else "in memory"
     print(f"{options.repeats} runs of {options.megabytes} MB each\n")
     print(heading("date", "machine", "records", "bytes a record", "MB/s (95 % interval)", "records/s (95 % interval)",
                   "CPU s per GB: client", "Java", "workers"))
     for size in options.record_bytes:
         with tempfile.TemporaryDirectory() as folder:
             archive = packed(Path(folder), size, size if options.echo else 2)
-            run_until_complete(measured(archive, size, options.megabytes * 1_000_000 // size, options.repeats,
-                                        shared=not options.bodies))
+            run_until_complete(measured(archive, size, options.megabytes * 1_000_000 // size, options.repeats, how))
 
 
 def packed(work: Path, size: int, returned: int) -> Path:
@@ -103,10 +111,10 @@ async def records_in_memory(count: int, size: int) -> Memory:
     return store
 
 
-async def measured(archive: Path, size: int, count: int, repeats: int, *, shared: bool) -> None:
+async def measured(archive: Path, size: int, count: int, repeats: int, how: str) -> None:
     source = await records_in_memory(count, size)
     spec = RunSpec(input=INPUT, output=OUTPUT, archive=str(archive))
-    settings = ServerSettings(archive, batch_size=1, shared_memory=shared)
+    settings = ServerSettings(archive, batch_size=1, shared_memory=how != "in bodies")
     async with HttpTransport() as transport, EmbeddedServer(settings) as server:
         servers = Servers(transport, server, (server.url,), server.model_name, alone=True)
         await once(spec, servers, source)
@@ -114,8 +122,7 @@ async def measured(archive: Path, size: int, count: int, repeats: int, *, shared
         rates = [await once(spec, servers, source) for _ in range(repeats)]
         gigabytes = repeats * count * size / 1e9
         spent = [(now - then) / gigabytes for now, then in zip(used(), before, strict=True)]
-    print(stamped("in memory" if shared else "in bodies", f"{size:,}",
-                  interval_of([rate * size / 1e6 for rate in rates]), interval_of(rates),
+    print(stamped(how, f"{size:,}", interval_of([rate * size / 1e6 for rate in rates]), interval_of(rates),
                   *(f"{seconds:.2f}" for seconds in spent)), flush=True)
 
 

@@ -171,7 +171,8 @@ def contract_of(url: str, body: bytes) -> ModelContract:
         ceiling=_positive(parameters.get("ceiling_records_per_s")),
         micro_batch_seconds=None if took is None else took / 1e3,
         bulk_lane=lane if isinstance(lane, str) and LANE_NAME.fullmatch(lane) else None,
-        shared_memory=usable_folder(parameters.get("shared_memory")),
+        # A server that gives no checksums must not be believed what lies where others can write.
+        shared_memory=usable_folder(parameters.get("shared_memory")) if "fingerprint" in parameters else None,
     )
 
 

@@ -31,12 +31,14 @@ class Endpoint:
 
     lane: the name under which it takes bulk requests, None for the model's own.
     shared_memory: the folder in which it finds the records of requests, None to send them.
+    shared_outputs: whether it is asked to put large outputs there too.
     """
 
     url: str
     limiter: Limiter
     lane: str | None = None
     shared_memory: Path | None = None
+    shared_outputs: bool = True
     in_flight: int = 0
     broken: int = 0
     ejections: int = 0

@@ -1,8 +1,9 @@
 """One request until it has an answer: send, check that the reply is the answer, send again when it is not.
 
-A reply is taken only if its id, checksum of the request, names, dtypes, shapes, model digest and fingerprint are the
-expected ones. Whatever is not the records' own fault (no room, a broken connection, an altered reply, a token) is dealt
-with here; what may be their fault goes back to `scorer.py`. What an answer means stands in `dialect.py`.
+A reply is taken only if its id, checksum of the request, names, dtypes, shapes, extents in shared memory, model digest
+and fingerprint are the expected ones. Whatever is not the records' own fault (no room, a broken connection, an altered
+reply, a token) is dealt with here; what may be their fault goes back to `scorer.py`. What an answer means stands in
+`dialect.py`.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from batch_handler.oip import (
     BODY_CHECKSUM,
     CONTENT_TYPE,
     HEADER_LENGTH,
+    Extent,
     InferReply,
     InferRequest,
     Message,
     OipError,
-    Place,
     RequestedOutput,
     Tensor,
     crc32c,
@@ -51,11 +52,9 @@ REQUEST_SECONDS = 300.0
 LONGEST_NUMBER = 18  # digits of a length in bytes
 # A token may be refused while its server restarts or another program renews it; after this long it is wrong.
 TOKEN_SECONDS = 30.0
-# An output of at least this many bytes comes back through shared memory, where there is some. A smaller one stays in
-# the reply, which the sockets and Java copy: that is less than what files cost.
+# An output of at least this many bytes comes back through shared memory, where there is some. A smaller one is soon
+# copied with the reply, and in memory would take a page of its own.
 SHARED_OUTPUT_BYTES = 16 << 10
-# Where outputs begin in a region: at a multiple of this.
-ALIGNMENT = 64
 # A request on which the connection breaks, or whose reply is unsound, this often in a row may be the reason: taking it
 # apart begins with a request of zeros, which waits for a server that is merely gone.
 BROKEN_TRIES = 8
@@ -77,21 +76,21 @@ class Prediction:
 
 
 @dataclass
-class _Asked:
-    """One attempt at a request: its body, its id, and its outputs' places in the region that it has, if any.
+class _Attempt:
+    """One attempt at a request: its body, its id, and the extents of its outputs in the region that it has, if any.
 
-    `read_bytes`: of the outputs that were read there.
+    read_bytes: of the outputs that were read there.
     """
 
     message: Message
     ident: str
-    places: frozenset[Place] = frozenset()
+    extents: frozenset[Extent] = frozenset()
     region: Region | None = None
     read_bytes: int = 0
 
     def read(self, name: str, offset: int, size: int) -> bytearray:
-        """An output that the server has put into the region; raises OipError where it was not to be there."""
-        if self.region is None or (name, offset, size) not in self.places:
+        """An output that the server has put into region `name`; raises OipError where none was to be there."""
+        if self.region is None or (name, offset, size) not in self.extents:
             raise OipError(f"the reply has {size} bytes at {offset} of region {name[:60]!r}, which were not asked for")
         try:
             data = self.region.read(offset, size)
@@ -156,9 +155,9 @@ class Exchange:
                 with timed(Step.ROOM, self._emit, self._clock):
                     endpoint = await held.enter_async_context((room or self.pool.room)())
                 # Only now: records that wait for room are held once, as they were read.
-                asked = self._placed(endpoint, span, self._contract.on_the_wire(rows), held)
+                attempt = self._placed(endpoint, span, self._contract.on_the_wire(rows), held)
                 sent_at, lane = self._clock(), endpoint.lane
-                verdict, prediction = await self._attempt(endpoint, asked, span, tries)
+                verdict, prediction = await self._attempt(endpoint, attempt, span, tries)
                 if verdict.outcome is Outcome.NO_MODEL:
                     self.pool.without_model(endpoint, lane, verdict.reason)
                 self._learn(endpoint, verdict, prediction, sent_at)
@@ -183,54 +182,57 @@ class Exchange:
         idle = self._clock() - max(self._last_success, since)
         return idle if idle > self._patience else None
 
-    def _placed(self, endpoint: Endpoint, span: Span, rows: np.ndarray, held: AsyncExitStack) -> _Asked:
-        """A request. Its records are in the server's shared memory while `held` lasts, or in its body."""
+    def _placed(self, endpoint: Endpoint, span: Span, rows: np.ndarray, held: AsyncExitStack) -> _Attempt:
+        """A request. Its records, and room for outputs, are in the server's shared memory while `held` lasts, or its
+        records are in its body.
+        """
         ident = f"{self._nonce}-{next(self._numbers)}"
-        if endpoint.shared_memory is not None:
-            places, end = self._places(ident, rows)
-            message = self._encode(ident, span, rows, ident, places)
+        while endpoint.shared_memory is not None:
+            extents, end = self._extents(ident, rows) if endpoint.shared_outputs else ({}, 0)
+            message = self._encode(ident, span, rows, ident, extents)
             try:
                 region = held.enter_context(self._regions.region(endpoint.shared_memory, ident, message.shared, end))
-            except OSError:
-                self._send_bodies(endpoint)  # full, or gone with its server
+            except OSError:  # full, or gone with its server
+                if not extents:
+                    self._send_bodies(endpoint)
+                endpoint.shared_outputs = False  # records have the memory first
             else:
-                return _Asked(message, ident, frozenset(places.values()), region)
-        return _Asked(self._encode(ident, span, rows), ident)
+                return _Attempt(message, ident, frozenset(extents.values()), region)
+        return _Attempt(self._encode(ident, span, rows), ident)
 
-    def _places(self, ident: str, rows: np.ndarray) -> tuple[dict[str, Place], int]:
+    def _extents(self, ident: str, rows: np.ndarray) -> tuple[dict[str, Extent], int]:
         """Where the larger outputs go: behind the records in region `ident`; and where that ends."""
-        places, end = {}, rows.nbytes
+        extents, end = {}, rows.nbytes
         for output in self._contract.outputs:
             size = len(rows) * output.record_bytes
             if size >= SHARED_OUTPUT_BYTES:
-                start = -(-end // ALIGNMENT) * ALIGNMENT
-                places[output.name], end = Place(ident, start, size), start + size
-        return places, end
+                extents[output.name], end = Extent(ident, end, size), end + size
+        return extents, end
 
     def _send_bodies(self, endpoint: Endpoint) -> None:
-        """From now on the records for this server are sent."""
+        """From now on records for this server are sent, and its outputs too."""
         if endpoint.shared_memory is not None:
             self._regions.give_up(endpoint.shared_memory)
             endpoint.shared_memory = None
 
     def _encode(self, ident: str, span: Span, rows: np.ndarray, in_region: str | None = None,
-                places: Mapping[str, Place] = MappingProxyType({})) -> Message:
+                extents: Mapping[str, Extent] = MappingProxyType({})) -> Message:
         parameters: dict[str, object] = {"binary_data_output": True}
         outputs: tuple[RequestedOutput, ...] = ()
         if self._exact:
             parameters |= {"exact": True, "first_row": span.first_row}
-        if places or (not self._exact and self._contract.has_status):
+        if extents or (not self._exact and self._contract.has_status):
             # Only a bulk reply has a status for each record without being asked.
             names = (*self._contract.output_names, RECORD_STATUS)
-            outputs = tuple(RequestedOutput(name, place=places.get(name)) for name in names)
+            outputs = tuple(RequestedOutput(name, extent=extents.get(name)) for name in names)
         inputs = (Tensor(self._contract.input_name, rows),)
         request = InferRequest(id=ident, inputs=inputs, outputs=outputs, parameters=parameters)
         return encode_request(request, region=in_region)
 
-    async def _attempt(self, endpoint: Endpoint, asked: _Asked, span: Span,
+    async def _attempt(self, endpoint: Endpoint, attempt: _Attempt, span: Span,
                        tries: _Tries) -> tuple[Verdict, Prediction | None]:
         tries.made += 1
-        message = asked.message
+        message = attempt.message
         # One refusal makes the next request, whichever it is, ask for another token.
         refused, self._refused_token = self._refused_token, None
         token = await self._tokens.token(refused)
@@ -251,13 +253,17 @@ class Exchange:
         if verdict.outcome is not Outcome.RESULT:
             return verdict, None
         try:
-            answer = _decode(reply, asked)
-            prediction = self._check(answer, asked, span.count)
+            answer = _decode(reply, attempt)
+            prediction = self._check(answer, attempt, span.count)
         except _OtherModelError as error:
             return Verdict(Outcome.OTHER_MODEL, str(error)), None
         except OipError as error:
             return Verdict(Outcome.CORRUPT, str(error)), None
-        self._emit(RequestDone(endpoint.url, span.count, message.nbytes, len(reply.body) + asked.read_bytes,
+        if attempt.region is not None:
+            attempt.region.answered = True
+        if attempt.extents and not attempt.read_bytes:
+            endpoint.shared_outputs = False  # no room, or a server that does not know of it
+        self._emit(RequestDone(endpoint.url, span.count, message.nbytes, len(reply.body) + attempt.read_bytes,
                                self._clock() - started, prediction.compute * 1e3))
         return verdict, prediction
 
@@ -294,11 +300,11 @@ class Exchange:
         with timed(Step.PAUSE, self._emit, self._clock):
             await asyncio.sleep(delay)
 
-    def _check(self, reply: InferReply, asked: _Asked, count: int) -> Prediction:
+    def _check(self, reply: InferReply, attempt: _Attempt, count: int) -> Prediction:
         contract = self._contract
-        if reply.id != asked.ident:
-            raise OipError(f"the reply has id {reply.id!r}, the request {asked.ident!r}")
-        if contract.has_status and reply.parameters.get("request_crc32c") != asked.message.crc32c:
+        if reply.id != attempt.ident:
+            raise OipError(f"the reply has id {reply.id!r}, the request {attempt.ident!r}")
+        if contract.has_status and reply.parameters.get("request_crc32c") != attempt.message.crc32c:
             raise OipError("the server received other bytes than were sent")
         digest = str(reply.parameters.get("model_digest", contract.digest))
         fingerprint = str(reply.parameters.get("fingerprint", contract.fingerprint)) if self._exact else ""
@@ -346,16 +352,16 @@ def _status_of(tensors: Mapping[str, np.ndarray], count: int) -> np.ndarray:
     return np.where(finite, 0, 2).astype(np.uint8)
 
 
-def _decode(reply: HttpReply, asked: _Asked) -> InferReply:
+def _decode(reply: HttpReply, attempt: _Attempt) -> InferReply:
     wanted = reply.headers.get(BODY_CHECKSUM.lower())
     if wanted is not None and wanted != str(crc32c(reply.body)):
         raise OipError(f"the reply's bytes have CRC-32C {crc32c(reply.body)}, its header says {wanted[:20]}")
     length = reply.headers.get(HEADER_LENGTH.lower())
     if length is not None and not (length.isascii() and length.isdecimal() and len(length) <= LONGEST_NUMBER):
         raise OipError(f"{HEADER_LENGTH} is {length[:40]!r}, wanted a number")
-    most = len(reply.body) * 8 + sum(place.size for place in asked.places)
+    most = len(reply.body) * 8 + sum(extent.size for extent in attempt.extents)
     return decode_reply(reply.body, None if length is None else int(length), max_tensor_bytes=most,
-                        shared=asked.read if asked.places else None)
+                        shared=attempt.read if attempt.extents else None)
 
 
 def _seconds(milliseconds: object) -> float:

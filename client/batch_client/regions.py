@@ -2,9 +2,9 @@
 a folder in memory.
 
 What goes through HTTP is copied by the socket, by Java several times and by the worker's socket again; what lies in
-memory is written once and read once. A region has the name of one attempt at a request, so a server that reads too late
-finds nothing. Where it had begun to read, the checksum that it answers with is not that of the request, and nobody
-waits for the answer.
+memory is written once and read once. A region has the name of one attempt at a request. Its file becomes another one's
+only when the attempt has its answer; else it is removed, and a server that reads or writes it later does so where
+nobody looks.
 """
 
 from __future__ import annotations
@@ -84,10 +84,11 @@ def usable_folder(said: object) -> Path | None:
 
 
 class Region:
-    """One file in shared memory, open."""
+    """One file in shared memory, open. answered: set it when the server is done with it, so that it is used again."""
 
     def __init__(self, file: int) -> None:
         self._file = file
+        self.answered = False
 
     def read(self, offset: int, size: int) -> bytearray:
         """`size` bytes from `offset` on, fewer where the file ends. Raises OSError."""
@@ -99,7 +100,7 @@ class Region:
 class Regions:
     """What one client has in the shared memory of its servers; closed, nothing of it is left.
 
-    A file whose block is over gets the name of the next region: written pages cost a sixth of new ones.
+    A file whose request was answered gets the name of the next region: written pages cost a sixth of new ones.
     """
 
     def __init__(self) -> None:
@@ -109,7 +110,7 @@ class Regions:
     @contextmanager
     def region(self, folder: Path, name: str, parts: Sequence[memoryview], size: int = 0) -> Iterator[Region]:
         """A region of `folder` that begins with `parts` one after the other and has at least `size` bytes, for as long
-        as the block lasts. What follows the parts takes memory only when it is written.
+        as the block lasts. What follows the parts in a new file takes memory only when it is written.
 
         Raises OSError when it can't be written whole: no room, or the folder is gone with its server.
         """
@@ -121,30 +122,21 @@ class Regions:
                 free.pop().rename(path)
                 fresh = 0
         try:
-            file = os.open(path, os.O_RDWR | fresh | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            try:
-                # The server may have ended, and another user have made a folder of its name.
-                if (status := os.fstat(file)).st_uid != os.geteuid():
-                    raise PermissionError(f"{path} is another user's")
-                if status.st_size < size:
-                    os.ftruncate(file, size)
-                _write(file, parts)
-            except OSError:
-                os.close(file)
-                raise
-        except OSError:
+            file = _opened(path, fresh, parts, size)
+        except BaseException:
             # In memory that is full there is nothing to spare: neither half a region nor files that wait for the next.
-            _unlink([path])
-            self.give_up(folder)
+            _unlink([path, *free])
+            free.clear()
             raise
+        region = Region(file)
         try:
-            yield Region(file)
+            yield region
         finally:
             os.close(file)
-            if folder in self._given_up:
-                _unlink([path])
-            else:
+            if region.answered and folder not in self._given_up:
                 free.append(path)
+            else:
+                _unlink([path])
 
     def give_up(self, folder: Path) -> None:
         """Keep no files there for later regions: those of now are removed when their blocks end."""
@@ -156,6 +148,27 @@ class Regions:
         for free in self._free.values():
             _unlink(free)
         self._free.clear()
+
+
+def _opened(path: Path, fresh: int, parts: Sequence[memoryview], size: int) -> int:
+    """A file that begins with `parts` and has at least `size` bytes, open to read and write."""
+    file = os.open(path, os.O_RDWR | fresh | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        if _own_size(file, path) < size:
+            os.ftruncate(file, size)
+        _write(file, parts)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _own_size(file: int, path: Path) -> int:
+    """How long a file of this user is: its server may have ended, and another user have made a folder of its name."""
+    status = os.fstat(file)
+    if status.st_uid != os.geteuid():
+        raise PermissionError(f"{path} is another user's")
+    return status.st_size
 
 
 def _unlink(paths: Iterable[Path]) -> None:

@@ -46,7 +46,7 @@ class ServerSettings:
     address, port: where it takes requests; a free port by default. metrics_port: shows metrics, which need no token, at
     `address` too; by default they are on a free port of the loopback. startup_seconds: until every worker is ready.
     token_minutes: life of a token. log_dir: default the private temp dir, removed after a clean end.
-    shared_memory: whether clients on this machine may leave the records of their requests in memory (`regions.py`).
+    shared_memory: whether clients on this machine may have records and outputs in memory (`regions.py`).
     extra_properties: lines for config.properties, which win over all others. tuning: what was measured, for all that is
     left open here and in the environment; the default is the file beside the archive for this kind of machine, if any.
     """

@@ -16,7 +16,7 @@ from typing import Any
 
 from batch_handler import content, oip
 from batch_handler.model import Model
-from batch_handler.oip import Array, InferRequest, ModelMetadata, OipError, Place, Tensor, TensorSpec
+from batch_handler.oip import Array, Extent, InferRequest, ModelMetadata, OipError, Tensor, TensorSpec
 from batch_handler.scoring import Failure, Query, Score
 from batch_handler.shared import SharedMemory
 from batch_handler.tensors import Buffer, noting
@@ -163,18 +163,18 @@ class Exchange:
         binary = self._binary_by_output(asked)
         echo = {} if decoded else {"request_crc32c": oip.crc32c(raw, *read)}
         query = self._query(arrays, binary, asked.first_row if asked.exact else None)
-        return Pending(query, functools.partial(self._encode_oip, asked.id, binary, self._places(asked, query), echo))
+        return Pending(query, functools.partial(self._encode_oip, asked.id, binary, self._extents(asked, query), echo))
 
-    def _places(self, asked: InferRequest, query: Query) -> dict[str, Place]:
-        """Where in shared memory the request wants outputs."""
+    def _extents(self, asked: InferRequest, query: Query) -> dict[str, Extent]:
+        """Where in shared memory the request wants outputs; nowhere if this server has none."""
         memory = self._shared_memory
-        places = {output.name: output.place for output in asked.outputs if output.place is not None}
-        for name, place in places.items():
-            if place.size != (size := query.records * self._sizes[name][0]):
-                raise OipError(f"output {name} is given {place.size} bytes of shared memory, wanted {size}")
+        extents = {output.name: output.extent for output in asked.outputs if output.extent is not None}
+        for name, extent in extents.items():
+            if extent.size != (size := query.records * self._sizes[name][0]):
+                raise OipError(f"output {name} is given {extent.size} bytes of shared memory, wanted {size}")
             if memory is not None:
-                memory.check_name(place.region)
-        return places
+                memory.check_name(extent.region)
+        return extents if memory else {}
 
     def _arrays(self, asked: InferRequest) -> tuple[Array, ...]:
         given = {tensor.name: tensor.data for tensor in asked.inputs}
@@ -232,7 +232,7 @@ class Exchange:
         self,
         request_id: str,
         binary: Mapping[str, bool],
-        places: Mapping[str, Place],
+        extents: Mapping[str, Extent],
         echo: Mapping[str, Any],
         score: Score,
         batch_requests: int,
@@ -254,22 +254,20 @@ class Exchange:
                 "batch_requests": batch_requests,
             },
         )
-        message = oip.encode_reply(reply, binary=binary, places=places)
-        if not self._written(message, [places[name] for name in binary if name in places]):
+        message = oip.encode_reply(reply, binary=binary, extents=extents)
+        if not self._written(message, [extents[name] for name in binary if name in extents]):
             message = oip.encode_reply(reply, binary=binary)
         if message.header_length is None:
             return Reply(message.join())
         headers = {oip.HEADER_LENGTH: str(message.header_length), oip.BODY_CHECKSUM: str(message.crc32c)}
         return Reply(message.join(), oip.CONTENT_TYPE, headers=headers)
 
-    def _written(self, message: oip.Message, places: Sequence[Place]) -> bool:
+    def _written(self, message: oip.Message, extents: Sequence[Extent]) -> bool:
         """Whether what the reply has in shared memory could be put there."""
-        memory = self._shared_memory
-        if memory is None:
-            return not places
         try:
-            for place, data in zip(places, message.shared, strict=True):
-                memory.write(place.region, place.offset, data)
+            for extent, data in zip(extents, message.shared, strict=True):
+                if self._shared_memory is not None:
+                    self._shared_memory.write(extent.region, extent.offset, data)
         except OipError as error:  # the client is gone, or the memory is full
             _log.debug("outputs are sent: %s", error)
             return False
@@ -301,7 +299,7 @@ class Exchange:
 
 
 def _is_binary(output: oip.RequestedOutput, default: bool) -> bool:  # noqa: FBT001 - the request's
-    if output.place is not None:
+    if output.extent is not None:
         return True
     return default if output.binary is None else output.binary
 

@@ -23,9 +23,9 @@ from batch_handler.tensors import (
     DATATYPES,
     Array,
     Buffer,
+    Extent,
     Fields,
     OipError,
-    Place,
     ReadShared,
     Tensor,
     crc32c,
@@ -33,8 +33,8 @@ from batch_handler.tensors import (
     decode_tensors,
     dtype_named,
     encode_tensors,
+    extent_of,
     noting,
-    place_of,
     refuse_duplicates,
     shown,
 )
@@ -45,12 +45,12 @@ __all__ = [
     "DATATYPES",
     "HEADER_LENGTH",
     "Array",
+    "Extent",
     "InferReply",
     "InferRequest",
     "Message",
     "ModelMetadata",
     "OipError",
-    "Place",
     "ReadShared",
     "RequestedOutput",
     "Tensor",
@@ -80,13 +80,13 @@ def _nothing() -> _Parameters:
 
 @dataclass(frozen=True)
 class RequestedOutput:
-    """An output asked for by name; `binary` is None where the request's default holds. With a `place` the server writes
-    it there in shared memory, or sends it binary where it can't.
+    """An output asked for by name; `binary` is None where the request's default holds. With an `extent` the server
+    writes it there in shared memory, or, where it can't, sends it binary.
     """
 
     name: str
     binary: bool | None = None
-    place: Place | None = None
+    extent: Extent | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class InferReply:
 
 @dataclass(frozen=True)
 class Message:
-    """A body to send: the JSON header, then views of the tensors. Those in `shared` have to be in their places in
+    """A body to send: the JSON header, then views of the tensors. Those in `shared` have to be in their extents in
     shared memory instead; in a request they are one after the other from a region's beginning on.
 
     `header_length` is None for a body that is only JSON. `crc32c` is of the body, and in a request of what is shared
@@ -196,14 +196,14 @@ class ModelMetadata:
 
 
 def encode_request(request: InferRequest, *, binary: bool = True, region: str | None = None) -> Message:
-    """A request as a body; `binary` sends every input raw, else all of it is JSON. With `region` the raw inputs are
-    those in `Message.shared`, which the server finds in that region of shared memory.
+    """A request as a body; `binary` sends every input raw, else all of it is JSON. With `region` every input is raw
+    and in `Message.shared`, for the server to find in that region of shared memory.
     """
     header: dict[str, Any] = {"id": request.id}
     if request.parameters:
         header["parameters"] = dict(request.parameters)
-    places = {} if region is None else _one_after_the_other(request.inputs, region)
-    header["inputs"], tail, shared = encode_tensors(request.inputs, lambda _: binary, places)
+    extents = {} if region is None else _one_after_the_other(request.inputs, region)
+    header["inputs"], tail, shared = encode_tensors(request.inputs, lambda _: binary, extents)
     if request.outputs:
         header["outputs"] = [_requested_to_json(output) for output in request.outputs]
     if region is None:
@@ -212,10 +212,10 @@ def encode_request(request: InferRequest, *, binary: bool = True, region: str | 
     return Message((text,), len(text), crc32c(text, *shared), tuple(shared))
 
 
-def _one_after_the_other(tensors: Sequence[Tensor], region: str) -> dict[str, Place]:
+def _one_after_the_other(tensors: Sequence[Tensor], region: str) -> dict[str, Extent]:
     sizes = [tensor.data.nbytes for tensor in tensors]
     offsets = accumulate(sizes, initial=0)
-    return {tensor.name: Place(region, at, size) for tensor, at, size in zip(tensors, offsets, sizes, strict=False)}
+    return {tensor.name: Extent(region, at, size) for tensor, at, size in zip(tensors, offsets, sizes, strict=False)}
 
 
 def decode_request(
@@ -241,14 +241,14 @@ def decode_request(
 
 
 def encode_reply(
-    reply: InferReply, *, binary: Mapping[str, bool], places: Mapping[str, Place] = MappingProxyType({})
+    reply: InferReply, *, binary: Mapping[str, bool], extents: Mapping[str, Extent] = MappingProxyType({})
 ) -> Message:
-    """A reply as a body; outputs that neither `binary` nor `places` names are JSON.
+    """A reply as a body; outputs that neither `binary` nor `extents` names are JSON.
 
     With any binary output the parameters get `crc32c`, that of all bytes after the JSON header and then of those in
-    their `places` in shared memory, in the order of the outputs.
+    their `extents` in shared memory, in the order of the outputs.
     """
-    outputs, tail, shared = encode_tensors(reply.outputs, lambda name: binary.get(name, False), places)
+    outputs, tail, shared = encode_tensors(reply.outputs, lambda name: binary.get(name, False), extents)
     parameters = dict(reply.parameters)
     if tail or shared:
         parameters["crc32c"] = crc32c(*tail, *shared)
@@ -267,7 +267,8 @@ def decode_reply(
 ) -> InferReply:
     """Read a reply of any OIP server; its binary outputs are views of `body` or of what `shared` reads.
 
-    The `crc32c` of the binary bytes is verified where the reply carries one.
+    The `crc32c` of the binary bytes is verified where the reply carries one; one with outputs in shared memory has to,
+    since others may write there.
     """
     header, tail = _split(body, header_length)
     fields = Fields(header, "reply")
@@ -276,7 +277,7 @@ def decode_reply(
     read: list[Buffer] = []
     outputs = decode_tensors(fields.get("outputs", list), tail, "output", limit, noting(shared, read))
     wanted = parameters.get("crc32c")
-    if wanted is not None:
+    if wanted is not None or read:
         found = crc32c(tail, *read)
         if found != wanted:
             raise OipError(f"binary outputs have CRC-32C {found}, the reply says {wanted}")
@@ -335,8 +336,8 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
 
 
 def _requested_to_json(output: RequestedOutput) -> dict[str, Any]:
-    if output.place is not None:
-        return {"name": output.name, "parameters": output.place.to_json()}
+    if output.extent is not None:
+        return {"name": output.name, "parameters": output.extent.to_json()}
     if output.binary is None:
         return {"name": output.name}
     return {"name": output.name, "parameters": {"binary_data": output.binary}}
@@ -350,8 +351,8 @@ def _requested_from_json(value: Any) -> RequestedOutput:
     binary = parameters.get("binary_data")
     if binary is not None and not isinstance(binary, bool):
         raise OipError(f"binary_data of output {name} is {shown(binary)}, wanted true or false")
-    place = place_of(parameters, f"output {name}") if "shared_memory_region" in parameters else None
-    return RequestedOutput(name, binary, place)
+    extent = extent_of(parameters, f"output {name}") if "shared_memory_region" in parameters else None
+    return RequestedOutput(name, binary, extent)
 
 
 def _spec_to_json(spec: TensorSpec) -> dict[str, Any]:

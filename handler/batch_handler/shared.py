@@ -1,8 +1,8 @@
 """Shared memory with clients on the same machine: their records are read there, and large outputs written.
 
-Rule: one folder, files of it by plain names that clients have made, and nothing is mapped. What is read is a copy, so a
-client that ends, cuts its file short or writes on can neither crash the worker nor change records after their checksum
-was taken. What is written ends within the file.
+Rule: one folder of this user's own, files of it by plain names that clients have made, and nothing is mapped. What is
+read is a copy, so a client that ends, cuts its file short or writes on can neither crash the worker nor change records
+after their checksum was taken. What is written ends within the file.
 
 The parameters are those of Triton's system shared memory extension; a region needs no registration, since its name is
 that of a file in the folder that the metadata gives:
@@ -11,6 +11,7 @@ https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/pro
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -42,17 +43,17 @@ class SharedMemory:
         return data
 
     def write(self, region: str, offset: int, data: memoryview) -> None:
-        """Put `data` into a region; raises OipError where it has no room for it."""
-        with self._open(region, os.O_WRONLY, offset + len(data)) as file:
-            if (taken := os.pwrite(file, data, offset)) != len(data):
-                raise OipError(f"shared_memory_region {region} took {taken} bytes, wanted {len(data)}", GONE)
+        """Put `data` into a region; raises OipError where that is no file with so many bytes, or the memory is full."""
+        with self._open(region, os.O_WRONLY, offset + data.nbytes) as file:
+            if (taken := os.pwrite(file, data, offset)) != data.nbytes:
+                raise OipError(f"shared_memory_region {region} took {taken} bytes, wanted {data.nbytes}", GONE)
 
     @contextmanager
     def _open(self, region: str, how: int, end: int) -> Iterator[int]:
         """A region of at least `end` bytes."""
         self.check_name(region)
         try:
-            file = os.open(self.folder / region, how | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            file = self._open_in_folder(region, how)
         except OSError as error:
             raise OipError(f"shared_memory_region {region} can't be opened: {error.strerror}", GONE) from error
         try:
@@ -66,6 +67,17 @@ class SharedMemory:
             raise OipError(f"shared_memory_region {region} can't be used: {error.strerror}", GONE) from error
         finally:
             os.close(file)
+
+    def _open_in_folder(self, region: str, how: int) -> int:
+        """Where the folder went and another user made one of its name, or a link, nothing is opened there."""
+        flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | flags)
+        try:
+            if os.fstat(folder).st_uid != os.geteuid():
+                raise PermissionError(errno.EPERM, "the folder is another user's")
+            return os.open(region, how | flags, dir_fd=folder)
+        finally:
+            os.close(folder)
 
     def check_name(self, region: str) -> None:
         """Raises OipError if no region can be called so."""

@@ -23,9 +23,9 @@ __all__ = [
     "GONE",
     "Array",
     "Buffer",
+    "Extent",
     "Fields",
     "OipError",
-    "Place",
     "ReadShared",
     "Tensor",
     "crc32c",
@@ -33,9 +33,9 @@ __all__ = [
     "decode_tensors",
     "dtype_named",
     "encode_tensors",
+    "extent_of",
     "from_json_numbers",
     "noting",
-    "place_of",
     "refuse_duplicates",
     "shown",
     "to_json_numbers",
@@ -82,7 +82,7 @@ class OipError(ValueError):
         self.status = status
 
 
-class Place(NamedTuple):
+class Extent(NamedTuple):
     """Where bytes are in shared memory: `size` of them, from `offset` on, in a region."""
 
     region: str
@@ -178,10 +178,10 @@ def dtype_named(datatype: str, name: str) -> np.dtype[Any]:
 
 
 def encode_tensors(
-    tensors: Sequence[Tensor], is_binary: Callable[[str], bool], places: Mapping[str, Place] = MappingProxyType({})
+    tensors: Sequence[Tensor], is_binary: Callable[[str], bool], extents: Mapping[str, Extent] = MappingProxyType({})
 ) -> tuple[list[dict[str, Any]], list[memoryview], list[memoryview]]:
     """The tensors' JSON objects; the bytes of the binary ones that follow them in the body; and those of the tensors
-    that have `places` in shared memory.
+    that have `extents` in shared memory.
     """
     described: list[dict[str, Any]] = []
     tail: list[memoryview] = []
@@ -194,8 +194,8 @@ def encode_tensors(
             "shape": list(tensor.data.shape),
         }
         data = np.ascontiguousarray(tensor.data, dtype=DATATYPES[datatype]).reshape(-1)
-        if (place := places.get(tensor.name)) is not None:
-            item["parameters"] = place.to_json()
+        if (extent := extents.get(tensor.name)) is not None:
+            item["parameters"] = extent.to_json()
             shared.append(data.view(np.uint8).data)
         elif is_binary(tensor.name):
             item["parameters"] = {"binary_data_size": data.nbytes}
@@ -272,10 +272,10 @@ def _check_size(size: Any, nbytes: int, left: int, name: str, dtype: np.dtype[An
 def _from_shared(parameters: Mapping[str, Any], nbytes: int, name: str, shared: ReadShared | None) -> memoryview:
     if shared is None:
         raise OipError(f"{name} is said to be in shared memory, wanted it in the body: there is none here", GONE)
-    place = place_of(parameters, name)
-    if place.size != nbytes:
-        raise OipError(f"{name} is {place.size} bytes in shared memory, wanted {nbytes} bytes of its shape")
-    return memoryview(shared(*place))
+    extent = extent_of(parameters, name)
+    if extent.size != nbytes:
+        raise OipError(f"{name} is {extent.size} bytes in shared memory, wanted {nbytes} bytes of its shape")
+    return memoryview(shared(*extent))
 
 
 def noting(shared: ReadShared | None, read: list[Buffer]) -> ReadShared | None:
@@ -290,13 +290,13 @@ def noting(shared: ReadShared | None, read: list[Buffer]) -> ReadShared | None:
     return from_memory
 
 
-def place_of(parameters: Mapping[str, Any], name: str) -> Place:
+def extent_of(parameters: Mapping[str, Any], name: str) -> Extent:
     """Where the parameters of a tensor say that it is."""
     where = Fields(parameters, f"the parameters of {name}")
     size, offset = where.get("shared_memory_byte_size", int), where.get("shared_memory_offset", int, 0)
     if not 0 <= size < _FURTHEST or not 0 <= offset < _FURTHEST:
         raise OipError(f"{name} is said to be {shown(size)} bytes at {shown(offset)} of shared memory, which can't be")
-    return Place(where.get("shared_memory_region", str), offset, size)
+    return Extent(where.get("shared_memory_region", str), offset, size)
 
 
 def _from_raw(raw: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> Array:

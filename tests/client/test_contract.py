@@ -1,9 +1,11 @@
 """What a server's metadata becomes, and what of it is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from batch_client import contract
 from batch_client.contract import contract_of, fetch_contract
 from batch_client.errors import ServingError
 from batch_client.transport import HttpReply
@@ -60,3 +62,12 @@ def test_a_server_without_room_at_the_first_question_is_asked_again():
     assert run_virtually(fetch_contract(Full(8).servers(), URL)).name == "toy"
     with pytest.raises(ServingError, match="can't describe model 'toy': the server has no room"):
         run_virtually(fetch_contract(Full(10_000).servers(), URL))
+
+
+def test_memory_is_shared_with_our_own_handler_only(tmp_path, monkeypatch):
+    # Its replies have checksums; what lies in memory is not to be believed without them.
+    folder = tmp_path / "memory"
+    monkeypatch.setattr(contract, "usable_folder", Path)
+    ours = metadata("scores", shared_memory=str(folder), fingerprint="numerics")
+    assert contract_of("http://s", ours).shared_memory == folder
+    assert contract_of("http://s", metadata("scores", shared_memory=str(folder))).shared_memory is None

@@ -5,6 +5,7 @@ import os
 import random
 import re
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,12 +15,12 @@ from batch_client.contract import ModelContract
 from batch_client.dialect import Outcome
 from batch_client.endpoint import Pool
 from batch_client.errors import BrokenPromiseError, DataError
-from batch_client.exchange import Exchange, Prediction, _Asked, _Tries
+from batch_client.exchange import Exchange, Prediction, _Attempt, _Tries
 from batch_client.layout import SPEC_KEY
 from batch_client.plan import OutputGeometry, Span
 from batch_client.transport import HttpReply
 from batch_client.verify import verify_output
-from batch_handler.oip import HEADER_LENGTH, OipError, Place, crc32c
+from batch_handler.oip import HEADER_LENGTH, Extent, OipError, crc32c
 from batch_handler.shared import SharedMemory
 from support.faulty import Fate
 from support.simulated import URL, SimulatedServer
@@ -155,7 +156,7 @@ def test_without_the_echo_a_flipped_bit_of_a_region_would_be_scored(exchange_wit
     asyncio.run(run())
 
 
-OUTPUT_AT, OUTPUT_BYTES = 64, len(ROWS) * 2 * 4  # behind the 24 bytes of ROWS, at a multiple of 64
+OUTPUT_AT, OUTPUT_BYTES = ROWS.nbytes, len(ROWS) * 2 * 4
 
 
 def test_every_flipped_bit_of_an_output_in_memory_is_noticed(exchange_with, memory, outputs_in_memory):
@@ -178,6 +179,20 @@ def test_every_flipped_bit_of_an_output_in_memory_is_noticed(exchange_with, memo
     assert server.returned == OUTPUT_BYTES * 8 + 3
 
 
+def test_the_larger_outputs_are_one_after_the_other_behind_the_records(exchange_with, memory):
+    exchange = exchange_with(Altering(shared_memory=memory))
+    shapes = {"a": (2,), "small": (), "b": (3, 5), "c": (7,)}
+    exchange._contract = replace(exchange._contract, outputs=tuple(
+        OutputGeometry(name, np.dtype(np.float64), shape) for name, shape in shapes.items()))
+    rows = np.zeros((1024, 3), np.uint8)
+    extents, end = exchange._extents("r", rows)
+    sizes = {"a": 16384, "b": 122_880, "c": 57_344}
+    assert {name: extent.size for name, extent in extents.items()} == sizes
+    assert [extent.offset for extent in extents.values()] == [3072, 3072 + 16384, 3072 + 16384 + 122_880]
+    assert end == 3072 + sum(sizes.values())
+    assert {extent.region for extent in extents.values()} == {"r"}
+
+
 @pytest.mark.parametrize("alter", [
     lambda path: os.truncate(path, OUTPUT_AT + OUTPUT_BYTES - 1), lambda path: os.truncate(path, 0),
     lambda path: path.write_bytes(bytes(OUTPUT_AT + OUTPUT_BYTES)),
@@ -190,13 +205,13 @@ def test_an_output_in_memory_that_is_cut_or_anothers_is_noticed(alter, exchange_
     assert (verdict.outcome, prediction) == (Outcome.CORRUPT, None)
 
 
-def test_a_server_that_says_another_place_than_it_was_given_is_not_believed(
+def test_a_server_that_says_another_extent_than_it_was_given_is_not_believed(
         exchange_with, memory, outputs_in_memory, monkeypatch):
     server = Altering(shared_memory=memory)
     exchange = exchange_with(server)
-    monkeypatch.setattr(Place, "to_json", lambda place: {
-        "shared_memory_region": place.region, "shared_memory_byte_size": place.size,
-        "shared_memory_offset": place.offset - 1 if place.offset else 0})
+    monkeypatch.setattr(Extent, "to_json", lambda extent: {
+        "shared_memory_region": extent.region, "shared_memory_byte_size": extent.size,
+        "shared_memory_offset": extent.offset - 1 if extent.offset else 0})
     verdict, prediction = asyncio.run(attempt(exchange))
     assert (verdict.outcome, prediction) == (Outcome.CORRUPT, None)
     assert "which were not asked for" in verdict.reason
@@ -244,7 +259,7 @@ def test_every_reply_to_another_request_is_noticed(exchange_with):
         for number in range(50):
             rows = ROWS + number
             ident = f"request-{number}"
-            asked = _Asked(exchange._encode(ident, SPAN, rows), ident)
+            asked = _Attempt(exchange._encode(ident, SPAN, rows), ident)
             headers = {"Inference-Header-Content-Length": str(asked.message.header_length)}
             pairs.append((asked, await server.send("POST", URL, headers, asked.message.parts, 1)))
         taken = 0
@@ -324,4 +339,4 @@ def test_a_chunk_that_was_altered_before_its_proof_is_never_overwritten_nor_beli
 @pytest.mark.parametrize("length", ["", "-1", "1.0", "\u00b2", "\u0661", "1" * 19, "1" * 5000])
 def test_a_replys_length_that_is_no_number_of_bytes_is_an_unsound_reply(length):
     with pytest.raises(OipError, match="wanted a number"):
-        exchange._decode(HttpReply(200, {HEADER_LENGTH.lower(): length}, b"{}"), _Asked(None, "id"))
+        exchange._decode(HttpReply(200, {HEADER_LENGTH.lower(): length}, b"{}"), _Attempt(None, "id"))

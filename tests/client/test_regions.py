@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -115,6 +115,13 @@ def test_what_has_the_name_and_is_no_folder_is_refused(folder, tmp_path):
     folder.unlink()
 
 
+def answered(regions, folder, *regions_of_it):
+    """Regions whose requests were answered, all at one time."""
+    with ExitStack() as held:
+        for name in regions_of_it:
+            held.enter_context(regions.region(folder, name, PARTS)).answered = True
+
+
 def test_a_region_has_its_parts_for_as_long_as_its_block_lasts(folder, regions):
     with regions.region(folder, "r-1", PARTS):
         assert (folder / "r-1").read_bytes() == WHOLE
@@ -135,9 +142,11 @@ def test_a_region_has_room_behind_its_parts_that_is_read_once_somebody_wrote_the
         assert region.read(92, 3) == b"234"
         assert region.read(98, 5) == b"89"  # what there is
         assert region.read(200, 5) == b""
+        region.answered = True
     # A file that has the room already keeps it, and one that has more keeps that.
     for number, size in ((2, 50), (3, 0), (4, 200)):
         with regions.region(folder, f"r-{number}", PARTS, size) as region:
+            region.answered = True
             assert (folder / f"r-{number}").stat().st_size == max(size, 100)
             assert region.read(0, len(WHOLE)) == WHOLE
 
@@ -157,27 +166,47 @@ def test_no_region_is_left_open(folder, regions):
 
 
 def test_a_file_is_used_again_under_the_next_name_and_the_old_name_leads_nowhere(folder, regions):
-    with regions.region(folder, "r-1", PARTS):
+    with regions.region(folder, "r-1", PARTS) as region:
         first = (folder / "r-1").stat().st_ino
+        region.answered = True
     for number in range(2, 9):
-        with regions.region(folder, f"r-{number}", [memoryview(b"x" * number)]):
+        with regions.region(folder, f"r-{number}", [memoryview(b"x" * number)]) as region:
+            region.answered = True
             assert names(folder) == [f"r-{number}"]
             # What a longer one had is behind; the server reads as much as the request says.
             assert (folder / f"r-{number}").read_bytes()[:number] == b"x" * number
             assert (folder / f"r-{number}").stat().st_ino == first
 
 
+def test_the_file_of_a_request_that_was_not_answered_is_no_other_regions(folder, regions):
+    with regions.region(folder, "r-1", PARTS, 100):
+        late = os.open(folder / "r-1", os.O_RDWR)  # of a server that has begun
+    assert names(folder) == []
+    with regions.region(folder, "r-2", PARTS, 100) as region:
+        os.pwrite(late, b"late", 50)
+        os.close(late)
+        assert region.read(0, 100) == WHOLE + bytes(100 - len(WHOLE))
+
+
+def test_what_fails_in_a_block_closes_and_removes_its_region(folder, regions):
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(KeyboardInterrupt), regions.region(folder, "r-1", PARTS, 100):
+        raise KeyboardInterrupt
+    for parts, size in ((PARTS, 1 << 63), ([*PARTS, "no bytes"], 0)):  # it can't be so long; it can't be written
+        with pytest.raises((OverflowError, TypeError)), regions.region(folder, "r-2", parts, size):
+            pytest.fail("there is no such region")
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+
+
 def test_a_file_that_its_server_has_swept_costs_a_new_one(folder, regions):
-    with regions.region(folder, "r-1", PARTS):
-        pass
+    answered(regions, folder, "r-1")
     (folder / "r-1").unlink()
     with regions.region(folder, "r-2", PARTS):
         assert (folder / "r-2").read_bytes() == WHOLE
 
 
 def test_close_removes_every_region(folder, regions):
-    with regions.region(folder, "r-1", PARTS), regions.region(folder, "r-2", PARTS):
-        pass
+    answered(regions, folder, "r-1", "r-2")
     assert len(names(folder)) == 2
     regions.close()
     assert names(folder) == []
@@ -235,8 +264,8 @@ def test_memory_that_is_full_is_an_error_and_nothing_is_left(limited, regions, t
         assert names(tmp_path) == []  # nothing is kept for a next one
         # And with one that was free: it is given back too, as there is nothing to spare.
         others = Regions()
-        with others.region(tmp_path, "r-3", [memoryview(bytes(8 << 10))]):
-            pass
+        with others.region(tmp_path, "r-3", [memoryview(bytes(8 << 10))]) as region:
+            region.answered = True
         assert names(tmp_path) == ["r-3"]
         with (pytest.raises(OSError, match=r"No space|too large"),
               others.region(tmp_path, "r-4", [memoryview(bytes(80 << 10))])):
@@ -247,8 +276,7 @@ def test_memory_that_is_full_is_an_error_and_nothing_is_left(limited, regions, t
 def test_a_file_of_another_user_is_not_written_to(folder, regions):
     if os.geteuid() != 0:
         pytest.skip("only root can give a file away")
-    with regions.region(folder, "r-1", PARTS):
-        pass
+    answered(regions, folder, "r-1")
     os.chown(folder / "r-1", 12345, -1)
     (folder / "r-1").write_bytes(b"theirs")
     with pytest.raises(OSError, match="another user"), regions.region(folder, "r-2", PARTS):
@@ -259,9 +287,9 @@ def test_a_file_of_another_user_is_not_written_to(folder, regions):
 
 
 def test_a_folder_that_was_given_up_keeps_nothing(folder, regions):
-    with regions.region(folder, "r-1", PARTS), regions.region(folder, "r-2", PARTS):
-        pass
-    with regions.region(folder, "r-3", PARTS):
+    answered(regions, folder, "r-1", "r-2")
+    with regions.region(folder, "r-3", PARTS) as region:
+        region.answered = True
         regions.give_up(folder)
         assert names(folder) == ["r-3"]
     assert names(folder) == []
@@ -279,8 +307,7 @@ def test_sweep_removes_what_is_old_and_nothing_else(folder, regions):
 
 
 def test_a_region_that_is_used_again_is_young_again(folder, regions):
-    with regions.region(folder, "r-1", PARTS):
-        pass
+    answered(regions, folder, "r-1")
     os.utime(folder / "r-1", (0, 0))
     with regions.region(folder, "r-2", PARTS):
         sweep(folder, 900)

@@ -1,5 +1,6 @@
 """Runs whose records are in shared memory: the output is the same, and where there is no such memory they are sent."""
 
+import errno
 import os
 import random
 import subprocess
@@ -9,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from batch_client import exchange
+from batch_client import exchange, regions
 from batch_client.errors import DataError
 from batch_client.events import RequestDone
 from batch_client.pipeline import execute
@@ -173,14 +174,49 @@ def test_memory_that_is_full_costs_no_request(root, memory):
     assert (summary.root, summary.retries) == (root, 0)
 
 
-def test_memory_that_has_no_room_for_outputs_costs_no_request(root, memory, outputs_in_memory):
-    records = np.random.default_rng(5).integers(0, 99, (96, 1020), np.uint8)
-    wanted = run_at(SimulatedServer(record_shape=(1020,), seconds=0.01), records=records)
-    with small_memory(memory.folder, "12k"):  # three pages: a request's records take one, its outputs another
+RECORDS = np.random.default_rng(5).integers(0, 99, (96, 1020), np.uint8)  # four of them take a page, nearly
+
+
+def test_memory_that_has_no_room_for_outputs_has_the_records_all_the_same(memory, outputs_in_memory):
+    wanted = run_at(SimulatedServer(record_shape=(1020,), seconds=0.01), records=RECORDS)
+    with small_memory(memory.folder, "4k"):  # one page: the records of one request at a time
         server = SimulatedServer(record_shape=(1020,), seconds=0.01, shared_memory=memory)
-        summary = run_at(server, records=records)
-        assert server.shared > server.returned
+        summary = run_at(server, records=RECORDS, in_flight=1)
+        assert (server.returned, server.sent_instead) == (0, 1)  # and then they are not asked for any more
+        assert server.shared == server.requests == 24
     assert (summary.root, summary.retries) == (wanted.root, 0)
+
+
+class Older(SimulatedServer):
+    """As the handler was before outputs could be in memory."""
+
+    def extents(self, request):
+        self.asked = getattr(self, "asked", 0) + any(output.extent for output in request.outputs)
+        return {}
+
+
+def test_a_server_that_does_not_know_of_outputs_in_memory_is_asked_no_more(root, memory, outputs_in_memory):
+    server = Older(seconds=0.01, shared_memory=memory)
+    summary = run_at(server)
+    assert (summary.root, summary.retries) == (root, 0)
+    assert 0 < server.asked <= 4
+    assert server.shared == 24
+
+
+def test_a_client_that_has_no_room_for_outputs_keeps_the_records_in_memory(memory, outputs_in_memory, monkeypatch):
+    refused = []
+    whole = os.ftruncate
+
+    def refusing(file, size):
+        refused.append(size)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(regions.os, "ftruncate", refusing)
+    server = SimulatedServer(seconds=0.01, shared_memory=memory)
+    summary = run_at(server)
+    monkeypatch.setattr(regions.os, "ftruncate", whole)
+    assert (summary.retries, len(refused)) == (0, 1)
+    assert (server.shared, server.returned) == (24, 0)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -46,7 +46,7 @@ REFUSALS = [
     (["in.zarr", "out", "--chunk-records", "70"], 64, "multiple of the source's 50"),
     (["in.zarr", "out", "--workers", "2x"], 64, "wanted processes, and threads of each if need be, such as 2 or 2x4"),
     (["in.zarr", "in.zarr"], 64, "the output needs a place of its own"),
-    (["in.zarr", "out", "--in-flight", "many"], 64, "--help"),
+    (["in.zarr", "out", "--in-flight", "many"], 64, "(see batch-client run --help)"),
     (["in.zarr"], 64, "Missing argument 'OUTPUT'"),
     (["in.zarr", "out", "--report", "nowhere/page.html"], 64, "nowhere/page.html: can't write there: No such file"),
     (["in.zarr", "out", "--report", "x" * 300], 64, "can't write there: File name too long"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from batch_handler import oip
 from batch_handler.counts import Counts
 from batch_handler.exchange import Exchange
-from batch_handler.oip import InferReply, InferRequest, OipError, Place, RequestedOutput, Tensor
+from batch_handler.oip import Extent, InferReply, InferRequest, OipError, RequestedOutput, Tensor
 from batch_handler.service import METRICS, Service
 
 BULK = {"exact": True, "first_row": 5, "binary_data_output": True}
@@ -26,11 +28,11 @@ def wanting(images, *outputs, parameters=BULK):
 
 
 def scores_at(offset=64, size=SCORES, region=REGION):
-    return RequestedOutput("scores", place=Place(region, offset, size))
+    return RequestedOutput("scores", extent=Extent(region, offset, size))
 
 
 def status_at(offset, size=STATUS, region=REGION):
-    return RequestedOutput("record_status", place=Place(region, offset, size))
+    return RequestedOutput("record_status", extent=Extent(region, offset, size))
 
 
 @pytest.fixture
@@ -74,20 +76,20 @@ def test_outputs_are_where_they_are_wanted_bit_for_bit(ask, reply_to, region, im
     ((status, found),) = ask(wanting(images, *outputs))
     assert status == 200
     same_bits(found, wanted)
-    # And nowhere else: neither in the body nor beside their places.
+    # And nowhere else: neither in the body nor beside their extents.
     left = bytearray(region.read_bytes())
     for output in outputs:
-        if output.place is not None:
+        if output.extent is not None:
             data = next(tensor.data.tobytes() for tensor in wanted.outputs if tensor.name == output.name)
-            assert left[output.place.offset:][:output.place.size] == data
-            left[output.place.offset:output.place.offset + output.place.size] = b"\xaa" * output.place.size
+            assert left[output.extent.offset:][:output.extent.size] == data
+            left[output.extent.offset:output.extent.offset + output.extent.size] = b"\xaa" * output.extent.size
     assert left == b"\xaa" * ROOM
     body, headers, header = reply_to(wanting(images, *outputs))
     scores = next(tensor.data.tobytes() for tensor in wanted.outputs if tensor.name == "scores")
     assert scores not in body
     assert headers[oip.BODY_CHECKSUM] == str(oip.crc32c(body))
     described = {item["name"]: item.get("parameters") for item in header["outputs"]}
-    assert described["scores"] == next(output.place for output in outputs if output.name == "scores").to_json()
+    assert described["scores"] == next(output.extent for output in outputs if output.name == "scores").to_json()
 
 
 def test_an_online_query_may_have_its_outputs_there_too(ask, region, images):
@@ -144,11 +146,70 @@ def test_outputs_that_can_not_be_put_there_are_sent(ask, reply_to, region, memor
     assert {path.name: path.read_bytes() for path in memory.folder.iterdir() if path.is_file()} == files
 
 
-def test_if_one_of_several_can_not_be_put_there_all_are_sent(ask, region, images):
+def test_if_one_of_several_can_not_be_put_there_all_are_sent(ask, reply_to, region, images):
     ((_, wanted),) = ask(wanting(images, RequestedOutput("scores", True), RequestedOutput("record_status", True)))
-    ((status, found),) = ask(wanting(images, scores_at(), status_at(0, region="gone")))
+    asked = wanting(images, scores_at(), status_at(0, region="gone"))
+    ((status, found),) = ask(asked)
     assert status == 200
     same_bits(found, wanted)
+    assert "shared_memory" not in json.dumps(reply_to(asked)[2])
+
+
+@pytest.mark.parametrize("limit", [10, 64, 64 + SCORES - 1], ids=["refused", "refused at once", "cut short"])
+def test_outputs_for_which_the_memory_is_full_are_sent(ask, region, images, limit):
+    ((_, wanted),) = ask(wanting(images, RequestedOutput("scores", True), RequestedOutput("record_status", True)))
+    asked = wanting(images, scores_at(), RequestedOutput("record_status"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        ((status, found),) = ask(asked)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 200
+    same_bits(found, wanted)
+    assert region.read_bytes()[limit:] == b"\xaa" * (ROOM - limit)  # it was full
+    assert ask(asked)[0][0] == 200
+    assert region.read_bytes()[64:64 + SCORES] == wanted.outputs[0].data.tobytes()
+
+
+def test_one_whose_outputs_can_not_be_put_there_spoils_no_other_of_its_server_batch(ask, region, images):
+    here, gone = wanting(images, scores_at()), wanting(images, scores_at(region="gone"))
+    wrong = wanting(images, scores_at(size=1))
+    answers = ask(here, gone, wrong, wanting(images), here)
+    assert [status for status, _ in answers] == [200, 200, 400, 200, 200]
+    for index in (0, 1, 4):
+        assert answers[index][1].outputs[0].data.tobytes() == answers[3][1].outputs[0].data.tobytes()
+
+
+def test_no_region_is_left_open(ask, region, images):
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    for name in (REGION, "gone"):
+        for _ in range(10):
+            assert ask(wanting(images, scores_at(region=name)))[0][0] == 200
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+
+
+def a_link_to_the_folder(folder):
+    folder.rename(folder.with_name("real"))
+    folder.symlink_to(folder.with_name("real"))
+
+
+def another_users_folder(folder):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    os.chown(folder, 12345, -1)
+
+
+@pytest.mark.parametrize("replace", [a_link_to_the_folder, another_users_folder])
+def test_nothing_is_written_or_read_where_the_folder_was(ask, memory, region, images, replace):
+    ((_, wanted),) = ask(wanting(images, RequestedOutput("scores", True), RequestedOutput("record_status", True)))
+    replace(memory.folder)
+    ((status, found),) = ask(wanting(images, scores_at(), RequestedOutput("record_status")))
+    assert status == 200
+    same_bits(found, wanted)
+    assert (memory.folder / REGION).read_bytes() == b"\xaa" * ROOM
+    with pytest.raises(OipError, match=r"can't be opened: (Not a directory|Too many levels|the folder is another)"):
+        memory.read(REGION, 0, 1)
 
 
 def test_a_server_without_shared_memory_sends_them(ask, region, images):
@@ -167,9 +228,9 @@ def test_a_server_without_shared_memory_sends_them(ask, region, images):
     (scores_at(offset=1 << 62), "which can't be"), (scores_at(offset=10**400), "which can't be"),
     (scores_at(region="../secret"), "shared_memory_region is '../secret', wanted the name of a file in"),
     (scores_at(region=""), "shared_memory_region is ''"),
-    (RequestedOutput("other", place=Place(REGION, 0, 4)), "output 'other' is not one of the model's"),
+    (RequestedOutput("other", extent=Extent(REGION, 0, 4)), "output 'other' is not one of the model's"),
 ])
-def test_a_place_that_can_be_none_is_refused_before_anything_is_scored(ask, region, images, output, said):
+def test_an_extent_that_can_be_none_is_refused_before_anything_is_scored(ask, region, images, output, said):
     ((status, error),) = ask(wanting(images, output))
     assert status == 400
     assert said in error
@@ -214,11 +275,11 @@ def a_reply():
 
 
 def test_a_replys_checksum_is_of_its_body_and_then_of_what_is_shared():
-    places = {"a": Place(REGION, 0, 24), "c": Place(REGION, 64, 24)}
-    message = oip.encode_reply(a_reply(), binary={"a": True, "b": True, "c": True}, places=places)
+    extents = {"a": Extent(REGION, 0, 24), "c": Extent(REGION, 64, 24)}
+    message = oip.encode_reply(a_reply(), binary={"a": True, "b": True, "c": True}, extents=extents)
     memory = bytearray(128)
-    for place, data in zip(places.values(), message.shared, strict=True):
-        memory[place.offset:place.offset + place.size] = data
+    for extent, data in zip(extents.values(), message.shared, strict=True):
+        memory[extent.offset:extent.offset + extent.size] = data
     assert message.crc32c == oip.crc32c(message.join())
 
     def read(region, offset, size):
@@ -233,13 +294,26 @@ def test_a_replys_checksum_is_of_its_body_and_then_of_what_is_shared():
         with pytest.raises(OipError, match="CRC-32C"):
             oip.decode_reply(message.join(), message.header_length, max_tensor_bytes=100, shared=read)
         memory[bit // 8] ^= 1 << bit % 8
-    memory[30] ^= 1  # the control: a byte between the places is nobody's
+    memory[30] ^= 1  # the control: a byte between the extents is nobody's
     same_bits(oip.decode_reply(message.join(), message.header_length, max_tensor_bytes=100, shared=read), a_reply())
 
 
+def test_outputs_in_memory_are_not_taken_without_a_checksum():
+    extents = {"a": Extent(REGION, 0, 24)}
+    message = oip.encode_reply(a_reply(), binary={"b": True, "c": True}, extents=extents)
+    header = message.parts[0].replace(b'"crc32c"', b'"crc32x"')
+    body = b"".join([header, *message.parts[1:]])
+    with pytest.raises(OipError, match="the reply says None"):
+        oip.decode_reply(body, message.header_length, max_tensor_bytes=100, shared=lambda *at: bytes(at[2]))
+    # The control: one whose outputs are all in its body needs none.
+    message = oip.encode_reply(a_reply(), binary={"a": True})
+    body = b"".join([message.parts[0].replace(b'"crc32c"', b'"crc32x"'), *message.parts[1:]])
+    same_bits(oip.decode_reply(body, message.header_length), a_reply())
+
+
 def test_a_reply_whose_outputs_are_all_shared_has_a_length_of_its_header_all_the_same():
-    places = {name: Place(REGION, at, size) for name, at, size in (("a", 0, 24), ("b", 64, 3), ("c", 128, 24))}
-    message = oip.encode_reply(a_reply(), binary={}, places=places)
+    extents = {name: Extent(REGION, at, size) for name, at, size in (("a", 0, 24), ("b", 64, 3), ("c", 128, 24))}
+    message = oip.encode_reply(a_reply(), binary={}, extents=extents)
     assert message.header_length == len(message.join())
     with pytest.raises(OipError, match="there is none here"):
         oip.decode_reply(message.join(), message.header_length, max_tensor_bytes=100)

@@ -45,6 +45,7 @@ class SimulatedServer:
         self.shared_memory = shared_memory  # the handler's own reader of a folder
         self.shared = 0  # requests whose records were there
         self.returned = 0  # and whose outputs were put there
+        self.sent_instead = 0  # because they could not be
         self.requests = 0
         self.at_once = 0
         self.most_at_once = 0
@@ -88,7 +89,7 @@ class SimulatedServer:
         try:
             request = decode_request(body, header_length, max_tensor_bytes=1 << 24,
                                      shared=from_memory if self.shared_memory else None)
-            places = self.places(request)
+            extents = self.extents(request)
         except OipError as error:
             return HttpReply(error.status, {}, json.dumps({"error": str(error)}).encode())
         self.shared += bool(read)
@@ -96,24 +97,25 @@ class SimulatedServer:
         status = np.where(np.isfinite(y).all(1), 0, 2).astype(np.uint8)
         reply = InferReply(request.id, "toy", "1", (Tensor("y", y), Tensor("record_status", status)),
                            {"request_crc32c": self.checksum(body, read), **self.reply_parameters()})
-        message = encode_reply(reply, binary=BINARY, places=places)
+        message = encode_reply(reply, binary=BINARY, extents=extents)
         try:
-            for place, data in zip(places.values(), message.shared, strict=True):
-                self.shared_memory.write(place.region, place.offset, data)
-            self.returned += bool(places)
+            for extent, data in zip(extents.values(), message.shared, strict=True):
+                self.shared_memory.write(extent.region, extent.offset, data)
+            self.returned += bool(extents)
         except OipError:
             message = encode_reply(reply, binary=BINARY)
+            self.sent_instead += 1
         return HttpReply(200, {HEADER_LENGTH.lower(): str(message.header_length),
                                BODY_CHECKSUM.lower(): str(message.crc32c)}, message.join())
 
-    def places(self, request):
+    def extents(self, request):
         """Where outputs are wanted in memory, if they can be."""
         sizes = {"y": 8 * len(request.inputs[0].data), "record_status": len(request.inputs[0].data)}
-        places = {output.name: output.place for output in request.outputs if output.place and self.shared_memory}
+        extents = {output.name: output.extent for output in request.outputs if output.extent and self.shared_memory}
         for name in (output.name for output in request.outputs):
-            if name not in sizes or (name in places and places[name].size != sizes[name]):
+            if name not in sizes or (name in extents and extents[name].size != sizes[name]):
                 raise OipError(f"output {name} can't be as it is wanted")
-        return places
+        return extents
 
     def checksum(self, body, shared):
         return crc32c(body, *shared)

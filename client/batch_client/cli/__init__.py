@@ -123,7 +123,9 @@ def _report(error: BaseException) -> int:
             click.echo(error.format_message(), err=True)
             return UsageError.exit_code
         case click.ClickException():
-            message, code = f"{error.format_message()} (see batch-client --help)", UsageError.exit_code
+            context = getattr(error, "ctx", None)  # a usage error's; of the verb that it is about, if any
+            verb = context.command_path if context else "batch-client"
+            message, code = f"{error.format_message()} (see {verb} --help)", UsageError.exit_code
         case click.Abort() | KeyboardInterrupt() | asyncio.CancelledError():
             message, code = "stopped; the same command goes on from here", StoppedError.exit_code
         case _:
