@@ -51,4 +51,4 @@ class UnitAssembler:
 
     def count(self, status: int) -> int:
         """Records with this status."""
-        return int((self.status == status).sum())
+        return int(np.count_nonzero(self.status == status))
