@@ -72,13 +72,15 @@ def main() -> None:
     if options.replies:
         exchange.SHARED_OUTPUT_BYTES = sys.maxsize
     how = "in bodies" if options.bodies else "in memory, outputs in replies" if options.replies else "in memory"
+    shared = not options.bodies
     print(f"{options.repeats} runs of {options.megabytes} MB each\n")
     print(heading("date", "machine", "records", "bytes a record", "MB/s (95 % interval)", "records/s (95 % interval)",
                   "CPU s per GB: client", "Java", "workers"))
     for size in options.record_bytes:
         with tempfile.TemporaryDirectory() as folder:
             archive = packed(Path(folder), size, size if options.echo else 2)
-            run_until_complete(measured(archive, size, options.megabytes * 1_000_000 // size, options.repeats, how))
+            run_until_complete(measured(archive, size, options.megabytes * 1_000_000 // size, options.repeats, how,
+                                        shared=shared))
 
 
 def packed(work: Path, size: int, returned: int) -> Path:
@@ -111,10 +113,11 @@ async def records_in_memory(count: int, size: int) -> Memory:
     return store
 
 
-async def measured(archive: Path, size: int, count: int, repeats: int, how: str) -> None:
+async def measured(archive: Path, size: int, count: int, repeats: int, how: str, *,
+                   shared: bool) -> None:
     source = await records_in_memory(count, size)
     spec = RunSpec(input=INPUT, output=OUTPUT, archive=str(archive))
-    settings = ServerSettings(archive, batch_size=1, shared_memory=how != "in bodies")
+    settings = ServerSettings(archive, batch_size=1, shared_memory=shared)
     async with HttpTransport() as transport, EmbeddedServer(settings) as server:
         servers = Servers(transport, server, (server.url,), server.model_name, alone=True)
         await once(spec, servers, source)

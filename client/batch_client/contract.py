@@ -156,12 +156,12 @@ def contract_of(url: str, body: bytes) -> ModelContract:
     parameters: Mapping[str, object] = metadata.parameters
     micro_batch, numerics = parameters.get("micro_batch", 1), parameters.get("numerics")
     took = _positive(parameters.get("micro_batch_ms"))
-    lane = parameters.get("bulk_lane")
+    lane, fingerprint = parameters.get("bulk_lane"), str(parameters.get("fingerprint", UNVERIFIED))
     return ModelContract(
         name=metadata.name,
         version=version,
         digest=str(parameters.get("model_digest", f"unverified:{metadata.name}:{version}")),
-        fingerprint=str(parameters.get("fingerprint", UNVERIFIED)),
+        fingerprint=fingerprint,
         micro_batch=micro_batch if isinstance(micro_batch, int) and micro_batch >= 1 else 1,
         input_name=one.name,
         input_dtype=one.dtype,
@@ -171,8 +171,8 @@ def contract_of(url: str, body: bytes) -> ModelContract:
         ceiling=_positive(parameters.get("ceiling_records_per_s")),
         micro_batch_seconds=None if took is None else took / 1e3,
         bulk_lane=lane if isinstance(lane, str) and LANE_NAME.fullmatch(lane) else None,
-        # A server that gives no checksums must not be believed what lies where others can write.
-        shared_memory=usable_folder(parameters.get("shared_memory")) if "fingerprint" in parameters else None,
+        # What lies where others can write is believed only with checksums, which our handler alone gives.
+        shared_memory=usable_folder(parameters.get("shared_memory")) if fingerprint != UNVERIFIED else None,
     )
 
 

@@ -31,7 +31,7 @@ class Endpoint:
 
     lane: the name under which it takes bulk requests, None for the model's own.
     shared_memory: the folder in which it finds the records of requests, None to send them.
-    shared_outputs: whether it is asked to put large outputs there too.
+    shared_outputs: whether it is asked to put large outputs there too. outputs_held: requests under way that were.
     """
 
     url: str
@@ -39,6 +39,7 @@ class Endpoint:
     lane: str | None = None
     shared_memory: Path | None = None
     shared_outputs: bool = True
+    outputs_held: int = 0
     in_flight: int = 0
     broken: int = 0
     ejections: int = 0

@@ -85,7 +85,9 @@ class RequestSent:
 
 @dataclass(frozen=True)
 class RequestDone:
-    """A request was answered and its reply taken. Seconds are of this attempt, from send to last byte."""
+    """A request was answered and its reply taken. Bytes are those of bodies and of shared memory; seconds are of this
+    attempt, from sending it until its reply was found sound.
+    """
 
     endpoint: str
     records: int

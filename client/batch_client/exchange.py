@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -91,7 +91,8 @@ class _Attempt:
     def read(self, name: str, offset: int, size: int) -> bytearray:
         """An output that the server has put into region `name`; raises OipError where none was to be there."""
         if self.region is None or (name, offset, size) not in self.extents:
-            raise OipError(f"the reply has {size} bytes at {offset} of region {name[:60]!r}, which were not asked for")
+            raise OipError(f"the reply has {size} bytes at {offset} of region {name[:60]!r}, wanted them where the "
+                           "request has room for an output")
         try:
             data = self.region.read(offset, size)
         except OSError as error:
@@ -187,16 +188,18 @@ class Exchange:
         records are in its body.
         """
         ident = f"{self._nonce}-{next(self._numbers)}"
-        while endpoint.shared_memory is not None:
+        if endpoint.shared_memory is not None:
             extents, end = self._extents(ident, rows) if endpoint.shared_outputs else ({}, 0)
             message = self._encode(ident, span, rows, ident, extents)
             try:
                 region = held.enter_context(self._regions.region(endpoint.shared_memory, ident, message.shared, end))
             except OSError:  # full, or gone with its server
-                if not extents:
+                # Records have the memory first: it is not too small for them while it has outputs.
+                if not extents and not endpoint.outputs_held:
                     self._send_bodies(endpoint)
-                endpoint.shared_outputs = False  # records have the memory first
+                endpoint.shared_outputs = False
             else:
+                held.enter_context(_counted(endpoint) if extents else nullcontext())
                 return _Attempt(message, ident, frozenset(extents.values()), region)
         return _Attempt(self._encode(ident, span, rows), ident)
 
@@ -222,7 +225,7 @@ class Exchange:
         if self._exact:
             parameters |= {"exact": True, "first_row": span.first_row}
         if extents or (not self._exact and self._contract.has_status):
-            # Only a bulk reply has a status for each record without being asked.
+            # Who names one output gets no other; and only a bulk reply has a status without being asked.
             names = (*self._contract.output_names, RECORD_STATUS)
             outputs = tuple(RequestedOutput(name, extent=extents.get(name)) for name in names)
         inputs = (Tensor(self._contract.input_name, rows),)
@@ -330,6 +333,16 @@ class Exchange:
                 raise OipError(f"output {output.name} is {shown}, wanted {output.dtype} {wanted}")
         return Prediction({output.name: tensors[output.name] for output in contract.outputs}, status,
                           _seconds(reply.parameters.get("compute_ms")), _seconds(reply.parameters.get("queue_ms")))
+
+
+@contextmanager
+def _counted(endpoint: Endpoint) -> Iterator[None]:
+    """One more request of this endpoint whose outputs may be in memory, for as long as the block lasts."""
+    endpoint.outputs_held += 1
+    try:
+        yield
+    finally:
+        endpoint.outputs_held -= 1
 
 
 def _is_suspect(verdict: Verdict, tries: _Tries) -> bool:

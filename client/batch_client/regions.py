@@ -110,7 +110,8 @@ class Regions:
     @contextmanager
     def region(self, folder: Path, name: str, parts: Sequence[memoryview], size: int = 0) -> Iterator[Region]:
         """A region of `folder` that begins with `parts` one after the other and has at least `size` bytes, for as long
-        as the block lasts. What follows the parts in a new file takes memory only when it is written.
+        as the block lasts; with no `size` it has the parts only. What follows them in a new file takes memory only when
+        it is written.
 
         Raises OSError when it can't be written whole: no room, or the folder is gone with its server.
         """
@@ -151,11 +152,13 @@ class Regions:
 
 
 def _opened(path: Path, fresh: int, parts: Sequence[memoryview], size: int) -> int:
-    """A file that begins with `parts` and has at least `size` bytes, open to read and write."""
+    """A file that begins with `parts` and has at least `size` bytes, open to read and write. Raises OSError."""
     file = os.open(path, os.O_RDWR | fresh | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        if _own_size(file, path) < size:
-            os.ftruncate(file, size)
+        held, least = _own_size(file, path), size or sum(len(part) for part in parts)
+        # Where no outputs are to follow, what earlier ones took is given back: memory is short.
+        if held < least or not size:
+            os.ftruncate(file, least)
         _write(file, parts)
     except BaseException:
         os.close(file)
@@ -164,7 +167,9 @@ def _opened(path: Path, fresh: int, parts: Sequence[memoryview], size: int) -> i
 
 
 def _own_size(file: int, path: Path) -> int:
-    """How long a file of this user is: its server may have ended, and another user have made a folder of its name."""
+    """How long a file is; raises PermissionError if it is not this user's: its server may have ended, and another user
+    have made a folder of its name.
+    """
     status = os.fstat(file)
     if status.st_uid != os.geteuid():
         raise PermissionError(f"{path} is another user's")

@@ -264,10 +264,12 @@ class Exchange:
 
     def _written(self, message: oip.Message, extents: Sequence[Extent]) -> bool:
         """Whether what the reply has in shared memory could be put there."""
+        memory = self._shared_memory
+        if memory is None:
+            return not extents
         try:
             for extent, data in zip(extents, message.shared, strict=True):
-                if self._shared_memory is not None:
-                    self._shared_memory.write(extent.region, extent.offset, data)
+                memory.write(extent.region, extent.offset, data)
         except OipError as error:  # the client is gone, or the memory is full
             _log.debug("outputs are sent: %s", error)
             return False

@@ -214,7 +214,7 @@ def encode_request(request: InferRequest, *, binary: bool = True, region: str | 
 
 def _one_after_the_other(tensors: Sequence[Tensor], region: str) -> dict[str, Extent]:
     sizes = [tensor.data.nbytes for tensor in tensors]
-    offsets = accumulate(sizes, initial=0)
+    offsets = accumulate(sizes, initial=0)  # and one more, the end
     return {tensor.name: Extent(region, at, size) for tensor, at, size in zip(tensors, offsets, sizes, strict=False)}
 
 
@@ -268,7 +268,8 @@ def decode_reply(
     """Read a reply of any OIP server; its binary outputs are views of `body` or of what `shared` reads.
 
     The `crc32c` of the binary bytes is verified where the reply carries one; one with outputs in shared memory has to,
-    since others may write there.
+    since others may write there. `max_tensor_bytes` is the most of one output, and of all that are in shared memory:
+    give it with `shared`, since by default it is what a body of this length may have. Raises `OipError`.
     """
     header, tail = _split(body, header_length)
     fields = Fields(header, "reply")

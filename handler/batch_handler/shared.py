@@ -2,7 +2,7 @@
 
 Rule: one folder of this user's own, files of it by plain names that clients have made, and nothing is mapped. What is
 read is a copy, so a client that ends, cuts its file short or writes on can neither crash the worker nor change records
-after their checksum was taken. What is written ends within the file.
+after their checksum was taken. A file that is too short is not written.
 
 The parameters are those of Triton's system shared memory extension; a region needs no registration, since its name is
 that of a file in the folder that the metadata gives:

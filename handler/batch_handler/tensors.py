@@ -295,7 +295,8 @@ def extent_of(parameters: Mapping[str, Any], name: str) -> Extent:
     where = Fields(parameters, f"the parameters of {name}")
     size, offset = where.get("shared_memory_byte_size", int), where.get("shared_memory_offset", int, 0)
     if not 0 <= size < _FURTHEST or not 0 <= offset < _FURTHEST:
-        raise OipError(f"{name} is said to be {shown(size)} bytes at {shown(offset)} of shared memory, which can't be")
+        raise OipError(f"{name} is said to be {shown(size)} bytes at {shown(offset)} of shared memory, wanted numbers "
+                       "from 0 to 2^62")
     return Extent(where.get("shared_memory_region", str), offset, size)
 
 

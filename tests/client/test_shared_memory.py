@@ -1,6 +1,5 @@
 """Runs whose records are in shared memory: the output is the same, and where there is no such memory they are sent."""
 
-import errno
 import os
 import random
 import subprocess
@@ -10,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from batch_client import exchange, regions
+from batch_client import exchange
 from batch_client.errors import DataError
 from batch_client.events import RequestDone
 from batch_client.pipeline import execute
@@ -203,20 +202,17 @@ def test_a_server_that_does_not_know_of_outputs_in_memory_is_asked_no_more(root,
     assert server.shared == 24
 
 
-def test_a_client_that_has_no_room_for_outputs_keeps_the_records_in_memory(memory, outputs_in_memory, monkeypatch):
-    refused = []
-    whole = os.ftruncate
-
-    def refusing(file, size):
-        refused.append(size)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(regions.os, "ftruncate", refusing)
-    server = SimulatedServer(seconds=0.01, shared_memory=memory)
-    summary = run_at(server)
-    monkeypatch.setattr(regions.os, "ftruncate", whole)
-    assert (summary.retries, len(refused)) == (0, 1)
-    assert (server.shared, server.returned) == (24, 0)
+@pytest.mark.parametrize("pages", [4, 5, 6, 7])
+def test_where_there_is_room_for_records_or_outputs_the_records_have_it(memory, outputs_in_memory, pages):
+    # Four requests at once; the records of each take a page, and their outputs another.
+    wanted = run_at(SimulatedServer(record_shape=(1020,), seconds=0.01), records=RECORDS)
+    with small_memory(memory.folder, f"{pages * 4}k"):
+        server = SimulatedServer(record_shape=(1020,), seconds=0.01, shared_memory=memory)
+        summary = run_at(server, records=RECORDS)
+    assert (summary.root, summary.retries) == (wanted.root, 0)
+    # Those that were under way when the memory was full cost the others a body, once.
+    assert server.requests - server.shared <= 4
+    assert server.returned + server.sent_instead < server.requests - 8  # and outputs are not asked for any more
 
 
 @pytest.mark.parametrize("seed", range(12))

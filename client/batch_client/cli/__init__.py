@@ -122,10 +122,10 @@ def _report(error: BaseException) -> int:
         case click.exceptions.NoArgsIsHelpError():
             click.echo(error.format_message(), err=True)
             return UsageError.exit_code
+        case click.UsageError(ctx=click.Context() as context):
+            message, code = f"{error.format_message()} (see {context.command_path} --help)", UsageError.exit_code
         case click.ClickException():
-            context = getattr(error, "ctx", None)  # a usage error's; of the verb that it is about, if any
-            verb = context.command_path if context else "batch-client"
-            message, code = f"{error.format_message()} (see {verb} --help)", UsageError.exit_code
+            message, code = f"{error.format_message()} (see batch-client --help)", UsageError.exit_code
         case click.Abort() | KeyboardInterrupt() | asyncio.CancelledError():
             message, code = "stopped; the same command goes on from here", StoppedError.exit_code
         case _:
