@@ -26,6 +26,7 @@ __all__ = ["LOOPBACK", "PORTS", "Model", "ServerSettings", "configuration", "env
 LOOPBACK = "127.0.0.1"
 # TorchServe gives a worker 300 s to load its model (serve_config/config.properties), and then says so.
 STARTUP_SECONDS = 330.0
+MOST_WORKERS = 1024  # more than any machine has cores or GPUs for
 PORTS = 5  # that `configuration` asks for
 MANIFEST = "MAR-INF/MANIFEST.json"
 MANIFEST_BYTES = 1 << 20
@@ -72,6 +73,8 @@ class ServerSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}: give a number of at least 1")
+        if (most := max(self.workers or 0, self.online_workers or 0)) > MOST_WORKERS:
+            raise UsageError(f"{most} workers: each is a process that loads the model; give {MOST_WORKERS} at most")
         if self.online_workers is not None and self.online_workers < 0:
             raise UsageError(f"online_workers is {self.online_workers}: give 0 or more")
 

@@ -243,6 +243,8 @@ def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] 
 
 
 def _local_store(url: str) -> Store:
+    if not url:
+        raise UsageError("a place to read or write is empty: wanted s3://bucket/path, file:///path or a path")
     try:
         path = Path(unquote(urlsplit(url).path) if url.startswith("file:") else url).expanduser().absolute()
         # obstore wants its root to exist, and a refused run must not leave an empty folder: so the root is the nearest

@@ -48,6 +48,7 @@ REFUSALS = [
     (["in.zarr", "in.zarr"], 64, "the output needs a place of its own"),
     (["in.zarr", "out", "--in-flight", "many"], 64, "(see batch-client run --help)"),
     (["in.zarr"], 64, "Missing argument 'OUTPUT'"),
+    (["in.zarr", ""], 64, "a place to read or write is empty"),
     (["in.zarr", "out", "--report", "nowhere/page.html"], 64, "nowhere/page.html: can't write there: No such file"),
     (["in.zarr", "out", "--report", "x" * 300], 64, "can't write there: File name too long"),
     (["in.zarr", "out", "--report", "other"], 64, "this is a folder; wanted a file such as other/report.html"),
@@ -81,6 +82,7 @@ SERVERS = [
     (["--archive", "missing.mar"], 69, "no such file; make one with batch-client pack"),
     (["--archive", "~nobody-has-this-home/m.mar"], 69, "can't be read (Could not determine home"),
     (["--archive", "bad.mar"], 69, "bad.mar"),
+    (["--archive", "ARCHIVE", "--workers", "100000"], 64, "give 1024 at most"),
     (["--endpoint", "URL", "--model", "toy", "--patience", "nan"], 64, "wanted a finite number"),
     (["--endpoint", "URL", "--model", "nobody", "--token-file", "TOKEN"], 69, "has no model 'nobody'"),
     (["--endpoint", "URL", "--model", "toy"], 77, "refuses the token"),
@@ -89,9 +91,10 @@ SERVERS = [
 
 
 @pytest.mark.parametrize(("flags", "code", "wanted"), SERVERS, ids=lambda value: str(value)[:40])
-def test_nothing_to_score_with_is_one_line_and_writes_nothing(flags, code, wanted, place, toy_server, clean_environ):
+def test_nothing_to_score_with_is_one_line_and_writes_nothing(
+        flags, code, wanted, place, toy_server, toy_archive, clean_environ):
     before = listing(place)
-    words = {"URL": toy_server.url, "TOKEN": str(toy_server.token_file)}
+    words = {"URL": toy_server.url, "TOKEN": str(toy_server.token_file), "ARCHIVE": str(toy_archive)}
     flags = [words.get(flag, flag) for flag in flags]
     check(run_cli(["run", "in.zarr", "out", *flags, "--log", "none"], clean_environ, cwd=place), code, wanted)
     assert listing(place) == before
