@@ -113,8 +113,7 @@ async def records_in_memory(count: int, size: int) -> Memory:
     return store
 
 
-async def measured(archive: Path, size: int, count: int, repeats: int, how: str, *,
-                   shared: bool) -> None:
+async def measured(archive: Path, size: int, count: int, repeats: int, how: str, *, shared: bool) -> None:
     source = await records_in_memory(count, size)
     spec = RunSpec(input=INPUT, output=OUTPUT, archive=str(archive))
     settings = ServerSettings(archive, batch_size=1, shared_memory=shared)

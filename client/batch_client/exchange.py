@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, contextmanager, nullcontext
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -199,7 +199,8 @@ class Exchange:
                     self._send_bodies(endpoint)
                 endpoint.shared_outputs = False
             else:
-                held.enter_context(_counted(endpoint) if extents else nullcontext())
+                if extents:
+                    held.enter_context(_counted(endpoint))
                 return _Attempt(message, ident, frozenset(extents.values()), region)
         return _Attempt(self._encode(ident, span, rows), ident)
 

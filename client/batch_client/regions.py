@@ -156,7 +156,7 @@ def _opened(path: Path, fresh: int, parts: Sequence[memoryview], size: int) -> i
     file = os.open(path, os.O_RDWR | fresh | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         held, least = _own_size(file, path), size or sum(len(part) for part in parts)
-        # Where no outputs are to follow, what earlier ones took is given back: memory is short.
+        # A file without room for outputs gives back what those of an earlier request took: records need it more.
         if held < least or not size:
             os.ftruncate(file, least)
         _write(file, parts)

@@ -243,10 +243,11 @@ def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] 
 
 
 def _local_store(url: str) -> Store:
-    if not url:
+    given = unquote(urlsplit(url).path) if url.startswith("file:") else url
+    if not given:  # would be the working folder
         raise UsageError("a place to read or write is empty: wanted s3://bucket/path, file:///path or a path")
     try:
-        path = Path(unquote(urlsplit(url).path) if url.startswith("file:") else url).expanduser().absolute()
+        path = Path(given).expanduser().absolute()
         # obstore wants its root to exist, and a refused run must not leave an empty folder: so the root is the nearest
         # folder that exists, and the rest is part of each key; the first write makes the folders.
         root = path

@@ -49,6 +49,7 @@ REFUSALS = [
     (["in.zarr", "out", "--in-flight", "many"], 64, "(see batch-client run --help)"),
     (["in.zarr"], 64, "Missing argument 'OUTPUT'"),
     (["in.zarr", ""], 64, "a place to read or write is empty"),
+    (["in.zarr", "file://"], 64, "a place to read or write is empty"),
     (["in.zarr", "out", "--report", "nowhere/page.html"], 64, "nowhere/page.html: can't write there: No such file"),
     (["in.zarr", "out", "--report", "x" * 300], 64, "can't write there: File name too long"),
     (["in.zarr", "out", "--report", "other"], 64, "this is a folder; wanted a file such as other/report.html"),
