@@ -99,6 +99,7 @@ def end(command: subprocess.Popen[bytes], grace: float) -> None:
 
 
 def main(arguments: list[str]) -> int:
+    """Run the command until it or its client ends; its exit code, or 128 and the number of the signal that ended it."""
     lifeline, grace, folder, shared = int(arguments[0]), float(arguments[1]), Path(arguments[2]), arguments[3]
     woken = wakeups()
     if shared:

@@ -146,6 +146,10 @@ class _Session:
         self._request_records: dict[Way, int] = {}
 
     async def run(self) -> BenchReport:
+        """Measure the model alone, the wire, reading and writing where there is an INPUT, then the whole, in records/s.
+
+        Raises BatchClientError for what can't be measured; most of it before anything is.
+        """
         self._say(f"reading {self._spec.archive}")
         self._gpus = await asyncio.to_thread(gpus, self._environ)
         self._device = await asyncio.to_thread(device, self._environ)
