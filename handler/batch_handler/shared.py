@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from batch_handler.tensors import GONE, OipError
 
 __all__ = ["SHARED_MEMORY", "SharedMemory", "shared_memory_of"]
@@ -34,10 +36,10 @@ class SharedMemory:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def read(self, region: str, offset: int, size: int) -> bytearray:
+    def read(self, region: str, offset: int, size: int) -> memoryview:
         """`size` bytes of a region; raises OipError where it has no such bytes. The caller bounds `size`."""
         with self._open(region, os.O_RDONLY, offset + size) as file:
-            data = bytearray(size)
+            data = np.empty(size, np.uint8).data  # not zeroed, as a bytearray is
             if (found := os.preadv(file, [data], offset)) != size:
                 raise OipError(f"shared_memory_region {region} gave {found} bytes, wanted {size}", GONE)
         return data
