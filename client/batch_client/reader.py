@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from zarr.api import asynchronous as zarr_async
 from zarr.core.array import AsyncArray
+from zarr.core.buffer.cpu import NDBuffer
 from zarr.core.group import AsyncGroup
 from zarr.errors import ContainsGroupError, GroupNotFoundError, NodeTypeValidationError
 
@@ -25,7 +26,7 @@ from batch_client.errors import BatchClientError, DataError, MismatchError, Stor
 from batch_client.plan import Geometry
 from batch_client.storage import Store, child_url
 from batch_client.stringset import StringSet
-from batch_client.zarrstore import SourceStore, recording
+from batch_client.zarrstore import ChunkBuffer, SourceStore, recording
 
 __all__ = ["ETags", "Rows", "Source", "open_source"]
 
@@ -89,9 +90,13 @@ class Source:
         Raises DataError when a chunk object is absent (unless `allow_missing`, which takes the array's fill value) or
         can't be decoded, StorageError when the store fails.
         """
+        size, count = self.geometry.chunk_records, self.geometry.count
+        one = start % size == 0 and stop == min(start + size, count)
+        out = (ChunkBuffer if one else NDBuffer).empty((stop - start, *self.geometry.record_shape),
+                                                       self.geometry.dtype, self._array.order)
         with recording() as record:
             try:
-                data = await self._array.getitem(slice(start, stop))
+                await self._array.get_orthogonal_selection((slice(start, stop),), out=out)
             except BatchClientError:
                 raise
             except _UNREADABLE as error:
@@ -103,7 +108,7 @@ class Source:
                 "store: restore it, or, if it means the fill value, as where writers leave out chunks of nothing else, "
                 "go on with run --allow-missing")
         etags = {key: etag or "" for key, etag in record.etags.items()} | dict.fromkeys(record.missing)
-        return Rows(start, stop, _native(np.asarray(data)), etags, record.nbytes)
+        return Rows(start, stop, _native(out.as_numpy_array()), etags, record.nbytes)
 
     async def etags(self) -> ETags:
         """The ETags of all objects of the array now; "" where the store gives none."""

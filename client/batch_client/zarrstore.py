@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from zarr.abc.store import (
@@ -20,12 +21,12 @@ from zarr.abc.store import (
 from zarr.abc.store import (
     Store as ZarrStore,
 )
-from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.buffer import Buffer, BufferPrototype, cpu
 
 from batch_client.errors import MismatchError
 from batch_client.storage import Store, child_url
 
-__all__ = ["ReadRecord", "SourceStore", "recording"]
+__all__ = ["ChunkBuffer", "ReadRecord", "SourceStore", "recording"]
 
 
 @dataclass
@@ -50,6 +51,20 @@ def recording() -> Iterator[ReadRecord]:
         yield record
     finally:
         _RECORD.reset(token)
+
+
+class ChunkBuffer(cpu.NDBuffer):
+    """What one whole chunk is read into: the decoded chunk takes its place. Into zarr's own it is copied, on the event
+    loop. It may be read-only then, and at the array's end it is a part of a chunk, all of which is held. Anything else
+    that is set is copied.
+    """
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        data = value.as_numpy_array() if isinstance(value, cpu.NDBuffer) else None
+        if data is not None and (data.shape, data.dtype) == (self.shape, self.dtype) and data.flags.aligned:
+            self._data = value.as_ndarray_like()
+        else:
+            super().__setitem__(key, value)
 
 
 class SourceStore(ZarrStore):

@@ -1,0 +1,59 @@
+"""What a source gives is what zarr gives, in every layout; and a chunk that is read whole is not copied."""
+
+import numpy as np
+import pytest
+import zarr
+from zarr.codecs import TransposeCodec
+
+from batch_client.reader import open_source
+from batch_client.storage import MemoryStore, open_store
+from support.runs import records_of, source_of
+
+COUNT, CHUNK = 105, 10  # the last chunk is half full
+WRITTEN = 85  # the last two chunks are missing
+TRANSPOSED = TransposeCodec(order=(1, 0))
+LAYOUTS = {
+    "compressed": {},
+    "plain": {"compressors": None},
+    "big-endian": {"dtype": ">f4", "compressors": None},
+    "shards": {"shards": (40, 6)},
+    "a shard a chunk": {"shards": (10, 6)},
+    "transposed": {"filters": [TRANSPOSED]},
+    "transposed in shards": {"filters": [TRANSPOSED], "shards": (40, 6)},
+    "two chunks a record": {"chunks": (CHUNK, 3)},
+    "fill value": {"fill_value": 3.5},
+    "Zarr 2": {"zarr_format": 2},
+    "Zarr 2, Fortran order": {"zarr_format": 2, "order": "F", "compressors": None},
+    "Zarr 2, big-endian": {"zarr_format": 2, "dtype": ">f4", "compressors": None},
+}
+RANGES = [(0, 10), (10, 20), (20, 60), (40, 80), (80, 90), (100, 105), (3, 7), (5, 25), (0, 105), (15, 105)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+async def test_records_are_what_zarr_gives_in_every_layout(layout, tmp_path):
+    options = {"shape": (COUNT, 6), "chunks": (CHUNK, 6), "dtype": "float32", **layout}
+    array = zarr.create_array(tmp_path / "in.zarr", **options)
+    array[:WRITTEN] = records_of(WRITTEN, (6,), np.float32)
+    source = await open_source(open_store(str(tmp_path / "in.zarr")), None)
+    for start, stop in RANGES:
+        rows = await source.read(start, stop, allow_missing=True)
+        np.testing.assert_array_equal(rows.data, array[start:stop])
+        assert rows.data.dtype == np.dtype(np.float32)
+        assert rows.data.flags.c_contiguous
+        assert rows.data.flags.aligned
+
+
+async def stored_memory(store: MemoryStore, key: str) -> np.ndarray:
+    blob = await store.get(key)
+    return np.frombuffer(blob.data, np.uint8)
+
+
+@pytest.mark.parametrize(("start", "stop", "shared"), [
+    (10, 20, True), (100, 105, True),  # the last one, though only half of it is records
+    (10, 15, False), (15, 20, False), (10, 30, False),
+])
+async def test_only_a_chunk_that_is_read_whole_is_not_copied(start, stop, shared):
+    store = await source_of(records_of(COUNT), (CHUNK, 3), compressors=None)
+    source = await open_source(store, None)
+    rows = await source.read(start, stop)
+    assert np.shares_memory(rows.data, await stored_memory(store, f"c/{start // CHUNK}/0")) == shared
