@@ -22,6 +22,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -100,6 +101,7 @@ class Results:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers of contenders end with it
     options = arguments()
     with tempfile.TemporaryDirectory(prefix="compare-") as folder, contextlib.ExitStack() as stack:
         work = Path(folder)

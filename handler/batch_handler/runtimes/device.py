@@ -127,7 +127,7 @@ class CpuDevice:
     """The host itself: nothing is copied and everything is done at once.
 
     What is done beside the model finds the caches full of it, and takes five times as long as in a loop of its own: a
-    micro-batch of a network of 17 ms had 0.53 ms of it, and has 0.18 ms in stacks of ten, see
+    micro-batch of a network of 17 ms had 0.53 ms of it, and 0.18 ms when all of it was done in stacks of ten, see
     `docs/reference/benchmarks.md`.
     """
 
