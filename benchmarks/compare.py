@@ -22,7 +22,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -38,7 +37,7 @@ import zarr
 from ceiling import better, rate
 from contenders.job import CLASSES, Job, store_of
 from environments import EnvironmentFailedError, default_folder, interpreter
-from measure import ALLOCATOR, PeakMemory, family, heading, interval, machine, row, today
+from measure import ALLOCATOR, PeakMemory, family, heading, interval, machine, row, today, unwind_when_terminated
 from workload import SMALL, absolute, given_images, workload_flags
 
 from batch_client.demo.objectstore import SeaweedServer
@@ -101,7 +100,7 @@ class Results:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers of contenders end with it
+    unwind_when_terminated()
     options = arguments()
     with tempfile.TemporaryDirectory(prefix="compare-") as folder, contextlib.ExitStack() as stack:
         work = Path(folder)

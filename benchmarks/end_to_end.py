@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from ceiling import better, rate
-from measure import cpu_seconds, heading, interval, java_and_workers, stamped
+from measure import cpu_seconds, heading, interval, java_and_workers, stamped, unwind_when_terminated
 from workload import HEAVY, SMALL, command, given_images, summary_of, workload_flags
 
 from batch_client.demo.objectstore import SeaweedServer
@@ -39,6 +39,7 @@ from batch_client.machine import cores
 
 
 def main() -> None:
+    unwind_when_terminated()
     options = arguments()
     load = HEAVY if options.heavy else SMALL
     if options.input_chunk is not None:

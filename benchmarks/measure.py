@@ -6,7 +6,10 @@ import contextlib
 import os
 import platform
 import random
+import re
+import signal
 import statistics
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +20,7 @@ from typing import NamedTuple
 import psutil
 
 __all__ = ["ALLOCATOR", "Interval", "PeakMemory", "cpu_seconds", "family", "heading", "interval",
-           "java_and_workers", "machine", "row", "stamped", "today"]
+           "java_and_workers", "machine", "row", "stamped", "today", "unwind_when_terminated"]
 
 # What the embedded server sets for its workers (batch_client/server_config.py): every tuned contender has it.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_ARENA_MAX": "1"}
@@ -48,14 +51,21 @@ def today() -> str:
     return f"{datetime.now(UTC):%Y-%m-%d}"
 
 
+def unwind_when_terminated() -> None:
+    """Have SIGTERM end the benchmark as an error does: with the servers that it started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def machine() -> str:
-    """Cores, architecture and vector units of this machine, such as `2 cores, x86_64 with AVX2, no GPU`."""
-    flags = ""
+    """Cores, processor and vector units of this machine, such as `2 cores, AMD EPYC with AVX-512, no GPU`."""
+    said = ""
     with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text("utf-8")
-    units = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if f" {flag}" in flags), "")
+        said = Path("/proc/cpuinfo").read_text("utf-8")
+    units = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if f" {flag}" in said), "")
+    named = re.search(r"^model name\s*: *(.+)$", said, re.MULTILINE)
+    processor = named[1] if named else platform.machine()
     gpu = "with a GPU" if Path("/dev/nvidia0").exists() else "no GPU"
-    return f"{os.cpu_count()} cores, {platform.machine()}{f' with {units}' if units else ''}, {gpu}"
+    return f"{os.cpu_count()} cores, {processor}{f' with {units}' if units else ''}, {gpu}"
 
 
 def row(*cells: object) -> str:
