@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from batch_client.pieces import Pieces
 from batch_client.plan import Plan
 
 __all__ = [
@@ -109,12 +110,12 @@ class RequestRetried:
 
 @dataclass(frozen=True, eq=False)
 class RecordsScored:
-    """Records from number `start` of the source on have their predictions: `records` (n, *record shape), `outputs` by
+    """Records from number `start` of the source on have their predictions: `records` n of them, `outputs` by
     name (n, *output shape), `status` uint8 (n,). These are the run's own arrays: copy what is to be kept.
     """
 
     start: int
-    records: np.ndarray
+    records: Pieces
     outputs: Mapping[str, np.ndarray]
     status: np.ndarray
 

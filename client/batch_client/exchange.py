@@ -23,6 +23,7 @@ from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.endpoint import Endpoint, Pool, Room
 from batch_client.errors import CredentialsError, StoppedError
 from batch_client.events import Event, RequestDone, RequestRetried, RequestSent, Step, timed
+from batch_client.pieces import Pieces
 from batch_client.plan import Span
 from batch_client.regions import Region
 from batch_client.retry import RetryBucket, full_jitter
@@ -142,8 +143,8 @@ class Exchange:
         self._nonce = f"{rng.getrandbits(48):012x}"
         self._numbers = itertools.count()
 
-    async def ask(self, span: Span, rows: np.ndarray, room: Room | None = None) -> Prediction | Verdict:
-        """The prediction for `rows` (records, *source's record shape), or a verdict for which they may be to blame.
+    async def ask(self, span: Span, rows: Pieces, room: Room | None = None) -> Prediction | Verdict:
+        """The prediction for `rows`, records of the source, or a verdict for which they may be to blame.
 
         `room` is the pool's way to a server, `Pool.room` unless the caller holds another.
 
@@ -156,7 +157,7 @@ class Exchange:
                 with timed(Step.ROOM, self._emit, self._clock):
                     endpoint = await held.enter_async_context((room or self.pool.room)())
                 # Only now: records that wait for room are held once, as they were read.
-                attempt = self._placed(endpoint, span, self._contract.on_the_wire(rows), held)
+                attempt = self._placed(endpoint, span, rows.each(self._contract.on_the_wire), held)
                 sent_at, lane = self._clock(), endpoint.lane
                 verdict, prediction = await self._attempt(endpoint, attempt, span, tries)
                 if verdict.outcome is Outcome.NO_MODEL:
@@ -183,7 +184,7 @@ class Exchange:
         idle = self._clock() - max(self._last_success, since)
         return idle if idle > self._patience else None
 
-    def _placed(self, endpoint: Endpoint, span: Span, rows: np.ndarray, held: AsyncExitStack) -> _Attempt:
+    def _placed(self, endpoint: Endpoint, span: Span, rows: Pieces, held: AsyncExitStack) -> _Attempt:
         """A request. Its records, and room for outputs, are in the server's shared memory while `held` lasts, or its
         records are in its body.
         """
@@ -204,7 +205,7 @@ class Exchange:
                 return _Attempt(message, ident, frozenset(extents.values()), region)
         return _Attempt(self._encode(ident, span, rows), ident)
 
-    def _extents(self, ident: str, rows: np.ndarray) -> tuple[dict[str, Extent], int]:
+    def _extents(self, ident: str, rows: Pieces) -> tuple[dict[str, Extent], int]:
         """Where the larger outputs go: behind the records in region `ident`; and where that ends."""
         extents, end = {}, rows.nbytes
         for output in self._contract.outputs:
@@ -219,7 +220,7 @@ class Exchange:
             self._regions.give_up(endpoint.shared_memory)
             endpoint.shared_memory = None
 
-    def _encode(self, ident: str, span: Span, rows: np.ndarray, in_region: str | None = None,
+    def _encode(self, ident: str, span: Span, rows: Pieces, in_region: str | None = None,
                 extents: Mapping[str, Extent] = MappingProxyType({})) -> Message:
         parameters: dict[str, object] = {"binary_data_output": True}
         outputs: tuple[RequestedOutput, ...] = ()
@@ -229,7 +230,7 @@ class Exchange:
             # Who names one output gets no other; and only a bulk reply has a status without being asked.
             names = (*self._contract.output_names, RECORD_STATUS)
             outputs = tuple(RequestedOutput(name, extent=extents.get(name)) for name in names)
-        inputs = (Tensor(self._contract.input_name, rows),)
+        inputs = (Tensor(self._contract.input_name, rows.arrays[0], rows.arrays[1:]),)
         request = InferRequest(id=ident, inputs=inputs, outputs=outputs, parameters=parameters)
         return encode_request(request, region=in_region)
 

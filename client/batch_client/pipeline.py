@@ -33,6 +33,7 @@ from batch_client.exchange import Exchange
 from batch_client.layout import FAILED_PREFIX, SPEC_KEY, SUCCESS_KEY, OutputLayout
 from batch_client.ledger import FLUSH_SECONDS, Ledger, LedgerView, Row
 from batch_client.manifest import read_manifest
+from batch_client.pieces import Pieces
 from batch_client.place import Begun, begin, check_place, generation_of
 from batch_client.plan import Plan, Span, Unit
 from batch_client.prepare import Prepared, Services, prepare
@@ -337,7 +338,7 @@ class _Run:
         self._emit(ChunkWritten(unit.index, unit.count, row.failed, stream.nbytes,
                                 sum(chunk.size for chunk in row.chunks), adopted))
 
-    async def _score(self, span: Span, records: np.ndarray, lease: Lease, assembler: UnitAssembler,
+    async def _score(self, span: Span, records: Pieces, lease: Lease, assembler: UnitAssembler,
                      failures: list[RecordFailed]) -> None:
         self._under_way.set()
         try:

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 from zarr.api import asynchronous as zarr_async
 from zarr.core.array import AsyncArray
-from zarr.core.buffer.cpu import NDBuffer
 from zarr.core.group import AsyncGroup
 from zarr.errors import ContainsGroupError, GroupNotFoundError, NodeTypeValidationError
 
 from batch_client.errors import BatchClientError, DataError, MismatchError, StorageError
+from batch_client.pieces import Pieces
 from batch_client.plan import Geometry
 from batch_client.storage import Store, child_url
 from batch_client.stringset import StringSet
-from batch_client.zarrstore import ChunkBuffer, SourceStore, recording
+from batch_client.zarrstore import PieceBuffer, SourceStore, recording
 
 __all__ = ["ETags", "Rows", "Source", "open_source"]
 
@@ -38,7 +38,7 @@ _UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, N
 
 @dataclass(frozen=True)
 class Rows:
-    """Records [start, stop) of a source: `data` is (stop - start, *record shape), C order, native bytes.
+    """Records [start, stop) of a source, each array of them in C order and native bytes.
 
     etags: ETag of each chunk object that was read, by key: "" where the store gives none, None where the object is
     absent. nbytes: bytes moved from the store.
@@ -46,7 +46,7 @@ class Rows:
 
     start: int
     stop: int
-    data: np.ndarray
+    records: Pieces
     etags: Mapping[str, str | None]
     nbytes: int
 
@@ -90,10 +90,7 @@ class Source:
         Raises DataError when a chunk object is absent (unless `allow_missing`, which takes the array's fill value) or
         can't be decoded, StorageError when the store fails.
         """
-        size, count = self.geometry.chunk_records, self.geometry.count
-        one = start % size == 0 and stop == min(start + size, count)
-        out = (ChunkBuffer if one else NDBuffer).empty((stop - start, *self.geometry.record_shape),
-                                                       self.geometry.dtype, self._array.order)
+        out = PieceBuffer.empty((stop - start, *self.geometry.record_shape), self.geometry.dtype, self._array.order)
         with recording() as record:
             try:
                 await self._array.get_orthogonal_selection((slice(start, stop),), out=out)
@@ -108,7 +105,7 @@ class Source:
                 "store: restore it, or, if it means the fill value, as where writers leave out chunks of nothing else, "
                 "go on with run --allow-missing")
         etags = {key: etag or "" for key, etag in record.etags.items()} | dict.fromkeys(record.missing)
-        return Rows(start, stop, _native(out.as_numpy_array()), etags, record.nbytes)
+        return Rows(start, stop, Pieces(out.pieces()).each(_native), etags, record.nbytes)
 
     async def etags(self) -> ETags:
         """The ETags of all objects of the array now; "" where the store gives none."""

@@ -19,6 +19,7 @@ from batch_client.endpoint import Room
 from batch_client.errors import DataError, StoppedError
 from batch_client.events import Event, RecordFailed
 from batch_client.exchange import Exchange, Prediction
+from batch_client.pieces import Pieces
 from batch_client.plan import Span
 
 __all__ = ["Scored", "Scorer"]
@@ -70,8 +71,8 @@ class Scorer:
         self._micro_batch = micro_batch
         self._emit = emit
 
-    async def score(self, span: Span, rows: np.ndarray) -> Scored:
-        """Predictions for `rows` (records, *record shape of the source), whose places begin at `span.first_row`.
+    async def score(self, span: Span, rows: Pieces) -> Scored:
+        """Predictions for `rows`, whose places begin at `span.first_row`.
 
         Raises DataError when the server fails on zeros too, or takes no request of this size, and what
         `Exchange.ask` raises.
@@ -88,7 +89,7 @@ class Scorer:
                 return await self._isolate(span, rows, answer)
             await self._exchange.pause(failed)
 
-    async def _split(self, span: Span, rows: np.ndarray, verdict: Verdict) -> Scored:
+    async def _split(self, span: Span, rows: Pieces, verdict: Verdict) -> Scored:
         """Two requests for one that is too large for the server, cut between micro-batches."""
         micro_batches = -(-(span.first_row % self._micro_batch + span.count) // self._micro_batch)
         if micro_batches < 2:
@@ -103,7 +104,8 @@ class Scorer:
             np.concatenate([part.status for part in parts]),
             parts[0].failures + parts[1].failures)
 
-    async def _isolate(self, span: Span, rows: np.ndarray, verdict: Verdict) -> Scored:
+    async def _isolate(self, span: Span, records: Pieces, verdict: Verdict) -> Scored:
+        rows = records.joined()
         try:
             case = await self._take_apart(span, rows, verdict)
         except _CompanyError as error:
@@ -131,7 +133,7 @@ class Scorer:
         """A request of zeros in the shape of the suspect must succeed, or nothing can be said about its records."""
         tries, began = 0, self._exchange.now()
         while True:
-            answer = await self._exchange.ask(case.span, np.zeros_like(case.rows), case.room)
+            answer = await self._exchange.ask(case.span, Pieces([np.zeros_like(case.rows)]), case.room)
             if isinstance(answer, Prediction):
                 if case.status is None:
                     case.outputs = {name: np.zeros_like(array) for name, array in answer.outputs.items()}
@@ -180,7 +182,7 @@ class Scorer:
         """
         rows = np.zeros_like(case.rows)
         rows[low:high] = case.rows[low:high]
-        answer = await self._exchange.ask(case.span, rows, case.room)
+        answer = await self._exchange.ask(case.span, Pieces([rows]), case.room)
         if isinstance(answer, Prediction):
             for name, array in case.outputs.items():
                 array[low:high] = answer.outputs[name][low:high]

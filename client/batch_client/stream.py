@@ -6,11 +6,10 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from batch_client.budget import ByteBudget, Lease
 from batch_client.errors import MismatchError
 from batch_client.events import Step
+from batch_client.pieces import Pieces
 from batch_client.plan import Plan, Span, Unit
 from batch_client.reader import Source
 
@@ -34,13 +33,12 @@ class UnitStream:
     etags: dict[str, str | None] = field(default_factory=dict)
     nbytes: int = 0
 
-    async def spans(self) -> AsyncIterator[tuple[Span, np.ndarray, Lease]]:
-        """Each request's span, its records (records, *record shape), and the lease on their bytes, to be released by
-        whoever takes them.
+    async def spans(self) -> AsyncIterator[tuple[Span, Pieces, Lease]]:
+        """Each request's span, its records, and the lease on their bytes, to be released by whoever takes them.
 
         Raises MismatchError when a source chunk changes between two reads, and what `Source.read` raises.
         """
-        carried: np.ndarray | None = None
+        carried: Pieces | None = None
         for start, stop in self.plan.blocks(self.unit):
             with self.timed(Step.BUDGET):
                 lease = await self.budget.take((stop - start) * self.plan.source.record_bytes, self.rank)
@@ -51,12 +49,12 @@ class UnitStream:
                 self.nbytes += rows.nbytes
                 first = start - (0 if carried is None else len(carried))
                 for span in self.plan.requests(first, stop):
-                    records = rows.data[max(span.start - start, 0):span.stop - start]
+                    records = rows.records[max(span.start - start, 0):span.stop - start]
                     if carried is not None:
-                        records, carried = np.concatenate([carried, records]), None
+                        records, carried = carried + records, None
                     if self._goes_on(span, stop):
-                        # Copied, so that the block's bytes can be given back while these wait.
-                        carried = records.copy()
+                        # Lean, so that the block's bytes can be given back while these wait.
+                        carried = records.lean()
                     else:
                         yield span, records, lease.hold()
             finally:

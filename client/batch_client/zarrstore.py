@@ -21,12 +21,16 @@ from zarr.abc.store import (
 from zarr.abc.store import (
     Store as ZarrStore,
 )
-from zarr.core.buffer import Buffer, BufferPrototype, cpu
+from zarr.core.buffer import Buffer, BufferPrototype, NDArrayLike, cpu
 
 from batch_client.errors import MismatchError
+from batch_client.pieces import is_lean
 from batch_client.storage import Store, child_url
 
-__all__ = ["ChunkBuffer", "ReadRecord", "SourceStore", "recording"]
+__all__ = ["PieceBuffer", "ReadRecord", "SourceStore", "recording"]
+
+# A piece costs its request a system call or two; copying so many bytes costs more.
+LEAST_KEPT_BYTES = 64 << 10
 
 
 @dataclass
@@ -53,18 +57,34 @@ def recording() -> Iterator[ReadRecord]:
         _RECORD.reset(token)
 
 
-class ChunkBuffer(cpu.NDBuffer):
-    """What one whole chunk is read into: the decoded chunk takes its place. Into zarr's own it is copied, on the event
-    loop. It may be read-only then, and at the array's end it is a part of a chunk, all of which is held. Anything else
-    that is set is copied.
+class PieceBuffer(cpu.NDBuffer):
+    """What records are read into: decoded chunks are kept as they are. Into zarr's own buffer they are copied, on the
+    event loop. Copied is only what is not whole records, what is small, and what keeps much more in memory.
     """
 
+    def __init__(self, array: NDArrayLike) -> None:
+        super().__init__(array)
+        self._kept: dict[int, np.ndarray] = {}
+
     def __setitem__(self, key: Any, value: Any) -> None:
-        data = value.as_numpy_array() if isinstance(value, cpu.NDBuffer) else None
-        if data is not None and (data.shape, data.dtype) == (self.shape, self.dtype) and data.flags.aligned:
-            self._data = value.as_ndarray_like()
+        piece = value.as_numpy_array() if isinstance(value, cpu.NDBuffer) else None
+        if piece is not None and self._keeps(piece):
+            self._kept[key[0].indices(self.shape[0])[0]] = piece
         else:
             super().__setitem__(key, value)
+
+    def _keeps(self, piece: np.ndarray) -> bool:
+        whole_records = (piece.shape[1:], piece.dtype) == (self.shape[1:], self.dtype)
+        large = piece.nbytes >= LEAST_KEPT_BYTES or len(piece) == self.shape[0]
+        return whole_records and large and piece.flags.aligned and is_lean(piece)
+
+    def pieces(self) -> list[np.ndarray]:
+        """All that was set, in order, in at least one array; those kept may be read-only."""
+        copied, found, at = self.as_numpy_array(), [], 0
+        for start, piece in sorted(self._kept.items()):
+            found += [copied[at:start], piece]
+            at = start + len(piece)
+        return [array for array in (*found, copied[at:]) if len(array)] or [copied]
 
 
 class SourceStore(ZarrStore):

@@ -213,7 +213,7 @@ def encode_request(request: InferRequest, *, binary: bool = True, region: str | 
 
 
 def _one_after_the_other(tensors: Sequence[Tensor], region: str) -> dict[str, Extent]:
-    sizes = [tensor.data.nbytes for tensor in tensors]
+    sizes = [tensor.nbytes for tensor in tensors]
     offsets = accumulate(sizes, initial=0)  # and one more, the end
     return {tensor.name: Extent(region, at, size) for tensor, at, size in zip(tensors, offsets, sizes, strict=False)}
 

@@ -97,10 +97,15 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A named array; axis 0 of `data` counts records."""
+    """A named array; axis 0 of `data` counts records. One that is sent may go on in `more` arrays of the same kind."""
 
     name: str
     data: Array
+    more: tuple[Array, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + sum(array.nbytes for array in self.more)
 
 
 def datatype_of(dtype: npt.DTypeLike) -> str:
@@ -187,21 +192,21 @@ def encode_tensors(
     tail: list[memoryview] = []
     shared: list[memoryview] = []
     for tensor in tensors:
-        datatype = datatype_of(tensor.data.dtype)
+        arrays, datatype = (tensor.data, *tensor.more), datatype_of(tensor.data.dtype)
         item: dict[str, Any] = {
             "name": tensor.name,
             "datatype": datatype,
-            "shape": list(tensor.data.shape),
+            "shape": [sum(map(len, arrays)), *tensor.data.shape[1:]],
         }
-        data = np.ascontiguousarray(tensor.data, dtype=DATATYPES[datatype]).reshape(-1)
+        pieces = [np.ascontiguousarray(array, dtype=DATATYPES[datatype]).reshape(-1) for array in arrays]
         if (extent := extents.get(tensor.name)) is not None:
             item["parameters"] = extent.to_json()
-            shared.append(data.view(np.uint8).data)
+            shared += [piece.view(np.uint8).data for piece in pieces]
         elif is_binary(tensor.name):
-            item["parameters"] = {"binary_data_size": data.nbytes}
-            tail.append(data.view(np.uint8).data)
+            item["parameters"] = {"binary_data_size": tensor.nbytes}
+            tail += [piece.view(np.uint8).data for piece in pieces]
         else:
-            item["data"] = to_json_numbers(data)
+            item["data"] = list(chain.from_iterable(map(to_json_numbers, pieces)))
         described.append(item)
     return described, tail, shared
 

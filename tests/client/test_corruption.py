@@ -17,6 +17,7 @@ from batch_client.endpoint import Pool
 from batch_client.errors import BrokenPromiseError, DataError
 from batch_client.exchange import Exchange, Prediction, _Attempt, _Tries
 from batch_client.layout import SPEC_KEY
+from batch_client.pieces import Pieces
 from batch_client.plan import OutputGeometry, Span
 from batch_client.transport import HttpReply
 from batch_client.verify import verify_output
@@ -29,6 +30,7 @@ from support.world import World
 
 FLIPS = 10_000
 ROWS = np.arange(24, dtype=np.uint8).reshape(8, 3)
+PIECES = Pieces([ROWS[:3], ROWS[3:]])
 SPAN = Span(0, 8, 0)
 
 
@@ -74,7 +76,7 @@ async def attempt(exchange):
     endpoint, server = exchange.pool.endpoints[0], exchange._transport
     endpoint.shared_memory = server.shared_memory and server.shared_memory.folder
     async with AsyncExitStack() as held:
-        asked = exchange._placed(endpoint, SPAN, ROWS, held)
+        asked = exchange._placed(endpoint, SPAN, PIECES, held)
         assert bool(asked.message.shared) == (server.shared_memory is not None)
         return await exchange._attempt(endpoint, asked, SPAN, _Tries())
 
@@ -186,7 +188,7 @@ def test_the_larger_outputs_are_one_after_the_other_behind_the_records(exchange_
     shapes = {"a": (2,), "small": (), "b": (3, 5), "c": (7,)}
     exchange._contract = replace(exchange._contract, outputs=tuple(
         OutputGeometry(name, np.dtype(np.float64), shape) for name, shape in shapes.items()))
-    rows = np.zeros((1024, 3), np.uint8)
+    rows = Pieces([np.zeros((1024, 3), np.uint8)])
     extents, end = exchange._extents("r", rows)
     sizes = {"a": 16384, "b": 122_880, "c": 57_344}
     assert {name: extent.size for name, extent in extents.items()} == sizes
@@ -259,7 +261,7 @@ def test_every_reply_to_another_request_is_noticed(exchange_with):
     async def run():
         pairs = []
         for number in range(50):
-            rows = ROWS + number
+            rows = Pieces([ROWS + number])
             ident = f"request-{number}"
             asked = _Attempt(exchange._encode(ident, SPAN, rows), ident)
             headers = {"Inference-Header-Content-Length": str(asked.message.header_length)}

@@ -1,12 +1,14 @@
-"""What a source gives is what zarr gives, in every layout; and a chunk that is read whole is not copied."""
+"""What a source gives is what zarr gives, in every layout; and decoded chunks are not copied."""
 
 import numpy as np
 import pytest
 import zarr
 from zarr.codecs import TransposeCodec
 
+from batch_client import zarrstore
 from batch_client.reader import open_source
 from batch_client.storage import Blob, MemoryStore, open_store
+from batch_client.zarrstore import LEAST_KEPT_BYTES
 from support.runs import records_of, source_of
 
 COUNT, CHUNK = 105, 10  # the last chunk is half full
@@ -29,18 +31,21 @@ LAYOUTS = {
 RANGES = [(0, 10), (10, 20), (20, 60), (40, 80), (80, 90), (100, 105), (3, 7), (5, 25), (0, 105), (15, 105)]
 
 
+@pytest.mark.parametrize("least", [1, LEAST_KEPT_BYTES], ids=["kept", "copied"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-async def test_records_are_what_zarr_gives_in_every_layout(layout, tmp_path):
+async def test_records_are_what_zarr_gives_in_every_layout(layout, least, tmp_path, monkeypatch):
+    monkeypatch.setattr(zarrstore, "LEAST_KEPT_BYTES", least)
     options = {"shape": (COUNT, 6), "chunks": (CHUNK, 6), "dtype": "float32", **layout}
     array = zarr.create_array(tmp_path / "in.zarr", **options)
     array[:WRITTEN] = records_of(WRITTEN, (6,), np.float32)
     source = await open_source(open_store(str(tmp_path / "in.zarr")), None)
     for start, stop in RANGES:
         rows = await source.read(start, stop, allow_missing=True)
-        np.testing.assert_array_equal(rows.data, array[start:stop])
-        assert rows.data.dtype == np.dtype(np.float32)
-        assert rows.data.flags.c_contiguous
-        assert rows.data.flags.aligned
+        np.testing.assert_array_equal(rows.records.joined(), array[start:stop])
+        for piece in rows.records.arrays:
+            assert piece.dtype == np.dtype(np.float32)
+            assert piece.flags.c_contiguous
+            assert piece.flags.aligned
 
 
 async def stored_memory(store: MemoryStore, key: str) -> np.ndarray:
@@ -48,15 +53,25 @@ async def stored_memory(store: MemoryStore, key: str) -> np.ndarray:
     return np.frombuffer(blob.data, np.uint8)
 
 
-@pytest.mark.parametrize(("start", "stop", "shared"), [
-    (10, 20, True), (100, 105, True),  # the last one, though only half of it is records
-    (10, 15, False), (15, 20, False), (10, 30, False),
+@pytest.mark.parametrize(("start", "stop", "kept"), [
+    (10, 20, [1]), (10, 15, [1]), (100, 105, [10]),  # half a chunk keeps all of it, which is no more than twice as much
+    (10, 14, []), (14, 36, [1, 2, 3]), (14, 34, [1, 2]), (17, 33, [2]), (0, 105, [*range(11)]),
 ])
-async def test_only_a_chunk_that_is_read_whole_is_not_copied(start, stop, shared):
+async def test_large_chunks_are_not_copied_unless_little_of_them_is_wanted(start, stop, kept, monkeypatch):
+    monkeypatch.setattr(zarrstore, "LEAST_KEPT_BYTES", 15)  # half a chunk
+    store = await source_of(records_of(COUNT), (CHUNK, 3), compressors=None)
+    records = (await (await open_source(store, None)).read(start, stop)).records
+    shared = [chunk for chunk in range(11) for piece in records.arrays
+              if np.shares_memory(piece, await stored_memory(store, f"c/{chunk}/0"))]
+    assert shared == kept
+    np.testing.assert_array_equal(records.joined(), records_of(COUNT)[start:stop])
+
+
+async def test_small_chunks_are_copied_into_one_array_unless_one_is_all_that_is_read():
     store = await source_of(records_of(COUNT), (CHUNK, 3), compressors=None)
     source = await open_source(store, None)
-    rows = await source.read(start, stop)
-    assert np.shares_memory(rows.data, await stored_memory(store, f"c/{start // CHUNK}/0")) == shared
+    assert len((await source.read(0, 105)).records.arrays) == 1
+    assert np.shares_memory((await source.read(10, 20)).records.joined(), await stored_memory(store, "c/1/0"))
 
 
 class _OddStore(MemoryStore):
@@ -77,6 +92,6 @@ async def test_a_chunk_at_an_odd_address_is_copied_to_a_better_one():
     store = _OddStore("memory://odd")
     store.objects = (await source_of(records, (CHUNK, 6), compressors=None)).objects
     rows = await (await open_source(store, None)).read(10, 20)
-    np.testing.assert_array_equal(rows.data, records[10:20])
-    assert rows.data.flags.aligned
+    np.testing.assert_array_equal(rows.records.joined(), records[10:20])
+    assert rows.records.joined().flags.aligned
     assert (await stored_memory(store, "c/1/0")).ctypes.data % 2 == 1  # it was at one

@@ -10,6 +10,7 @@ import pytest
 from batch_client.dialect import Outcome, Verdict
 from batch_client.endpoint import Pool
 from batch_client.exchange import Prediction
+from batch_client.pieces import Pieces
 from batch_client.plan import Span
 from batch_client.scorer import Scorer
 from batch_client.storage import open_store
@@ -44,7 +45,7 @@ class Company:
             return Verdict(Outcome.RAISED, "not this one")
         if rows[5].any() and room == self.pool.room:
             return Verdict(Outcome.FAILED, "a worker died")
-        return Prediction({"y": rows.astype(np.float32)}, np.zeros(span.count, np.uint8))
+        return Prediction({"y": rows.joined().astype(np.float32)}, np.zeros(span.count, np.uint8))
 
     async def pause(self, tries):
         pass
@@ -56,7 +57,7 @@ class Company:
 async def test_a_probe_that_goes_down_with_another_request_says_nothing_of_its_records():
     # Seen on TorchServe: an image that ends its worker, in a server batch with the probe of one that raises.
     rows, events = np.arange(1, 9, dtype=np.uint8)[:, None], []
-    scored = await Scorer(Company(), 8, events.append).score(Span(0, 8, 0), rows)
+    scored = await Scorer(Company(), 8, events.append).score(Span(0, 8, 0), Pieces([rows[:3], rows[3:]]))
     assert scored.status.tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
     assert [(one.index, one.reason) for one in scored.failures] == [(2, "not this one")]
     assert tuple(events) == scored.failures

@@ -42,6 +42,18 @@ REQUESTS = [
 ]  # fmt: skip
 
 
+@given(st.sampled_from([*oip.DATATYPES.values(), np.dtype(">f4")]), st.lists(st.integers(0, 4), max_size=4).map(sorted),
+       st.sampled_from([{}, {"binary": False}, {"region": "r"}]))
+def test_a_tensor_in_several_arrays_is_the_same_message(dtype, cuts, way):
+    data = np.repeat(array_of(dtype), 2, axis=0).astype(dtype)
+    first, *more = np.split(data, cuts)
+    whole, parts = (oip.encode_request(InferRequest("r", (tensor, Tensor("y", data))), **way)
+                    for tensor in (Tensor("x", data), Tensor("x", first, tuple(more))))
+    assert b"".join(parts.parts) == b"".join(whole.parts)
+    assert b"".join(parts.shared) == b"".join(whole.shared)
+    assert (parts.header_length, parts.crc32c) == (whole.header_length, whole.crc32c)
+
+
 def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
     assert [t.name for t in one] == [t.name for t in other]
     for a, b in zip(one, other, strict=True):

@@ -21,6 +21,7 @@ from batch_client.endpoint import Pool
 from batch_client.errors import ServingError, one_error
 from batch_client.exchange import Exchange
 from batch_client.layout import OutputLayout
+from batch_client.pieces import Pieces
 from batch_client.plan import Plan, Span, Unit
 from batch_client.reader import Source
 from batch_client.serving import Servers
@@ -124,11 +125,11 @@ async def _rate(works: list[Work], seconds: float) -> float:
     return done / (time.monotonic() - began)
 
 
-def _random_requests(contract: ModelContract, records: int) -> list[np.ndarray]:
+def _random_requests(contract: ModelContract, records: int) -> list[Pieces]:
     rng = np.random.default_rng(0)
     shape, dtype = (records, *contract.input_shape), contract.input_dtype
     ring = max(1, min(RING, RING_BYTES // max(1, math.prod(shape) * dtype.itemsize)))
-    return [_random(shape, dtype, rng) for _ in range(ring)]
+    return [Pieces([_random(shape, dtype, rng)]) for _ in range(ring)]
 
 
 def _random(shape: tuple[int, ...], dtype: np.dtype[np.generic], rng: np.random.Generator) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,10 +118,9 @@ async def _as_query(servers: Servers, rows: Rows) -> _Query:
     from batch_client.contract import fetch_contract
 
     contract = await fetch_contract(servers, servers.urls[0])
-    try:
-        wire = contract.on_the_wire(rows.data)
-    except ValueError:
-        wire = rows.data  # the server says what it wants
+    wire = rows.records.joined()
+    with suppress(ValueError):  # the server says what it wants
+        wire = contract.on_the_wire(wire)
     file = io.BytesIO()
     np.save(file, wire, allow_pickle=False)
     return _Query(NPY, file.getvalue())

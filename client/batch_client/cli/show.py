@@ -145,7 +145,7 @@ async def _labels(where: str, *, anonymous: bool) -> np.ndarray:
 
     if not where.endswith(".npy"):
         source = await open_source(open_store(where, anonymous=anonymous), None)
-        return (await source.read(0, source.geometry.count, allow_missing=True)).data
+        return (await source.read(0, source.geometry.count, allow_missing=True)).records.joined()
     folder, slash, name = where.rpartition("/")
     blob = await open_store(folder or (slash or "."), anonymous=anonymous).get(name)
     if blob is None:
@@ -183,10 +183,10 @@ async def _answers(scores: Source, status: Source | None, origin: int, start: in
     best = np.empty(stop - start, np.float32)
     for first in range(start, stop, step):
         last = min(first + step, stop)
-        values = _rows((await scores.read(first - origin, last - origin)).data)
+        values = _rows((await scores.read(first - origin, last - origin)).records.joined())
         unusable = ~np.isfinite(values).all(axis=1)
         if status is not None:
-            unusable |= (await status.read(first - origin, last - origin)).data != 0
+            unusable |= (await status.read(first - origin, last - origin)).records.joined() != 0
         chosen = np.where(unusable[:, None], 0, values).argmax(axis=1)
         part = slice(first - start, last - start)
         classes[part] = np.where(unusable, -1, chosen)
@@ -248,7 +248,7 @@ async def _read_rows(source: Source, numbers: list[int]) -> np.ndarray:
     for places in chunks.values():
         wanted = [numbers[place] for place in places]
         first = min(wanted)
-        data = (await source.read(first, max(wanted) + 1, allow_missing=True)).data
+        data = (await source.read(first, max(wanted) + 1, allow_missing=True)).records.joined()
         found[places] = data[[number - first for number in wanted]]
     return found
 
