@@ -29,6 +29,7 @@ class _Loop(_BaseLoop):
     """A loop that a late answer from another thread may miss. Reads that are under way when a run ends (zarr asks for
     several objects at once, and the first refusal ends them all) are answered by obstore's threads, now and then just
     after the loop was closed: https://github.com/PyO3/pyo3-async-runtimes/issues/90. They print the traceback of it.
+    So a thread that asks a closed loop for something is not told that nobody will do it.
     """
 
     def call_soon_threadsafe(self, callback: Callable[[*Ts], object], *args: *Ts,

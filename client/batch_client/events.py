@@ -110,7 +110,7 @@ class RequestRetried:
 
 @dataclass(frozen=True, eq=False)
 class RecordsScored:
-    """Records from number `start` of the source on have their predictions: `records` n of them, `outputs` by
+    """Records from number `start` of the source on have their predictions: `records` (n, *record shape), `outputs` by
     name (n, *output shape), `status` uint8 (n,). These are the run's own arrays: copy what is to be kept.
     """
 

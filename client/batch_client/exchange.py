@@ -144,7 +144,7 @@ class Exchange:
         self._numbers = itertools.count()
 
     async def ask(self, span: Span, rows: Pieces, room: Room | None = None) -> Prediction | Verdict:
-        """The prediction for `rows`, records of the source, or a verdict for which they may be to blame.
+        """The prediction for `rows` (n, *source's record shape), or a verdict for which they may be to blame.
 
         `room` is the pool's way to a server, `Pool.room` unless the caller holds another.
 

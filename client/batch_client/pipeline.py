@@ -322,6 +322,7 @@ class _Run:
         async with asyncio.TaskGroup() as tasks:
             async for span, records, lease in stream.spans():
                 tasks.create_task(self._score(span, records, lease, assembler, failures))
+                del records  # the task's alone, while the stream waits for the budget
         if self._spec.require_finite:
             for place in np.flatnonzero(assembler.status == STATUS_NOT_FINITE):
                 failures.append(RecordFailed(unit.start + int(place), NOT_FINITE, 1))

@@ -1,4 +1,4 @@
-"""Record range → ndarray, whole chunks or shards, with what was read written down.
+"""Record range → records, whole chunks or shards, with what was read written down.
 
 A source is any Zarr v2 or v3 array: sharded or not, chunked along any axis. zarr decodes; its CPU-heavy codecs run in
 threads. How many bytes may be held is the caller's business (`budget.py`).
@@ -38,7 +38,7 @@ _UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, N
 
 @dataclass(frozen=True)
 class Rows:
-    """Records [start, stop) of a source, each array of them in C order and native bytes.
+    """Records [start, stop) of a source, (*record shape) each: arrays in C order and native bytes.
 
     etags: ETag of each chunk object that was read, by key: "" where the store gives none, None where the object is
     absent. nbytes: bytes moved from the store.
@@ -105,7 +105,7 @@ class Source:
                 "store: restore it, or, if it means the fill value, as where writers leave out chunks of nothing else, "
                 "go on with run --allow-missing")
         etags = {key: etag or "" for key, etag in record.etags.items()} | dict.fromkeys(record.missing)
-        return Rows(start, stop, Pieces(out.pieces()).each(_native), etags, record.nbytes)
+        return Rows(start, stop, out.pieces().each(_native), etags, record.nbytes)
 
     async def etags(self) -> ETags:
         """The ETags of all objects of the array now; "" where the store gives none."""

@@ -72,7 +72,7 @@ class Scorer:
         self._emit = emit
 
     async def score(self, span: Span, rows: Pieces) -> Scored:
-        """Predictions for `rows`, whose places begin at `span.first_row`.
+        """Predictions for `rows` (n, *record shape of the source), whose places begin at `span.first_row`.
 
         Raises DataError when the server fails on zeros too, or takes no request of this size, and what
         `Exchange.ask` raises.

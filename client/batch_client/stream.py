@@ -34,7 +34,8 @@ class UnitStream:
     nbytes: int = 0
 
     async def spans(self) -> AsyncIterator[tuple[Span, Pieces, Lease]]:
-        """Each request's span, its records, and the lease on their bytes, to be released by whoever takes them.
+        """Each request's span, its records (n, *record shape), and the lease on their bytes, to be released by
+        whoever takes them.
 
         Raises MismatchError when a source chunk changes between two reads, and what `Source.read` raises.
         """
@@ -53,10 +54,12 @@ class UnitStream:
                     if carried is not None:
                         records, carried = carried + records, None
                     if self._goes_on(span, stop):
-                        # Lean, so that the block's bytes can be given back while these wait.
-                        carried = records.lean()
+                        # Without the rest of their chunk: the block's bytes are given back while these wait.
+                        carried = records.compact()
                     else:
                         yield span, records, lease.hold()
+                # While the next block waits for the budget, this one's requests alone have its bytes.
+                del rows, records
             finally:
                 lease.release()
 

@@ -1,4 +1,5 @@
-"""Our `Store` as a zarr store: zarr reads through it, and what it read (keys, ETags, absences) is written down.
+"""Our `Store` as a zarr store: zarr reads through it, and what it read (keys, ETags, absences) is written down; and
+the buffer that keeps what zarr decodes.
 
 Reading only: chunks and metadata of an output are written by `writer.py` and `publish.py`, create-only.
 """
@@ -24,12 +25,12 @@ from zarr.abc.store import (
 from zarr.core.buffer import Buffer, BufferPrototype, NDArrayLike, cpu
 
 from batch_client.errors import MismatchError
-from batch_client.pieces import is_lean
+from batch_client.pieces import Pieces
 from batch_client.storage import Store, child_url
 
 __all__ = ["PieceBuffer", "ReadRecord", "SourceStore", "recording"]
 
-# A piece costs its request a system call or two; copying so many bytes costs more.
+# A piece costs its request a write, some microseconds (perf of a run); copying so many bytes costs more.
 LEAST_KEPT_BYTES = 64 << 10
 
 
@@ -58,8 +59,8 @@ def recording() -> Iterator[ReadRecord]:
 
 
 class PieceBuffer(cpu.NDBuffer):
-    """What records are read into: decoded chunks are kept as they are. Into zarr's own buffer they are copied, on the
-    event loop. Copied is only what is not whole records, what is small, and what keeps much more in memory.
+    """What records are read into: decoded chunks are kept as they are, where zarr's own buffer copies them, on the
+    event loop. Copied are parts of records, small pieces and fill values. Only `pieces` has all of it.
     """
 
     def __init__(self, array: NDArrayLike) -> None:
@@ -73,18 +74,21 @@ class PieceBuffer(cpu.NDBuffer):
         else:
             super().__setitem__(key, value)
 
+    def __getitem__(self, key: Any) -> cpu.NDBuffer:  # type: ignore[override]
+        """A part of what was copied. What is set in that part is copied too: this buffer would not know of it."""
+        return cpu.NDBuffer(np.asanyarray(self.as_numpy_array()[key]))
+
     def _keeps(self, piece: np.ndarray) -> bool:
         whole_records = (piece.shape[1:], piece.dtype) == (self.shape[1:], self.dtype)
-        large = piece.nbytes >= LEAST_KEPT_BYTES or len(piece) == self.shape[0]
-        return whole_records and large and piece.flags.aligned and is_lean(piece)
+        return whole_records and piece.nbytes >= LEAST_KEPT_BYTES and piece.flags.aligned
 
-    def pieces(self) -> list[np.ndarray]:
-        """All that was set, in order, in at least one array; those kept may be read-only."""
+    def pieces(self) -> Pieces:
+        """All that was set, in order. No piece keeps more in memory than itself; it may be read-only."""
         copied, found, at = self.as_numpy_array(), [], 0
         for start, piece in sorted(self._kept.items()):
             found += [copied[at:start], piece]
             at = start + len(piece)
-        return [array for array in (*found, copied[at:]) if len(array)] or [copied]
+        return Pieces([*found, copied[at:]]).compact()
 
 
 class SourceStore(ZarrStore):

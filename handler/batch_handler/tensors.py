@@ -97,7 +97,9 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A named array; axis 0 of `data` counts records. One that is sent may go on in `more` arrays of the same kind."""
+    """A named array; axis 0 of `data` counts records. One that is sent may go on in `more` arrays of the same dtype and
+    record shape.
+    """
 
     name: str
     data: Array

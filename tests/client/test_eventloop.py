@@ -12,6 +12,7 @@ from typing import Any
 
 import obstore
 import pytest
+import uvloop
 from obstore.store import HTTPStore
 
 from batch_client.eventloop import run_until_complete
@@ -70,6 +71,7 @@ def answered_late(server: SlowServer, run: Callable[..., Any], errors: Callable[
     while read() is not None and not printed:
         assert time.monotonic() < end
         time.sleep(0.005)
+        repr(store)  # what obstore's threads let go is freed at its next call
         printed += errors()
     return printed + errors()
 
@@ -91,6 +93,19 @@ def test_another_thread_reaches_a_loop_that_runs():
         return await asyncio.wait_for(came.wait(), 60)
 
     assert run_until_complete(main())
+
+
+def test_another_error_of_a_loop_is_not_hidden(monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("broken")
+
+    async def main() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(uvloop.Loop, "call_soon_threadsafe", broken, raising=False)
+            with pytest.raises(RuntimeError, match="broken"):
+                asyncio.get_running_loop().call_soon_threadsafe(print)
+
+    run_until_complete(main())
 
 
 def test_a_closed_loop_still_says_so_where_it_is_used():

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 from zarr.codecs import TransposeCodec
+from zarr.core.buffer.cpu import NDBuffer
 
 from batch_client import zarrstore
 from batch_client.reader import open_source
 from batch_client.storage import Blob, MemoryStore, open_store
-from batch_client.zarrstore import LEAST_KEPT_BYTES
+from batch_client.zarrstore import LEAST_KEPT_BYTES, PieceBuffer
 from support.runs import records_of, source_of
 
 COUNT, CHUNK = 105, 10  # the last chunk is half full
@@ -54,10 +57,10 @@ async def stored_memory(store: MemoryStore, key: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("start", "stop", "kept"), [
-    (10, 20, [1]), (10, 15, [1]), (100, 105, [10]),  # half a chunk keeps all of it, which is no more than twice as much
-    (10, 14, []), (14, 36, [1, 2, 3]), (14, 34, [1, 2]), (17, 33, [2]), (0, 105, [*range(11)]),
+    (10, 20, [1]), (11, 20, [1]), (12, 20, []),  # nine tenths keep all of it, eight do not
+    (14, 36, [2]), (0, 105, [*range(10)]),  # the last chunk is stored whole, and half of it is no record
 ])
-async def test_large_chunks_are_not_copied_unless_little_of_them_is_wanted(start, stop, kept, monkeypatch):
+async def test_chunks_of_which_nearly_all_is_wanted_are_not_copied(start, stop, kept, monkeypatch):
     monkeypatch.setattr(zarrstore, "LEAST_KEPT_BYTES", 15)  # half a chunk
     store = await source_of(records_of(COUNT), (CHUNK, 3), compressors=None)
     records = (await (await open_source(store, None)).read(start, stop)).records
@@ -67,11 +70,56 @@ async def test_large_chunks_are_not_copied_unless_little_of_them_is_wanted(start
     np.testing.assert_array_equal(records.joined(), records_of(COUNT)[start:stop])
 
 
-async def test_small_chunks_are_copied_into_one_array_unless_one_is_all_that_is_read():
+async def test_small_chunks_are_copied_into_one_array():
     store = await source_of(records_of(COUNT), (CHUNK, 3), compressors=None)
-    source = await open_source(store, None)
-    assert len((await source.read(0, 105)).records.arrays) == 1
-    assert np.shares_memory((await source.read(10, 20)).records.joined(), await stored_memory(store, "c/1/0"))
+    assert len((await (await open_source(store, None)).read(0, 105)).records.arrays) == 1
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from(["chunk", "fill", "part of a chunk", "two halves"]))))
+def test_a_piece_buffer_has_what_was_set_whatever_was_set(runs):
+    count = sum(size for size, _ in runs)
+    wanted = np.arange(count * 4, dtype=np.int32).reshape(count, 4)
+    buffer = PieceBuffer.empty((count, 4), np.dtype(np.int32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zarrstore, "LEAST_KEPT_BYTES", 3 * 16)
+        at = 0
+        for size, kind in runs:
+            rows, at = slice(at, at + size), at + size
+            match kind:
+                case "chunk":
+                    buffer[rows, slice(0, 4)] = NDBuffer(wanted[rows].copy())
+                case "fill":
+                    wanted[rows] = 7
+                    buffer[rows, slice(0, 4)] = 7
+                case "part of a chunk":
+                    chunk = np.concatenate([wanted[rows], wanted[rows]])
+                    buffer[rows, slice(0, 4)] = NDBuffer(chunk)[slice(0, size)]
+                case "two halves":
+                    buffer[rows, slice(0, 2)] = NDBuffer(wanted[rows, :2].copy())
+                    buffer[rows, slice(2, 4)] = NDBuffer(wanted[rows, 2:].copy())
+    np.testing.assert_array_equal(buffer.pieces().joined(), wanted)
+
+
+def test_what_is_set_in_a_part_of_a_piece_buffer_is_not_lost(monkeypatch):
+    monkeypatch.setattr(zarrstore, "LEAST_KEPT_BYTES", 1)
+    buffer, wanted = PieceBuffer.empty((4, 4), np.dtype(np.int32)), np.arange(16, dtype=np.int32).reshape(4, 4)
+    buffer[slice(0, 2)][slice(0, 2), slice(0, 4)] = NDBuffer(wanted[:2])
+    buffer[slice(2, 4), slice(0, 4)] = NDBuffer(wanted[2:])
+    np.testing.assert_array_equal(buffer.pieces().joined(), wanted)
+
+
+@pytest.mark.parametrize(("shape", "chunks", "dtype"), [
+    ((COUNT,), (CHUNK,), np.int64), ((COUNT, 2, 3, 4), (CHUNK, 2, 3, 4), np.uint8), ((COUNT, 5), (CHUNK, 5), np.bool_),
+    ((COUNT, 4), (CHUNK, 7), np.float64), ((COUNT, 0), (CHUNK, 1), np.uint8), ((7, 3), (CHUNK, 3), np.uint8),
+])
+async def test_records_of_any_shape_are_read(shape, chunks, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(zarrstore, "LEAST_KEPT_BYTES", 1)
+    wanted = np.random.default_rng(0).integers(0, 2, shape).astype(dtype)
+    array = zarr.create_array(tmp_path / "in.zarr", shape=shape, chunks=chunks, dtype=dtype)
+    array[...] = wanted
+    source = await open_source(open_store(str(tmp_path / "in.zarr")), None)
+    for start, stop in ((0, len(wanted)), (0, 5), (3, 7)):
+        np.testing.assert_array_equal((await source.read(start, stop)).records.joined(), wanted[start:stop])
 
 
 class _OddStore(MemoryStore):
@@ -87,7 +135,8 @@ class _OddStore(MemoryStore):
         return Blob(moved.data, blob.etag)
 
 
-async def test_a_chunk_at_an_odd_address_is_copied_to_a_better_one():
+async def test_a_chunk_at_an_odd_address_is_copied_to_a_better_one(monkeypatch):
+    monkeypatch.setattr(zarrstore, "LEAST_KEPT_BYTES", 1)
     records = records_of(COUNT, (6,), np.float32)
     store = _OddStore("memory://odd")
     store.objects = (await source_of(records, (CHUNK, 6), compressors=None)).objects

@@ -24,6 +24,7 @@ from batch_client.events import (
     RequestSent,
     RunStarted,
 )
+from batch_client.pieces import Pieces
 from batch_client.pipeline import execute
 from batch_client.plan import Geometry, OutputGeometry, make_plan
 from batch_client.report import Report, render
@@ -165,7 +166,8 @@ def scored(start, rng, count=40):
     scores = rng.random((count, 4), np.float32)
     status = np.zeros(count, np.uint8)
     scores[3], status[3], status[5] = np.nan, 2, 1
-    return RecordsScored(start, rng.integers(0, 256, (count, 12, 12), np.uint8), {"scores": scores}, status)
+    images = rng.integers(0, 256, (count, 12, 12), np.uint8)
+    return RecordsScored(start, Pieces([images[:7], images[7:]]), {"scores": scores}, status)
 
 
 def reported(seconds, steps, names=1):
@@ -226,7 +228,7 @@ def test_predictions_of_any_shape_are_gathered(data, shape, record, kind):
     report(started())
     seen = 0
     for count in data.draw(st.lists(st.integers(1, 3 * MOST_SCORES), max_size=8)) + [1] * 40:
-        report(RecordsScored(seen, np.zeros((count, *record), np.uint8),
+        report(RecordsScored(seen, Pieces([np.zeros((count, *record), np.uint8)]),
                              {"a": np.ones((count, *shape), kind)}, np.zeros(count, np.uint8)))
         seen += count
     gathered = report.data()
@@ -248,7 +250,7 @@ def test_scores_of_any_value_are_drawn(values):
     report(started())
     report(RequestSent("http://s", 1))
     report(RequestDone("http://s", 1, 1, 1, 1.0, 5.0))
-    report(RecordsScored(0, np.zeros((len(values), 2), np.uint8), {"\ud800": np.array(values, np.float64)},
+    report(RecordsScored(0, Pieces([np.zeros((len(values), 2), np.uint8)]), {"\ud800": np.array(values, np.float64)},
                          np.zeros(len(values), np.uint8)))
     data = report.data()
     np.testing.assert_array_equal(data.scores, [value for value in values if np.isfinite(value)])
@@ -264,7 +266,7 @@ def test_large_outputs_are_neither_copied_nor_cast_nor_all_looked_at():
     report(started())
     maps = np.ones((64, 512, 512), np.float32)
     maps[1, 100, 100] = 7.0
-    event = RecordsScored(0, np.zeros((64, 3), np.uint8), {"maps": maps}, np.zeros(64, np.uint8))
+    event = RecordsScored(0, Pieces([np.zeros((64, 3), np.uint8)]), {"maps": maps}, np.zeros(64, np.uint8))
     tracemalloc.start()
     try:
         report(event)
