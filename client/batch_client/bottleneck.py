@@ -100,7 +100,8 @@ _ADVICE = {
     Limit.MODEL: "add workers, GPUs or endpoints",
     Limit.WIRE: "add workers or endpoints, or run the client nearer to servers that are elsewhere",
     Limit.IN_FLIGHT: "raise --in-flight",
-    Limit.READING: "raise --in-flight, which reads more output chunks at once, or go nearer to INPUT",
+    Limit.READING: "raise --in-flight, which reads more output chunks at once, go nearer to INPUT, or store it in "
+                   "larger chunks",
     Limit.WRITING: "raise --in-flight, which stores more output chunks at once, or go nearer to OUTPUT",
     Limit.CLIENT: "share the run among clients with --part",
     Limit.FAILURES: "see why in the servers' logs",

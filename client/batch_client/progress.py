@@ -17,6 +17,8 @@ __all__ = ["Progress", "Writer", "progress_of"]
 
 # The rate is that of the segments written in this many last seconds before the newest.
 RATE_SECONDS = 600.0
+# Several segments may be written at once, and stores tell whole seconds: over less than this the rate is chance.
+RATE_LEAST_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,6 @@ async def _writers(store: Store, generation: str) -> tuple[tuple[Writer, ...], l
 def _rate(times: list[float], done: int, rows: int) -> float | None:
     """Segments in the last stretch, times the records of an average segment, over its seconds."""
     recent = [time for time in times if time >= times[-1] - RATE_SECONDS] if times else []
-    if len(recent) < 2 or recent[-1] <= recent[0] or not rows:
+    if len(recent) < 2 or recent[-1] - recent[0] < RATE_LEAST_SECONDS or not rows:
         return None
     return (len(recent) - 1) * done / len(times) / (recent[-1] - recent[0])

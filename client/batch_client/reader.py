@@ -90,15 +90,13 @@ class Source:
         Raises DataError when a chunk object is absent (unless `allow_missing`, which takes the array's fill value) or
         can't be decoded, StorageError when the store fails.
         """
-        out = PieceBuffer.empty((stop - start, *self.geometry.record_shape), self.geometry.dtype, self._array.order)
         with recording() as record:
             try:
-                await self._array.get_orthogonal_selection((slice(start, stop),), out=out)
+                out = await self._select(start, stop)
             except BatchClientError:
                 raise
             except _UNREADABLE as error:
-                raise DataError(f"{self.url}: records {start} to {stop - 1} can't be decoded "
-                                f"({_one_line(error)}); restore the chunk or leave it out with --records") from error
+                raise await self._undecodable(start, stop, error) from error
         if record.missing and not allow_missing:
             raise DataError(
                 f"{self.url}: chunk {record.missing[0]} (among records {start} to {stop - 1}) is missing from the "
@@ -106,6 +104,28 @@ class Source:
                 "go on with run --allow-missing")
         etags = {key: etag or "" for key, etag in record.etags.items()} | dict.fromkeys(record.missing)
         return Rows(start, stop, out.pieces().each(_native), etags, record.nbytes)
+
+    async def _select(self, start: int, stop: int) -> PieceBuffer:
+        out = PieceBuffer.empty((stop - start, *self.geometry.record_shape), self.geometry.dtype, self._array.order)
+        await self._array.get_orthogonal_selection((slice(start, stop),), out=out)
+        return out
+
+    async def _undecodable(self, start: int, stop: int, error: Exception) -> DataError:
+        """What can't be decoded of records [start, stop), whose error this is: the input chunks are read one by one."""
+        size, which = self.geometry.chunk_records, "the chunk"
+        for first in range(start - start % size, stop, size):
+            low, high = max(first, start), min(first + size, stop)
+            with recording() as record:
+                try:
+                    await self._select(low, high)
+                except BatchClientError:
+                    raise
+                except _UNREADABLE as again:
+                    start, stop, error = low, high, again
+                    which = f"chunk {', '.join(record.etags)}" if len(record.etags) == 1 else which
+                    break
+        return DataError(f"{self.url}: records {start} to {stop - 1} can't be decoded ({_one_line(error)}): restore "
+                         f"{which} or leave it out with --records")
 
     async def etags(self) -> ETags:
         """The ETags of all objects of the array now; "" where the store gives none."""

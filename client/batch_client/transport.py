@@ -98,7 +98,8 @@ class HttpTransport:
         except TimeoutError as error:
             raise TransportError(f"no answer within {deadline:g} s") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise TransportError(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from error
+            said = f"{type(error).__name__}: {error}".replace(" ssl:default", "")  # said of http too
+            raise TransportError(" ".join(said.split())[:200]) from error
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

@@ -72,10 +72,20 @@ async def test_a_group_names_its_arrays():
     await refused(DataError, "no such array; the group has images", source, array="pictures")
 
 
-async def test_a_chunk_that_can_not_be_decoded_is_named_by_its_records():
+@pytest.mark.parametrize(("chunks", "damaged", "named"), [
+    ((10, 3), "c/1/0", "restore chunk c/1/0 or"), ((10, 2), "c/1/1", "restore the chunk or"),  # one of two
+])
+async def test_a_chunk_that_can_not_be_decoded_is_named_with_its_records(chunks, damaged, named):
+    source = await source_of(records_of(40), chunks)
+    source.objects[damaged] = source.objects[damaged][:5]
+    await refused(DataError, "records 10 to 19 can't be decoded (", source)
+    await refused(DataError, named, source)
+
+
+async def test_of_a_chunk_that_can_not_be_decoded_the_records_that_were_asked_for_are_named():
     source = await source_of(records_of(40), (10, 3))
-    source.objects["c/1/0"] = source.objects["c/1/0"][:5]
-    await refused(DataError, "can't be decoded", source)
+    source.objects["c/2/0"] = source.objects["c/2/0"][:5]
+    await refused(DataError, "records 20 to 24 can't be decoded (", source, records=Records(15, 25))
 
 
 @pytest.mark.parametrize("name", ["gzip", "zlib", "bz2", "lzma"])

@@ -67,7 +67,8 @@ def test_a_source_chunk_that_is_corrupt(moody_server, s3_environ, output):
     body[1000] ^= 4
     obstore.put(store, "c/20/0/0", bytes(body))
     said = run(url, output, QUICK, moody_server.flags, s3_environ, code=65)
-    assert "records 1280 to 1407 can't be decoded" in said
+    assert "records 1280 to 1343 can't be decoded" in said
+    assert "restore chunk c/20/0/0 or" in said
     assert_nothing_opens(output, s3_environ)
 
 
