@@ -122,7 +122,8 @@ class Source:
                     raise
                 except _UNREADABLE as again:
                     start, stop, error = low, high, again
-                    which = f"chunk {', '.join(record.etags)}" if len(record.etags) == 1 else which
+                    if len(record.etags) == 1:  # where a record is in several, it is not known which
+                        which = f"chunk {next(iter(record.etags))}"
                     break
         return DataError(f"{self.url}: records {start} to {stop - 1} can't be decoded ({_one_line(error)}): restore "
                          f"{which} or leave it out with --records")

@@ -74,6 +74,7 @@ class PieceBuffer(cpu.NDBuffer):
         else:
             super().__setitem__(key, value)
 
+    # zarr wants the same class of buffer back, and any one will do.
     def __getitem__(self, key: Any) -> cpu.NDBuffer:  # type: ignore[override]
         """A part of what was copied. What is set in that part is copied too: this buffer would not know of it."""
         return cpu.NDBuffer(np.asanyarray(self.as_numpy_array()[key]))
@@ -83,7 +84,7 @@ class PieceBuffer(cpu.NDBuffer):
         return whole_records and piece.nbytes >= LEAST_KEPT_BYTES and piece.flags.aligned
 
     def pieces(self) -> Pieces:
-        """All that was set, in order. No piece keeps more in memory than itself; it may be read-only."""
+        """All that was set, in order. No piece keeps much more in memory than itself; it may be read-only."""
         copied, found, at = self.as_numpy_array(), [], 0
         for start, piece in sorted(self._kept.items()):
             found += [copied[at:start], piece]
