@@ -17,7 +17,9 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from measure import ALLOCATOR
 
@@ -31,24 +33,20 @@ def worker(archive: str, records: str, count: int, threads: int) -> None:
     import torch
 
     from batch_handler.archive import read_description
-    from batch_handler.runtimes.eager import load_module
 
     torch.set_num_threads(threads)
     description = read_description(Path(archive))
     with tempfile.TemporaryDirectory() as folder:
         zipfile.ZipFile(archive).extractall(folder)
-        module, _ = load_module(description.weights, Path(folder), torch.device("cpu"))
+        forward = forward_of(description, Path(folder), threads)
     spec = description.inputs[0]
     size = description.micro_batch
-    if description.runtime == "torchscript":
-        traced = torch.jit.trace(module, torch.zeros(size, *spec.model_shape), check_trace=False)
-        module = torch.jit.optimize_for_inference(torch.jit.freeze(traced.eval()))
     images = np.load(records)
 
     def score(start: int) -> None:
         batch = torch.from_numpy(images[start:start + size])
         prepared = batch.to(torch.float32).mul_(spec.scale or 1.0).reshape(len(batch), *spec.model_shape)
-        torch.softmax(module(prepared), -1).numpy()
+        torch.softmax(forward(prepared), -1).numpy()
 
     whole = len(images) - len(images) % size
     with torch.inference_mode():
@@ -63,6 +61,29 @@ def worker(archive: str, records: str, count: int, threads: int) -> None:
             done += size
         print(json.dumps({"records": done, "seconds": time.perf_counter() - began,
                           "cpu": time.process_time() - cpu}), flush=True)
+
+
+def forward_of(description: Any, folder: Path, threads: int) -> Callable[[Any], Any]:
+    """The model of an unpacked archive as a function of tensors, with its own runtime."""
+    import torch
+
+    if description.runtime == "onnx":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        session = onnxruntime.InferenceSession(folder / description.weights.file, options)
+        name = session.get_inputs()[0].name
+        return lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
+    from batch_handler.runtimes.eager import load_module
+
+    module, _ = load_module(description.weights, folder, torch.device("cpu"))
+    if description.runtime == "torchscript":
+        example = torch.zeros(description.micro_batch, *description.inputs[0].model_shape)
+        traced = torch.jit.trace(module, example, check_trace=False)
+        return torch.jit.optimize_for_inference(torch.jit.freeze(traced.eval()))
+    return module
 
 
 def rate(archive: Path, records: Path, count: int, processes: int, threads: int) -> tuple[float, float]:

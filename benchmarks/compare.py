@@ -45,7 +45,7 @@ from batch_client.machine import cores
 
 HERE = Path(__file__).parent / "contenders"
 TOLERANCE = 1e-5
-CEILING, OURS = "ceiling", "ours"
+CEILING, OURS, OURS_ONNX = "ceiling", "ours", "ours-onnx"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Contender:
     """A script in `contenders/` and how it is called.
 
     environment: the requirements of an interpreter of its own; `client` says that only its server runs there.
-    most: it is slow, so it gets only this many records.
+    most: it is slow, so it gets only this many records. runtime: of the archive that it is given.
     """
 
     title: str
@@ -63,10 +63,12 @@ class Contender:
     client: bool = False
     tuned: bool = True
     most: int | None = None
+    runtime: str = "torchscript"
 
 
 CONTENDERS = {
     OURS: Contender("batch-client run --archive", "product.py"),
+    OURS_ONNX: Contender("the same, `pack --runtime onnx`", "product.py", runtime="onnx"),
     "plain": Contender("processes written by hand, tuned", "plain.py"),
     "litserve": Contender("LitServe, tuned, 1,000 records a request", "litserve_client.py", (), "litserve", True),
     "triton": Contender("Triton (pytriton), tuned, 1,000 records a request", "triton_client.py", (), "triton", True),
@@ -97,6 +99,10 @@ class Results:
     def add(self, name: str, records_per_s: float, seconds: float) -> None:
         self.rates.setdefault(name, []).append(records_per_s)
         self.commands.setdefault(name, []).append(seconds)
+
+    def ratios(self, one: str, other: str) -> list[float]:
+        """Of each round that both came through."""
+        return [a / b for a, b in zip(self.rates[one], self.rates[other], strict=False)]
 
 
 def main() -> None:
@@ -154,10 +160,16 @@ class Arena:
         self._model = options.model or work / "model.pt"
         if options.model is None:
             torch.save(SMALL.module(), self._model)
-        self.archive = SMALL.pack(work, "torchscript", options.model)
+        self._archives: dict[str, Path] = {}
+        self.archive = self._packed("torchscript")
         self._number = 0
         self._call(Contender("reference", "reference.py", tuned=False), sys.executable, work / "expected.zarr")
         self._expected = zarr.open_array(work / "expected.zarr", mode="r")[:]
+
+    def _packed(self, runtime: str) -> Path:
+        if runtime not in self._archives:
+            self._archives[runtime] = SMALL.pack(self._work, runtime, self._options.model)
+        return self._archives[runtime]
 
     def measure_memory(self, results: Results) -> None:
         """A round that is watched and does not count; it also makes the environments."""
@@ -196,8 +208,8 @@ class Arena:
               watched: bool = False) -> tuple[dict[str, float], float, int]:
         records = min(self._options.records, contender.most or self._options.records)
         with tempfile.TemporaryDirectory(prefix="c-") as folder:
-            job = Job(self._source, str(output), str(self._model), str(self.archive), python, records,
-                      cores(), folder)
+            job = Job(self._source, str(output), str(self._model), str(self._packed(contender.runtime)),
+                      python, records, cores(), folder)
             told = Path(folder, "job.json")
             told.write_text(json.dumps(asdict(job)), "utf-8")
             command = [sys.executable if contender.client else python, str(HERE / contender.script), str(told),
@@ -259,18 +271,19 @@ def report(results: Results, options: argparse.Namespace) -> None:
     where = "S3 on this machine" if options.s3 else "local files"
     print(f"\n{today()}, {machine()}; {options.records:,} records, Zarr to Zarr on {where}, {options.rounds} "
           "interleaved rounds; medians, ratios with 95 % intervals\n")
-    print(heading("what", "records/s", "of the ceiling", "ours ÷ this", "peak memory, MB", "whole command, s"))
-    ceiling, ours = results.rates[CEILING], results.rates.get(OURS, [])
-    print(row("ceiling: the model alone, records in memory", f"{statistics.median(ceiling):,.0f}", "1", "", "", ""))
+    leaders = {OURS: "ours ÷ this", OURS_ONNX: "with onnx ÷ this"}
+    leaders = {name: title for name, title in leaders.items() if name in results.rates}
+    print(heading("what", "records/s", "of the ceiling", *leaders.values(), "peak memory, MB", "whole command, s"))
+    ceiling = results.rates[CEILING]
+    print(row("ceiling: the model alone, records in memory", f"{statistics.median(ceiling):,.0f}", "1",
+              *("" for _ in leaders), "", ""))
     for name in sorted(results.rates.keys() - {CEILING}, key=lambda name: -statistics.median(results.rates[name])):
-        rates = results.rates[name]
-        lead = [mine / one for mine, one in zip(ours, rates, strict=False)] if name != OURS else []
-        print(row(CONTENDERS[name].title, f"{statistics.median(rates):,.0f}",
-                  interval([one / best for one, best in zip(rates, ceiling, strict=False)]),
-                  interval(lead) if lead else "",
-                  f"{results.memory[name] / 1e6:,.0f}", f"{statistics.median(results.commands[name]):.1f}"))
+        leads = ["" if name == leader else interval(results.ratios(leader, name)) for leader in leaders]
+        print(row(CONTENDERS[name].title, f"{statistics.median(results.rates[name]):,.0f}",
+                  interval(results.ratios(name, CEILING)), *leads, f"{results.memory[name] / 1e6:,.0f}",
+                  f"{statistics.median(results.commands[name]):.1f}"))
     for name, reason in results.failed.items():
-        print(row(CONTENDERS[name].title, "failed", reason, "", "", ""))
+        print(row(CONTENDERS[name].title, "failed", reason, *("" for _ in leaders), "", ""))
     if options.json:
         about = {"date": today(), "machine": machine(), "records": options.records, "storage": where}
         options.json.write_text(json.dumps(about | asdict(results), indent=1), "utf-8")

@@ -72,7 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--records", type=int, help="[default: 200,000; with --heavy 2,000]")
     parser.add_argument("--input-chunk", type=int, help="records in a chunk of the source [default: 1,000; with "
                         "--heavy 100]")
-    parser.add_argument("--runtime", choices=["eager", "torchscript"], default="torchscript")
+    parser.add_argument("--runtime", choices=["eager", "torchscript", "onnx"], default="torchscript")
     parser.add_argument("--heavy", action="store_true", help="a network of ResNet-50's size and 3x112x112 records")
     parser.add_argument("--fast", action="store_true", help="after each run another one with --fast")
     workload_flags(parser)

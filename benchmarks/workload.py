@@ -50,10 +50,12 @@ class Workload:
         return import_module(self.network).make_model().eval()
 
     def pack(self, work: Path, runtime: str, model: Path | None = None) -> Path:
-        """The archive of `model`, a whole pickled module, or of the untrained network."""
+        """The archive of `model`, a whole pickled module, or of the untrained network; named after the runtime."""
+        archive = work / f"{runtime}.mar"
         sizes = ["x".join(map(str, shape)) for shape in (self.shape, self.model_shape)]
         words = ["--runtime", runtime, "--input", f"image:uint8:{sizes[0]}", "--model-shape", sizes[1], "--scale",
-                 "1/255", "--softmax", "--micro-batch", str(self.micro_batch), "-o", str(work / "bench.mar")]
+                 "1/255", "--softmax", "--micro-batch", str(self.micro_batch), "--name", "bench",
+                 "-o", str(archive)]
         if model is None:
             import torch
 
@@ -61,7 +63,7 @@ class Workload:
             cli("pack", work / "weights.pt", "--arch", f"{import_module(self.network).__file__}:make_model", *words)
         else:
             cli("pack", model, "--trust-pickle", *words)
-        return work / "bench.mar"
+        return archive
 
     def store(self, place: Path | SeaweedServer, images: np.ndarray) -> str:
         """Write the records as a Zarr array into a folder or onto the S3 server; returns its URL or path."""

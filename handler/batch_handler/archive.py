@@ -29,6 +29,7 @@ from batch_handler.modelfile import ModelFileError, check_trusted, detect_kind, 
 from batch_handler.oip import Array
 from batch_handler.runtimes.aot import compile_package
 from batch_handler.runtimes.device import DeviceError
+from batch_handler.runtimes.onnx import export_graph
 from batch_handler.runtimes.transform import ModelError
 from batch_handler.signature import (
     FileEntry,
@@ -36,6 +37,7 @@ from batch_handler.signature import (
     InputSpec,
     ModelDescription,
     OutputDraft,
+    OutputSpec,
     SignatureError,
     Weights,
     check_name,
@@ -55,6 +57,8 @@ _WEIGHTS_FILES = {
     "compiled": "model.pt2",
     "onnx": "model.onnx",
 }
+# Runtimes that have a module made into another kind of weights.
+_MADE_OF_MODULES = {"aot": "compiled", "onnx": "onnx"}
 _GOLDEN_FILE = "golden.npz"
 _CONFIG_FILE = "model-config.yaml"
 _ENTRY_FILE = "entry.py"
@@ -81,9 +85,9 @@ class PackRequest:
     `arch` is `module:callable` or `FILE.py:callable`, called without arguments to build the module of a
     state_dict or safetensors file. `inputs` empty takes what an ONNX graph says, `outputs` empty what the model
     gives. `golden` is a .npy (one input) or .npz file, or arrays by input name; by default a few random records.
-    `runtime` None is the first of `runtimes_for`; "aot" compiles the module that the file holds. `micro_batch`
-    None is the number of records that a graph is fixed to, else `DEFAULT_MICRO_BATCH`. `model_config` is the text
-    of TorchServe's `model-config.yaml`.
+    `runtime` None is the first of `runtimes_for`; "aot" compiles the module that the file holds, "onnx" exports it.
+    `micro_batch` None is the number of records that a graph is fixed to, else `DEFAULT_MICRO_BATCH`.
+    `model_config` is the text of TorchServe's `model-config.yaml`.
     """
 
     model: Path
@@ -156,8 +160,8 @@ def _stage(request: PackRequest, directory: Path) -> ModelDescription:
     golden = {f"input.{spec.name}": array for spec, array in zip(inputs, records, strict=True)}
     golden |= {f"output.{spec.name}": array for spec, array in zip(specs, outputs, strict=True)}
     np.savez(directory / _GOLDEN_FILE, **golden)  # type: ignore[arg-type] # its stub fears an array named allow_pickle
-    if request.runtime == "aot" and module is not None:
-        weights, arch_file = _compile(module, inputs, micro_batch, directory), None
+    if module is not None and request.runtime in _MADE_OF_MODULES:
+        weights, arch_file = _make(request.runtime, module, inputs, specs, micro_batch, directory), None
     files = [weights.file, _GOLDEN_FILE, *([arch_file] if arch_file else [])]
     return ModelDescription(
         name=request.name,
@@ -178,10 +182,21 @@ def _graph_inputs(kind: str, path: Path) -> tuple[InputSpec, ...]:
     return graph_inputs(path)
 
 
-def _compile(module: torch.nn.Module, inputs: Sequence[InputSpec], micro_batch: int, directory: Path) -> Weights:
-    """The package that takes the place of the weights: what it is compiled from is inside it."""
-    weights = Weights(_WEIGHTS_FILES["compiled"], "compiled")
-    compile_package(module, inputs, micro_batch, directory / weights.file)
+def _make(
+    runtime: str,
+    module: torch.nn.Module,
+    inputs: Sequence[InputSpec],
+    outputs: Sequence[OutputSpec],
+    micro_batch: int,
+    directory: Path,
+) -> Weights:
+    """What takes the place of a module's weights: they are inside it, and its code is not needed any more."""
+    kind = _MADE_OF_MODULES[runtime]
+    weights = Weights(_WEIGHTS_FILES[kind], kind)
+    if kind == "onnx":
+        export_graph(module, inputs, outputs, micro_batch, directory / weights.file)
+    else:
+        compile_package(module, inputs, micro_batch, directory / weights.file)
     return weights
 
 

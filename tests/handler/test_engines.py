@@ -18,7 +18,7 @@ from batch_handler.modelfile import ModelFileError, detect_kind
 from batch_handler.runtimes.aot import missing_instructions
 from batch_handler.runtimes.protobuf import fields_of
 from batch_handler.scoring import Query, Score
-from batch_handler.signature import KINDS, OutputDraft, digest_of, runtimes_for
+from batch_handler.signature import KINDS, InputSpec, OutputDraft, digest_of, runtimes_for
 from support.onnx_files import external, field, message, model, node, tensor, tiny_onnx, value_info
 
 
@@ -152,6 +152,92 @@ def test_fields_there_and_back(fields):
     assert [(number, value if isinstance(value, int) else bytes(value)) for number, value in found] == fields
 
 
+# --- Graphs of modules.
+
+
+class Several(torch.nn.Module):
+    """Gives a mapping, in another order than anybody asks for, with more in it than tensors."""
+
+    def forward(self, images, weights):
+        total = (images * weights[:, None]).sum(1)
+        return {"total": total, "notes": ["none"], "doubled": images * 2, "shape": images.shape[1]}
+
+
+class Bound(torch.nn.Module):
+    """A module whose code knows how many records it gets."""
+
+    def forward(self, values):
+        return values.reshape(8, 6).cumsum(1)
+
+
+class Branching(torch.nn.Module):
+    """What its records are decides what is computed: no graph can say that."""
+
+    def forward(self, values):
+        return values * 2 if values.sum() > 0 else values
+
+
+FLAT = (InputSpec("values", np.dtype("f4"), (6,), (6,)),)
+
+
+def pickled(request, module, folder, **change):
+    torch.save(module, folder / "whole.pt")
+    return dataclasses.replace(
+        request, model=folder / "whole.pt", arch=None, output=folder / "x.mar", trust_pickle=True, runtime="onnx",
+        **{"inputs": FLAT, "outputs": (), **change},
+    )
+
+
+def test_a_module_becomes_a_graph_and_runs_like_before(pack_request, tiny_module, tmp_path, unpack, images):
+    request = dataclasses.replace(pack_request, runtime="onnx", output=tmp_path / "first.mar")
+    packed = pack(request)
+    described = read_description(packed)
+    assert (described.runtime, described.weights.kind, described.weights.arch) == ("onnx", "onnx", None)
+    # The weights are inside the graph, and nobody's code is needed.
+    assert set(described.files) == {"model.onnx", "golden.npz"}
+    wanted = reference(tiny_module, images)
+    for micro_batch in (1, 3, 8):
+        opened = Model.open(unpack(packed), Tuning(micro_batch=micro_batch))
+        assert opened.numerics["runtime"] == "onnx"
+        np.testing.assert_allclose(opened.score_bulk([images])[0], wanted, atol=1e-5)
+    again = pack(dataclasses.replace(request, output=tmp_path / "second.mar"))
+    assert again.read_bytes() == packed.read_bytes()
+
+
+def test_outputs_are_found_by_name_whatever_else_a_module_gives(pack_request, tmp_path, unpack):
+    inputs = (InputSpec("images", np.dtype("f4"), (4,), (4,)), InputSpec("weights", np.dtype("f4"), (), ()))
+    outputs = (OutputDraft("doubled"), OutputDraft("total"))
+    packed = pack(pickled(pack_request, Several(), tmp_path, inputs=inputs, outputs=outputs))
+    records = np.arange(20, dtype=np.float32).reshape(5, 4)
+    doubled, total = Model.open(unpack(packed)).score_bulk([records, np.arange(5, dtype=np.float32)])
+    np.testing.assert_array_equal(doubled, records * 2)
+    np.testing.assert_array_equal(total, records.sum(1) * np.arange(5))
+
+
+def test_a_module_that_is_bound_to_a_number_of_records_gets_that_many(pack_request, tmp_path, unpack):
+    golden = {"values": np.ones((8, 6), np.float32)}
+    packed = pack(pickled(pack_request, Bound(), tmp_path, micro_batch=8, golden=golden))
+    records = np.arange(30, dtype=np.float32).reshape(5, 6)
+    opened = Model.open(unpack(packed))
+    np.testing.assert_array_equal(opened.score_bulk([records])[0], records.cumsum(1))
+    with pytest.raises(ModelLoadError, match="takes 8 records at a time"):
+        Model.open(unpack(packed), Tuning(micro_batch=4))
+
+
+def test_a_module_that_is_no_graph_is_refused_in_one_line(pack_request, tmp_path):
+    with pytest.raises(ArchiveError, match="the module can't be exported, wanted another runtime: ") as caught:
+        pack(pickled(pack_request, Branching(), tmp_path))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x.mar").exists()
+
+
+@pytest.mark.parametrize("absent", ["onnx", "onnxscript"])
+def test_without_the_exporter_one_line_says_what_to_install(absent, pack_request, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, absent, None)
+    with pytest.raises(ArchiveError, match=rf'exporting as ONNX needs {absent}: pip install "batch-client\[onnx\]"'):
+        pack(dataclasses.replace(pack_request, runtime="onnx", output=tmp_path / "x.mar"))
+
+
 # --- Compiled packages.
 
 
@@ -258,14 +344,13 @@ def test_one_table_says_what_runs_what_and_pack_offers_it():
     assert set(offered) == {runtime for kind in KINDS if kind != "none" for runtime in runtimes_for(kind)}
 
 
-@pytest.mark.parametrize("change", [{"runtime": "onnx"}, {"runtime": "aot", "kind": "torchscript"}])
-def test_a_runtime_that_the_weights_cannot_run_under_is_refused(change, pack_request, tmp_path, tiny_module):
+@pytest.mark.parametrize("runtime", ["onnx", "aot"])
+def test_a_runtime_that_the_weights_cannot_run_under_is_refused(runtime, pack_request, tmp_path, tiny_module):
     path = tmp_path / "m.ts"
     with pytest.warns(DeprecationWarning, match="torch.jit"):
         torch.jit.save(torch.jit.trace(tiny_module, torch.zeros(2, 1, 6, 6)), path)
-    model_ = path if "kind" in change else pack_request.model
-    with pytest.raises(ArchiveError, match=r"runtime is '(onnx|aot)', wanted one of .* for weights of kind"):
-        pack(dataclasses.replace(pack_request, model=model_, output=tmp_path / "x.mar", **change))
+    with pytest.raises(ArchiveError, match=rf"runtime is '{runtime}', wanted one of torchscript for weights of kind"):
+        pack(dataclasses.replace(pack_request, model=path, output=tmp_path / "x.mar", runtime=runtime))
 
 
 def test_the_runtime_can_be_chosen_when_serving(tiny_dir, tiny, images):

@@ -15,7 +15,6 @@ from batch_handler.model import Model, Tuning
 from batch_handler.runtimes.device import CpuDevice
 from batch_handler.scoring import STATUS_NOT_FINITE, STATUS_OK, Query
 from batch_handler.signature import InputSpec, OutputDraft
-from support.onnx_files import tiny_onnx
 
 WIDE = InputSpec("image", np.dtype("f4"), (6, 6), (1, 6, 6))
 HOSTILE = [np.nan, np.inf, -np.inf, 3e38, -3e38]
@@ -26,13 +25,10 @@ class _Unstacked(CpuDevice):
 
 
 @pytest.fixture(scope="module", params=["eager", "torchscript", "aot", "onnx"])
-def floats_dir(request, pack_request, tiny_module, unpack, tmp_path_factory):
+def floats_dir(request, pack_request, unpack, tmp_path_factory):
     """The tiny model on raw floats, so that NaN and infinities get in."""
     folder = tmp_path_factory.mktemp("floats")
     change = {"inputs": (WIDE,), "output": folder / "floats.mar", "runtime": request.param, "micro_batch": 16}
-    if request.param == "onnx":
-        (folder / "tiny.onnx").write_bytes(tiny_onnx(tiny_module))
-        change |= {"model": folder / "tiny.onnx", "arch": None}
     return unpack(pack(dataclasses.replace(pack_request, **change)))
 
 

@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("runtime", ["eager", "torchscript", "aot"])
+@pytest.mark.parametrize("runtime", ["eager", "torchscript", "aot", "onnx"])
 def test_the_seed_model_is_right_1845_times(runtime, tmp_path, unpack):
     data = np.load(SEED / "fashion_mnist_2k.npz")
     request = PackRequest(

@@ -15,8 +15,8 @@ __all__ = ["Ceilings", "table_of", "ways_of"]
 NEAR = 0.85
 
 _ADVICE: Mapping[Limit, str] = {
-    Limit.MODEL: "a GPU, more cores or more machines (run --endpoint, several times), or lower precision, if its "
-                 "scores are good enough (bench --precision bfloat16)",
+    Limit.MODEL: "another runtime (pack --runtime), a GPU, more cores or more machines (run --endpoint, several "
+                 "times), or lower precision, if its scores are good enough (bench --precision bfloat16)",
     Limit.WIRE: "larger requests (run --request-records), or several servers (run --endpoint, several times)",
     Limit.READING: "a machine nearer to the source, larger input chunks, or more read ahead (run "
                    "--max-bytes-in-flight)",

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from batch_handler.runtimes.device import Device
-from batch_handler.runtimes.eager import said
+from batch_handler.runtimes.eager import export_program, said
 from batch_handler.runtimes.slots import SlotRuntime
-from batch_handler.runtimes.transform import ModelError, example_inputs
+from batch_handler.runtimes.transform import ModelError
 from batch_handler.signature import InputSpec, ModelDescription
 
 __all__ = ["Package", "compile_package", "missing_instructions", "open_aot", "open_package"]
@@ -104,7 +104,7 @@ def compile_package(module: torch.nn.Module, inputs: Sequence[InputSpec], micro_
     with warnings.catch_warnings():
         # torch's own, about its own code.
         warnings.simplefilter("ignore")
-        exported = _export(module, inputs, micro_batch)
+        exported = export_program(module, inputs, micro_batch)
         config: dict[str, Any] = {
             # Constants are laid out for the kernels that use them.
             "freezing": True,
@@ -126,13 +126,6 @@ def compile_package(module: torch.nn.Module, inputs: Sequence[InputSpec], micro_
                     "compiling needs a C++ compiler and none was found, wanted g++ (or CXX=…), or another runtime"
                 ) from error
             raise ModelError(f"the module can't be compiled, wanted another runtime: {said(error)}") from error
-
-
-def _export(module: torch.nn.Module, inputs: Sequence[InputSpec], micro_batch: int) -> torch.export.ExportedProgram:
-    try:
-        return torch.export.export(module, example_inputs(inputs, micro_batch, torch.device("cpu")))
-    except Exception as error:
-        raise ModelError(f"the module can't be exported, wanted another runtime: {said(error)}") from error
 
 
 def _check(metadata: Mapping[str, str], device: torch.device) -> None:

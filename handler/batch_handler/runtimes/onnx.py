@@ -1,4 +1,4 @@
-"""An ONNX graph, run by ONNX Runtime on the CPU, or on the GPU that the worker was given.
+"""An ONNX graph, run by ONNX Runtime on the CPU, or on the GPU that the worker was given; and a module's graph.
 
 Rule: the graph is one file. A graph that keeps weights in files beside it is refused before ONNX Runtime sees
 it, since those files would be in no digest.
@@ -8,7 +8,10 @@ The CUDA provider needs the package onnxruntime-gpu in place of onnxruntime.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,13 @@ import torch
 from batch_handler.fields import SignatureError
 from batch_handler.oip import DATATYPES
 from batch_handler.runtimes.device import Device, classify
+from batch_handler.runtimes.eager import export_program, said
 from batch_handler.runtimes.protobuf import fields_of
 from batch_handler.runtimes.slots import SlotRuntime
-from batch_handler.runtimes.transform import ModelError, torch_dtype
-from batch_handler.signature import InputSpec, ModelDescription
+from batch_handler.runtimes.transform import ModelError, by_output, torch_dtype
+from batch_handler.signature import InputSpec, ModelDescription, OutputSpec
 
-__all__ = ["OnnxGraph", "open_graph", "open_onnx"]
+__all__ = ["OnnxGraph", "export_graph", "open_graph", "open_onnx"]
 
 Tensor = torch.Tensor
 
@@ -68,8 +72,9 @@ class OnnxGraph:
         self._names = [node.name for node in session.get_outputs()]
         self._by_name = all(name in self._names for name in outputs)
         self._shapes: list[tuple[torch.dtype, tuple[int, ...]]] = []
-        first = {node.shape[0] for node in session.get_inputs() if node.shape}
-        self.fixed: int | None = next((size for size in first if isinstance(size, int)), None)
+        # torch's exporter gives an axis that it found bound to 8 records the name "8".
+        first = {str(node.shape[0]) for node in session.get_inputs() if node.shape}
+        self.fixed: int | None = next((int(size) for size in first if size.isdecimal()), None)
 
     def specs(self) -> tuple[InputSpec, ...]:
         """What the graph says that a record is; raises `SignatureError` where it leaves sizes open."""
@@ -175,6 +180,54 @@ def open_graph(
         raise ModelError(f"ONNX Runtime can't use {provider} here: are its CUDA and cuDNN installed?")
     numerics = {"onnxruntime": ort.__version__, "provider": session.get_providers()[0]}
     return OnnxGraph(session, device, outputs), numerics
+
+
+def export_graph(
+    module: torch.nn.Module, inputs: Sequence[InputSpec], outputs: Sequence[OutputSpec], micro_batch: int, path: Path
+) -> None:
+    """Write the graph of a module: for any number of records, or for `micro_batch` where torch finds it bound to that.
+
+    Raises `ModelError` where torch can't export it.
+    """
+    try:
+        import onnx  # noqa: F401, PLC0415 - torch's exporter needs both, and only `pack` exports
+        import onnxscript  # noqa: F401, PLC0415 - as above
+    except ImportError as error:
+        raise ModelError(f'exporting as ONNX needs {error.name}: pip install "batch-client[onnx]"') from error
+    each = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+    with _quiet():
+        program = export_program(_Outputs(module, outputs), inputs, micro_batch, (each,))
+        try:
+            graph: Any = torch.onnx.export(program, output_names=[spec.name for spec in outputs], verbose=False)
+            graph.save(path, external_data=False)
+        except Exception as error:
+            raise ModelError(f"the module can't be exported as ONNX, wanted another runtime: {said(error)}") from error
+
+
+class _Outputs(torch.nn.Module):
+    """A module that gives the outputs of an archive in their order, whatever else it gives and in whichever form."""
+
+    def __init__(self, module: torch.nn.Module, outputs: Sequence[OutputSpec]) -> None:
+        super().__init__()
+        self._module = module
+        self._wanted = outputs
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor for (tensor,) in by_output([self._module(*inputs)], self._wanted))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch about its own code, and about the libraries, torchvision for one, that are not installed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _as_model_error(path: Path, error: Exception) -> BaseException:
