@@ -39,7 +39,7 @@ _NOTES = {
               "serves.  [default: a few random ones]")
 @click.option("--runtime", type=click.Choice(["eager", "torchscript", "aot", "onnx"]), help="How workers run it; "
               "torchscript traces, freezes and optimises the module at load, aot compiles it now and needs a C++ "
-              "compiler.  [default: eager, or what the file is made for]")
+              "compiler, onnx exports it now.  [default: eager, or what the file is made for]")
 @click.option("--micro-batch", type=click.IntRange(1), help="Records in one run of the model.  [default: 128, or what "
               "the file is made for]")
 def command(model: Path, **options: Any) -> None:
