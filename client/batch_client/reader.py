@@ -217,7 +217,7 @@ async def _nothing_there(store: SourceStore, where: str, array: str | None) -> s
         found = f"the group has {', '.join(names)}"
         return f"{where}: no such array; {found}: name one with --array" if array else (
             f"{where}: this is a group; {found}: name one with --array")
-    return f"{where}: no Zarr array there (no zarr.json and no .zarray)"
+    return f"{where}: no Zarr array there (no zarr.json and no .zarray): name the place of an array or of a group"
 
 
 def _native(data: np.ndarray) -> np.ndarray:

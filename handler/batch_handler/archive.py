@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -68,6 +69,8 @@ from batch_handler.service import handle
 
 __all__ = ["handle"]
 '''
+# What errors call the code of a file, which people know as another one; see `_stage_arch`.
+_ARCH_COPY = re.compile(r"arch_[0-9a-f]{8}\.py:\w+")
 # What zip can say at the earliest: archives of equal content are equal files.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CREATED = "01/01/1980 00:00:00"
@@ -120,7 +123,8 @@ def pack(request: PackRequest) -> Path:
     except ModelFileError as error:
         raise ArchiveError(str(error)) from error
     except (SignatureError, ModelError, DeviceError, ModelLoadError) as error:
-        raise ArchiveError(f"{request.model.name}: {error}") from error
+        said = _ARCH_COPY.sub(lambda _: request.arch or "", str(error))
+        raise ArchiveError(f"{request.model.name}: {said}") from error
     except OSError as error:
         raise ArchiveError(f"{error.filename or request.model}: {error.strerror or error}") from error
 

@@ -35,7 +35,7 @@ def listing(folder):
 
 REFUSALS = [
     # words after `run`, exit code, what the one line says
-    (["nowhere.zarr", "out"], 65, "no Zarr array there"),
+    (["nowhere.zarr", "out"], 65, "no Zarr array there (no zarr.json and no .zarray): name the place of an array or"),
     (["in.zarr", "out", "--array", "pictures"], 65, "no Zarr array there"),
     (["group.zarr", "out"], 65, "the group has images: name one with --array"),
     (["wide.zarr", "out"], 65, "a record has shape (14, 14), model toy takes (12, 12)"),
@@ -83,6 +83,9 @@ SERVERS = [
     (["--archive", "missing.mar"], 69, "no such file; make one with batch-client pack"),
     (["--archive", "~nobody-has-this-home/m.mar"], 69, "can't be read (Could not determine home"),
     (["--archive", "bad.mar"], 69, "bad.mar"),
+    (["--archive", "ARCHIVE", "--model", "toy"], 64, "--model says nothing beside --archive: it is for servers that run"),
+    (["--archive", "ARCHIVE", "--token-file", "TOKEN"], 64, "--token-file says nothing beside --archive"),
+    (["--endpoint", "URL", "--model", "toy", "--workers", "2"], 64, "--workers says nothing beside --endpoint: it is"),
     (["--archive", "ARCHIVE", "--workers", "100000"], 64, "give 1024 at most"),
     (["--endpoint", "URL", "--model", "toy", "--patience", "nan"], 64, "wanted a finite number"),
     (["--endpoint", "URL", "--model", "nobody", "--token-file", "TOKEN"], 69, "has no model 'nobody'"),
@@ -99,6 +102,13 @@ def test_nothing_to_score_with_is_one_line_and_writes_nothing(
     flags = [words.get(flag, flag) for flag in flags]
     check(run_cli(["run", "in.zarr", "out", *flags, "--log", "none"], clean_environ, cwd=place), code, wanted)
     assert listing(place) == before
+
+
+def test_a_variable_that_says_nothing_here_is_no_mistake(place, toy_server, clean_environ, tmp_path):
+    """It may be set for other commands."""
+    environ = {**clean_environ, "BATCH_CLIENT_WORKERS": "2"}
+    done = run_cli(["run", "in.zarr", str(tmp_path / "out"), "--log", "none", *toy_server.flags], environ, cwd=place)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_java_is_said_with_what_to_install(place, toy_archive, clean_environ, tmp_path):

@@ -280,6 +280,8 @@ def test_errors_of_an_arch_file_are_one_line(pack_request, tmp_path, text, messa
         pack(dataclasses.replace(pack_request, arch=f"{source}:make", output=tmp_path / "x.mar"))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    # Not by the name that its copy has in the archive.
+    assert f"arch {source}:make can't be imported" in str(caught.value)
 
 
 def test_a_damaged_safetensors_file_is_named(pack_request, tmp_path):

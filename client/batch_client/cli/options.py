@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 
 from batch_client.errors import UsageError
 
@@ -81,7 +83,7 @@ def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
 bytes_option = click.option(
     "--max-bytes-in-flight", type=BYTES, default="64M", show_default=True,
     help="Bytes of records held in memory. Raise it for large input chunks or a distant store.")
-server_options = _stack(
+_server_flags = _stack(
     click.option("--endpoint", "endpoints", multiple=True, metavar="URL",
                  help="A server to use, such as http://host:8080; repeat it for several."),
     click.option("--archive", metavar="MODEL.mar",
@@ -92,6 +94,31 @@ server_options = _stack(
     click.option("--workers", type=WORKERS, callback=split_workers, metavar="W[xT]", help="Worker processes of the "
                  "embedded server, and threads of each, such as 2x4.  [default: tuned, or GPUs, or cores]"),
 )
+
+
+def server_options(function: F) -> F:
+    """The flags that say what scores, and a refusal of those that would say nothing."""
+    @wraps(function)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        for given, useless in _USELESS_BESIDE.items():
+            for name in useless:
+                # Of variables and files it is no mistake: they are for other commands too.
+                if options.get(given) and _was_typed(name):
+                    raise UsageError(f"--{name.replace('_', '-')} says nothing beside --{given.removesuffix('s')}: "
+                                     f"it is for {_FOR[given]}")
+        return function(*arguments, **options)
+
+    return _server_flags(cast("F", checked))
+
+
+_USELESS_BESIDE = {"archive": ("model", "token_file", "token_command"), "endpoints": ("workers",)}
+_FOR = {"archive": "servers that run already (--endpoint)", "endpoints": "a server that is started here (--archive)"}
+
+
+def _was_typed(name: str) -> bool:
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
 array_options = _stack(
     click.option("--array", metavar="NAME", help="The array to score, when INPUT is a group."),
     click.option("--records", metavar="A:B", help="Only records A to B-1 of INPUT."),
