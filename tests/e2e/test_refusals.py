@@ -83,7 +83,7 @@ SERVERS = [
     (["--archive", "missing.mar"], 69, "no such file; make one with batch-client pack"),
     (["--archive", "~nobody-has-this-home/m.mar"], 69, "can't be read (Could not determine home"),
     (["--archive", "bad.mar"], 69, "bad.mar"),
-    (["--archive", "ARCHIVE", "--model", "toy"], 64, "--model says nothing beside --archive: it is for servers that run"),
+    (["--archive", "ARCHIVE", "--model", "toy"], 64, "--model says nothing beside --archive: it is for servers that"),
     (["--archive", "ARCHIVE", "--token-file", "TOKEN"], 64, "--token-file says nothing beside --archive"),
     (["--endpoint", "URL", "--model", "toy", "--workers", "2"], 64, "--workers says nothing beside --endpoint: it is"),
     (["--archive", "ARCHIVE", "--workers", "100000"], 64, "give 1024 at most"),
