@@ -108,6 +108,7 @@ _ADVICE = {
     Limit.ENDS: "nothing to turn: so short a run is its start and its end",
 }
 _MORE_BYTES = "raise --max-bytes-in-flight"
+_UNMEASURED = "find its quickest settings (bench --save), or add workers, GPUs or endpoints"
 _SHARED = "run longer, or give the client and the store other cores than the model's"
 
 
@@ -123,12 +124,7 @@ def find_bottleneck(totals: Totals, of_ceiling: float | None = None) -> Bottlene
         limit = Limit.CLIENT
     elif limit in (Limit.MODEL, Limit.WIRE) and _could_hold_more(totals):
         limit = Limit.IN_FLIGHT
-    advice = _ADVICE[limit]
-    if limit is Limit.READING and _seconds(totals, Waiting.BUDGET) > _seconds(totals, Waiting.READ):
-        advice = _MORE_BYTES
-    if limit is Limit.MODEL and of_ceiling is not None and of_ceiling < NEAR_CEILING:
-        advice = _SHARED
-    return Bottleneck(limit, _evidence(limit, totals, shares), advice, shares)
+    return Bottleneck(limit, _evidence(limit, totals, shares), _advice(limit, totals, of_ceiling), shares)
 
 
 def knee(totals: Totals) -> float:
@@ -152,6 +148,16 @@ def knee(totals: Totals) -> float:
             return number + (active - reached) / above
         reached += above
     return float("inf")
+
+
+def _advice(limit: Limit, totals: Totals, of_ceiling: float | None) -> str:
+    if limit is Limit.READING and _seconds(totals, Waiting.BUDGET) > _seconds(totals, Waiting.READ):
+        return _MORE_BYTES
+    if limit is Limit.MODEL and of_ceiling is None:
+        return _UNMEASURED
+    if limit is Limit.MODEL and of_ceiling is not None and of_ceiling < NEAR_CEILING:
+        return _SHARED
+    return _ADVICE[limit]
 
 
 def _backlog(totals: Totals) -> float:

@@ -163,8 +163,14 @@ def test_an_event_loop_that_is_never_idle_is_the_limit_whatever_waits(source):
 def test_far_below_the_ceiling_more_workers_are_not_the_advice(source):
     near, far = (scored(source, server={"ceiling": ceiling, "compute": 0.1}) for ceiling in (80.0, 200.0))
     assert near.limited_by == far.limited_by == "model"
-    assert "add workers" in near.advice
+    assert near.advice == "add workers, GPUs or endpoints"
     assert "other cores" in far.advice
+
+
+def test_where_the_model_was_not_measured_measuring_it_is_the_advice(source):
+    unmeasured = scored(source, server={"compute": 0.1})
+    assert unmeasured.limited_by == "model"
+    assert "(bench --save), or add workers" in unmeasured.advice
 
 
 def test_a_ceiling_that_the_server_states_is_compared_with(source):
