@@ -185,7 +185,8 @@ def open_graph(
 def export_graph(
     module: torch.nn.Module, inputs: Sequence[InputSpec], outputs: Sequence[OutputSpec], micro_batch: int, path: Path
 ) -> None:
-    """Write the graph of a module: for any number of records, or for `micro_batch` where torch finds it bound to that.
+    """Write the graph of a module: for any number of records, or for `micro_batch` where that is one or torch finds it
+    bound to it.
 
     Raises `ModelError` where torch can't export it.
     """
@@ -194,7 +195,9 @@ def export_graph(
         import onnxscript  # noqa: F401, PLC0415 - as above
     except ImportError as error:
         raise ModelError(f'exporting as ONNX needs {error.name}: pip install "batch-client[onnx]"') from error
-    each = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+    # A size of one is always taken for a constant, and warned of if it was to be none.
+    records = torch.export.Dim.AUTO if micro_batch > 1 else torch.export.Dim.STATIC
+    each = tuple({0: records} for _ in inputs)
     with _quiet():
         program = export_program(_Outputs(module, outputs), inputs, micro_batch, (each,))
         try:
