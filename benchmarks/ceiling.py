@@ -72,8 +72,10 @@ def forward_of(description: Any, folder: Path, threads: int) -> Callable[[Any], 
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.use_deterministic_compute = True
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        session = onnxruntime.InferenceSession(folder / description.weights.file, options)
+        session = onnxruntime.InferenceSession(folder / description.weights.file, options,
+                                               providers=["CPUExecutionProvider"])
         name = session.get_inputs()[0].name
         return lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
     from batch_handler.runtimes.eager import load_module

@@ -8,7 +8,7 @@ the rounds' ratios with a 95 % bootstrap interval. The seconds that count are fr
 write: processes are up, models loaded and warm. The seconds of its whole command stand beside them. Every output is
 compared with eager scores of the same records before its rate counts. Memory is of a round of its own, before the
 others, since looking costs time. "Tuned" is the same for all: frozen TorchScript, micro-batches of 128, the allocator
-settings of the embedded server, a process a core with one thread.
+settings of the embedded server, a process a core with one thread; `ours-onnx` runs the same module as an ONNX graph.
 
 Contenders with packages of their own get an environment each (`environments.py`), kept in --environments. One that
 can't be installed, or fails, is listed with its reason.
@@ -68,7 +68,7 @@ class Contender:
 
 CONTENDERS = {
     OURS: Contender("batch-client run --archive", "product.py"),
-    OURS_ONNX: Contender("the same, `pack --runtime onnx`", "product.py", runtime="onnx"),
+    OURS_ONNX: Contender("batch-client run --archive, packed with --runtime onnx", "product.py", runtime="onnx"),
     "plain": Contender("processes written by hand, tuned", "plain.py"),
     "litserve": Contender("LitServe, tuned, 1,000 records a request", "litserve_client.py", (), "litserve", True),
     "triton": Contender("Triton (pytriton), tuned, 1,000 records a request", "triton_client.py", (), "triton", True),
@@ -160,15 +160,18 @@ class Arena:
         self._model = options.model or work / "model.pt"
         if options.model is None:
             torch.save(SMALL.module(), self._model)
-        self._archives: dict[str, Path] = {}
-        self.archive = self._packed("torchscript")
+        self.archive = SMALL.pack(work, "torchscript", options.model)
+        self._archives = {"torchscript": self.archive}
         self._number = 0
         self._call(Contender("reference", "reference.py", tuned=False), sys.executable, work / "expected.zarr")
         self._expected = zarr.open_array(work / "expected.zarr", mode="r")[:]
 
     def _packed(self, runtime: str) -> Path:
         if runtime not in self._archives:
-            self._archives[runtime] = SMALL.pack(self._work, runtime, self._options.model)
+            try:
+                self._archives[runtime] = SMALL.pack(self._work, runtime, self._options.model)
+            except SystemExit as error:
+                raise FailedError(f"can't be packed: {str(error).strip()}") from error
         return self._archives[runtime]
 
     def measure_memory(self, results: Results) -> None:

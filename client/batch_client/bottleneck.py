@@ -108,7 +108,7 @@ _ADVICE = {
     Limit.ENDS: "nothing to turn: so short a run is its start and its end",
 }
 _MORE_BYTES = "raise --max-bytes-in-flight"
-_UNMEASURED = "find its quickest settings (bench --save), or add workers, GPUs or endpoints"
+_NO_CEILING = "find its quickest settings (bench --save), or add workers, GPUs or endpoints"
 _SHARED = "run longer, or give the client and the store other cores than the model's"
 
 
@@ -153,10 +153,11 @@ def knee(totals: Totals) -> float:
 def _advice(limit: Limit, totals: Totals, of_ceiling: float | None) -> str:
     if limit is Limit.READING and _seconds(totals, Waiting.BUDGET) > _seconds(totals, Waiting.READ):
         return _MORE_BYTES
-    if limit is Limit.MODEL and of_ceiling is None:
-        return _UNMEASURED
-    if limit is Limit.MODEL and of_ceiling is not None and of_ceiling < NEAR_CEILING:
-        return _SHARED
+    if limit is Limit.MODEL:
+        if of_ceiling is None:
+            return _NO_CEILING
+        if of_ceiling < NEAR_CEILING:
+            return _SHARED
     return _ADVICE[limit]
 
 

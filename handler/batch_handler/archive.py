@@ -30,7 +30,7 @@ from batch_handler.modelfile import ModelFileError, check_trusted, detect_kind, 
 from batch_handler.oip import Array
 from batch_handler.runtimes.aot import compile_package
 from batch_handler.runtimes.device import DeviceError
-from batch_handler.runtimes.onnx import export_graph
+from batch_handler.runtimes.onnx_export import export_graph
 from batch_handler.runtimes.transform import ModelError
 from batch_handler.signature import (
     FileEntry,
@@ -70,7 +70,7 @@ from batch_handler.service import handle
 __all__ = ["handle"]
 '''
 # What errors call the code of a file, which people know as another one; see `_stage_arch`.
-_ARCH_COPY = re.compile(r"arch_[0-9a-f]{8}\.py:\w+")
+_ARCH_COPY = re.compile(r"(?<=: arch )arch_[0-9a-f]{8}\.py:\w+")
 # What zip can say at the earliest: archives of equal content are equal files.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CREATED = "01/01/1980 00:00:00"
@@ -123,8 +123,8 @@ def pack(request: PackRequest) -> Path:
     except ModelFileError as error:
         raise ArchiveError(str(error)) from error
     except (SignatureError, ModelError, DeviceError, ModelLoadError) as error:
-        said = _ARCH_COPY.sub(lambda _: request.arch or "", str(error))
-        raise ArchiveError(f"{request.model.name}: {said}") from error
+        said = f"{request.model.name}: {error}"
+        raise ArchiveError(_ARCH_COPY.sub(lambda _: request.arch or "", said)) from error
     except OSError as error:
         raise ArchiveError(f"{error.filename or request.model}: {error.strerror or error}") from error
 

@@ -37,6 +37,7 @@ from batch_handler.oip import OipError, TensorSpec, datatype_of
 __all__ = [
     "FORMAT",
     "KINDS",
+    "MAX_MICRO_BATCH",
     "FileEntry",
     "Golden",
     "InputSpec",
@@ -70,7 +71,7 @@ _RUNTIMES_FOR: Mapping[str, tuple[str, ...]] = {
 }
 KINDS = tuple(_RUNTIMES_FOR)
 
-_MAX_MICRO_BATCH = 65_536
+MAX_MICRO_BATCH = 65_536
 
 
 @dataclass(frozen=True)
@@ -443,5 +444,5 @@ def _check_tensor(what: str, name: str, dtype: np.dtype[Any], shape: tuple[int, 
 
 
 def _check_micro_batch(micro_batch: int) -> None:
-    if not 1 <= micro_batch <= _MAX_MICRO_BATCH:
-        raise SignatureError(f"micro_batch is {micro_batch}, wanted 1 to {_MAX_MICRO_BATCH}")
+    if not 1 <= micro_batch <= MAX_MICRO_BATCH:
+        raise SignatureError(f"micro_batch is {micro_batch}, wanted 1 to {MAX_MICRO_BATCH}")

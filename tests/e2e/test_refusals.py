@@ -86,6 +86,8 @@ SERVERS = [
     (["--archive", "ARCHIVE", "--model", "toy"], 64, "--model says nothing beside --archive: it is for servers that"),
     (["--archive", "ARCHIVE", "--token-file", "TOKEN"], 64, "--token-file says nothing beside --archive"),
     (["--endpoint", "URL", "--model", "toy", "--workers", "2"], 64, "--workers says nothing beside --endpoint: it is"),
+    (["--archive", "ARCHIVE", "--token-command", "true"], 64, "--token-command says nothing beside --archive"),
+    (["--archive", "ARCHIVE", "--endpoint", "URL", "--model", "toy", "--workers", "2"], 64, "not both"),
     (["--archive", "ARCHIVE", "--workers", "100000"], 64, "give 1024 at most"),
     (["--endpoint", "URL", "--model", "toy", "--patience", "nan"], 64, "wanted a finite number"),
     (["--endpoint", "URL", "--model", "nobody", "--token-file", "TOKEN"], 69, "has no model 'nobody'"),
@@ -104,10 +106,13 @@ def test_nothing_to_score_with_is_one_line_and_writes_nothing(
     assert listing(place) == before
 
 
-def test_a_variable_that_says_nothing_here_is_no_mistake(place, toy_server, clean_environ, tmp_path):
-    """It may be set for other commands."""
-    environ = {**clean_environ, "BATCH_CLIENT_WORKERS": "2"}
-    done = run_cli(["run", "in.zarr", str(tmp_path / "out"), "--log", "none", *toy_server.flags], environ, cwd=place)
+@pytest.mark.parametrize("by", ["variable", "file"])
+def test_what_says_nothing_here_is_no_mistake_where_it_may_be_for_other_commands(
+        by, place, toy_server, clean_environ, tmp_path):
+    environ = {**clean_environ, **({"BATCH_CLIENT_WORKERS": "2"} if by == "variable" else {})}
+    (tmp_path / "batch-client.toml").write_text('[run]\nworkers = "2"\n' if by == "file" else "")
+    words = ["run", str(place / "in.zarr"), "out", "--log", "none", *toy_server.flags]
+    done = run_cli(words, environ, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -96,23 +96,26 @@ _server_flags = _stack(
 )
 
 
+# What the flags of the one way to score, by their parameter, make useless: flags of the other way.
+_USELESS_BESIDE = {
+    "archive": ("--archive", ("model", "token_file", "token_command"), "servers that run already (--endpoint)"),
+    "endpoints": ("--endpoint", ("workers",), "a server that is started here (--archive)"),
+}
+
+
 def server_options(function: F) -> F:
     """The flags that say what scores, and a refusal of those that would say nothing."""
     @wraps(function)
     def checked(*arguments: Any, **options: Any) -> Any:
-        for given, useless in _USELESS_BESIDE.items():
-            for name in useless:
-                # Of variables and files it is no mistake: they are for other commands too.
-                if options.get(given) and _was_typed(name):
-                    raise UsageError(f"--{name.replace('_', '-')} says nothing beside --{given.removesuffix('s')}: "
-                                     f"it is for {_FOR[given]}")
+        ways = [_USELESS_BESIDE[name] for name in _USELESS_BESIDE if options.get(name)]
+        if len(ways) == 1:  # both are refused as that
+            ((flag, useless, wanted),) = ways
+            # Of variables and files it is no mistake: they are for other commands too.
+            for name in filter(_was_typed, useless):
+                raise UsageError(f"--{name.replace('_', '-')} says nothing beside {flag}: it is for {wanted}")
         return function(*arguments, **options)
 
     return _server_flags(cast("F", checked))
-
-
-_USELESS_BESIDE = {"archive": ("model", "token_file", "token_command"), "endpoints": ("workers",)}
-_FOR = {"archive": "servers that run already (--endpoint)", "endpoints": "a server that is started here (--archive)"}
 
 
 def _was_typed(name: str) -> bool:

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ from batch_handler.runtimes.slots import SlotRuntime
 from batch_handler.runtimes.transform import ModelError, example_inputs
 from batch_handler.signature import InputSpec, ModelDescription, Weights
 
-__all__ = ["build_module", "export_program", "fixed_records", "load_module", "open_eager", "said"]
+__all__ = ["build_module", "export_program", "fixed_records", "load_module", "open_eager", "quiet", "said"]
 
 
 def open_eager(description: ModelDescription, directory: Path, device: Device, precision: str) -> SlotRuntime:
@@ -94,10 +98,26 @@ def export_program(
     """
     examples = example_inputs(inputs, records, torch.device("cpu"))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet():
             return torch.export.export(module, examples, dynamic_shapes=dynamic_shapes)
     except Exception as error:
         raise ModelError(f"the module can't be exported, wanted another runtime: {said(error)}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence torch, which prints, logs and warns about its own code and dumps a graph before it refuses a module.
+
+    For the whole process, which packs one model at a time.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def said(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""An ONNX graph, run by ONNX Runtime on the CPU, or on the GPU that the worker was given; and a module's graph.
+"""An ONNX graph, run by ONNX Runtime on the CPU, or on the GPU that the worker was given.
 
 Rule: the graph is one file. A graph that keeps weights in files beside it is refused before ONNX Runtime sees
 it, since those files would be in no digest.
@@ -8,10 +8,7 @@ The CUDA provider needs the package onnxruntime-gpu in place of onnxruntime.
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +18,17 @@ import torch
 from batch_handler.fields import SignatureError
 from batch_handler.oip import DATATYPES
 from batch_handler.runtimes.device import Device, classify
-from batch_handler.runtimes.eager import export_program, said
 from batch_handler.runtimes.protobuf import fields_of
 from batch_handler.runtimes.slots import SlotRuntime
-from batch_handler.runtimes.transform import ModelError, by_output, torch_dtype
-from batch_handler.signature import InputSpec, ModelDescription, OutputSpec
+from batch_handler.runtimes.transform import ModelError, torch_dtype
+from batch_handler.signature import InputSpec, ModelDescription
 
-__all__ = ["OnnxGraph", "export_graph", "open_graph", "open_onnx"]
+__all__ = ["MAX_BYTES", "OnnxGraph", "open_graph", "open_onnx"]
 
 Tensor = torch.Tensor
 
 # A protobuf message can't be larger: https://protobuf.dev/programming-guides/proto-limits/
-_MAX_BYTES = 2**31 - 1
+MAX_BYTES = 2**31 - 1
 _ERRORS_ONLY = 3
 
 # ONNX's names of the element types that records may have (https://onnx.ai/onnx/api/mapping.html).
@@ -72,9 +68,8 @@ class OnnxGraph:
         self._names = [node.name for node in session.get_outputs()]
         self._by_name = all(name in self._names for name in outputs)
         self._shapes: list[tuple[torch.dtype, tuple[int, ...]]] = []
-        # torch's exporter gives an axis that it found bound to 8 records the name "8".
-        first = {str(node.shape[0]) for node in session.get_inputs() if node.shape}
-        self.fixed: int | None = next((int(size) for size in first if size.isdecimal()), None)
+        first = {node.shape[0] for node in session.get_inputs() if node.shape}
+        self.fixed: int | None = next((size for size in first if isinstance(size, int)), None)
 
     def specs(self) -> tuple[InputSpec, ...]:
         """What the graph says that a record is; raises `SignatureError` where it leaves sizes open."""
@@ -182,57 +177,6 @@ def open_graph(
     return OnnxGraph(session, device, outputs), numerics
 
 
-def export_graph(
-    module: torch.nn.Module, inputs: Sequence[InputSpec], outputs: Sequence[OutputSpec], micro_batch: int, path: Path
-) -> None:
-    """Write the graph of a module: for any number of records, or for `micro_batch` where that is one or torch finds it
-    bound to it.
-
-    Raises `ModelError` where torch can't export it.
-    """
-    try:
-        import onnx  # noqa: F401, PLC0415 - torch's exporter needs both, and only `pack` exports
-        import onnxscript  # noqa: F401, PLC0415 - as above
-    except ImportError as error:
-        raise ModelError(f'exporting as ONNX needs {error.name}: pip install "batch-client[onnx]"') from error
-    # A size of one is always taken for a constant, and warned of if it was to be none.
-    records = torch.export.Dim.AUTO if micro_batch > 1 else torch.export.Dim.STATIC
-    each = tuple({0: records} for _ in inputs)
-    with _quiet():
-        program = export_program(_Outputs(module, outputs), inputs, micro_batch, (each,))
-        try:
-            graph: Any = torch.onnx.export(program, output_names=[spec.name for spec in outputs], verbose=False)
-            graph.save(path, external_data=False)
-        except Exception as error:
-            raise ModelError(f"the module can't be exported as ONNX, wanted another runtime: {said(error)}") from error
-
-
-class _Outputs(torch.nn.Module):
-    """A module that gives the outputs of an archive in their order, whatever else it gives and in whichever form."""
-
-    def __init__(self, module: torch.nn.Module, outputs: Sequence[OutputSpec]) -> None:
-        super().__init__()
-        self._module = module
-        self._wanted = outputs
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor for (tensor,) in by_output([self._module(*inputs)], self._wanted))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence torch about its own code, and about the libraries, torchvision for one, that are not installed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
 def _as_model_error(path: Path, error: Exception) -> BaseException:
     text = " ".join(str(error).split())[:300]
     mapped = classify(RuntimeError(text))
@@ -241,8 +185,8 @@ def _as_model_error(path: Path, error: Exception) -> BaseException:
 
 def _read(path: Path) -> bytes:
     size = path.stat().st_size
-    if size > _MAX_BYTES:
-        raise ModelError(f"{path.name} has {size} bytes, wanted at most {_MAX_BYTES}, the most that ONNX can hold")
+    if size > MAX_BYTES:
+        raise ModelError(f"{path.name} has {size} bytes, wanted at most {MAX_BYTES}, the most that ONNX can hold")
     content = path.read_bytes()
     try:
         external = _is_external(memoryview(content), "model")
