@@ -74,8 +74,7 @@ class PieceBuffer(cpu.NDBuffer):
         else:
             super().__setitem__(key, value)
 
-    # zarr wants the same class of buffer back, and any one will do.
-    def __getitem__(self, key: Any) -> cpu.NDBuffer:  # type: ignore[override]
+    def __getitem__(self, key: Any) -> cpu.NDBuffer:  # type: ignore[override] # zarr takes any class of buffer back
         """A part of what was copied. What is set in that part is copied too: this buffer would not know of it."""
         return cpu.NDBuffer(np.asanyarray(self.as_numpy_array()[key]))
 

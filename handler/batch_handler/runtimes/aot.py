@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from batch_handler.runtimes.device import Device
-from batch_handler.runtimes.eager import export_program, said
+from batch_handler.runtimes.eager import said
+from batch_handler.runtimes.program import export_program
 from batch_handler.runtimes.slots import SlotRuntime
 from batch_handler.runtimes.transform import ModelError
 from batch_handler.signature import InputSpec, ModelDescription

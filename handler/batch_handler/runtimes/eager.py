@@ -8,12 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +17,10 @@ from safetensors.torch import load_file
 
 from batch_handler.runtimes.device import Device
 from batch_handler.runtimes.slots import SlotRuntime
-from batch_handler.runtimes.transform import ModelError, example_inputs
-from batch_handler.signature import InputSpec, ModelDescription, Weights
+from batch_handler.runtimes.transform import ModelError
+from batch_handler.signature import ModelDescription, Weights
 
-__all__ = ["build_module", "export_program", "fixed_records", "load_module", "open_eager", "quiet", "said"]
+__all__ = ["build_module", "fixed_records", "load_module", "open_eager", "said"]
 
 
 def open_eager(description: ModelDescription, directory: Path, device: Device, precision: str) -> SlotRuntime:
@@ -87,37 +82,6 @@ def fixed_records(module: torch.nn.Module) -> int | None:
     sizes = [value.shape[0] for value in inputs if isinstance(value, torch.Tensor) and value.dim()]
     # A size that was exported as dynamic is a symbol.
     return next((size for size in sizes if isinstance(size, int)), None)
-
-
-def export_program(
-    module: torch.nn.Module, inputs: Sequence[InputSpec], records: int, dynamic_shapes: Any = None
-) -> torch.export.ExportedProgram:
-    """The program of a module on the CPU, as engines take it that compile it or write it anew; raises `ModelError`.
-
-    It takes `records` at a time and no other number, but for `dynamic_shapes` that say otherwise.
-    """
-    examples = example_inputs(inputs, records, torch.device("cpu"))
-    try:
-        with torch.no_grad(), quiet():
-            return torch.export.export(module, examples, dynamic_shapes=dynamic_shapes)
-    except Exception as error:
-        raise ModelError(f"the module can't be exported, wanted another runtime: {said(error)}") from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence torch, which prints, logs and warns about its own code and dumps a graph before it refuses a module.
-
-    For the whole process, which packs one model at a time.
-    """
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def said(error: BaseException) -> str:

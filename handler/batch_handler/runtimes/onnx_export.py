@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from batch_handler.runtimes.eager import export_program, quiet, said
+from batch_handler.runtimes.eager import said
 from batch_handler.runtimes.onnx import MAX_BYTES
+from batch_handler.runtimes.program import export_program, quiet
 from batch_handler.runtimes.transform import ModelError, by_output
 from batch_handler.signature import MAX_MICRO_BATCH, InputSpec, OutputSpec
 
@@ -59,6 +60,7 @@ def export_graph(
 def _program(module: torch.nn.Module, inputs: Sequence[InputSpec], micro_batch: int) -> torch.export.ExportedProgram:
     """For any number of records, which a graph does not check: one that is right for some is bound to `micro_batch`."""
     shapes = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+    # A module may be bound to one record; what else is wrong with it is found again, and said, below.
     with suppress(ModelError):
         # torch takes a size of 1 for a constant.
         program = export_program(module, inputs, max(2, micro_batch), (shapes,))
