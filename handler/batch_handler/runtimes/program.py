@@ -1,4 +1,7 @@
-"""A module → its program, as `torch.export` finds it: what is compiled, or written as a graph, by `pack`."""
+"""A module → its program, as `torch.export` finds it: what is compiled, or written as a graph, by `pack`.
+
+Rule: a module that torch can't export is refused in one line, and whatever torch prints on the way stays unsaid.
+"""
 
 from __future__ import annotations
 
