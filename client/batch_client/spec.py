@@ -5,7 +5,8 @@ Both are frozen and validated when made, so that nothing later has to doubt them
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -16,6 +17,8 @@ from batch_client.jsontext import canonical_json, parse_json
 __all__ = ["CODECS", "MIB", "Records", "RunIdentity", "RunSpec", "ServerSpec"]
 
 MIB = 1 << 20
+# A digest, of which its first half dozen bytes tell people which one it is.
+_DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b")
 CODECS = ("none", "zstd")
 
 
@@ -193,13 +196,21 @@ class RunIdentity:
         """Raises MismatchError naming each field in which `stored` (a spec.json) differs from this run."""
         try:
             other: Mapping[str, Any] = parse_json(stored)
-            names = [field.name for field in fields(self)]
-            mine = parse_json(self.to_json())
-            differing = [f"{name} (there {other.get(name)!r}, now {mine[name]!r})"
-                         for name in names if other.get(name) != mine[name]]
-        except (ValueError, AttributeError) as error:
+            plain = parse_json(self.to_json())
+            differing = list(_differences({field.name: plain[field.name] for field in fields(self)}, other))
+        except (ValueError, AttributeError, TypeError) as error:
             raise MismatchError(f"{where} holds a _run/spec.json that can't be read ({error}): "
                                 "it is not an output of batch-client; choose another OUTPUT") from error
         if differing:
             raise MismatchError(f"{where} belongs to another run: {'; '.join(differing)}; "
                                 "choose another OUTPUT, or use the same settings to go on with it")
+
+
+def _differences(mine: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Each field of either in which they differ, and how, as an error says it."""
+    for name in dict.fromkeys([*mine, *other]):
+        now, there = mine.get(name), other.get(name)
+        if isinstance(now, Mapping) and isinstance(there, Mapping):
+            yield from _differences(now, there, f"{prefix}{name}.")
+        elif now != there:
+            yield _DIGEST.sub(r"\1…", f"{prefix}{name} (there {there!r}, now {now!r})")

@@ -58,6 +58,14 @@ _WEIGHTS_FILES = {
     "compiled": "model.pt2",
     "onnx": "model.onnx",
 }
+# Kinds that are more than weights, as an error calls them.
+_NAMES = {
+    "pickle": "a whole pickled module",
+    "torchscript": "TorchScript",
+    "exported": "an exported program",
+    "compiled": "a compiled package",
+    "onnx": "an ONNX graph",
+}
 # Runtimes that have a module made into another kind of weights.
 _MADE_OF_MODULES = {"aot": "compiled", "onnx": "onnx"}
 _GOLDEN_FILE = "golden.npz"
@@ -69,8 +77,8 @@ from batch_handler.service import handle
 
 __all__ = ["handle"]
 '''
-# What errors call the code of a file, which people know as another one; see `_stage_arch`.
-_ARCH_COPY = re.compile(r"(?<=: arch )arch_[0-9a-f]{8}\.py:\w+")
+# What errors call the code of a file, or the module that it becomes; see `_stage_arch`.
+_ARCH_COPY = re.compile(r"\barch_[0-9a-f]{8}\b(\.py:\w+)?")
 # What zip can say at the earliest: archives of equal content are equal files.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CREATED = "01/01/1980 00:00:00"
@@ -123,8 +131,10 @@ def pack(request: PackRequest) -> Path:
     except ModelFileError as error:
         raise ArchiveError(str(error)) from error
     except (SignatureError, ModelError, DeviceError, ModelLoadError) as error:
-        said = f"{request.model.name}: {error}"
-        raise ArchiveError(_ARCH_COPY.sub(lambda _: request.arch or "", said)) from error
+        # People know the file, and not the folder that it was loaded from.
+        cause = error.__cause__
+        inner = cause if isinstance(cause, SignatureError | ModelError | DeviceError) else error
+        raise ArchiveError(f"{request.model.name}: {_as_given(str(inner), request.arch)}") from error
     except OSError as error:
         raise ArchiveError(f"{error.filename or request.model}: {error.strerror or error}") from error
 
@@ -149,8 +159,11 @@ def _stage(request: PackRequest, directory: Path) -> ModelDescription:
     if kind not in _WEIGHTS_FILES:
         raise ArchiveError(f"kind is {kind!r}, wanted one of {', '.join(_WEIGHTS_FILES)}")
     check_trusted(request.model, kind, trust_pickle=request.trust_pickle)
-    if kind in ("state_dict", "safetensors") and request.arch is None:
+    weights_only = kind in ("state_dict", "safetensors")
+    if weights_only and request.arch is None:
         raise ArchiveError(f"{request.model.name} holds weights only, wanted --arch FILE.py:callable")
+    if request.arch is not None and not weights_only:
+        raise ArchiveError(f"{request.model.name} is {_NAMES[kind]}, which --arch says nothing of: leave it out")
     arch, arch_file = _stage_arch(request.arch, directory)
     weights = Weights(_WEIGHTS_FILES[kind], kind, arch)
     shutil.copyfile(request.model, directory / weights.file)
@@ -218,6 +231,13 @@ def _stage_arch(arch: str | None, directory: Path) -> tuple[str | None, str | No
     file = f"arch_{hashlib.sha256(code).hexdigest()[:8]}.py"
     (directory / file).write_bytes(code)
     return f"{file}:{name}", file
+
+
+def _as_given(said: str, arch: str | None) -> str:
+    """An error, with the code that builds the module named as it was given and not as its copy is."""
+    given = arch or ""
+    module = Path(given.rpartition(":")[0]).stem
+    return _ARCH_COPY.sub(lambda found: given if found[1] else module, said)
 
 
 def _entry(path: Path) -> FileEntry:

@@ -114,13 +114,19 @@ def _output_specs(raw: Any, drafts: Sequence[OutputDraft], records: int) -> tupl
             raise SignatureError(f"the model gave {found}, wanted a tensor, or a list or mapping of tensors")
         names = [draft.name for draft in drafts] or _default_names(len(tensors))
         if len(names) != len(tensors):
-            raise SignatureError(f"the model gave {len(tensors)} outputs, the signature names {len(names)}")
+            raise SignatureError(
+                f"the model gave {len(tensors)} outputs, the signature names {len(names)}, wanted [[outputs]] in a "
+                "--signature file for each"
+            )
         given = dict(zip(names, tensors, strict=True))
     specs = []
     for draft in drafts or [OutputDraft(str(name)) for name in given]:
         tensor = given.get(draft.name)
         if draft.name not in given:
-            raise SignatureError(f"the model gave outputs {sorted(map(str, given))}, wanted {draft.name}")
+            raise SignatureError(
+                f"the model gave outputs {sorted(map(str, given))}, wanted {draft.name}: name one of them with "
+                "--output-name, or several as [[outputs]] in a --signature file"
+            )
         if not isinstance(tensor, torch.Tensor):
             raise SignatureError(f"output {draft.name} is {type(tensor).__name__}, wanted a tensor")
         if tensor.shape[:1] != (records,):

@@ -106,7 +106,14 @@ def test_another_run_is_told_apart_by_each_differing_field():
     identity().require_same(identity().to_json(), "out")
     with pytest.raises(MismatchError, match=r"codec \(there 'zstd', now 'none'\); model_digest"):
         identity().require_same(identity(codec="zstd", model_digest="e").to_json(), "out")
-    with pytest.raises(MismatchError, match="can't be read"):
-        identity().require_same(b"not json", "out")
+    with pytest.raises(MismatchError, match=r"run: numerics.threads \(there 2, now 1\); choose"):
+        identity(numerics={"threads": 1, "a": 0}).require_same(
+            identity(numerics={"threads": 2, "a": 0}).to_json(), "out")
+    digests = "ab" * 32, "cd" * 32
+    with pytest.raises(MismatchError, match=r"\(there 'cdcdcdcdcdcd…', now 'abababababab…'\)"):
+        identity(model_digest=digests[0]).require_same(identity(model_digest=digests[1]).to_json(), "out")
+    for stored in (b"not json", b"[]", b"3", b"null"):
+        with pytest.raises(MismatchError, match="can't be read"):
+            identity().require_same(stored, "out")
     with pytest.raises(MismatchError, match=r"nested too deeply.*not an output of batch-client"):
         identity().require_same(b"[" * 1_000_000, "out")

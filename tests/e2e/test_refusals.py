@@ -202,7 +202,10 @@ def test_settings_come_from_flags_then_environment_then_file(place, toy_server, 
     # Servers are no business of a verify without --replay; only one who names them there is told.
     assert run_cli(["verify", "named"], named, cwd=tmp_path).returncode == 0
     flags = ["verify", "named", *toy_server.flags]
-    check(run_cli(flags, clean_environ, cwd=tmp_path), 64, "only together with --replay")
+    check(run_cli(flags, clean_environ, cwd=tmp_path), 64, "--endpoint: wanted only together with --replay N")
+    for flags in (["--model", "toy"], ["--workers", "2"], ["--token-file", "t"]):
+        done = run_cli(["verify", "named", *flags], clean_environ, cwd=tmp_path)
+        check(done, 64, f"{flags[0]}: wanted only together with --replay N")
     (tmp_path / "batch-client.toml").write_text("[run]\nin-fligth = 2\n")
     check(run_cli(words, clean_environ, cwd=tmp_path), 64, "[run] has no setting 'in-fligth'; wanted allow-missing,")
 

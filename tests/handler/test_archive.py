@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import sys
 import warnings
 import zipfile
 
@@ -164,6 +166,26 @@ def test_golden_records_and_several_outputs(pack_request, tmp_path, unpack, imag
     np.testing.assert_array_equal(top, images.reshape(50, -1).argmax(1))
 
 
+@pytest.mark.parametrize("runtime", ["eager", "torchscript", "onnx"])
+def test_a_module_that_gives_a_dict_runs_under_each_runtime(runtime, pack_request, tmp_path, images, unpack):
+    source = tmp_path / "named.py"
+    source.write_text(
+        "import torch\n"
+        "class Named(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return {'whole': x.sum((1, 2, 3)), 'half': x.mean((1, 2, 3)), 'none': None}\n"
+    )
+    torch.save({}, tmp_path / "w.pt")
+    request = dataclasses.replace(
+        pack_request, model=tmp_path / "w.pt", kind="state_dict", arch=f"{source}:Named", runtime=runtime,
+        outputs=(OutputDraft("half"), OutputDraft("whole")), output=tmp_path / "named.mar",
+    )
+    half, whole = Model.open(unpack(pack(request))).score_bulk([images])
+    np.testing.assert_allclose(half * images[0].size, whole, rtol=1e-5)
+    with pytest.raises(ArchiveError, match=r"outputs \['half', 'none', 'whole'\], wanted scores: name one of them"):
+        pack(dataclasses.replace(request, outputs=(OutputDraft("scores"),), output=tmp_path / "other.mar"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -175,11 +197,12 @@ def test_golden_records_and_several_outputs(pack_request, tmp_path, unpack, imag
         ({"inputs": ()}, "no inputs"),
         ({"name": "a b"}, "name is 'a b'"),
         ({"version": ""}, "version is ''"),
-        ({"outputs": (OutputDraft("a"), OutputDraft("b"))}, "gave 1 outputs, the signature names 2"),
+        ({"outputs": (OutputDraft("a"), OutputDraft("b"))}, "the signature names 2, wanted [[outputs]] in a --sig"),
         ({"outputs": (OutputDraft("a", shape=(4,)),)}, "wanted [4, 4]"),
         ({"golden": {"other": np.zeros((1, 6, 6), "u1")}}, "wanted image"),
         ({"golden": {"image": np.zeros((1, 6, 6), "f4")}}, "wanted uint8"),
-        ({"kind": "torchscript"}, "is not TorchScript"),
+        ({"kind": "torchscript", "arch": None}, "is not TorchScript"),
+        ({"kind": "torchscript"}, "is TorchScript, which --arch says nothing of: leave it out"),
         ({"micro_batch": 0}, "micro_batch is 0"),
         ({"runtime": "magic"}, "runtime is 'magic'"),
     ],
@@ -248,7 +271,7 @@ FOREIGN = [
     ("nested", {}, "output scores is NoneType, wanted a tensor"),
     ("complex_numbers", {}, "output scores: dtype complex64 has no datatype"),
     ("small_floats", {}, "output scores is torch.float8_e4m3fn, which numpy can't hold: TypeError"),
-    ("untraceable", {"runtime": "torchscript"}, "can't be traced, wanted one that can or runtime eager: RuntimeError"),
+    ("untraceable", {"runtime": "torchscript"}, "can't be traced, wanted one that can or runtime eager: ModelError:"),
 ]
 
 
@@ -264,6 +287,7 @@ def test_errors_of_foreign_code_are_one_line(pack_request, tmp_path, name, chang
         pack(request)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "batch-pack-" not in str(caught.value)  # the folder of the time that packing takes
     assert not request.output.exists()
 
 
@@ -272,6 +296,7 @@ def test_errors_of_foreign_code_are_one_line(pack_request, tmp_path, name, chang
     ("import sys; sys.exit('usage: train.py DATA')", "SystemExit: usage: train.py DATA"),
     ("def make(:", "SyntaxError: invalid syntax"),
     ("class Strange(BufferError): pass\nraise Strange", "can't be imported: Strange"),
+    ("make_it = None", "AttributeError: module 'train' has no attribute 'make'"),
 ])
 def test_errors_of_an_arch_file_are_one_line(pack_request, tmp_path, text, message):
     source = tmp_path / "train.py"
@@ -300,6 +325,23 @@ def test_a_pickle_that_raises_is_named(pack_request, tmp_path):
     torch.save(Bomb(), path)
     with pytest.raises(ArchiveError, match="can't be unpickled: ValueError: invalid literal"):
         pack(dataclasses.replace(pack_request, model=path, trust_pickle=True, arch=None, output=tmp_path / "x.mar"))
+
+
+def test_a_pickle_without_its_code_says_what_to_do(pack_request, tmp_path, monkeypatch):
+    (tmp_path / "gone_away.py").write_text("import torch\nclass Own(torch.nn.Module): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save(importlib.import_module("gone_away").Own(), tmp_path / "m.pt")
+    monkeypatch.delitem(sys.modules, "gone_away")
+    (tmp_path / "gone_away.py").unlink()
+    importlib.invalidate_caches()
+    request = dataclasses.replace(pack_request, model=tmp_path / "m.pt", trust_pickle=True, arch=None)
+    with pytest.raises(ArchiveError, match=r"state_dict packed with --arch: ModuleNotFoundError: .*gone_away"):
+        pack(dataclasses.replace(request, output=tmp_path / "x.mar"))
+
+
+def test_flags_that_can_be_no_record_end_with_64(tmp_path, capfd):
+    assert main(["pack", str(tmp_path / "w.pt"), "--input", "image:float33:6x6"]) == 64
+    assert "float33" in capfd.readouterr().err
 
 
 def test_pack_ends_with_65_and_one_line(tmp_path, capfd):

@@ -265,7 +265,7 @@ def test_a_runtime_that_the_weights_cannot_run_under_is_refused(runtime, pack_re
     with pytest.warns(DeprecationWarning, match="torch.jit"):
         torch.jit.save(torch.jit.trace(tiny_module, torch.zeros(2, 1, 6, 6)), path)
     with pytest.raises(ArchiveError, match=rf"runtime is '{runtime}', wanted one of torchscript for weights of kind"):
-        pack(dataclasses.replace(pack_request, model=path, output=tmp_path / "x.mar", runtime=runtime))
+        pack(dataclasses.replace(pack_request, model=path, arch=None, output=tmp_path / "x.mar", runtime=runtime))
 
 
 def test_the_runtime_can_be_chosen_when_serving(tiny_dir, tiny, images):

@@ -16,8 +16,8 @@ from batch_client.errors import UsageError
 if TYPE_CHECKING:
     from batch_client.spec import RunSpec
 
-__all__ = ["AMOUNT", "BYTES", "WORKERS", "ByteSize", "FiniteRange", "WorkersAndThreads", "array_options",
-           "bytes_option", "run_options", "server_options", "spec_of", "split_workers"]
+__all__ = ["AMOUNT", "BYTES", "SERVER_OPTIONS", "WORKERS", "ByteSize", "FiniteRange", "WorkersAndThreads",
+           "array_options", "bytes_option", "run_options", "server_options", "spec_of", "split_workers", "typed_flags"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -96,6 +96,8 @@ _server_flags = _stack(
 )
 
 
+# Their parameters.
+SERVER_OPTIONS = ("endpoints", "archive", "model", "token_file", "token_command", "workers")
 # What the flags of the one way to score, by their parameter, make useless: flags of the other way.
 _USELESS_BESIDE = {
     "archive": ("--archive", ("model", "token_file", "token_command"), "servers that run already (--endpoint)"),
@@ -111,15 +113,18 @@ def server_options(function: F) -> F:
         if len(ways) == 1:  # both are refused as that
             ((flag, useless, wanted),) = ways
             # Of variables and files it is no mistake: they are for other commands too.
-            for name in filter(_was_typed, useless):
-                raise UsageError(f"--{name.replace('_', '-')} says nothing beside {flag}: it is for {wanted}")
+            for typed in typed_flags(*useless):
+                raise UsageError(f"{typed} says nothing beside {flag}: it is for {wanted}")
         return function(*arguments, **options)
 
     return _server_flags(cast("F", checked))
 
 
-def _was_typed(name: str) -> bool:
-    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+def typed_flags(*names: str) -> list[str]:
+    """The flags of these parameters that stand on the command line, and not in variables or settings."""
+    context = click.get_current_context()
+    return [option.opts[0] for option in context.command.params
+            if option.name in names and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE]
 
 
 array_options = _stack(

@@ -84,7 +84,7 @@ def command(model: Path, **options: Any) -> None:
 
 
 def _draft(model: Path, options: dict[str, Any]) -> SignatureDraft:
-    from batch_handler.signature import InputSpec, OutputDraft, SignatureDraft, parse_signature
+    from batch_handler.signature import InputSpec, OutputDraft, SignatureDraft, SignatureError, parse_signature
 
     signature: Path | None = options["signature"]
     flags = [flag for flag in ("input_text", "model_shape", "scale", "softmax", "output_name") if options[flag]]
@@ -105,7 +105,11 @@ def _draft(model: Path, options: dict[str, Any]) -> SignatureDraft:
     name, dtype, shape = _input_of(options)
     value = {"name": name, "dtype": dtype, "shape": shape, "scale": options["scale"],
              "model_shape": _shape_of("--model-shape", options["model_shape"]) if options["model_shape"] else None}
-    return SignatureDraft(None, None, None, (InputSpec.from_json(value),), (output,))
+    try:
+        spec = InputSpec.from_json(value)
+    except SignatureError as error:
+        raise UsageError(f"what the flags say of a record can't be: {error}") from error
+    return SignatureDraft(None, None, None, (spec,), (output,))
 
 
 def _input_of(options: dict[str, Any]) -> tuple[str, str, list[int]]:

@@ -7,9 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from batch_client.cli.options import bytes_option, server_options
+from batch_client.cli.options import SERVER_OPTIONS, bytes_option, server_options, typed_flags
 from batch_client.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,10 +32,10 @@ def command(output_url: str, *, deep: bool, replays: int | None, as_json: bool, 
     """
     from batch_client.api import run_until_complete
 
-    # Variables and settings say what to score with where something is scored; only on the command line is it a mistake.
-    said = click.get_current_context().get_parameter_source
-    if replays is None and ParameterSource.COMMANDLINE in (said("endpoints"), said("archive")):
-        raise UsageError("--endpoint and --archive: wanted only together with --replay N")
+    if replays is None:
+        # Variables and settings say what to score with where something is scored; typed it is a mistake.
+        for flag in typed_flags(*SERVER_OPTIONS):
+            raise UsageError(f"{flag}: wanted only together with --replay N")
     verification, replayed = run_until_complete(_verify(output_url, deep, replays, options))
     if as_json:
         click.echo(json.dumps(asdict(verification) | ({} if replayed is None else {"replayed": asdict(replayed)})))

@@ -101,6 +101,11 @@ def _load_exported(path: Path) -> torch.nn.Module:
 def _unpickle(path: Path) -> torch.nn.Module:
     try:
         module = torch.load(path, map_location="cpu", weights_only=False)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(
+            f"{path.name} can't be unpickled, wanted the code of its classes where Python finds it, here and where it "
+            f"is served, or the module's state_dict packed with --arch: {said(error)}"
+        ) from error
     except Exception as error:  # unpickling runs any code
         raise ModelError(f"{path.name} can't be unpickled: {said(error)}") from error
     if not isinstance(module, torch.nn.Module):

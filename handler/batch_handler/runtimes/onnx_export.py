@@ -15,12 +15,10 @@ import torch
 from batch_handler.runtimes.eager import said
 from batch_handler.runtimes.onnx import MAX_BYTES
 from batch_handler.runtimes.program import export_program, quiet
-from batch_handler.runtimes.transform import ModelError, by_output
+from batch_handler.runtimes.transform import ModelError, OutputsInOrder
 from batch_handler.signature import MAX_MICRO_BATCH, InputSpec, OutputSpec
 
 __all__ = ["export_graph"]
-
-Tensor = torch.Tensor
 
 
 def export_graph(
@@ -41,7 +39,7 @@ def export_graph(
     if nbytes > MAX_BYTES:
         raise ModelError(f"the module has {nbytes} bytes of weights, wanted at most {MAX_BYTES}, the most that ONNX "
                          "can hold, or another runtime")
-    program = _program(_Outputs(module, outputs), inputs, micro_batch)
+    program = _program(OutputsInOrder(module, outputs), inputs, micro_batch)
     with quiet():
         try:
             graph: Any = torch.onnx.export(program, output_names=[spec.name for spec in outputs], verbose=False)
@@ -77,20 +75,6 @@ def _takes_any_number(program: torch.export.ExportedProgram) -> bool:
     return len(symbols) == len(sizes) and all(
         ranges.lower <= 2 and ranges.upper >= MAX_MICRO_BATCH for ranges in program.range_constraints.values()
     )
-
-
-class _Outputs(torch.nn.Module):
-    """A module that gives the outputs of an archive in their order, whatever else it gives and in whichever form."""
-
-    def __init__(self, module: torch.nn.Module, outputs: Sequence[OutputSpec]) -> None:
-        super().__init__()
-        self._module = module
-        self._wanted = outputs
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        given = (tensor for (tensor,) in by_output([self._module(*inputs)], self._wanted))
-        # numpy has no bfloat16, and outputs are never of it.
-        return tuple(tensor.float() if tensor.dtype == torch.bfloat16 else tensor for tensor in given)
 
 
 def _root(error: BaseException) -> BaseException:

@@ -17,7 +17,7 @@ import torch
 from batch_handler.runtimes.device import Device
 from batch_handler.runtimes.eager import fixed_records, load_module, said
 from batch_handler.runtimes.slots import SlotRuntime, autocast
-from batch_handler.runtimes.transform import ModelError, example_inputs
+from batch_handler.runtimes.transform import ModelError, OutputsInOrder, example_inputs
 from batch_handler.signature import InputSpec, ModelDescription
 
 __all__ = ["load_script", "open_torchscript"]
@@ -34,7 +34,9 @@ def open_torchscript(description: ModelDescription, directory: Path, device: Dev
     else:
         module, layout = load_module(description.weights, directory, where)
         fixed, traced = fixed_records(module), True
-        script = _trace(module, description.inputs, fixed or description.micro_batch, where, precision)
+        # Of what a module may give, a trace can hold a tuple of tensors.
+        ordered = OutputsInOrder(module, description.outputs)
+        script = _trace(ordered, description.inputs, fixed or description.micro_batch, where, precision)
     script, optimised = _optimise(script.eval())
     return SlotRuntime(
         script,

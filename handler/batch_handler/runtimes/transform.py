@@ -16,6 +16,7 @@ from batch_handler.signature import InputSpec, OutputSpec
 
 __all__ = [
     "ModelError",
+    "OutputsInOrder",
     "Preprocess",
     "by_output",
     "collect",
@@ -72,6 +73,21 @@ def example_inputs(inputs: Sequence[InputSpec], records: int, device: torch.devi
     """Zeros as the model takes them, (records, *model_shape) each: what graphs are traced and compiled with."""
     zeros = [torch.zeros((records, *spec.shape), dtype=torch_dtype(spec.dtype), device=device) for spec in inputs]
     return tuple(Preprocess(spec, device)(tensor) for spec, tensor in zip(inputs, zeros, strict=True))
+
+
+class OutputsInOrder(torch.nn.Module):
+    """A module that gives the outputs of an archive in their order, whatever else it gives and in whichever form."""
+
+    def __init__(self, module: torch.nn.Module, outputs: Sequence[OutputSpec]) -> None:
+        super().__init__()
+        self._module = module
+        self._wanted = outputs
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What the module gives, one tensor an output."""
+        tensors = _by_output(self._module(*inputs), self._wanted)
+        # numpy has no bfloat16, and outputs are never of it.
+        return tuple(tensor.float() if tensor.dtype == torch.bfloat16 else tensor for tensor in tensors)
 
 
 def collect(raw: Any, specs: Sequence[OutputSpec], records: int) -> tuple[Tensor, ...]:
