@@ -155,7 +155,8 @@ def _advice(limit: Limit, totals: Totals, of_ceiling: float | None) -> str:
         return _MORE_BYTES
     if limit is Limit.MODEL:
         if of_ceiling is None:
-            return _NO_CEILING
+            # A server that does not say how long it computes is none of ours, and `bench` can't measure it.
+            return _NO_CEILING if totals.compute_seconds > 0 else _ADVICE[limit]
         if of_ceiling < NEAR_CEILING:
             return _SHARED
     return _ADVICE[limit]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -190,6 +191,12 @@ def test_only_a_rate_is_taken_for_a_ceiling(said, taken):
     body = {"name": "m", "versions": ["1"], "platform": "", "inputs": [{"name": "x", **tensor}],
             "outputs": [{"name": "y", **tensor}], "parameters": {"ceiling_records_per_s": said}}
     assert contract_of("http://s", json.dumps(body).encode()).ceiling == taken
+
+
+def test_a_server_of_another_kind_is_none_to_bench():
+    silent = Totals(1.0, {(Waiting.SERVERS, 1): 1.0}, 4, 1, 1.0, 0.0, 0.0, 0.0, 0.0)
+    assert find_bottleneck(silent).advice == "add workers, GPUs or endpoints"
+    assert "bench" in find_bottleneck(replace(silent, compute_seconds=0.9)).advice
 
 
 seconds = st.floats(0, 1e6)

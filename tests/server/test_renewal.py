@@ -153,6 +153,7 @@ async def test_a_server_that_has_ended_is_named_with_its_last_words(running):
 
 async def test_the_watch_goes_on_through_a_slow_moment_and_notices_the_end(running, management, monkeypatch, tmp_path):
     monkeypatch.setattr(server_module, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(server_module, "READY_SECONDS", 0.01)
     token_file = tmp_path / "token"
     watching = asyncio.create_task(_watch(running, token_file, lambda _: None))
     management.how = "slow"
@@ -169,6 +170,7 @@ async def test_the_watch_goes_on_through_a_slow_moment_and_notices_the_end(runni
 
 async def test_a_server_that_never_answers_is_hopeless_in_the_end(running, management, monkeypatch):
     monkeypatch.setattr(server_module, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(server_module, "READY_SECONDS", 0.01)
     monkeypatch.setattr(server_module, "HOPELESS_SECONDS", 2 * SLOW)
     management.how = "refuses"
     with pytest.raises(ServingError, match="no worker has been ready for"):
