@@ -34,8 +34,9 @@ __all__ = ["EmbeddedServer", "ServerSettings", "serve_forever"]
 POLL_SECONDS = 0.1  # between looks at a server that is starting
 LOG_SETTLE_SECONDS = 0.5  # a dying worker's traceback comes in many lines
 WATCH_SECONDS = 2.0  # between looks at the log and the life of a server that serves
-# Between looks at its workers: an answer takes TorchServe 10 ms of a core, which the model could have had.
-READY_SECONDS = 30.0
+# From a look that found its workers ready to the next: an answer takes TorchServe 10 ms of a core, which the model
+# could have had.
+WORKERS_SECONDS = 30.0
 RENEWAL_TRIES = 10  # of a token's renewal while the old one still lives
 STARTS = 3  # tries, when somebody else took a free port in between
 ABANDONED_SECONDS = 900.0  # no client waits as long for an answer
@@ -350,7 +351,7 @@ async def serve_forever(
 
 
 async def _watch(server: EmbeddedServer, token_file: Path | None, echo: Callable[[str], None]) -> None:
-    last_ready = looked = time.monotonic()
+    last_ready = time.monotonic()
     with server.log_path.open(encoding="utf-8", errors="replace") as log, _secret(token_file) as write:
         while True:
             echo(log.read())
@@ -360,8 +361,7 @@ async def _watch(server: EmbeddedServer, token_file: Path | None, echo: Callable
                 log.seek(0)
             write(await server.token())
             server.sweep()
-            if (now := time.monotonic()) - looked >= READY_SECONDS:
-                looked = now
+            if time.monotonic() - last_ready >= WORKERS_SECONDS:
                 if await _has_ready_workers(server):
                     last_ready = time.monotonic()
                 elif time.monotonic() - last_ready > HOPELESS_SECONDS:

@@ -17,8 +17,8 @@ from batch_client.jsontext import canonical_json, parse_json
 __all__ = ["CODECS", "MIB", "Records", "RunIdentity", "RunSpec", "ServerSpec"]
 
 MIB = 1 << 20
-# A digest, of which its first half dozen bytes tell people which one it is.
-_DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b")
+# A digest, of which the first six bytes tell people which one it is.
+_DIGEST = re.compile(r"((?:\w+:)?[0-9a-f]{12})[0-9a-f]{20,}")
 CODECS = ("none", "zstd")
 
 
@@ -197,8 +197,10 @@ class RunIdentity:
         try:
             other: Mapping[str, Any] = parse_json(stored)
             plain = parse_json(self.to_json())
-            differing = list(_differences({field.name: plain[field.name] for field in fields(self)}, other))
-        except (ValueError, AttributeError, TypeError) as error:
+            mine = {field.name: plain[field.name] for field in fields(self)}
+            # What else a later version may keep there says nothing of this run.
+            differing = list(_differences(mine, {name: value for name, value in other.items() if name in mine}))
+        except (ValueError, AttributeError) as error:
             raise MismatchError(f"{where} holds a _run/spec.json that can't be read ({error}): "
                                 "it is not an output of batch-client; choose another OUTPUT") from error
         if differing:
@@ -212,5 +214,11 @@ def _differences(mine: Mapping[str, Any], other: Mapping[str, Any], prefix: str 
         now, there = mine.get(name), other.get(name)
         if isinstance(now, Mapping) and isinstance(there, Mapping):
             yield from _differences(now, there, f"{prefix}{name}.")
-        elif now != there:
-            yield _DIGEST.sub(r"\1…", f"{prefix}{name} (there {there!r}, now {now!r})")
+        elif now != there or (name in mine) != (name in other):
+            yield f"{prefix}{name} (there {_shown(name, other)}, now {_shown(name, mine)})"
+
+
+def _shown(name: str, values: Mapping[str, Any]) -> str:
+    value = values.get(name, "absent")
+    digest = _DIGEST.fullmatch(value) if isinstance(value, str) else None
+    return f"{digest[1]}…" if digest else repr(value) if name in values else "absent"

@@ -327,7 +327,7 @@ def _translate(error: Exception, doing: str) -> BatchClientError:
     if _SKEW.search(said):
         return StorageError(f"{doing}: the store says that this machine's clock is wrong: set the clock and try again")
     if _NO_BUCKET.search(said):
-        return StorageError(f"{doing}: there is no such bucket: create it, or mend the URL")
+        return StorageError(f"{doing}: there is no such bucket: mend the URL, or, for an output, create it first")
     if _METADATA_SERVICE.search(str(error)) or _NO_CREDENTIALS.search(said):
         return CredentialsError(f"{doing}: found no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
                                 "AWS_PROFILE, or use --anonymous for a public bucket")

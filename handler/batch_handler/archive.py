@@ -31,7 +31,7 @@ from batch_handler.oip import Array
 from batch_handler.runtimes.aot import compile_package
 from batch_handler.runtimes.device import DeviceError
 from batch_handler.runtimes.onnx_export import export_graph
-from batch_handler.runtimes.transform import ModelError
+from batch_handler.runtimes.transform import ModelError, OutputsInOrder
 from batch_handler.signature import (
     FileEntry,
     Golden,
@@ -59,8 +59,8 @@ _WEIGHTS_FILES = {
     "onnx": "model.onnx",
 }
 # Kinds that are more than weights, as an error calls them.
-_NAMES = {
-    "pickle": "a whole pickled module",
+_MORE_THAN_WEIGHTS = {
+    "pickle": "a pickle of whole objects",
     "torchscript": "TorchScript",
     "exported": "an exported program",
     "compiled": "a compiled package",
@@ -131,10 +131,10 @@ def pack(request: PackRequest) -> Path:
     except ModelFileError as error:
         raise ArchiveError(str(error)) from error
     except (SignatureError, ModelError, DeviceError, ModelLoadError) as error:
-        # People know the file, and not the folder that it was loaded from.
-        cause = error.__cause__
-        inner = cause if isinstance(cause, SignatureError | ModelError | DeviceError) else error
-        raise ArchiveError(f"{request.model.name}: {_as_given(str(inner), request.arch)}") from error
+        said: BaseException = error
+        if isinstance(error, ModelLoadError) and isinstance(error.__cause__, SignatureError | ModelError | DeviceError):
+            said = error.__cause__  # without the folder that it was loaded from, which nobody knows
+        raise ArchiveError(f"{request.model.name}: {_as_given(str(said), request.arch)}") from error
     except OSError as error:
         raise ArchiveError(f"{error.filename or request.model}: {error.strerror or error}") from error
 
@@ -159,11 +159,12 @@ def _stage(request: PackRequest, directory: Path) -> ModelDescription:
     if kind not in _WEIGHTS_FILES:
         raise ArchiveError(f"kind is {kind!r}, wanted one of {', '.join(_WEIGHTS_FILES)}")
     check_trusted(request.model, kind, trust_pickle=request.trust_pickle)
-    weights_only = kind in ("state_dict", "safetensors")
-    if weights_only and request.arch is None:
+    if kind not in _MORE_THAN_WEIGHTS and request.arch is None:
         raise ArchiveError(f"{request.model.name} holds weights only, wanted --arch FILE.py:callable")
-    if request.arch is not None and not weights_only:
-        raise ArchiveError(f"{request.model.name} is {_NAMES[kind]}, which --arch says nothing of: leave it out")
+    if kind in _MORE_THAN_WEIGHTS and request.arch is not None:
+        instead = ", or save its state_dict" if kind == "pickle" else ""
+        raise ArchiveError(f"{request.model.name} is {_MORE_THAN_WEIGHTS[kind]}, which --arch says nothing of: leave "
+                           f"--arch or its setting out{instead}")
     arch, arch_file = _stage_arch(request.arch, directory)
     weights = Weights(_WEIGHTS_FILES[kind], kind, arch)
     shutil.copyfile(request.model, directory / weights.file)
@@ -213,7 +214,7 @@ def _make(
     if kind == "onnx":
         export_graph(module, inputs, outputs, micro_batch, directory / weights.file)
     else:
-        compile_package(module, inputs, micro_batch, directory / weights.file)
+        compile_package(OutputsInOrder(module, outputs), inputs, micro_batch, directory / weights.file)
     return weights
 
 

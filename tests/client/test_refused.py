@@ -3,11 +3,13 @@
 import warnings
 from dataclasses import replace
 
+import click
 import numpy as np
 import pytest
 import zarr
 from zarr.storage import MemoryStore as ZarrMemory
 
+from batch_client.cli.options import SERVER_OPTIONS, server_options
 from batch_client.cli.run import _sentence
 from batch_client.errors import DataError, MismatchError, UsageError
 from batch_client.pipeline import execute, plan_run
@@ -138,3 +140,12 @@ async def test_integers_that_a_float_would_round_are_refused():
     server = SimulatedServer((3,), np.float64)
     await refused(DataError, "records are int64, model toy takes float64, which can't hold them all", wide, server)
     assert (await execute(spec(), services(server, narrow))).records == 20
+
+
+def test_all_flags_for_servers_are_known_to_verify():
+    @click.command()
+    @server_options
+    def command(**_):
+        """Takes nothing else."""
+
+    assert {parameter.name for parameter in command.params} == set(SERVER_OPTIONS)

@@ -173,7 +173,7 @@ def written(environ):
 def test_a_bucket_that_is_not_there(toy_server, s3_environ):
     done = run_cli(["run", "s3://no-such-bucket/in", "s3://data/refused", "--log", "none", *toy_server.flags],
                    s3_environ)
-    check(done, 74, "there is no such bucket")
+    check(done, 74, "there is no such bucket: mend the URL, or, for an output, create it first")
 
 
 def test_a_skewed_clock_is_named(an_hour_ahead, remote, toy_server, s3_environ):
@@ -202,8 +202,9 @@ def test_settings_come_from_flags_then_environment_then_file(place, toy_server, 
     # Servers are no business of a verify without --replay; only one who names them there is told.
     assert run_cli(["verify", "named"], named, cwd=tmp_path).returncode == 0
     flags = ["verify", "named", *toy_server.flags]
-    check(run_cli(flags, clean_environ, cwd=tmp_path), 64, "--endpoint: wanted only together with --replay N")
-    for flags in (["--model", "toy"], ["--workers", "2"], ["--token-file", "t"]):
+    said = "--endpoint, --model, --token-file: wanted only together with --replay N"
+    check(run_cli(flags, clean_environ, cwd=tmp_path), 64, said)
+    for flags in (["--archive", "a"], ["--model", "toy"], ["--workers", "2"], ["--token-command", "true"]):
         done = run_cli(["verify", "named", *flags], clean_environ, cwd=tmp_path)
         check(done, 64, f"{flags[0]}: wanted only together with --replay N")
     (tmp_path / "batch-client.toml").write_text("[run]\nin-fligth = 2\n")

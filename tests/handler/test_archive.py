@@ -166,7 +166,7 @@ def test_golden_records_and_several_outputs(pack_request, tmp_path, unpack, imag
     np.testing.assert_array_equal(top, images.reshape(50, -1).argmax(1))
 
 
-@pytest.mark.parametrize("runtime", ["eager", "torchscript", "onnx"])
+@pytest.mark.parametrize("runtime", ["eager", "torchscript", "aot", "onnx"])
 def test_a_module_that_gives_a_dict_runs_under_each_runtime(runtime, pack_request, tmp_path, images, unpack):
     source = tmp_path / "named.py"
     source.write_text(
@@ -202,7 +202,7 @@ def test_a_module_that_gives_a_dict_runs_under_each_runtime(runtime, pack_reques
         ({"golden": {"other": np.zeros((1, 6, 6), "u1")}}, "wanted image"),
         ({"golden": {"image": np.zeros((1, 6, 6), "f4")}}, "wanted uint8"),
         ({"kind": "torchscript", "arch": None}, "is not TorchScript"),
-        ({"kind": "torchscript"}, "is TorchScript, which --arch says nothing of: leave it out"),
+        ({"kind": "torchscript"}, "is TorchScript, which --arch says nothing of: leave --arch"),
         ({"micro_batch": 0}, "micro_batch is 0"),
         ({"runtime": "magic"}, "runtime is 'magic'"),
     ],
@@ -227,9 +227,15 @@ class Fixed(torch.nn.Module):
     def forward(self, x):
         return self.answer(x)
 
-class Untraceable(torch.nn.Module):  # TorchScript's tracer refuses what it returns to it
+class Untraceable(torch.nn.Module):
     def forward(self, x):
-        return object() if torch.jit.is_tracing() else x.flatten(1)
+        if torch.jit.is_tracing():
+            raise RuntimeError("no trace of me")
+        return x.flatten(1)
+
+class Changing(torch.nn.Module):
+    def forward(self, x):
+        return object() if torch.jit.is_tracing() or torch.compiler.is_exporting() else x.flatten(1)
 
 def needs_arguments(classes):
     return Fixed(None)
@@ -260,6 +266,9 @@ def plain():
 
 def untraceable():
     return Untraceable()
+
+def changing():
+    return Changing()
 """
 FOREIGN = [
     ("needs_arguments", {}, "TypeError: needs_arguments() missing 1 required positional argument"),
@@ -271,7 +280,9 @@ FOREIGN = [
     ("nested", {}, "output scores is NoneType, wanted a tensor"),
     ("complex_numbers", {}, "output scores: dtype complex64 has no datatype"),
     ("small_floats", {}, "output scores is torch.float8_e4m3fn, which numpy can't hold: TypeError"),
-    ("untraceable", {"runtime": "torchscript"}, "can't be traced, wanted one that can or runtime eager: ModelError:"),
+    ("untraceable", {"runtime": "torchscript"}, "be traced, wanted one that can or runtime eager: RuntimeError: no tr"),
+    ("changing", {"runtime": "torchscript"}, "be traced, wanted one that can or runtime eager: the model gave object"),
+    ("changing", {"runtime": "onnx"}, "the module can't be exported, wanted another runtime: "),
 ]
 
 

@@ -186,3 +186,21 @@ def test_without_the_exporter_one_line_says_what_to_install(absent, pack_request
     monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(ArchiveError, match=rf'exporting as ONNX needs {absent}: pip install "batch-client\[onnx\]"'):
         pack(dataclasses.replace(pack_request, runtime="onnx", output=tmp_path / "x.mar"))
+
+
+class Pair(torch.nn.Module):
+    def forward(self, values):
+        return {"half": values.mean(1), "whole": values.sum(1)}
+
+
+def test_of_the_outputs_of_a_graph_one_may_be_taken_by_its_name(pack_request, tmp_path, unpack):
+    graph = unpack(pack(pickled(pack_request, Pair(), tmp_path))) / "model.onnx"
+    request = dataclasses.replace(pack_request, model=graph, arch=None, inputs=(), output=tmp_path / "one.mar")
+    with pytest.raises(ArchiveError, match=r"outputs \['half', 'whole'\], wanted scores: name one of them with --"):
+        pack(dataclasses.replace(request, outputs=(OutputDraft("scores"),)))
+    opened = Model.open(unpack(pack(dataclasses.replace(request, outputs=(OutputDraft("whole"),)))))
+    values = np.arange(12, dtype="f4").reshape(2, 6)
+    np.testing.assert_allclose(opened.score_bulk([values])[0], values.sum(1), rtol=1e-6)
+    # Named as the graph does not: in the graph's order.
+    two = pack(dataclasses.replace(request, outputs=(OutputDraft("a"), OutputDraft("b"))))
+    assert [spec.name for spec in read_description(two).outputs] == ["a", "b"]

@@ -27,7 +27,7 @@ class Management:
     def __init__(self, folder):
         self.key_file = folder / "key_file.json"
         self.how = "well"
-        self.made = 0
+        self.made = self.described = 0
         self.write()
 
     def write(self):
@@ -43,6 +43,7 @@ class Management:
         return web.Response()
 
     async def describe(self, _):
+        self.described += 1
         await self._fail()
         return web.json_response([{"workers": [{"status": "READY"}]}])
 
@@ -153,7 +154,7 @@ async def test_a_server_that_has_ended_is_named_with_its_last_words(running):
 
 async def test_the_watch_goes_on_through_a_slow_moment_and_notices_the_end(running, management, monkeypatch, tmp_path):
     monkeypatch.setattr(server_module, "WATCH_SECONDS", 0.01)
-    monkeypatch.setattr(server_module, "READY_SECONDS", 0.01)
+    monkeypatch.setattr(server_module, "WORKERS_SECONDS", 0.01)
     token_file = tmp_path / "token"
     watching = asyncio.create_task(_watch(running, token_file, lambda _: None))
     management.how = "slow"
@@ -168,9 +169,32 @@ async def test_the_watch_goes_on_through_a_slow_moment_and_notices_the_end(runni
     assert not token_file.exists()
 
 
+@pytest.mark.parametrize(("how", "seconds", "in_each_round"), [
+    ("well", 1e9, False), ("well", 0.0, True), ("refuses", 0.02, True)])
+async def test_workers_that_are_ready_are_seldom_looked_at(running, management, monkeypatch, how, seconds,
+                                                           in_each_round):
+    monkeypatch.setattr(server_module, "WATCH_SECONDS", 0.001)
+    monkeypatch.setattr(server_module, "WORKERS_SECONDS", seconds)
+    management.how = how
+    rounds, enough = 0, asyncio.Event()
+
+    def count(_):
+        nonlocal rounds
+        rounds += 1
+        if rounds == 200:
+            enough.set()
+
+    watching = asyncio.create_task(_watch(running, None, count))
+    async with asyncio.timeout(60):
+        await enough.wait()
+    watching.cancel()
+    assert (management.described > 20) == in_each_round
+    assert (management.described == 0) != in_each_round
+
+
 async def test_a_server_that_never_answers_is_hopeless_in_the_end(running, management, monkeypatch):
     monkeypatch.setattr(server_module, "WATCH_SECONDS", 0.01)
-    monkeypatch.setattr(server_module, "READY_SECONDS", 0.01)
+    monkeypatch.setattr(server_module, "WORKERS_SECONDS", 0.01)
     monkeypatch.setattr(server_module, "HOPELESS_SECONDS", 2 * SLOW)
     management.how = "refuses"
     with pytest.raises(ServingError, match="no worker has been ready for"):

@@ -96,7 +96,7 @@ _server_flags = _stack(
 )
 
 
-# Their parameters.
+# The parameters of `_server_flags`.
 SERVER_OPTIONS = ("endpoints", "archive", "model", "token_file", "token_command", "workers")
 # What the flags of the one way to score, by their parameter, make useless: flags of the other way.
 _USELESS_BESIDE = {
@@ -113,18 +113,18 @@ def server_options(function: F) -> F:
         if len(ways) == 1:  # both are refused as that
             ((flag, useless, wanted),) = ways
             # Of variables and files it is no mistake: they are for other commands too.
-            for typed in typed_flags(*useless):
+            if typed := typed_flags(*useless):
                 raise UsageError(f"{typed} says nothing beside {flag}: it is for {wanted}")
         return function(*arguments, **options)
 
     return _server_flags(cast("F", checked))
 
 
-def typed_flags(*names: str) -> list[str]:
-    """The flags of these parameters that stand on the command line, and not in variables or settings."""
+def typed_flags(*names: str) -> str:
+    """Those flags of these parameters that stand on the command line, and not in variables or settings, as a list."""
     context = click.get_current_context()
-    return [option.opts[0] for option in context.command.params
-            if option.name in names and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE]
+    return ", ".join(option.opts[0] for option in context.command.params if option.name in names
+                     and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE)
 
 
 array_options = _stack(

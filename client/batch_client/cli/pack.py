@@ -24,8 +24,8 @@ _NOTES = {
 @click.option("-o", "--output", type=FILE, help="The archive to write.  [default: NAME.mar]")
 @click.option("--name", help="The model's name for servers and clients.  [default: the file's]")
 @click.option("--version", help="The model's version.  [default: 1.0]")
-@click.option("--arch", metavar="MODULE:CALLABLE", help="What builds the module for weights: FILE.py:callable is "
-              "packed with them, module:callable must be installed where the model is served.")
+@click.option("--arch", metavar="MODULE:CALLABLE", help="What builds the module for weights, and for those only: "
+              "FILE.py:callable is packed with them, module:callable must be installed where the model is served.")
 @click.option("--trust-pickle", is_flag=True, help="Load MODEL though it is a pickle or .pt2, which can run any code.")
 @click.option("--signature", type=FILE, help="TOML with [model], [[inputs]], [[outputs]], instead of the flags below.")
 @click.option("--input", "input_text", metavar="NAME:DTYPE:SHAPE", help="A record as it travels, such as "
@@ -33,7 +33,8 @@ _NOTES = {
 @click.option("--model-shape", metavar="SHAPE", help="A record as the model takes it, such as 1x28x28.  "
               "[default: as it travels]")
 @click.option("--scale", help="Multiply the input, such as 1/255.")
-@click.option("--output-name", help="The output's name.  [default: scores]")
+@click.option("--output-name", help="The output's name, or the one to take where MODEL names several.  "
+              "[default: scores]")
 @click.option("--softmax", is_flag=True, help="Softmax over the output's last axis.")
 @click.option("--golden", type=FILE, help="Sample records (.npy or .npz) that every worker must reproduce before it "
               "serves.  [default: a few random ones]")
@@ -108,7 +109,9 @@ def _draft(model: Path, options: dict[str, Any]) -> SignatureDraft:
     try:
         spec = InputSpec.from_json(value)
     except SignatureError as error:
-        raise UsageError(f"what the flags say of a record can't be: {error}") from error
+        if options["input_text"] is None:
+            raise DataError(f"{options['golden']}: can't be records: {error}") from error
+        raise UsageError(f"--input, --model-shape and --scale can't be of a record: {error}") from error
     return SignatureDraft(None, None, None, (spec,), (output,))
 
 

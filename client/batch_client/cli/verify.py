@@ -32,10 +32,9 @@ def command(output_url: str, *, deep: bool, replays: int | None, as_json: bool, 
     """
     from batch_client.api import run_until_complete
 
-    if replays is None:
-        # Variables and settings say what to score with where something is scored; typed it is a mistake.
-        for flag in typed_flags(*SERVER_OPTIONS):
-            raise UsageError(f"{flag}: wanted only together with --replay N")
+    # Variables and settings say what to score with where something is scored; typed it is a mistake.
+    if replays is None and (typed := typed_flags(*SERVER_OPTIONS)):
+        raise UsageError(f"{typed}: wanted only together with --replay N")
     verification, replayed = run_until_complete(_verify(output_url, deep, replays, options))
     if as_json:
         click.echo(json.dumps(asdict(verification) | ({} if replayed is None else {"replayed": asdict(replayed)})))

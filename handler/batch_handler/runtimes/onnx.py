@@ -58,7 +58,7 @@ class OnnxGraph:
     """A session as a callable from torch tensors to torch tensors.
 
     `fixed` is the number of records of a graph whose first axis is not dynamic. With `outputs` that are all
-    names of the graph's, it returns a mapping; otherwise the graph's outputs in their order.
+    names of the graph's, or not as many, it returns a mapping; otherwise the graph's outputs in their order.
     """
 
     def __init__(self, session: Any, device: torch.device, outputs: Sequence[str]) -> None:
@@ -66,7 +66,7 @@ class OnnxGraph:
         self._device = device
         self._inputs = [node.name for node in session.get_inputs()]
         self._names = [node.name for node in session.get_outputs()]
-        self._by_name = all(name in self._names for name in outputs)
+        self._by_name = len(outputs) != len(self._names) or all(name in self._names for name in outputs)
         self._shapes: list[tuple[torch.dtype, tuple[int, ...]]] = []
         first = {node.shape[0] for node in session.get_inputs() if node.shape}
         self.fixed: int | None = next((size for size in first if isinstance(size, int)), None)

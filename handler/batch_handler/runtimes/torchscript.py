@@ -72,7 +72,8 @@ def _trace(module: Any, inputs: Sequence[InputSpec], records: int, device: torch
                 module, examples, check_trace=False
             )
     except Exception as error:
-        raise ModelError(f"the module can't be traced, wanted one that can or runtime eager: {said(error)}") from error
+        why = str(error) if isinstance(error, ModelError) else said(error)
+        raise ModelError(f"the module can't be traced, wanted one that can or runtime eager: {why}") from error
 
 
 def _optimise(script: Any) -> tuple[Any, str]:
