@@ -26,13 +26,15 @@ from batch_client.machine import gpus
 from batch_client.regions import sweep
 from batch_client.server_config import Model, ServerSettings, model_of
 from batch_client.server_lanes import Lane, lanes_of
-from batch_client.server_log import last_words, load_failure, taken_port
+from batch_client.server_log import last_words, load_failure, silent_deaths, taken_port
 from batch_client.server_process import ServerProcess, launch, settled
 
 __all__ = ["EmbeddedServer", "ServerSettings", "serve_forever"]
 
 POLL_SECONDS = 0.1  # between looks at a server that is starting
 LOG_SETTLE_SECONDS = 0.5  # a dying worker's traceback comes in many lines
+SILENT_DEATHS = 2  # of one worker, before its end counts as one without a word
+SILENCE_SECONDS = 30.0  # at most, until a worker that died without a word has died again
 WATCH_SECONDS = 2.0  # between looks at the log and the life of a server that serves
 # From a look that found its workers ready to the next: an answer takes TorchServe 10 ms of a core, which the model
 # could have had.
@@ -250,8 +252,13 @@ class EmbeddedServer:
             raise ServingError(f"TorchServe ended at its start (log: {self.log_path}): {last_words(log)}")
 
     async def _give_up(self, otherwise: str) -> None:
-        """Raises with the reason in the log, given a moment to be written whole."""
-        await asyncio.sleep(LOG_SETTLE_SECONDS)
+        """Raises with the reason in the log, given a moment to be written whole, and another death if there is none."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SILENCE_SECONDS):
+                await asyncio.sleep(LOG_SETTLE_SECONDS)
+                while 0 < silent_deaths(self._alive().log()) < SILENT_DEATHS:
+                    self._check_loading()
+                    await asyncio.sleep(LOG_SETTLE_SECONDS)
         self._check_loading()
         reason = load_failure(self._alive().log()) or otherwise
         raise ServingError(f"the model {self.model_name} does not load (log: {self.log_path}): {reason}")

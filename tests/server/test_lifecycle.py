@@ -22,7 +22,7 @@ from batch_client.errors import ServingError, UsageError
 from batch_client.java import find_java
 from batch_client.regions import usable_folder
 from batch_client.server import ABANDONED_SECONDS, EmbeddedServer, ServerSettings
-from batch_client.server_log import load_failure
+from batch_client.server_log import load_failure, silent_deaths
 
 CLIENT = Path(__file__).parents[2] / "client"
 NO_JAVA = {"PATH": "/nonexistent", "HOME": "/nonexistent"}
@@ -178,6 +178,22 @@ async def test_a_model_that_does_not_load_fails_with_its_reason(make_archive, fa
     assert family(psutil.Process()).named("ModelServer") == []
 
 
+async def test_a_death_whose_words_were_lost_is_asked_again(make_archive, tmp_path):
+    """TorchServe may lose what a worker said last: the first worker here says nothing, the second one why."""
+    died = tmp_path / "died"
+    handler = f"""
+import os
+if not os.path.exists({str(died)!r}):
+    open({str(died)!r}, "w").close()
+    os._exit(3)
+import lost
+"""
+    with pytest.raises(ServingError, match="does not load") as caught:
+        await EmbeddedServer(ServerSettings(make_archive(handler), workers=1, startup_seconds=600)).start()
+    said, _ = reason_of(caught.value)
+    assert said == "ModuleNotFoundError: No module named 'lost'"
+
+
 async def test_a_model_that_loads_for_ever_is_given_up(make_archive, family, tmp_path):
     slow = "import time\ndef handle(rows, context):\n    time.sleep(600)"
     settings = ServerSettings(make_archive(slow), workers=1, startup_seconds=6, log_dir=tmp_path / "logs")
@@ -309,6 +325,16 @@ def test_the_reason_is_the_handlers_not_torchserves():
                 + log_of("Traceback (most recent call last):", "ModuleNotFoundError: No module named 'torch'",
                          stream="stderr"))
     assert load_failure(no_torch) == "ModuleNotFoundError: No module named 'torch'"
+
+
+def test_deaths_are_silent_until_a_worker_says_why():
+    lost = "2026-11-22 [WARN ] W-{}-m_1.0 BatchAggregator - Load model failed: m, error: Worker died.\n"
+    assert silent_deaths(log_of("Torch worker started.")) == 0
+    assert silent_deaths(lost.format(1) + lost.format(2)) == 1
+    silent = lost.format(1) + lost.format(2) + log_of("model_name: m, batchSize: 8") + lost.format(1)
+    assert silent_deaths(silent) == 2
+    assert silent_deaths(silent + log_of("ModuleNotFoundError: No module named 'torch'", stream="stderr")) == 0
+    assert silent_deaths(silent + "Model worker did not respond in given time\n") == 0
 
 
 def health(token_file, port):
