@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 import sys
 import warnings
 import zipfile
@@ -350,9 +351,24 @@ def test_a_pickle_without_its_code_says_what_to_do(pack_request, tmp_path, monke
         pack(dataclasses.replace(request, output=tmp_path / "x.mar"))
 
 
-def test_flags_that_can_be_no_record_end_with_64(tmp_path, capfd):
-    assert main(["pack", str(tmp_path / "w.pt"), "--input", "image:float33:6x6"]) == 64
-    assert "float33" in capfd.readouterr().err
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--input", "image:float33:6x6"], "--input can't be of a record: .*float33"),
+    (["--input", "image:uint8:6x6", "--scale", "1/0"], "--input with --scale can't be of a record: .*1/0"),
+    (["--golden", "RECORDS", "--model-shape", "1x5x5"],
+     r"--golden .*records.npy with --model-shape can't be of a record: .*5, 5"),
+    (["--input", "image:uint8:6x6", "--name", "a b"], "--name is 'a b', wanted "),
+    (["--input", "image:uint8:6x6", "--version", "1/0"], "--version is '1/0', wanted "),
+    (["--input", "image:uint8:6x6", "--output-name", "a b"], "--output-name: .*'a b', wanted "),
+    (["--input", "image:uint8:6x6", "--output-name", "record_status"], "--output-name: .*record_status"),
+    (["--input", "image:uint8:6x6"], r"w w\.pt gives the model no name: .*; give one with --name"),
+])
+def test_flags_that_can_be_no_record_or_name_end_with_64(tmp_path, capfd, flags, words):
+    np.save(tmp_path / "records.npy", np.zeros((2, 6, 6), np.uint8))
+    flags = [str(tmp_path / "records.npy") if flag == "RECORDS" else flag for flag in flags]
+    assert main(["pack", str(tmp_path / "w w.pt"), *flags]) == 64
+    said = capfd.readouterr().err
+    assert re.search(words, said)
+    assert said.count("\n") == 1
 
 
 def test_pack_ends_with_65_and_one_line(tmp_path, capfd):

@@ -56,7 +56,7 @@ def command(model: Path, **options: Any) -> None:
     config = (serve_config_dir() / "model-config.yaml").read_bytes()
     try:
         draft = _draft(model, options)
-        name = options["name"] or draft.name or model.stem
+        name = _name(model, options, draft)
         request = archive.PackRequest(
             model=model,
             output=options["output"] or Path(f"{name}.mar"),
@@ -100,7 +100,7 @@ def _draft(model: Path, options: dict[str, Any]) -> SignatureDraft:
         if draft.inputs:
             return draft
         raise DataError(f"{signature}: has no [[inputs]]")
-    output = OutputDraft(options["output_name"] or "scores", softmax=options["softmax"])
+    output = OutputDraft(_output_name(options), softmax=options["softmax"])
     if model.suffix == ".onnx" and not any(options[flag] for flag in ("input_text", "golden", "model_shape", "scale")):
         return SignatureDraft(None, None, None, (), (output,))
     name, dtype, shape = _input_of(options)
@@ -109,10 +109,40 @@ def _draft(model: Path, options: dict[str, Any]) -> SignatureDraft:
     try:
         spec = InputSpec.from_json(value)
     except SignatureError as error:
-        if options["input_text"] is None:
-            raise DataError(f"{options['golden']}: can't be records: {error}") from error
-        raise UsageError(f"--input, --model-shape and --scale can't be of a record: {error}") from error
+        record = f"--golden {options['golden']}" if options["input_text"] is None else "--input"
+        given = [record, *(flag for flag in ("--model-shape", "--scale") if options[flag[2:].replace("-", "_")])]
+        raise UsageError(f"{' with '.join(given)} can't be of a record: {error}") from error
     return SignatureDraft(None, None, None, (spec,), (output,))
+
+
+def _output_name(options: dict[str, Any]) -> str:
+    import numpy as np
+
+    from batch_handler.signature import OutputSpec, SignatureError
+
+    name: str = options["output_name"] or "scores"
+    try:
+        OutputSpec(name, np.dtype("float32"), ())
+    except SignatureError as error:
+        raise UsageError(f"--output-name: {error}") from error
+    return name
+
+
+def _name(model: Path, options: dict[str, Any], draft: SignatureDraft) -> str:
+    """The model's name; raises UsageError for flags that can be no name or version."""
+    from batch_handler.signature import SignatureError, check_name
+
+    name: str = options["name"] or draft.name or model.stem
+    try:
+        check_name(options["name"] or "model", options["version"] or "1.0")
+    except SignatureError as error:
+        raise UsageError(f"--{error}") from error
+    if not draft.name:
+        try:
+            check_name(name, "1.0")
+        except SignatureError as error:
+            raise UsageError(f"{model.name} gives the model no name: {error}; give one with --name") from error
+    return name
 
 
 def _input_of(options: dict[str, Any]) -> tuple[str, str, list[int]]:
