@@ -10,7 +10,8 @@ import asyncio
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,11 +27,12 @@ from batch_client.errors import BatchClientError, CredentialsError, StorageError
 
 __all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "is_inside", "open_store", "put_same"]
 
-# obstore repeats 5xx, resets and cut bodies itself; after this long the run is better stopped and resumed.
+# obstore repeats 5xx and reads whose connection is lost itself; after this long a run is better stopped and resumed.
 RETRY_SECONDS = 60
 LIST_TRIES = 8
 CONFLICT_TRIES = 8
-LIST_SECONDS = 0.05
+LOST_TRIES = 8
+AGAIN_SECONDS = 0.05  # before the second try; twice as long before each other one
 
 
 @dataclass(frozen=True)
@@ -135,23 +137,29 @@ class ObjectStore:
             return Meta(key, meta["size"], meta.get("e_tag"), meta["last_modified"].timestamp())
 
     async def create(self, key: str, data: bytes | memoryview) -> bool:
+        async def put() -> None:
+            await obstore.put_async(self._inner, self._prefix + key, data, mode="create", use_multipart=False)
+
         for tries in range(CONFLICT_TRIES):
             with self._mapped("writing", key):
                 try:
-                    await obstore.put_async(self._inner, self._prefix + key, data, mode="create", use_multipart=False)
+                    await _repeated(put)
                 except (FileExistsError, foreign.AlreadyExistsError, foreign.PreconditionError):
                     # S3 also says "conflict" when two writers meet and neither has won yet.
                     if await self.head(key) is not None:
                         return False
                 else:
                     return True
-            await asyncio.sleep(LIST_SECONDS * 2**tries)
+            await asyncio.sleep(AGAIN_SECONDS * 2**tries)
         raise StorageError(f"writing {child_url(self.url, key)}: the store reports conflicts and keeps no object there")
 
     async def delete(self, key: str) -> None:
+        async def remove() -> None:
+            await obstore.delete_async(self._inner, self._prefix + key)
+
         with self._mapped("deleting", key):
             try:
-                await obstore.delete_async(self._inner, self._prefix + key)
+                await _repeated(remove)
             except (FileNotFoundError, foreign.NotFoundError):
                 return
 
@@ -171,7 +179,7 @@ class ObjectStore:
                     tries += 1
                     if tries >= LIST_TRIES or not _CUT_PAGE.search(str(error)):
                         raise
-                    await asyncio.sleep(LIST_SECONDS * 2**tries)
+                    await asyncio.sleep(AGAIN_SECONDS * 2**tries)
                 else:
                     return
 
@@ -183,6 +191,23 @@ class ObjectStore:
             raise
         except (foreign.BaseError, OSError, ValueError) as error:
             raise _translate(error, f"{doing} {child_url(self.url, key)}") from error
+
+
+async def _repeated(call: Callable[[], Awaitable[None]]) -> None:
+    """A write or removal, again where its connection is lost: obstore does not know that ours may be done twice.
+
+    A second create finds the first one's object, as it finds another client's.
+    """
+    end = time.monotonic() + RETRY_SECONDS
+    for tries in range(LOST_TRIES):
+        try:
+            await call()
+        except foreign.GenericError as error:
+            if tries + 1 == LOST_TRIES or time.monotonic() >= end or not _LOST.search(_said(error)):
+                raise
+        else:
+            return
+        await asyncio.sleep(AGAIN_SECONDS * 2**tries)
 
 
 async def put_same(store: Store, key: str, data: bytes) -> bool:
@@ -318,12 +343,12 @@ _BAD_KEY = re.compile(
 _METADATA_SERVICE = re.compile(r"169\.254\.169\.254|/latest/api/token")
 _NO_CREDENTIALS = re.compile(r"instance metadata|credential|MissingCredentials", re.IGNORECASE)
 _NO_BUCKET = re.compile(r"NoSuchBucket|bucket.{0,40}not (found|exist)", re.IGNORECASE)
+_LOST = re.compile(r"^HTTP error: ")
 _CUT_PAGE = re.compile(r"list response body")
 
 
 def _translate(error: Exception, doing: str) -> BatchClientError:
-    # What the store said stands after the dash; before it is the request, whose names may contain anything.
-    said = str(error).partition(" - ")[2] or re.sub(r"\S*/\S*", "", str(error))
+    said = _said(error)
     if _SKEW.search(said):
         return StorageError(f"{doing}: the store says that this machine's clock is wrong: set the clock and try again")
     if _NO_BUCKET.search(said):
@@ -337,6 +362,11 @@ def _translate(error: Exception, doing: str) -> BatchClientError:
     if isinstance(error, PermissionError):
         return StorageError(f"{doing}: permission denied")
     return StorageError(f"{doing}: {_first_line(error)}")
+
+
+def _said(error: Exception) -> str:
+    """What the store said stands after the dash; before it is the request, whose names may contain anything."""
+    return str(error).partition(" - ")[2] or re.sub(r"\S*/\S*", "", str(error))
 
 
 def _code_of(text: str) -> str:

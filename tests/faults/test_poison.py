@@ -13,7 +13,6 @@ from batch_client.exchange import Prediction
 from batch_client.pieces import Pieces
 from batch_client.plan import Span
 from batch_client.scorer import Scorer
-from batch_client.storage import open_store
 from support.faults import (
     EXITS,
     FULL,
@@ -23,6 +22,7 @@ from support.faults import (
     each_scale,
     images_of,
     open_output,
+    opened,
     run,
     spoilt,
     write_source,
@@ -65,11 +65,7 @@ async def test_a_probe_that_goes_down_with_another_request_says_nothing_of_its_r
 
 
 def dead_letters(output, environ):
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environ.items():
-            if name.startswith("AWS_"):
-                patch.setenv(name, value)
-        store = open_store(output)
+    store = opened(output, environ)
 
     async def read():
         return [json.loads(bytes((await store.get(meta.key)).data)) async for meta in store.list("_run/failed/")]

@@ -16,6 +16,7 @@ from support.faults import (
     each_scale,
     images_of,
     open_output,
+    opened,
     run,
     s3_store,
     spoilt,
@@ -23,6 +24,7 @@ from support.faults import (
 )
 from support.proxy import Fault, FaultProxy
 
+ALWAYS = 50.0  # a mean of faults for each request
 BUSY = [Fault("busy", 0.2)]
 BROKEN = [Fault("reset", 0.04), Fault("cut", 0.06, "GET"), Fault("cut", 0.3, "GET", "list-type"),
           Fault("lost", 0.15, "PUT"), Fault("late", 0.02, seconds=0.3)]
@@ -47,6 +49,20 @@ def test_storage_that_fails(scale, faults, s3, sources, undisturbed, moody_serve
     if "lost" in injected:
         assert adopted, "no object was found there already, so no answer to a write was lost"
     run_cli(["verify", "--deep", output], s3_environ, check=True)
+
+
+@pytest.mark.parametrize("kind", ["reset", "lost"])
+async def test_writes_and_removals_whose_connection_is_lost(kind, s3, s3_environ, output):
+    """Four of each in a row, two of them reset; obstore repeats neither after an RST."""
+    store = opened(output, s3_environ)
+    with FaultProxy(s3.endpoint_url, Fault(kind, ALWAYS, "PUT", most=4), Fault(kind, ALWAYS, "POST", most=8)) as proxy:
+        disturbed = opened(output, s3_environ | {"AWS_ENDPOINT_URL": proxy.url})
+        await disturbed.create("lost", b"bytes")
+        assert proxy.injected[kind] == 4
+        assert (await store.get("lost")).data == b"bytes"
+        await disturbed.delete("lost")
+        assert proxy.injected[kind] == 8
+    assert await store.get("lost") is None
 
 
 def new_source(environ, name, **options):

@@ -118,13 +118,17 @@ def write_source(url, environ, images, chunk, compressors=None):
                              compressors=compressors, overwrite=True)
 
 
-def open_output(url, environ):
+def opened(url, environ):
+    """The store that the client has at `url` where the variables are those of `environ`."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environ.items():
             if name.startswith("AWS_"):
                 patch.setenv(name, value)
-        store = open_store(url)
-    return zarr.open_group(SourceStore(store), mode="r")
+        return open_store(url)
+
+
+def open_output(url, environ):
+    return zarr.open_group(SourceStore(opened(url, environ)), mode="r")
 
 
 def run(source, output, scale, server_flags, environ, *flags, code=0):

@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import random
 import re
+import socket
+import struct
 import threading
 import time
 from collections import Counter, defaultdict
@@ -18,6 +20,7 @@ from urllib.parse import urlsplit
 
 SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
 PARTNER_SECONDS = 2.0
+NO_LINGER = struct.pack("ii", 1, 0)  # a close sends RST
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,9 @@ class Fault:
     """What is done to a share (`chance`) of the requests whose method and path match, to at most `most` of them.
 
     busy: 503 with S3's SlowDown, not forwarded. reset: dropped before it is forwarded. cut: half of the reply's body.
-    lost: forwarded, the reply dropped. silent: not forwarded, and no answer as long as the client waits. late: held for
-    `seconds`, then forwarded. flip: one bit of the reply's body. swap: the reply of another request of equal size.
+    lost: forwarded, the reply dropped. Every other connection that is dropped is closed, the rest are reset (TCP's FIN
+    and RST, which clients may tell apart). silent: not forwarded, and no answer as long as the client waits. late: held
+    for `seconds`, then forwarded. flip: one bit of the reply's body. swap: the reply of another request of equal size.
     """
 
     kind: str
@@ -64,6 +68,7 @@ class FaultProxy:
         self._waiting = defaultdict(list)
         self._due = [0.0] * len(faults)
         self._tasks = set()
+        self._dropped = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
 
@@ -114,6 +119,9 @@ class FaultProxy:
         replied = 0 if reply is None else len(reply[1])
         self.seen.append(Seen(time.monotonic(), method, path, status, len(request[1]), replied))
         if reply is None:
+            self._dropped += 1
+            if self._dropped % 2:
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             return False
         writer.write(reply[0] + reply[1])
         await writer.drain()
