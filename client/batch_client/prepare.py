@@ -150,7 +150,7 @@ def _sum_of(ceilings: Sequence[float | None]) -> float | None:
 
 
 def _alike(one: ModelContract, other: ModelContract, *, exact: bool) -> bool:
-    return one == other if exact else replace(one, fingerprint=other.fingerprint) == other
+    return one == other if exact else replace(one, fingerprint=other.fingerprint, numerics=other.numerics) == other
 
 
 async def _contract_or_error(servers: Servers, url: str) -> ModelContract | BatchClientError:

@@ -31,9 +31,10 @@ from batch_client.zarrstore import PieceBuffer, SourceStore, recording
 __all__ = ["ETags", "Rows", "Source", "open_source"]
 
 # What zarr, numcodecs, numpy and the codecs of the standard library raise for metadata or chunks that can't be
-# understood; gzip and bz2 say it by an OSError, and what a store says is mapped before (`storage.py`).
-_UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, NotImplementedError, EOFError, OSError,
-               zlib.error, lzma.LZMAError)
+# understood; gzip and bz2 say it by an OSError, zstd by a MemoryError or SystemError where a broken frame claims a size
+# that can't be, and what a store says is mapped before (`storage.py`).
+_UNREADABLE = (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, NotImplementedError, EOFError,
+               OSError, MemoryError, SystemError, zlib.error, lzma.LZMAError)
 
 
 @dataclass(frozen=True)

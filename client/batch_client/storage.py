@@ -245,6 +245,10 @@ def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] 
     Raises UsageError for a URL that no store understands, CredentialsError where none can be found.
     """
     scheme = urlsplit(url).scheme
+    if len(scheme) > 1 and (cut := re.search("[?#]", url)):
+        # It would be left out, and the rest is the URL of another place. What follows may be a signature: not shown.
+        raise UsageError(f"{url[:cut.start()]}{cut[0]}…: no place has a {cut[0]!r} in its URL: wanted %23 for a '#' "
+                         "and %3F for a '?' of a name, and no query")
     if len(scheme) <= 1 or scheme == "file":
         return _local_store(url)
     config: dict[str, Any] = {}

@@ -73,7 +73,9 @@ class HttpTransport:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=60),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+            # Bodies are read as they come; without the header aiohttp asks for compressed ones.
             auto_decompress=False,
+            headers={"Accept-Encoding": "identity"},
         )
         return self
 

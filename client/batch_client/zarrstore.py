@@ -116,6 +116,8 @@ class SourceStore(ZarrStore):
                 raise MismatchError(f"{child_url(self.store.url, key)}: changed while it was being read: score a "
                                     "source that stays as it is")
             record.nbytes += blob.data.nbytes
+        if not blob.data.nbytes:
+            raise ValueError(f"{key} has 0 bytes")  # which no codec writes, and Blosc's decoder dies of
         return prototype.buffer.from_array_like(np.frombuffer(blob.data, np.uint8))
 
     async def get_partial_values(

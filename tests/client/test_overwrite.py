@@ -313,3 +313,13 @@ def test_an_output_is_in_no_array_that_it_is_scored_from():
 def test_a_path_that_can_not_be_is_refused(path):
     with pytest.raises(UsageError, match="not a path that can be read or written"):
         open_store(path)
+
+
+@pytest.mark.parametrize("cut", ["#2", "?version=2", "#", "?"])
+@pytest.mark.parametrize("url", ["s3://b/run", "file:///tmp/run"])
+def test_a_url_that_goes_on_after_its_path_is_no_place(url, cut):
+    """What follows would be left out: `--overwrite` of run#2 would remove run."""
+    with pytest.raises(UsageError, match="wanted %23 for a '#'") as error:
+        open_store(url + cut)
+    assert "version" not in str(error.value)
+    assert open_store(f"file:///tmp/run{cut.replace('#', '%23').replace('?', '%3F')}").url.startswith("file:///tmp/run%")

@@ -103,6 +103,22 @@ async def test_a_damaged_chunk_is_named_whichever_codec_says_so(name):
         await refused(DataError, "can't be decoded", source)
 
 
+# A zstd frame (RFC 8878) whose header claims a content of 2^62 bytes, and one of 2^63 - 1.
+HUGE, HUGEST = (bytes.fromhex("28b52ffd c0 00") + size.to_bytes(8, "little") for size in (2**62, 2**63 - 1))
+
+
+@pytest.mark.parametrize(("codec", "content"), [
+    ("zstd", HUGE), ("zstd", HUGEST), ("zstd", b""), ("blosc", b""), ("bytes", b""), ("numcodecs.fletcher32", b"xx")])
+async def test_a_chunk_that_decoders_die_of_is_named(codec, content):
+    """An empty one is a segmentation fault of Blosc's; the others are no ValueErrors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr's: not all of these codecs are in a specification yet
+        compressors = () if codec == "bytes" else [{"name": codec, "configuration": {}}]
+        source = await source_of(records_of(40), (10, 3), compressors=compressors)
+        source.objects["c/1/0"] = content
+        await refused(DataError, "records 10 to 19 can't be decoded (", source)
+
+
 async def test_a_missing_chunk_is_no_data_unless_the_user_says_so():
     records = records_of(40)
     source = await source_of(records, (10, 3))

@@ -57,7 +57,7 @@ class SimulatedServer:
             inputs=(TensorSpec("x", self.dtype, self.record_shape),),
             outputs=(TensorSpec("y", np.dtype(np.float32), (2,)),),
             parameters={"model_digest": self.digest, "fingerprint": self.fingerprint,
-                        "micro_batch": self.micro_batch, **memory})
+                        "numerics": {"simulated": self.fingerprint}, "micro_batch": self.micro_batch, **memory})
 
     def predict(self, records, first_row):
         flat = records.reshape(len(records), -1).astype(np.float32)
