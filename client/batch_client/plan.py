@@ -23,7 +23,7 @@ from batch_client.errors import DataError, UsageError
 from batch_client.spec import MIB, RunSpec
 
 __all__ = ["MAX_CHUNK_RECORDS", "MAX_REQUEST_BYTES", "Geometry", "OutputGeometry", "Plan", "RequestSize", "Span",
-           "Unit", "default_request", "make_plan"]
+           "Unit", "default_request", "make_plan", "reply_bytes_of"]
 
 # Each object of an output chunk costs the store and the client milliseconds, however small it is.
 MAX_CHUNK_RECORDS = 32_768
@@ -267,9 +267,9 @@ def make_plan(
     chunk = min(grid, stop - start)
     _require_bearable(chunk, source, outputs)
     wire_bytes = max(1, math.prod(source.record_shape) * wire_dtype.itemsize)
-    reply_bytes = 1 + sum(output.record_bytes for output in outputs)
+    reply_bytes = reply_bytes_of(outputs)
     request = _request(spec, micro_batch, wire_bytes, reply_bytes,
-                       default_request(wire_bytes, micro_batch, grid, micro_batch_seconds, most))
+                       default_request(wire_bytes, reply_bytes, micro_batch, grid, micro_batch_seconds, most))
     share = max(1, spec.max_bytes_in_flight // 8 // max(chunk_bytes, 1))
     tail = request if spec.request_records else max(1, request // micro_batch // TAIL_SHARE) * micro_batch
     return Plan(
@@ -289,6 +289,11 @@ def make_plan(
     )
 
 
+def reply_bytes_of(outputs: tuple[OutputGeometry, ...]) -> int:
+    """Bytes that a record's outputs and its status have in a reply."""
+    return 1 + sum(output.record_bytes for output in outputs)
+
+
 def _require_bearable(chunk: int, source: Geometry, outputs: tuple[OutputGeometry, ...]) -> None:
     """Refuse an output chunk that its ledger row or the memory could not hold; `chunk` is in records."""
     objects = -(-chunk // source.chunk_records) * source.chunk_objects
@@ -303,7 +308,7 @@ def _require_bearable(chunk: int, source: Geometry, outputs: tuple[OutputGeometr
 
 
 def _request(spec: RunSpec, micro_batch: int, wire_bytes: int, reply_bytes: int, usual: int) -> int:
-    """Records in a request: what the person says, else the usual number as far as its reply may be sent.
+    """Records in a request: what the person says, else the usual number.
 
     wire_bytes, reply_bytes: of one record.
     """
@@ -311,7 +316,7 @@ def _request(spec: RunSpec, micro_batch: int, wire_bytes: int, reply_bytes: int,
         raise DataError(f"the outputs of one micro-batch of {micro_batch} are {micro_batch * reply_bytes:,} bytes, a "
                         f"reply has at most {MAX_REPLY_BYTES:,}: pack the model with a --micro-batch of at most "
                         f"{max(1, MAX_REPLY_BYTES // reply_bytes)}")
-    request = spec.request_records or min(usual, MAX_REPLY_BYTES // (reply_bytes * micro_batch) * micro_batch)
+    request = spec.request_records or usual
     if request % micro_batch:
         raise UsageError(f"--request-records {request}: wanted a multiple of the server's micro-batch, {micro_batch}")
     if request > micro_batch and request * wire_bytes > MAX_REQUEST_BYTES:
@@ -350,13 +355,13 @@ def _default_chunk(source: Geometry, outputs: tuple[OutputGeometry, ...], micro_
     return best * source.chunk_records
 
 
-def default_request(wire_bytes: int, micro_batch: int, grid: int, micro_batch_seconds: float | None,
+def default_request(wire_bytes: int, reply_bytes: int, micro_batch: int, grid: int, micro_batch_seconds: float | None,
                     most: RequestSize = RequestSize()) -> int:
-    """Records in a request where nobody says how many: whole micro-batches within the bytes of `most` and a grid chunk
-    of `grid` records and, where it is known what a micro-batch takes, the seconds of `most`; at least one micro-batch.
-    wire_bytes: of one record, over 0.
+    """Records in a request where nobody says how many: whole micro-batches within the bytes of `most`, those of a reply
+    and a grid chunk of `grid` records and, where it is known what a micro-batch takes, the seconds of `most`; at least
+    one micro-batch. wire_bytes, reply_bytes: of one record, over 0.
     """
-    count = most.nbytes // (wire_bytes * micro_batch)
+    count = min(most.nbytes // (wire_bytes * micro_batch), MAX_REPLY_BYTES // (reply_bytes * micro_batch))
     if micro_batch_seconds is not None:
         count = min(count, round(most.seconds / micro_batch_seconds))
     return max(1, min(count, -(-grid // micro_batch))) * micro_batch

@@ -182,6 +182,13 @@ def test_no_micro_batch_is_tried_that_no_request_can_carry(record_bytes, data):
     assert micro_batch <= space.most_micro_batch <= MAX_REQUEST_BYTES // record_bytes
 
 
+def test_a_request_asks_for_no_more_than_a_reply_can_carry():
+    """An embedding's records are small, and its outputs are not: `bench` and `run` ask alike."""
+    most = RequestSize.at(shared_memory=True, alone=True)
+    assert default_request(8, 4097, 128, 32_768, None, most) == MAX_REPLY_BYTES // (4097 * 128) * 128 < 32_768
+    assert default_request(8, 5, 128, 32_768, None, most) == 32_768
+
+
 @pytest.mark.parametrize(("record_bytes", "micro_batch", "todo"), [
     (3 * 224 * 224 * 4, 128, "128 records has 77,070,336 bytes, .* at most 62,914,560: pack it with --micro-batch 104"),
     (100 << 20, 1, "no server takes such a record"),

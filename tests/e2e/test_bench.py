@@ -175,7 +175,7 @@ def test_a_model_is_measured_in_requests_of_the_size_that_a_run_would_send(clean
 
     def records_of(took):
         told.append(took)
-        return default_request(144, 16, 8192, took)
+        return default_request(144, 9, 16, 8192, took)
 
     async def bench():
         await ask_handler(["prepare", str(tmp_path / "slow.mar"), str(tmp_path)], clean_environ)
@@ -185,7 +185,7 @@ def test_a_model_is_measured_in_requests_of_the_size_that_a_run_would_send(clean
 
     assert run_until_complete(bench()) == 16
     assert min(told) >= 0.2
-    assert default_request(144, 16, 8192, None) == 7280
+    assert default_request(144, 9, 16, 8192, None) == 7280
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -54,7 +54,8 @@ def space_of(
     runtimes: Sequence[str], allocators: Sequence[str], *, cores: int, gpus: int, record_bytes: int, micro_batch: int,
 ) -> Space:
     """What is worth trying on a machine: one process with all cores, one a core, on many cores one in between; on GPUs
-    one or two workers each. `micro_batch` is the archive's, which may be over MOST_MICRO_BATCH.
+    one or two workers each. `micro_batch` is the archive's, which may be over MOST_MICRO_BATCH; `record_bytes` are those
+    in a request or, if there are more, in a reply.
 
     Raises ServingError where it is over what a request may have: a bulk request has whole micro-batches.
     """
@@ -62,7 +63,7 @@ def space_of(
     if micro_batch > fitting:
         todo = f"pack it with --micro-batch {fitting} or less" if fitting else "no server takes such a record"
         raise ServingError(f"the archive's micro-batch of {micro_batch:,} records has {micro_batch * record_bytes:,} "
-                           f"bytes, and a request at most {MAX_REQUEST_BYTES:,}: {todo}")
+                           f"bytes, and a request or reply at most {MAX_REQUEST_BYTES:,}: {todo}")
     if gpus:
         counts = [gpus, 2 * gpus]
     else:

@@ -34,7 +34,7 @@ from batch_client.files import temporary_folder
 from batch_client.java import find_java, torchserve_home
 from batch_client.machine import cores, device, gpus
 from batch_client.pipeline import execute
-from batch_client.plan import MAX_CHUNK_RECORDS, RequestSize, default_request, make_plan
+from batch_client.plan import MAX_CHUNK_RECORDS, RequestSize, default_request, make_plan, reply_bytes_of
 from batch_client.prepare import Services, geometry_for, prepare
 from batch_client.reader import Source, open_source
 from batch_client.regions import MEMORY
@@ -143,6 +143,7 @@ class _Session:
         self._device = ""
         self._model: dict[str, Any] = {}
         self._grid_records = MAX_CHUNK_RECORDS
+        self._reply_bytes = 1
         self._request_records: dict[Way, int] = {}
 
     async def run(self) -> BenchReport:
@@ -179,6 +180,7 @@ class _Session:
     def _require_fitting(self, run: RunSpec) -> None:
         """Raises what `run` would be refused with: for its model, and for its source where there is one."""
         contract = contract_of(self._spec.archive, json.dumps(self._model["metadata"]).encode())
+        self._reply_bytes = reply_bytes_of(contract.outputs)
         if self._source is not None:
             plan = make_plan(run, geometry_for(self._source, contract), contract.input_dtype, contract.outputs,
                              contract.micro_batch)
@@ -197,15 +199,15 @@ class _Session:
                     DEFAULT_ALLOCATOR)
         space = space_of(
             self._model["runtimes"], tuple(ALLOCATORS), cores=cores(), gpus=self._gpus,
-            record_bytes=self._model["record_bytes"], micro_batch=start.micro_batch)
+            record_bytes=max(self._model["record_bytes"], self._reply_bytes), micro_batch=start.micro_batch)
         return await find_best(start, space, self._opened, seconds=self._seconds["model"], clock=time.monotonic,
                                say=self._say)
 
     @asynccontextmanager
     async def _opened(self, way: Way, seconds: float) -> AsyncIterator[Trial]:
         def records_of(took: float | None) -> int:
-            return default_request(max(1, self._model["record_bytes"]), way.micro_batch, self._grid_records, took,
-                                   RequestSize.at(shared_memory=MEMORY.is_dir(), alone=True))
+            return default_request(max(1, self._model["record_bytes"]), self._reply_bytes, way.micro_batch,
+                                   self._grid_records, took, RequestSize.at(shared_memory=MEMORY.is_dir(), alone=True))
 
         tuning = self._tuning(way)
         settings = ServerSettings(self._archive, workers=way.workers, threads=way.threads, tuning=tuning)
