@@ -19,7 +19,7 @@ from batch_client.bench.verdict import Ceilings
 from batch_client.bottleneck import Limit
 from batch_client.cli.options import AMOUNT
 from batch_client.errors import ServingError, UsageError
-from batch_client.plan import MAX_REQUEST_BYTES, OutputGeometry
+from batch_client.plan import MAX_REPLY_BYTES, MAX_REQUEST_BYTES, OutputGeometry, RequestSize, default_request
 from batch_client.storage import MemoryStore
 from support.plans import plan_of, spec
 

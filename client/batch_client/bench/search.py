@@ -54,8 +54,8 @@ def space_of(
     runtimes: Sequence[str], allocators: Sequence[str], *, cores: int, gpus: int, record_bytes: int, micro_batch: int,
 ) -> Space:
     """What is worth trying on a machine: one process with all cores, one a core, on many cores one in between; on GPUs
-    one or two workers each. `micro_batch` is the archive's, which may be over MOST_MICRO_BATCH; `record_bytes` are those
-    in a request or, if there are more, in a reply.
+    one or two workers each. `micro_batch` is the archive's, which may be over MOST_MICRO_BATCH; `record_bytes` those in
+    a request or, if there are more, in a reply.
 
     Raises ServingError where it is over what a request may have: a bulk request has whole micro-batches.
     """
