@@ -49,24 +49,36 @@ class CommandTokens:
         runs = self._runs
         async with self._running:
             if self._token is None or (self._token == refused and self._runs == runs):
-                self._token = await asyncio.to_thread(self._run)
+                self._token = await self._run()
                 self._runs += 1
             return self._token
 
-    def _run(self) -> str:
+    async def _run(self) -> str:
         name = f"--token-command {self._words[0]}"
         try:
-            done = subprocess.run(self._words, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                                  timeout=COMMAND_SECONDS, check=False)
-        except subprocess.TimeoutExpired:  # its text is the whole command line
-            raise CredentialsError(f"{name}: no answer in {COMMAND_SECONDS} s: run it by hand to see why") from None
+            process = await asyncio.create_subprocess_exec(
+                *self._words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         except OSError as error:
             raise CredentialsError(f"{name}: can't be started ({error.strerror}): check its path") from None
-        except ValueError:  # bytes that are no text, or a word that no program can be given
+        except ValueError:  # a word that no program can be given; its text is the whole command line
+            raise CredentialsError(f"{name}: can't be started: a word of it has a null character") from None
+        try:
+            async with asyncio.timeout(COMMAND_SECONDS):
+                said, _ = await process.communicate()
+        except TimeoutError:
+            raise CredentialsError(f"{name}: no answer in {COMMAND_SECONDS} s: run it by hand to see why") from None
+        finally:
+            if process.returncode is None:  # a run that is stopped does not wait for it
+                process.kill()
+                await process.wait()
+        try:
+            text = said.decode()
+        except UnicodeDecodeError:
             raise CredentialsError(f"{name}: wanted a token on its standard output, found other bytes") from None
-        if done.returncode or not done.stdout.strip():
-            raise CredentialsError(f"{name}: exit {done.returncode}, wanted 0 and a token on its standard output")
-        return _one_word(name, done.stdout)
+        if process.returncode or not text.strip():
+            raise CredentialsError(f"{name}: exit {process.returncode}, wanted 0 and a token on its standard output: "
+                                   "run it by hand to see why")
+        return _one_word(name, text)
 
 
 class NoTokens:

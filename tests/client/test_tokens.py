@@ -6,6 +6,7 @@ import subprocess
 import sys
 import traceback
 
+import psutil
 import pytest
 
 from batch_client import tokens
@@ -76,6 +77,22 @@ async def test_a_command_that_gives_no_token_is_named_without_its_secrets(monkey
     assert shlex.split(command)[0] in str(caught.value)
     assert "\n" not in str(caught.value)
     assert SECRET not in shown(caught.value)
+
+
+def test_a_stop_does_not_wait_for_a_command_and_leaves_none(tmp_path):
+    hanging = python("import os, pathlib, sys, time; pathlib.Path(sys.argv[2]).write_text(str(os.getpid()))\n"
+                     "time.sleep(600)", tmp_path / "pid")
+
+    async def asked():
+        asking = asyncio.create_task(CommandTokens(hanging).token())
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.01)
+        asking.cancel()
+        await asyncio.wait([asking])
+        return asking.cancelled()
+
+    assert asyncio.run(asyncio.wait_for(asked(), 60))
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
 def test_a_command_does_not_read_our_standard_input():
