@@ -64,12 +64,9 @@ async def plan_run(spec: RunSpec, services: Services) -> Plan:
     Raises what `execute` would raise before it writes.
     """
     prepared = await prepare(spec, services)
-    await _reusable(spec, services, prepared)
-    if spec.overwrite:
-        await _replaces(spec, services.output_store, prepared)
-    else:
-        await check_place(services.output_store, prepared.identity)
-        await published_root(services.output_store)
+    _, root = await _found(spec, services.output_store, prepared)
+    if root is None:
+        await _reusable(spec, services, prepared)
     return prepared.plan
 
 
@@ -90,14 +87,14 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     stop = stop or asyncio.Event()
     prepared = await prepare(spec, services)
     output = services.output_store
-    reusable = await _reusable(spec, services, prepared)
-    if spec.overwrite and await _replaces(spec, output, prepared):
-        await remove_output(output)
-    await check_place(output, prepared.identity)
-    root = await published_root(output)
-    if root is not None:
+    replaces, root = await _found(spec, output, prepared)
+    if root is not None:  # whatever has become of what it reused
         emit(Published(spec.output, root, already=True))
         return tally.summary(spec, prepared, await read_manifest(output))
+    reusable = await _reusable(spec, services, prepared)
+    if replaces:
+        await remove_output(output)
+        await check_place(output, prepared.identity)
     layout = await OutputLayout.open(prepared.plan, spec.codec)
     _require_going_on(stop)
     name = f"{services.rng.getrandbits(64):016x}"
@@ -107,6 +104,17 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     if root is not None:
         emit(Published(spec.output, root))
     return tally.summary(spec, prepared, run.counted)
+
+
+async def _found(spec: RunSpec, output: Store, prepared: Prepared) -> tuple[bool, str | None]:
+    """Whether this run replaces what is at its output, and else the root of an output that is published already.
+
+    Raises MismatchError for what it may neither replace nor go on with.
+    """
+    if spec.overwrite and await _replaces(spec, output, prepared):
+        return True, None
+    await check_place(output, prepared.identity)
+    return False, await published_root(output)
 
 
 async def _reusable(spec: RunSpec, services: Services, prepared: Prepared) -> AsyncIterator[Row] | None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from batch_client.errors import DataError, MismatchError, StoppedError, UsageError
-from batch_client.pipeline import execute
+from batch_client.pipeline import execute, plan_run
 from batch_client.prepare import Services
 from batch_client.progress import progress_of
 from batch_client.replay import replay
@@ -356,6 +356,24 @@ def test_parts_copy_their_own_share_of_an_older_output():
         assert "_SUCCESS" in output.objects
 
     output = Counting("memory://out")
+    run_virtually(run())
+
+
+def test_a_published_output_needs_what_it_reused_no_more():
+    world, old, output = World(1), MemoryStore("memory://old"), MemoryStore("memory://out")
+
+    async def run():
+        await execute(replace(world.spec(), output="memory://old"), services_with(world, old))
+        first = await execute(world.spec(reuse="memory://old"), services_with(world, output, old))
+        old.objects.clear()
+        again = await execute(world.spec(reuse="memory://old"), services_with(world, output, old))
+        assert again.already_published
+        assert again.root == first.root
+        await plan_run(world.spec(reuse="memory://old"), services_with(world, output, old))
+        with pytest.raises(MismatchError, match="is no published output"):
+            await execute(world.spec(reuse="memory://old", overwrite=True), services_with(world, output, old))
+        assert "_SUCCESS" in output.objects
+
     run_virtually(run())
 
 
