@@ -198,7 +198,7 @@ class _Run:
         exchange = Exchange(
             servers=services.servers, pool=prepared.pool, contract=prepared.contract, exact=spec.exact,
             patience=spec.patience, clock=services.clock, rng=services.rng, emit=emit)
-        self._scorer = Scorer(exchange, prepared.plan.micro_batch, emit)
+        self._scorer = Scorer(exchange, prepared.plan.micro_batch, emit, spec.max_failed + HOPELESS)
         self._places = asyncio.Semaphore(self._units_at_once(len(services.servers.urls)))
         self._under_way = asyncio.Event()
 

@@ -8,6 +8,7 @@ server is well. For one such record among n this takes at most 2⌈log₂ n⌉ +
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -58,24 +59,31 @@ class _Case:
 class _CompanyError(Exception):
     """A worker died under a probe that was not alone there: nothing is known of its records."""
 
-    def __init__(self, verdict: Verdict) -> None:
+    def __init__(self, verdict: Verdict, failed: int) -> None:
         super().__init__(verdict.reason)
         self.verdict = verdict
+        self.failed = failed  # records that were given up before it
 
 
 class Scorer:
-    """Scores spans of records through an `Exchange`."""
+    """Scores spans of records through an `Exchange`.
 
-    def __init__(self, exchange: Exchange, micro_batch: int, emit: Callable[[Event], None]) -> None:
+    most_failed: records that may be given up, over all spans; beyond it nothing more is taken apart.
+    """
+
+    def __init__(self, exchange: Exchange, micro_batch: int, emit: Callable[[Event], None],
+                 most_failed: int = sys.maxsize) -> None:
         self._exchange = exchange
         self._micro_batch = micro_batch
         self._emit = emit
+        self._most_failed = most_failed
+        self._failed = 0
 
     async def score(self, span: Span, rows: Pieces) -> Scored:
         """Predictions for `rows` (n, *record shape of the source), whose places begin at `span.first_row`.
 
-        Raises DataError when the server fails on zeros too, or takes no request of this size, and what
-        `Exchange.ask` raises.
+        Raises DataError when the server fails on zeros too, takes no request of this size, or more records failed than
+        `most_failed`, and what `Exchange.ask` raises.
         """
         failed = 0
         while True:
@@ -109,6 +117,7 @@ class Scorer:
         try:
             case = await self._take_apart(span, rows, verdict)
         except _CompanyError as error:
+            self._failed -= error.failed
             case = await self._take_apart(span, rows, error.verdict)
         for failure in case.failures:
             self._emit(failure)
@@ -174,6 +183,11 @@ class Scorer:
             verdict = answer
         reason = verdict.reason or verdict.outcome.value
         case.failures.append(RecordFailed(case.span.start + row, reason, FAILURES_ALONE))
+        self._failed += 1
+        if self._failed > self._most_failed:
+            raise DataError(f"{self._failed:,} records failed alone, the last of them record {case.span.start + row} "
+                            f"({reason}): then it is the model and not a few records; mend it, or leave these records "
+                            "out with --records")
 
     async def _probe(self, case: _Case, low: int, high: int) -> Prediction | Verdict:
         """Records [low, high) in their places, zeros in all others; what they give is kept.
@@ -189,5 +203,5 @@ class Scorer:
             if case.status is not None:
                 case.status[low:high] = answer.status[low:high]
         elif not case.alone and answer.outcome not in _OF_ONE_REQUEST:
-            raise _CompanyError(answer)
+            raise _CompanyError(answer, len(case.failures))
         return answer

@@ -9,6 +9,7 @@ import pytest
 
 from batch_client.dialect import Outcome, Verdict
 from batch_client.endpoint import Pool
+from batch_client.errors import DataError
 from batch_client.exchange import Prediction
 from batch_client.pieces import Pieces
 from batch_client.plan import Span
@@ -62,6 +63,22 @@ async def test_a_probe_that_goes_down_with_another_request_says_nothing_of_its_r
     assert [(one.index, one.reason) for one in scored.failures] == [(2, "not this one")]
     assert tuple(events) == scored.failures
     np.testing.assert_array_equal(np.delete(scored.outputs["y"], 2), np.delete(rows[:, 0], 2))
+
+
+async def test_a_model_that_raises_on_every_record_is_not_asked_six_times_for_each():
+    class Raising(Company):
+        requests = 0
+
+        async def ask(self, span, rows, room=None):
+            self.requests += 1
+            if rows.joined().any():
+                return Verdict(Outcome.RAISED, "index out of range")
+            return Prediction({"y": rows.joined().astype(np.float32)}, np.zeros(span.count, np.uint8))
+
+    exchange, rows = Raising(), np.ones((4096, 1), np.uint8)
+    with pytest.raises(DataError, match=r"11 records failed alone, the last of them record 10 \(index out of range\)"):
+        await Scorer(exchange, 8, lambda _: None, most_failed=10).score(Span(0, 4096, 0), Pieces([rows]))
+    assert exchange.requests < 6 * 11 + 2 * 12 + 6  # two a halving
 
 
 def dead_letters(output, environ):
