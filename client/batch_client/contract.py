@@ -140,13 +140,18 @@ def contract_of(url: str, body: bytes) -> ModelContract:
     except (OipError, ValueError) as error:
         raise ServingError(f"{url}: its model metadata is not Open Inference Protocol v2: {error}") from error
     if len(metadata.inputs) != 1:
-        raise ServingError(f"{url}: model {metadata.name} takes {len(metadata.inputs)} inputs, wanted one")
+        raise ServingError(f"{url}: model {metadata.name} takes {len(metadata.inputs)} inputs: wanted a model of one; "
+                           "predict takes several, as JSON by input name")
     one = metadata.inputs[0]
     for spec in metadata.outputs:
         if not OUTPUT_NAME.fullmatch(spec.name) or spec.name == STATUS_ARRAY:
             raise ServingError(f"{url}: model {metadata.name} names an output {spec.name[:100]!r}, which can't name an "
                                "array: rename it in the model, with letters, digits, '.', '_' and '-', and not "
                                f"{STATUS_ARRAY}")
+    names = [spec.name for spec in metadata.outputs]
+    if len({*names}) < len(names):
+        raise ServingError(f"{url}: model {metadata.name} has several outputs of one name ({', '.join(names)[:200]}), "
+                           "which can't be arrays beside each other: rename them in the model")
     outputs = tuple(OutputGeometry(spec.name, spec.dtype, spec.shape) for spec in metadata.outputs)
     free = [spec.name for spec in metadata.outputs if min(spec.shape, default=1) < 1]
     if free or not outputs:

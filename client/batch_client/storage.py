@@ -289,6 +289,8 @@ def _local_store(url: str) -> Store:
     # RuntimeError: a home that nobody has.
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(f"{url}: not a path that can be read or written ({_first_line(error)})") from error
+    if ".." in path.relative_to(root).parts:
+        raise UsageError(f"{url}: has '..' after what is no folder: wanted a path without")
     prefix = path.relative_to(root).as_posix()
     return ObjectStore(path.as_uri(), obstores.LocalStore(prefix=root), "" if prefix == "." else prefix + "/")
 
@@ -356,16 +358,17 @@ def _translate(error: Exception, doing: str) -> BatchClientError:
     if _SKEW.search(said):
         return StorageError(f"{doing}: the store says that this machine's clock is wrong: set the clock and try again")
     if _NO_BUCKET.search(said):
-        return StorageError(f"{doing}: there is no such bucket: mend the URL, or, for an output, create it first")
+        return UsageError(f"{doing}: there is no such bucket: mend the URL, or, for an output, create it first")
     if _METADATA_SERVICE.search(str(error)) or _NO_CREDENTIALS.search(said):
         return CredentialsError(f"{doing}: found no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
                                 "AWS_PROFILE, or use --anonymous for a public bucket")
     if isinstance(error, foreign.PermissionDeniedError | foreign.UnauthenticatedError) or _BAD_KEY.search(said):
         return CredentialsError(f"{doing}: the store refused the credentials ({_code_of(said)}): check the keys "
-                                "and their rights to this place")
+                                "and their rights to this place; --anonymous sends none, and is for public places")
     if isinstance(error, PermissionError):
         return StorageError(f"{doing}: permission denied")
-    return StorageError(f"{doing}: {_first_line(error)}")
+    todo = ": check the network and, where one is set, AWS_ENDPOINT_URL" if _LOST.search(said) else ""
+    return StorageError(f"{doing}: {_first_line(error)}{todo}")
 
 
 def _said(error: Exception) -> str:

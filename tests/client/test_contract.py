@@ -25,6 +25,11 @@ def test_outputs_whose_names_can_name_arrays_are_taken(name):
     assert contract_of("http://s", metadata(name)).output_names == (name,)
 
 
+def test_outputs_of_one_name_are_refused():
+    with pytest.raises(ServingError, match=r"several outputs of one name \(scores, scores\)"):
+        contract_of("http://s", metadata("scores", "scores"))
+
+
 @pytest.mark.parametrize("name", ["dense/BiasAdd", "scores:0", "../up", ".hidden", "_run", "", "a\nb", "scores\n", "é",
                                   "record_status"])
 def test_outputs_whose_names_cannot_name_arrays_are_refused(name):

@@ -315,6 +315,12 @@ def test_a_path_that_can_not_be_is_refused(path):
         open_store(path)
 
 
+def test_a_path_through_what_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"has '\.\.' after what is no folder"):
+        open_store(str(tmp_path / "absent" / ".." / "out"))
+
+
 @pytest.mark.parametrize("cut", ["#2", "?version=2", "#", "?"])
 @pytest.mark.parametrize("url", ["s3://b/run", "file:///tmp/run"])
 def test_a_url_that_goes_on_after_its_path_is_no_place(url, cut):
