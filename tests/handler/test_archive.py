@@ -339,6 +339,22 @@ def test_a_pickle_that_raises_is_named(pack_request, tmp_path):
         pack(dataclasses.replace(pack_request, model=path, trust_pickle=True, arch=None, output=tmp_path / "x.mar"))
 
 
+def test_a_file_whose_code_ends_the_process_is_named(pack_request, tmp_path, monkeypatch, capfd):
+    script = "import torch\nclass Net(torch.nn.Module): pass\n"
+    (tmp_path / "ending_script.py").write_text(script)
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save(importlib.import_module("ending_script").Net(), tmp_path / "m.pt")
+    monkeypatch.delitem(sys.modules, "ending_script")
+    (tmp_path / "ending_script.py").write_text(f"{script}raise SystemExit('usage: train.py DATA')\n")
+    importlib.invalidate_caches()
+    assert main(["pack", str(tmp_path / "m.pt"), "--trust-pickle", "--input", "image:uint8:6x6"]) == 65
+    assert "can't be unpickled: SystemExit: usage: train.py DATA\n" in capfd.readouterr().err
+    monkeypatch.setattr(torch.export, "load", lambda _: sys.exit(3))
+    request = dataclasses.replace(pack_request, kind="exported", trust_pickle=True, arch=None)
+    with pytest.raises(ArchiveError, match="can't be loaded as an exported program: SystemExit: 3"):
+        pack(dataclasses.replace(request, output=tmp_path / "x.mar"))
+
+
 def test_a_pickle_without_its_code_says_what_to_do(pack_request, tmp_path, monkeypatch):
     (tmp_path / "gone_away.py").write_text("import torch\nclass Own(torch.nn.Module): pass\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import tomllib
 import traceback
 from collections.abc import Sequence
@@ -100,14 +101,15 @@ def _flags(command: click.Command) -> dict[str, click.Option]:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line and return its exit code; errors are one line on stderr."""
+    stdout = sys.stdout
     try:
         batch_client.main(list(argv), prog_name="batch-client", standalone_mode=False)
     except click.exceptions.Exit as done:
         return done.exit_code
-    except SystemExit:
-        # With standalone_mode off this is click's answer to a closed standard output alone: whoever read it has left,
-        # and what was to be done is done.
-        return 0
+    except SystemExit as ended:
+        # With standalone_mode off click ends so at a closed standard output alone, which it has then wrapped: whoever
+        # read it has left, and what was to be done is done.
+        return 0 if sys.stdout is not stdout else _report(ended)
     except (Exception, KeyboardInterrupt, asyncio.CancelledError) as error:  # noqa: BLE001 - the last handler: nothing may leave as a traceback
         return _report(error)
     return 0

@@ -93,7 +93,7 @@ def said(error: BaseException) -> str:
 def _load_exported(path: Path) -> torch.nn.Module:
     try:
         module: torch.nn.Module = torch.export.load(path).module()
-    except Exception as error:  # it unpickles, so it runs any code
+    except (Exception, SystemExit) as error:  # it unpickles, so it runs any code
         raise ModelError(f"{path.name} can't be loaded as an exported program: {said(error)}") from error
     return module
 
@@ -106,7 +106,7 @@ def _unpickle(path: Path) -> torch.nn.Module:
             f"{path.name} can't be unpickled, wanted the code of its classes where Python finds it, here and where it "
             f"is served, or the module's state_dict packed with --arch: {said(error)}"
         ) from error
-    except Exception as error:  # unpickling runs any code
+    except (Exception, SystemExit) as error:  # unpickling runs any code, such as a training script that ends itself
         raise ModelError(f"{path.name} can't be unpickled: {said(error)}") from error
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"{path.name} holds {type(module).__name__}, wanted a torch.nn.Module")
