@@ -89,8 +89,9 @@ def golden_outputs(
     count = len(records[0])
     try:
         with torch.inference_mode():
-            prepared = [
-                Preprocess(spec, cpu)(torch.from_numpy(array)) for spec, array in zip(inputs, records, strict=True)
+            prepared = [  # of copies: a model may change its inputs in place
+                Preprocess(spec, cpu)(torch.from_numpy(array.copy()))
+                for spec, array in zip(inputs, records, strict=True)
             ]
             raw = forward(*prepared)
     except Exception as error:

@@ -177,3 +177,35 @@ def test_micro_batch_and_threads_are_in_the_fingerprint_and_not_in_the_digest(ti
     assert other.digest == tiny.digest
     assert other.fingerprint != tiny.fingerprint
     assert len(tiny.fingerprint) == 16
+
+
+THRIFTY = """
+import torch
+
+
+class Thrifty(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kept = torch.empty(64, 6, 6)
+
+    def forward(self, images):
+        images.sub_(0.5).div_(0.25)
+        return torch.mul(images[:, 0], 2, out=self.kept[: len(images)])
+"""
+
+
+@pytest.mark.parametrize("buffer", ["self.kept", "torch.empty(64, 6, 6)"])
+def test_a_model_that_changes_its_input_in_place_is_right_from_the_first_stack_on(
+    buffer, pack_request, tmp_path, unpack
+):
+    (tmp_path / "thrifty.py").write_text(THRIFTY.replace("out=self.kept", f"out={buffer}"))
+    torch.save({}, tmp_path / "m.pt")
+    values = np.random.default_rng(5).random((64, 6, 6), np.float32)
+    change = {"arch": f"{tmp_path}/thrifty.py:Thrifty", "model": tmp_path / "m.pt", "output": tmp_path / "x.mar",
+              "inputs": (WIDE,), "outputs": (), "micro_batch": 16}
+    directory = unpack(pack(dataclasses.replace(pack_request, kind="state_dict", **change)))
+    with np.load(directory / "golden.npz") as golden:
+        np.testing.assert_array_equal(golden["output.output"], (golden["input.image"] - 0.5) / 0.25 * 2)
+    opened = Model.open(directory)
+    for _ in range(2):
+        np.testing.assert_array_equal(opened.score_bulk([values])[0], (values - 0.5) / 0.25 * 2)
