@@ -169,9 +169,9 @@ def _stage(request: PackRequest, directory: Path) -> ModelDescription:
     weights = Weights(_WEIGHTS_FILES[kind], kind, arch)
     shutil.copyfile(request.model, directory / weights.file)
     inputs = request.inputs or _graph_inputs(kind, directory / weights.file)
-    names = [draft.name for draft in request.outputs]
-    model, module = open_plainly(weights, directory, names, request.micro_batch or DEFAULT_MICRO_BATCH)
+    taken, given = [spec.name for spec in inputs], [draft.name for draft in request.outputs]
     chosen = request.micro_batch
+    model, module = open_plainly(weights, directory, taken, given, chosen or DEFAULT_MICRO_BATCH)
     micro_batch = chosen if chosen is not None else model.fixed or DEFAULT_MICRO_BATCH
     records = golden_records(request.golden, inputs)
     outputs, specs = golden_outputs(model, records, inputs, request.outputs)

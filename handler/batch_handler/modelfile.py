@@ -76,17 +76,18 @@ def detect_kind(path: Path, *, trust_pickle: bool = False) -> str:
 
 
 def open_plainly(
-    weights: Weights, directory: Path, outputs: Sequence[str] = (), micro_batch: int = 1
+    weights: Weights, directory: Path, inputs: Sequence[str], outputs: Sequence[str], micro_batch: int
 ) -> tuple[PlainModel, torch.nn.Module | None]:
     """The model of a weights file on the CPU, and its module where it has one; raises `ModelError`.
 
-    `micro_batch` is how many records a compiled package takes that does not say so itself.
+    `inputs` and `outputs` are their names, which a graph is held to; `micro_batch` is how many records a compiled
+    package takes that does not say so itself.
     """
     path = directory / weights.file
     if weights.kind == "torchscript":
         return PlainModel(load_script(path, _CPU).eval()), None
     if weights.kind == "onnx":
-        graph, _ = open_graph(path, _CPU, outputs, optimised=False)
+        graph, _ = open_graph(path, _CPU, inputs, outputs, optimised=False)
         return PlainModel(graph, graph.fixed), None
     if weights.kind == "compiled":
         package = open_package(path, _CPU, micro_batch)
@@ -97,7 +98,7 @@ def open_plainly(
 
 def graph_inputs(path: Path) -> tuple[InputSpec, ...]:
     """What an ONNX graph says that a record is; raises `SignatureError` where it does not."""
-    return open_graph(path, _CPU, (), optimised=False)[0].specs()
+    return open_graph(path, _CPU, optimised=False)[0].specs()
 
 
 def _kind_of_zip(path: Path) -> str | None:

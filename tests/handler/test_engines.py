@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import zipfile
 
@@ -19,8 +20,8 @@ from batch_handler.modelfile import ModelFileError, detect_kind
 from batch_handler.runtimes.aot import missing_instructions
 from batch_handler.runtimes.protobuf import fields_of
 from batch_handler.scoring import Query, Score
-from batch_handler.signature import KINDS, OutputDraft, digest_of, runtimes_for
-from support.onnx_files import external, field, message, model, node, tensor, tiny_onnx, value_info
+from batch_handler.signature import KINDS, InputSpec, OutputDraft, digest_of, runtimes_for
+from support.onnx_files import INT64, STRING, external, field, message, model, node, tensor, tiny_onnx, value_info
 
 
 def reference(module, images):
@@ -98,6 +99,61 @@ def test_a_graph_for_a_fixed_number_of_records_is_filled_up(pack_request, tiny_m
         np.testing.assert_allclose(online(opened, images[:count]), wanted[:count], atol=1e-5)
     with pytest.raises(ModelLoadError, match=r"takes 3 records at a time .* found micro-batches of 8, wanted 3"):
         Model.open(directory, Tuning(micro_batch=8))
+
+
+def difference():
+    """a - b, beside outputs that are of no record."""
+    labels = message((1, 2), (2, STRING), (6, "cat"), (6, "dog"))
+    nodes = [
+        node("Sub", ["a", "b"], ["less"]), node("Add", ["a", "b"], ["more"]), node("NonZero", ["a"], ["places"]),
+        node("ReduceSum", ["a"], ["total"], keepdims=0), node("Identity", ["w"], ["constant"]),
+        node("Constant", [], ["labels"]) + field(5, message((1, "value"), (5, labels), (20, 4))),
+    ]
+    outputs = [value_info("labels", [2], STRING), value_info("less", ["n", 4]), value_info("places", [2, "k"], INT64),
+               value_info("total", []), value_info("constant", [3]), value_info("more", ["n", 4])]
+    return model(nodes, [value_info("a", ["n", 4]), value_info("b", ["n", 4])], outputs,
+                 [tensor("w", np.zeros(3, np.float32))])
+
+
+@pytest.fixture
+def packed_difference(pack_request, tmp_path):
+    path = tmp_path / "difference.onnx"
+    path.write_bytes(difference())
+
+    def packed(inputs, outputs):
+        specs = tuple(InputSpec(name, np.dtype("f4"), (4,), (4,)) for name in inputs)
+        drafts = tuple(OutputDraft(name) for name in outputs)
+        return pack(repacked(pack_request, path, tmp_path, inputs=specs, outputs=drafts))
+
+    return packed
+
+
+@pytest.mark.parametrize(("inputs", "sign"), [("ab", 1), ("ba", -1), ("xy", 1)])
+def test_inputs_have_the_graphs_names_or_its_order(inputs, sign, packed_difference, unpack):
+    opened = Model.open(unpack(packed_difference(inputs, ["less"])))
+    first, second = np.random.default_rng(3).random((2, 20, 4), np.float32)
+    np.testing.assert_array_equal(opened.score_bulk([first, second])[0], (first - second) * sign)
+
+
+def test_outputs_that_nobody_wants_are_not_looked_at(packed_difference, unpack):
+    packed = packed_difference("ab", ["more", "less"])
+    assert [spec.name for spec in read_description(packed).outputs] == ["more", "less"]
+    first, second = np.random.default_rng(3).random((2, 20, 4), np.float32)
+    more, less = Model.open(unpack(packed)).score_bulk([first, second])
+    np.testing.assert_array_equal(more, first + second)
+    np.testing.assert_array_equal(less, first - second)
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "words"), [
+    ("bx", ["less"], "the graph takes inputs ['a', 'b'], the signature names ['b', 'x'], wanted all"),
+    ("abx", ["less"], "the graph takes inputs ['a', 'b'], the signature names ['a', 'b', 'x'], wanted all"),
+    ("ab", ["less", "sum"], "'total', 'constant', 'more'], wanted sum: name one"),
+    ("ab", ["less", "a", "b", "c", "d", "e"], "'total', 'constant', 'more'], wanted a, b, c, d, e: name one"),
+])
+def test_names_that_a_graph_has_in_part_are_refused(inputs, outputs, words, packed_difference):
+    with pytest.raises(ArchiveError, match=re.escape(words)) as caught:
+        packed_difference(inputs, outputs)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("place", "content"), [

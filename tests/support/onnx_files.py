@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 
-FLOAT, INT64 = 1, 7
+FLOAT, INT64, STRING = 1, 7, 8
 
 
 def varint(value):

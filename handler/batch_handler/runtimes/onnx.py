@@ -57,16 +57,17 @@ _DATA_LOCATION = 14
 class OnnxGraph:
     """A session as a callable from torch tensors to torch tensors.
 
-    `fixed` is the number of records of a graph whose first axis is not dynamic. With `outputs` that are all
-    names of the graph's, or not as many, it returns a mapping; otherwise the graph's outputs in their order.
+    `fixed` is the number of records of a graph whose first axis is not dynamic. Inputs and outputs that have the
+    graph's names are bound by them, and those that have none of them by position. Outputs by name are a mapping of
+    those asked for, or of all where none is; the others are not bound. Raises `ModelError` where the names don't fit.
     """
 
-    def __init__(self, session: Any, device: torch.device, outputs: Sequence[str]) -> None:
+    def __init__(self, session: Any, device: torch.device, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         self._session = session
         self._device = device
-        self._inputs = [node.name for node in session.get_inputs()]
-        self._names = [node.name for node in session.get_outputs()]
-        self._by_name = len(outputs) != len(self._names) or all(name in self._names for name in outputs)
+        self._inputs = _inputs_in_order([node.name for node in session.get_inputs()], inputs)
+        given = [node.name for node in session.get_outputs()]
+        self._names, self._by_name = _outputs_taken(given, outputs)
         self._shapes: list[tuple[torch.dtype, tuple[int, ...]]] = []
         first = {node.shape[0] for node in session.get_inputs() if node.shape}
         self.fixed: int | None = next((size for size in first if isinstance(size, int)), None)
@@ -124,11 +125,36 @@ class OnnxGraph:
         return results
 
 
+def _inputs_in_order(taken: list[str], named: Sequence[str]) -> list[str]:
+    """The graph's inputs in the order of the signature's."""
+    if set(taken) == set(named):
+        return list(named)
+    if set(taken) & set(named):
+        raise ModelError(
+            f"the graph takes inputs {taken}, the signature names {list(named)}, wanted all of the graph's names, or "
+            "none of them and the graph's order"
+        )
+    return taken
+
+
+def _outputs_taken(given: list[str], wanted: Sequence[str]) -> tuple[list[str], bool]:
+    """The graph's outputs to bind, and whether by name."""
+    missing = [name for name in wanted if name not in given]
+    if not missing:
+        return list(wanted) or given, True
+    if len(missing) == len(wanted) == len(given):
+        return given, False
+    raise ModelError(
+        f"the graph gives outputs {given}, wanted {', '.join(missing)}: name one of them with --output-name, or "
+        "several as [[outputs]] in a --signature file"
+    )
+
+
 def open_onnx(description: ModelDescription, directory: Path, device: Device, precision: str) -> SlotRuntime:
     """The graph of an archive on a device."""
-    names = [spec.name for spec in description.outputs]
+    inputs, outputs = ([spec.name for spec in specs] for specs in (description.inputs, description.outputs))
     path = directory / description.weights.file
-    graph, numerics = open_graph(path, device.torch_device, names, tf32=precision == "tf32")
+    graph, numerics = open_graph(path, device.torch_device, inputs, outputs, tf32=precision == "tf32")
     return SlotRuntime(
         graph,
         device,
@@ -141,7 +167,13 @@ def open_onnx(description: ModelDescription, directory: Path, device: Device, pr
 
 
 def open_graph(
-    path: Path, device: torch.device, outputs: Sequence[str], *, optimised: bool = True, tf32: bool = False
+    path: Path,
+    device: torch.device,
+    inputs: Sequence[str] = (),
+    outputs: Sequence[str] = (),
+    *,
+    optimised: bool = True,
+    tf32: bool = False,
 ) -> tuple[OnnxGraph, dict[str, Any]]:
     """A graph as a callable, and what of it decides bits; raises `ModelError` with one line."""
     try:
@@ -174,7 +206,7 @@ def open_graph(
         # It goes on without a provider that can't be opened, and without the options above.
         raise ModelError(f"ONNX Runtime can't use {provider} here: are its CUDA and cuDNN installed?")
     numerics = {"onnxruntime": ort.__version__, "provider": session.get_providers()[0]}
-    return OnnxGraph(session, device, outputs), numerics
+    return OnnxGraph(session, device, inputs, outputs), numerics
 
 
 def _as_model_error(path: Path, error: Exception) -> BaseException:
