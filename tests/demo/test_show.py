@@ -126,6 +126,45 @@ def test_a_single_number_a_record_is_drawn_and_not_judged(published, capsys):
     assert figures(capsys)["accuracy"] is None
 
 
+def add_spec(folder, text):
+    """As a run leaves it: with the arrays' metadata inline, so that readers need not list."""
+    with pytest.warns(match="Consolidated metadata"):
+        zarr.consolidate_metadata(folder / "out.zarr")
+    (folder / "out.zarr" / "_run").mkdir()
+    (folder / "out.zarr" / "_run" / "spec.json").write_text(text)
+
+
+def add_outputs(folder, names):
+    """Outputs of a model that gives `names` in that order."""
+    group = zarr.open_group(folder / "out.zarr")
+    for name, shape in (("logits", (COUNT, 4)), ("age", (COUNT,)), ("map", (COUNT, 2, 2))):
+        group.create_array(name, data=np.ones(shape, np.float32), chunks=(50, *shape[1:]))
+    add_spec(folder, json.dumps({"outputs": [[name, "<f4", [4]] for name in names]}))
+
+
+@pytest.mark.parametrize(("names", "shown"), [
+    (("scores", "logits", "age", "map"), "scores"), (("logits", "scores", "age", "map"), "logits"),
+    (("map", "age", "scores", "logits"), "scores"), (("map", "age"), "age"),
+])
+def test_of_several_outputs_the_models_first_with_classes_is_shown_and_named(
+    published, capsys, monkeypatch, names, shown
+):
+    headings = []
+    monkeypatch.setattr("batch_client.picture.draw", lambda heading, _: headings.append(heading) or b"")
+    add_outputs(published, names)
+    assert show(published, "--json") == 0
+    assert figures(capsys)["array"] == shown
+    assert show(published) == 0
+    assert capsys.readouterr().out.startswith(f"{shown}: 300 records")
+    assert headings[-1].startswith(f"out.zarr: {shown}: 300 records")
+
+
+def test_a_damaged_spec_is_said(published, capsys):
+    add_spec(published, "{}")
+    assert show(published) == 78
+    assert "_run/spec.json can't be read" in capsys.readouterr().err
+
+
 def test_everything_may_be_in_s3(published, capsys, monkeypatch):
     with SeaweedServer() as server:
         server.create_bucket("data")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,15 @@ from urllib.parse import urlsplit
 
 import click
 
-from batch_client.errors import DataError, UsageError
+from batch_client.errors import DataError, MismatchError, UsageError
+from batch_client.jsontext import parse_json
 
 if TYPE_CHECKING:
     import numpy as np
 
     from batch_client.picture import Panel
     from batch_client.reader import Source
+    from batch_client.storage import Store
 
 __all__ = ["command"]
 
@@ -39,12 +42,13 @@ _BLOCK_BYTES = 32 << 20
 def command(output_url: str, *, picture: Path | None, as_json: bool, **options: Any) -> None:
     """Draw records of a published OUTPUT with their predictions: some evenly spaced, and the most doubtful ones.
 
-    With --labels the wrong ones are marked and the accuracy is printed.
+    With --labels the wrong ones are marked and the accuracy is printed. Of several outputs the first with classes is
+    shown.
     """
     from batch_client.api import run_until_complete
 
     path = picture or Path(PurePosixPath(urlsplit(output_url).path).stem + ".png")
-    png, figures = run_until_complete(_show(output_url, **options))
+    png, figures, sentence = run_until_complete(_show(output_url, **options))
     try:
         path.write_bytes(png)
     except OSError as error:
@@ -52,8 +56,19 @@ def command(output_url: str, *, picture: Path | None, as_json: bool, **options: 
     if as_json:
         click.echo(json.dumps({**figures, "picture": str(path)}))
         return
-    click.echo(_sentence(figures))
+    click.echo(sentence)
     click.echo(f"picture: {path}")
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What is shown of an output: the array `name` with the scores, `alone` if there is no other, and its status."""
+
+    name: str
+    alone: bool
+    scores: Source
+    status: Source | None
+    attributes: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,17 +91,19 @@ class _Answers:
 
 
 async def _show(output_url: str, *, labels: str | None, records: str | None, source: str | None,
-                anonymous: bool) -> tuple[bytes, dict[str, Any]]:
+                anonymous: bool) -> tuple[bytes, dict[str, Any], str]:
+    """The picture, its figures, and the same in words."""
     from batch_client.picture import draw
     from batch_client.reader import open_source
     from batch_client.spec import Records
     from batch_client.storage import open_store
 
-    scores, status, attributes = await _open_output(output_url, anonymous=anonymous)
+    output = await _open_output(output_url, anonymous=anonymous)
+    scores, attributes = output.scores, output.attributes
     origin = int(attributes.get("origin", 0))
     start, stop = _range(Records.parse(records) if records else Records(), origin, scores.geometry.count)
     truth = None if labels is None else _cut(await _labels(labels, anonymous=anonymous), start, stop, labels)
-    answers = await _answers(scores, status, origin, start, stop, truth)
+    answers = await _answers(scores, output.status, origin, start, stop, truth)
     place = source or attributes.get("source")
     if not place:
         raise UsageError(f"{output_url}: it does not say what was scored; name it with --source URL")
@@ -95,13 +112,12 @@ async def _show(output_url: str, *, labels: str | None, records: str | None, sou
         raise UsageError(f"{place}: found {inputs.geometry.count:,} records, wanted at least {stop:,}; "
                          "is it the array that was scored?")
     panels = [await _panel(title, picks, inputs, scores, origin, answers) for title, picks in _choose(answers)]
-    figures = _figures(output_url, answers)
-    heading = PurePosixPath(urlsplit(output_url).path).name + ": " + _sentence(figures)
-    return draw(heading, panels), figures
+    figures = _figures(output_url, output, answers)
+    sentence = _sentence(figures) if output.alone else f"{output.name}: {_sentence(figures)}"
+    return draw(f"{PurePosixPath(urlsplit(output_url).path).name}: {sentence}", panels), figures, sentence
 
 
-async def _open_output(url: str, *, anonymous: bool) -> tuple[Source, Source | None, dict[str, Any]]:
-    """The output's scores, its record_status and its attributes."""
+async def _open_output(url: str, *, anonymous: bool) -> _Output:
     from zarr.api import asynchronous as zarr_async
     from zarr.errors import ContainsArrayError, GroupNotFoundError
 
@@ -116,12 +132,24 @@ async def _open_output(url: str, *, anonymous: bool) -> tuple[Source, Source | N
         raise DataError(f"{url}: no published output there; a run that goes on or was stopped shows nothing yet "
                         "(finish it with the same batch-client run)") from error
     shapes = {name: array.shape async for name, array in group.arrays()}
-    names = [name for name, shape in shapes.items() if name != "record_status" and len(shape) <= 2]
+    status = await open_source(store, "record_status") if shapes.pop("record_status", None) is not None else None
+    names = [name for name in await _names(store) or sorted(shapes) if len(shapes.get(name, (0, 0, 0))) <= 2]
     if not names:
         raise DataError(f"{url}: found arrays {shapes}, wanted one with a row of scores for each record")
-    scores = await open_source(store, max(names, key=lambda name: len(shapes[name])))
-    status = await open_source(store, "record_status") if "record_status" in shapes else None
-    return scores, status, dict(group.attrs)
+    name = next((name for name in names if math.prod(shapes[name][1:]) > 1), names[0])
+    return _Output(name, len(shapes) == 1, await open_source(store, name), status, dict(group.attrs))
+
+
+async def _names(store: Store) -> list[str]:
+    """The model's outputs in its own order; none where the run is not told."""
+    from batch_client.layout import SPEC_KEY
+    from batch_client.storage import child_url
+
+    spec = await store.get(SPEC_KEY)
+    try:
+        return [] if spec is None else [str(name) for name, _, _ in parse_json(spec.data)["outputs"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise MismatchError(f"{child_url(store.url, SPEC_KEY)} can't be read ({error})") from error
 
 
 def _range(records: Any, origin: int, count: int) -> tuple[int, int]:
@@ -253,10 +281,11 @@ async def _read_rows(source: Source, numbers: list[int]) -> np.ndarray:
     return found
 
 
-def _figures(url: str, answers: _Answers) -> dict[str, Any]:
+def _figures(url: str, output: _Output, answers: _Answers) -> dict[str, Any]:
     right = answers.right
     return {
         "output": url,
+        "array": output.name,
         "range": f"{answers.start}:{answers.stop}",
         "records": answers.count,
         "without_score": int((answers.classes < 0).sum()),
