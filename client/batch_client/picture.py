@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-__all__ = ["MOST_RECORDS", "Panel", "draw", "sample_picture"]
+__all__ = ["MOST_RECORDS", "Panel", "draw", "percent", "sample_picture"]
 
 MOST_RECORDS = 200
 _IMAGE_COLUMNS, _STACKED_COLUMNS, _BAR_COLUMNS = 8, 6, 4
@@ -76,7 +76,7 @@ def sample_picture(
     panel = Panel("", records, scores, labels, range(len(records)))
     right = _right(panel)
     if right is not None:
-        heading += f": {right.sum():,} right, {right.mean() * 100:.1f} %"
+        heading += f": {right.sum():,} right, {percent(right.mean())}"
     return draw(heading, [panel], names)
 
 
@@ -205,7 +205,7 @@ def _lines(
         said = [f"{scores[0]:.4g}"]
     else:
         best = int(scores.argmax())
-        said = [_name(best, names), _score(scores[best], percent=_is_probability(scores))]
+        said = [_name(best, names), percent(scores[best]) if _is_probability(scores) else f"{scores[best]:.3g}"]
     if stacked:
         return [sign + said[0], "   ".join([*said[1:], *number]), "".join(truth)]
     return [sign + "  ".join(said), "   ".join([*number, *truth])]
@@ -272,11 +272,9 @@ def _is_probability(scores: np.ndarray) -> bool:
     return bool((scores >= 0).all() and (scores <= 1).all() and abs(float(scores.sum()) - 1) < 1e-2)
 
 
-def _score(value: float, *, percent: bool) -> str:
-    if not percent:
-        return f"{value:.3g}"
-    # 99.97 % is not certainty: never round up to it.
-    return f"{np.floor(value * 1000) / 10:.1f} %" if value < 1 else "100 %"
+def percent(share: float) -> str:
+    """A share of one in percent, rounded down: 99.97 % is neither all nor certainty."""
+    return f"{np.floor(share * 1000) / 10:.1f} %" if share < 1 else "100 %"
 
 
 def _name(index: int, names: Sequence[str] | None) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from batch_client.errors import UsageError
-from batch_client.picture import MOST_RECORDS, Panel, draw, sample_picture
+from batch_client.picture import MOST_RECORDS, Panel, draw, percent, sample_picture
 
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
@@ -46,6 +46,11 @@ def test_all_right_has_one_colour_and_a_wrong_one_brings_the_other(rng):
     one_wrong = pixels(sample_picture(records, scores, labels))
     assert count(one_wrong, WRONG) > 0
     assert 0 < count(one_wrong, RIGHT) < count(right, RIGHT)
+
+
+@pytest.mark.parametrize(("share", "said"), [(1.0, "100 %"), (0.9998, "99.9 %"), (0.997, "99.7 %"), (0.0, "0.0 %")])
+def test_only_a_whole_is_a_hundred_percent(share, said):
+    assert percent(share) == percent(np.float32(share)) == said
 
 
 def test_a_wrong_one_differs_in_grey_too(rng):

@@ -9,6 +9,7 @@ import zarr
 from obstore.store import S3Store
 
 from batch_client.cli import main
+from batch_client.cli.show import _sentence
 from batch_client.demo.objectstore import SeaweedServer
 
 pytest.importorskip("matplotlib")
@@ -78,6 +79,14 @@ def test_it_says_what_it_found_to_a_person(published, capsys):
     assert "picture.png" in out
     assert show(published) == 0
     assert capsys.readouterr().out.startswith("300 records, 1 without a score\n")
+
+
+@pytest.mark.parametrize(("right", "said"), [
+    (12_345, "12,345 of 12,345 records right, 100 %"), (12_342, "12,342 of 12,345 records right, 99.9 %"),
+    (997, "997 of 12,345 records right, 8.0 %"), (0, "0 of 12,345 records right, 0.0 %"),
+])
+def test_only_all_that_are_right_are_a_hundred_percent(right, said):
+    assert _sentence({"records": 12_345, "right": right, "accuracy": right / 12_345, "without_score": 0}) == said
 
 
 def test_a_source_that_moved_is_named(published, capsys):

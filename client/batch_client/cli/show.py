@@ -295,9 +295,11 @@ def _figures(url: str, output: _Output, answers: _Answers) -> dict[str, Any]:
 
 
 def _sentence(figures: dict[str, Any]) -> str:
+    from batch_client.picture import percent
+
     text = f"{figures['records']:,} records"
     if figures["right"] is not None:
-        text = f"{figures['right']:,} of {text} right, {figures['accuracy'] * 100:.1f} %"
+        text = f"{figures['right']:,} of {text} right, {percent(figures['accuracy'])}"
     if figures["without_score"]:
         text += f", {figures['without_score']:,} without a score"
     return text
