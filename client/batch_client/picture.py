@@ -1,7 +1,7 @@
 """Records and what the model said of them, as a PNG: arrays in, bytes out, nothing read and nothing written.
 
 Right and wrong differ by colour (a pair that colour-blind people tell apart), by a sign and by the frame's
-width, so the picture also works in grey.
+width, so the picture also works in grey. No text is mathematics: a dollar in a name is a dollar.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def draw(heading: str, panels: Sequence[Panel], names: Sequence[str] | None = No
     heights = [layout.height(panel) for panel in panels]
     figure = Figure(figsize=(layout.width, _HEADING + sum(heights)), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.text(0.5, 1 - 0.3 / figure.get_figheight(), heading, ha="center", va="center", fontsize=14)
+    figure.text(0.5, 1 - 0.3 / figure.get_figheight(), heading, ha="center", va="center", fontsize=14,
+                parse_math=False)
     parts = figure.subfigures(len(panels) + 1, 1, height_ratios=[_HEADING, *heights], squeeze=False)[1:, 0]
     for part, panel in zip(parts, panels, strict=True):
         _draw_panel(part, panel, names, layout)
@@ -167,7 +168,8 @@ def _draw_panel(part: SubFigure, panel: Panel, names: Sequence[str] | None, layo
         hspace=layout.caption / layout.tile_height,
     )
     if panel.title:
-        part.text(0.2 / layout.width, 1 - 0.2 / height, panel.title, ha="left", va="center", fontsize=11)
+        part.text(0.2 / layout.width, 1 - 0.2 / height, panel.title, ha="left", va="center", fontsize=11,
+                  parse_math=False)
     images, right = _as_images(panel.records), _right(panel)
     for i, axes in enumerate(grid.flat):
         if i >= len(panel.records):
@@ -226,6 +228,7 @@ def _caption(axes: Axes, lines: Sequence[str], colour: str) -> None:
             fontsize=10.5 if line == 0 else 8,
             color=colour if line == 0 or bold else _QUIET,
             fontweight="bold" if bold and line == 0 else "normal",
+            parse_math=False,
         )
 
 
@@ -237,7 +240,7 @@ def _bars(
     axes.barh(range(len(order)), values[order], height=0.7, color=colour)
     axes.axvline(0, color=_QUIET, linewidth=0.8)
     named = len(scores) > 1 and bool(np.isfinite(scores).all())
-    axes.set_yticks(range(len(order)), [_name(int(k), names) if named else "" for k in order])
+    axes.set_yticks(range(len(order)), [_name(int(k), names) if named else "" for k in order], parse_math=False)
     axes.tick_params(length=0, labelsize=8)
     axes.set_ylim(len(order) - 0.4, -0.6)
     axes.set_xlim(*(limits if limits[0] < limits[1] else (0.0, 1.0)))

@@ -53,6 +53,22 @@ def test_only_a_whole_is_a_hundred_percent(share, said):
     assert percent(share) == percent(np.float32(share)) == said
 
 
+@pytest.mark.parametrize("where", ["heading", "title", "caption", "tick"])
+def test_a_dollar_in_a_text_is_a_dollar(rng, where):
+    records, scores, _ = digits(rng, 2)
+    if where == "tick":  # the other names, so that they are beside the bars and not above them
+        records, scores = records.reshape(2, -1), np.eye(10)[[0, 0]]
+
+    def picture(text):
+        names = [text if where == "caption" or (where == "tick" and k) else str(k) for k in range(10)]
+        title, heading = text if where == "title" else "", text if where == "heading" else ""
+        return pixels(draw(heading, [Panel(title, records, scores)], names))
+
+    assert picture(r"a$\frac$").size
+    assert (picture("$b$") != picture("b")).any()
+    assert picture("$b$").shape == picture("b").shape
+
+
 def test_a_wrong_one_differs_in_grey_too(rng):
     records, scores, labels = digits(rng, 1)
     right = pixels(sample_picture(records, scores, labels)).min(axis=-1) < 230
