@@ -13,12 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zarr.storage import MemoryStore as ZarrMemory
 
+from batch_client.cli.plan import _figures
 from batch_client.cli.run import _sentence
 from batch_client.errors import DataError, MismatchError, StoppedError
 from batch_client.events import ChunkWritten, Published, RequestSent, RunStarted
 from batch_client.pipeline import execute, plan_run
 from batch_client.spec import Records
 from batch_client.storage import MemoryStore, open_store
+from batch_client.verify import verify_output
 from support.runs import records_of, refused, services, source_of, spec
 from support.simulated import SimulatedServer
 
@@ -351,3 +353,13 @@ async def test_a_model_that_changes_under_the_run_is_never_mixed_in():
     output = await refused(MismatchError, "its model is sha256:other", source, Exchanged(), chunk_records=10,
                            in_flight=1)
     assert not [key for key in output.objects if key.endswith("zarr.json")]
+
+
+@pytest.mark.parametrize("chunk", [10, 30, 100])
+async def test_what_plan_says_is_written_is_what_verify_counts_but_for_the_checksums(chunk):
+    source, output = await source_of(records_of(100), (10, 3)), MemoryStore("memory://out")
+    figures = _figures(await plan_run(spec(chunk_records=chunk), services(SimulatedServer(), source)))
+    await execute(spec(chunk_records=chunk), services(SimulatedServer(), source, output))
+    found = await verify_output(output)
+    assert figures["objects_written"] == found.objects
+    assert figures["bytes_to_write"] + 4 * found.objects == found.nbytes

@@ -85,7 +85,6 @@ def _cost(plan: Plan, prices: Prices | None, found: Calibration | None, spec: Ru
 
 
 def _figures(plan: Plan) -> dict[str, Any]:
-    out = sum(output.record_bytes for output in plan.outputs) + 1
     return {
         "records": plan.count,
         "range": f"{plan.start}:{plan.stop}",
@@ -102,7 +101,7 @@ def _figures(plan: Plan) -> dict[str, Any]:
         "micro_batch": plan.micro_batch,
         "bytes_to_read": plan.count * plan.source.record_bytes,
         "bytes_to_send": plan.count * plan.wire_record_bytes,
-        "bytes_to_write": plan.count * out,
+        "bytes_to_write": plan.unit_count * plan.unit_bytes_out,  # the last chunk is stored as full as the others
         "memory_for_records": plan.max_bytes_in_flight,
         "memory_a_chunk_out": plan.unit_bytes_out,
     }
