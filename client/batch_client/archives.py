@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
-from batch_client.errors import CredentialsError, ServingError, StorageError
+from batch_client.errors import CredentialsError, ServingError, StorageError, UsageError
 from batch_client.files import temporary_folder
 from batch_client.machine import device
 from batch_client.storage import Store, child_url, open_store
@@ -42,14 +43,14 @@ async def local_archive(location: str, *, anonymous: bool = False) -> AsyncItera
     """The archive at a path, or fetched from s3://, https:// or another store's URL to a temporary file, with the
     tuning file for this kind of machine beside it where there is one.
 
-    Raises ServingError when there is none, it has no room here, or a tuning file beside it is too large for one;
-    StorageError when a store fails or it is replaced meanwhile.
+    Raises UsageError for a URL that names no object by its path alone; ServingError when there is none, it has no room
+    here, or a tuning file beside it is too large for one; StorageError when a store fails or it is replaced meanwhile.
     """
     scheme = urlsplit(location).scheme
     if len(scheme) <= 1:
         yield _existing(location)
         return
-    base, _, name = location.rstrip("/").rpartition("/")
+    base, name = _split(location)
     store = open_store(base, anonymous=anonymous)
     web = scheme in ("http", "https")
     with temporary_folder("batch-client-") as folder:
@@ -57,9 +58,22 @@ async def local_archive(location: str, *, anonymous: bool = False) -> AsyncItera
         with _kept(location):
             found = await _fetch(store, path, web=web)
         if not found:
-            raise ServingError(f"--archive {location.partition('?')[0]}: there is no such object")
+            raise ServingError(f"--archive {location}: there is no such object")
         await _fetch_tuning(store, path, web=web)
         yield path
+
+
+def _split(url: str) -> tuple[str, str]:
+    """The URL of an object's folder, and the object's name there. What follows a ? may be secret, and is not said."""
+    path, *more = re.split("[?#]", url, maxsplit=1)
+    if more:
+        raise UsageError(f"--archive {path}: has a query or fragment (? or #), wanted an object's URL alone: fetch "
+                         "what was signed and give its path, or write %3F and %23 in a name")
+    base, _, name = path.rstrip("/").rpartition("/")
+    name = unquote(name)
+    if "/" in name or "\0" in name:  # it becomes a file's
+        raise UsageError(f"--archive {path}: {name!r} can't be a file's name")
+    return base, name
 
 
 async def _fetch(store: Store, path: Path, *, web: bool) -> bool:
@@ -87,8 +101,8 @@ def _kept(location: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ServingError(f"--archive {location.partition('?')[0]} has no room here ({error}): set TMPDIR to a place "
-                           "that can be written and is large enough") from error
+        raise ServingError(f"--archive {location} has no room here ({error}): set TMPDIR to a place that can be "
+                           "written and is large enough") from error
 
 
 async def _fetch_tuning(store: Store, archive: Path, *, web: bool) -> None:

@@ -7,6 +7,7 @@ import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
@@ -230,7 +231,7 @@ class _Web:
     def __init__(self, archive, answer):
         class Handler(BaseHTTPRequestHandler):
             def do_HEAD(self):
-                status, body = (200, archive.read_bytes()) if self.path == f"/{archive.name}" else answer
+                status, body = (200, archive.read_bytes()) if self.path == f"/{quote(archive.name)}" else answer
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
@@ -245,7 +246,7 @@ class _Web:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/{archive.name}"
+        self.url = f"http://127.0.0.1:{self._server.server_port}/{quote(archive.name)}"
 
     def __enter__(self):
         self._thread.start()
@@ -278,6 +279,30 @@ async def test_a_web_server_that_has_a_file_gives_it_and_a_damaged_one_is_refuse
         async with local_archive(web.url) as fetched:
             with pytest.raises(ServingError, match="has other fields"):
                 read_tuning(fetched, lambda: device({}))
+
+
+async def test_an_archives_name_may_be_escaped_in_its_url(archive, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    archive = archive.rename(archive.with_name("a #1 ü?.mar"))
+    with _Web(archive, (404, b"")) as web:
+        assert "%20%231%20%C3%BC%3F.mar" in web.url
+        async with local_archive(web.url) as fetched:
+            assert (fetched.name, fetched.read_bytes()) == (archive.name, archive.read_bytes())
+
+
+@pytest.mark.parametrize(("url", "wanted"), [
+    ("https://host/emb.mar?X-Signature=secret", "--archive https://host/emb.mar: has a query or fragment"),
+    ("https://host/emb.mar#secret", "--archive https://host/emb.mar: has a query or fragment"),
+    ("s3://data/emb.mar?secret/x.mar", "--archive s3://data/emb.mar: has a query or fragment"),
+    ("s3://data/..%2F..%2Femb.mar", "'../../emb.mar' can't be a file's name"),
+    ("s3://data/emb%00.mar", "can't be a file's name"),
+])
+async def test_a_url_that_is_more_than_an_objects_path_is_refused_without_the_rest(url, wanted):
+    with pytest.raises(UsageError) as error:
+        async with local_archive(url):
+            pass
+    assert wanted in str(error.value)
+    assert "secret" not in str(error.value)
 
 
 class _Failing(MemoryStore):
