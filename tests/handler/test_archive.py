@@ -380,6 +380,7 @@ def test_a_pickle_without_its_code_says_what_to_do(pack_request, tmp_path, monke
 ])
 def test_flags_that_can_be_no_record_or_name_end_with_64(tmp_path, capfd, flags, words):
     np.save(tmp_path / "records.npy", np.zeros((2, 6, 6), np.uint8))
+    (tmp_path / "w w.pt").touch()
     flags = [str(tmp_path / "records.npy") if flag == "RECORDS" else flag for flag in flags]
     assert main(["pack", str(tmp_path / "w w.pt"), *flags]) == 64
     said = capfd.readouterr().err
@@ -429,3 +430,10 @@ def test_a_zip_that_is_not_ours_and_a_description_that_is_too_large(tmp_path):
         mar.writestr("model.json", b" " * (1 << 26))
     with pytest.raises(ArchiveError, match="is over"):
         read_description(path)
+
+
+@pytest.mark.parametrize("flags", [[], ["--input", "x:uint8:3"], ["--input", "x"], ["--signature", "nothere.toml"]])
+def test_a_model_that_is_not_there_is_said_before_anything_is_asked(flags, tmp_path, capsys):
+    path = tmp_path / "nothere.pt"
+    assert main(["pack", str(path), *flags]) == 65
+    assert capsys.readouterr().err == f"batch-client: {path} is not a file\n"

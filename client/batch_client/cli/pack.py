@@ -45,6 +45,8 @@ _NOTES = {
               "the file is made for]")
 def command(model: Path, **options: Any) -> None:
     """Pack MODEL: .safetensors or other weights with --arch, .onnx, .pt2, TorchScript, or a pickled module."""
+    if not model.is_file():  # said before what its records look like is asked
+        raise DataError(f"{model} is not a file")
     try:
         # Packing needs torch, which is slow to import and not part of the bare client.
         from batch_handler import archive
