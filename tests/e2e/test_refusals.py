@@ -20,6 +20,7 @@ def place(tmp_path_factory, toy_images):
     zarr.create_array(folder / "in.zarr", data=toy_images[:100], chunks=(50, 12, 12))
     zarr.create_array(folder / "wide.zarr", data=np.ones((10, 14, 14), np.uint8), chunks=(5, 14, 14))
     zarr.create_array(folder / "deep.zarr", data=np.zeros((10, 12, 12), np.float64), chunks=(5, 12, 12))
+    zarr.create_array(folder / "holes.zarr", data=np.zeros((10, 12, 12), np.uint8), chunks=(5, 12, 12))
     group = zarr.open_group(folder / "group.zarr", mode="w")
     group.create_array("images", data=toy_images[:10], chunks=(5, 12, 12))
     (folder / "other").mkdir()
@@ -213,6 +214,7 @@ def test_settings_come_from_flags_then_environment_then_file(place, toy_server, 
     (["missing.png"], 64, "No such file"), (["."], 64, "a folder; for records of a Zarr array add --records"),
     (["bad.mar"], 64, "none of npy, JSON"), (["in.zarr", "--records", "0:200"], 64, "0 <= A < B <= 100"),
     (["wide.zarr", "--records", "0:1"], 65, "400"),
+    (["holes.zarr", "--records", "1:3"], 65, "missing from the store: restore it, or choose other --records"),
 ])
 def test_bad_queries_are_one_line(words, code, wanted, place, toy_server, clean_environ):
     check(run_cli(["predict", *words, *toy_server.flags], clean_environ, cwd=place), code, wanted)
