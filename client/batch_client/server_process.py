@@ -42,6 +42,8 @@ __all__ = ["ServerProcess", "launch", "settled"]
 
 # Between SIGTERM and SIGKILL. Java resets requests in flight at once, and then waits 3 s for nothing.
 JAVA_GRACE_SECONDS = 0.2
+# Bytes of a Unix socket's path that the kernel takes; workers listen on such ones, named after ports of five digits.
+SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
 
 
 @dataclass
@@ -115,6 +117,7 @@ def launch(
                            "that can be written") from error
     shared = new_folder() if settings.shared_memory else None
     try:
+        _require_short(folder)
         for name in ("models", "workflows", "tmp"):
             (folder / name).mkdir()
         archive = folder / "models" / f"{model.name}.mar"
@@ -144,6 +147,14 @@ def launch(
             raise ServingError(f"the server can't be started: {error}") from error
         raise
     return ServerProcess(guard, lifeline, folder, shared, log, log_start, properties, time.monotonic())
+
+
+def _require_short(folder: Path) -> None:
+    """Raises ServingError where the workers' sockets can't be in a folder of so long a path."""
+    found = len(os.fsencode(folder / "tmp" / ".ts.sock.65535"))
+    if found > SOCKET_PATH_BYTES:
+        raise ServingError(f"the server can't be started: a worker's socket in {folder} would have a path of {found} "
+                           f"bytes, the most is {SOCKET_PATH_BYTES}: set TMPDIR to a shorter path")
 
 
 def _guarded(

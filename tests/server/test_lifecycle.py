@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import zipfile
@@ -61,6 +62,33 @@ async def test_a_token_of_three_seconds_is_renewed_before_it_ends(make_archive):
             seen.add(await server.token())
             assert (await server.describe())["modelName"] == "echo"  # the management token has as short a life
             await asyncio.sleep(0.2)
+
+
+@pytest.fixture
+def temporary_folder_of(monkeypatch):
+    """A function: number of bytes → the temporary folder from now on, with a path of so many."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # pytest's own may be too long
+
+        def of(nbytes):
+            folder = Path(short) / ("x" * (nbytes - len(short) - 1))
+            folder.mkdir()
+            monkeypatch.setattr(tempfile, "tempdir", str(folder))
+            return folder
+
+        yield of
+
+
+async def test_a_temporary_folder_too_long_for_sockets_is_refused_and_the_longest_serves(
+        make_archive, temporary_folder_of):
+    settings, most = ServerSettings(make_archive(), workers=1), server_process.SOCKET_PATH_BYTES
+    longest = most - len("/batch-client-server-12345678/tmp/.ts.sock.12345")
+    folder = temporary_folder_of(longest + 1)
+    with pytest.raises(ServingError, match=rf"a path of {most + 1} bytes, the most is {most}: set TMPDIR to a shorter"):
+        await EmbeddedServer(settings).start()
+    assert list(folder.iterdir()) == []
+    temporary_folder_of(longest)
+    async with EmbeddedServer(settings) as server:
+        assert await predict(server) == 200
 
 
 def take_away(folder):
