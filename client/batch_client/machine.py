@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["cores", "cpu_kind", "device", "free_ports", "gpus"]
+__all__ = ["cores", "cpu_kind", "device", "free_ports", "gpus", "has_address"]
 
 CPUINFO_BYTES = 1 << 16  # the first core says what all are
 # From the widest: the first that a core has names it.
@@ -89,3 +89,16 @@ def free_ports(count: int) -> list[int]:
         for one in held:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in held]
+
+
+def has_address(address: str) -> bool:
+    """Whether a server here can take requests at this address or host name."""
+    try:
+        found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    for family, kind, protocol, _, place in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as one:
+            one.bind(place)
+            return True
+    return False

@@ -22,7 +22,7 @@ import aiohttp
 from batch_client.errors import ServingError, UsageError
 from batch_client.files import replace_file
 from batch_client.java import Java, find_java, torchserve_home
-from batch_client.machine import gpus
+from batch_client.machine import gpus, has_address
 from batch_client.regions import sweep
 from batch_client.server_config import Model, ServerSettings, model_of
 from batch_client.server_lanes import Lane, lanes_of
@@ -118,10 +118,13 @@ class EmbeddedServer:
     async def start(self) -> None:
         """Starts TorchServe and returns when every worker is ready.
 
-        Raises ServingError when something is missing on this machine, the tuning file can't be taken, the model does
-        not load (with the handler's own reason) or `startup_seconds` are over.
+        Raises UsageError for an address that is another machine's; ServingError when something is missing on this one,
+        the tuning file can't be taken, the model does not load (with the handler's own reason) or `startup_seconds` are
+        over.
         """
         self._model = model_of(self._settings.archive)
+        if not await asyncio.to_thread(has_address, self._settings.address):
+            raise UsageError(f"--address {self._settings.address}: not an address of this machine")
         home = torchserve_home()
         java = await asyncio.to_thread(find_java, self._environ, bundled=self._bundled_java)
         self._settings = await asyncio.to_thread(settled, self._settings, self._environ)

@@ -21,6 +21,7 @@ import pytest
 from batch_client import regions, server_process
 from batch_client.errors import ServingError, UsageError
 from batch_client.java import find_java
+from batch_client.machine import has_address
 from batch_client.regions import usable_folder
 from batch_client.server import ABANDONED_SECONDS, EmbeddedServer, ServerSettings
 from batch_client.server_log import load_failure, silent_deaths
@@ -252,6 +253,13 @@ async def test_a_port_that_is_taken_is_named(make_archive):
         taken.close()
         await taken.wait_closed()
     reason_of(caught.value)
+
+
+async def test_an_address_of_another_machine_is_refused_before_the_start(make_archive):
+    server = EmbeddedServer(ServerSettings(make_archive(), workers=1, address="192.0.2.1"))  # nobody's: RFC 5737
+    with pytest.raises(UsageError, match=r"^--address 192\.0\.2\.1: not an address of this machine$"):
+        await server.start()
+    assert all(map(has_address, ("127.0.0.1", "localhost", "0.0.0.0")))  # noqa: S104 - asked about, not served
 
 
 async def test_a_free_port_that_was_taken_in_between_costs_another_start(make_archive, monkeypatch):
