@@ -121,11 +121,21 @@ def test_what_can_not_be_shown_is_refused_in_one_line(published, capsys, monkeyp
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("where", ["in.zarr", "empty"])
-def test_a_place_without_a_published_output_is_refused(published, capsys, where):
+@pytest.mark.parametrize(("where", "said"), [
+    ("in.zarr", "no published output there, nor one that was begun"),
+    ("empty", "no published output there, nor one that was begun"),
+    ("absent", "no published output there, nor one that was begun"),
+    ("images.zarr", "wanted one with a row of scores"),
+    ("begun", "not published yet: finish it with the same batch-client run"),
+])
+def test_a_place_without_a_published_output_is_refused(published, capsys, where, said):
     (published / "empty").mkdir()
-    assert main(["show", str(published / where)]) == 65
-    assert "no published output" in capsys.readouterr().err
+    (published / "begun" / "_run").mkdir(parents=True)
+    (published / "begun" / "_run" / "spec.json").write_text("{}")
+    group = zarr.create_group(published / "images.zarr")
+    group.create_array("images", data=np.zeros((4, 12, 12), np.uint8))
+    assert main(["show", str(published / where)]) == 78
+    assert said in capsys.readouterr().err
 
 
 def test_a_single_number_a_record_is_drawn_and_not_judged(published, capsys):

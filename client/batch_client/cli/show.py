@@ -121,6 +121,7 @@ async def _open_output(url: str, *, anonymous: bool) -> _Output:
     from zarr.api import asynchronous as zarr_async
     from zarr.errors import ContainsArrayError, GroupNotFoundError
 
+    from batch_client.layout import SPEC_KEY
     from batch_client.reader import open_source
     from batch_client.storage import open_store
     from batch_client.zarrstore import SourceStore
@@ -129,13 +130,17 @@ async def _open_output(url: str, *, anonymous: bool) -> _Output:
     try:
         group = await zarr_async.open_group(SourceStore(store), mode="r")
     except (FileNotFoundError, GroupNotFoundError, ContainsArrayError) as error:
-        raise DataError(f"{url}: no published output there; a run that goes on or was stopped shows nothing yet "
-                        "(finish it with the same batch-client run)") from error
+        if await store.head(SPEC_KEY) is None:
+            raise MismatchError(f"{url}: no published output there, nor one that was begun (no {SPEC_KEY})") from error
+        raise MismatchError(f"{url}: not published yet: finish it with the same batch-client run; batch-client status "
+                            "says how far it is") from error
     shapes = {name: array.shape async for name, array in group.arrays()}
     status = await open_source(store, "record_status") if shapes.pop("record_status", None) is not None else None
-    names = [name for name in await _names(store) or sorted(shapes) if len(shapes.get(name, (0, 0, 0))) <= 2]
+    outputs = await _names(store)
+    names = [name for name in outputs or sorted(shapes) if len(shapes.get(name, (0, 0, 0))) <= 2]
     if not names:
-        raise DataError(f"{url}: found arrays {shapes}, wanted one with a row of scores for each record")
+        kind = DataError if outputs else MismatchError
+        raise kind(f"{url}: found arrays {shapes}, wanted one with a row of scores for each record")
     name = next((name for name in names if math.prod(shapes[name][1:]) > 1), names[0])
     return _Output(name, len(shapes) == 1, await open_source(store, name), status, dict(group.attrs))
 
