@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 from batch_client.errors import CredentialsError, ServingError, StorageError, UsageError
 from batch_client.files import temporary_folder
 from batch_client.machine import device
-from batch_client.storage import Store, child_url, open_store
+from batch_client.storage import Store, child_url, open_store, require_path_alone
 from batch_client.tuning import MAX_BYTES, is_tuning, tuning_path
 
 __all__ = ["local_archive"]
@@ -64,15 +63,12 @@ async def local_archive(location: str, *, anonymous: bool = False) -> AsyncItera
 
 
 def _split(url: str) -> tuple[str, str]:
-    """The URL of an object's folder, and the object's name there. What follows a ? may be secret, and is not said."""
-    path, *more = re.split("[?#]", url, maxsplit=1)
-    if more:
-        raise UsageError(f"--archive {path}: has a query or fragment (? or #), wanted an object's URL alone: fetch "
-                         "what was signed and give its path, or write %3F and %23 in a name")
-    base, _, name = path.rstrip("/").rpartition("/")
+    """The URL of an object's folder, and the object's name there."""
+    require_path_alone(url)
+    base, _, name = url.rstrip("/").rpartition("/")
     name = unquote(name)
     if "/" in name or "\0" in name:  # it becomes a file's
-        raise UsageError(f"--archive {path}: {name!r} can't be a file's name")
+        raise UsageError(f"--archive {url}: {name!r} can't be a file's name")
     return base, name
 
 

@@ -101,8 +101,8 @@ class Source:
         if record.missing and not allow_missing:
             raise DataError(
                 f"{self.url}: chunk {record.missing[0]} (among records {start} to {stop - 1}) is missing from the "
-                "store: restore it, or, if it means the fill value, as where writers leave out chunks of nothing else, "
-                "go on with run --allow-missing")
+                "store: restore it or choose other records; if it means the fill value, as where writers leave out "
+                "chunks of nothing else, run takes it so with --allow-missing")
         etags = {key: etag or "" for key, etag in record.etags.items()} | dict.fromkeys(record.missing)
         return Rows(start, stop, out.pieces().each(_native), etags, record.nbytes)
 

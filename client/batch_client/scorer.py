@@ -185,6 +185,8 @@ class Scorer:
         case.failures.append(RecordFailed(case.span.start + row, reason, FAILURES_ALONE))
         self._failed += 1
         if self._failed > self._most_failed:
+            for failure in case.failures:
+                self._emit(failure)
             raise DataError(f"{self._failed:,} records failed alone, the last of them record {case.span.start + row} "
                             f"({reason}): then it is the model and not a few records; mend it, or leave these records "
                             "out with --records")

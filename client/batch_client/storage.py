@@ -25,7 +25,8 @@ from obstore import store as obstores
 
 from batch_client.errors import BatchClientError, CredentialsError, StorageError, UsageError
 
-__all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "is_inside", "open_store", "put_same"]
+__all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "is_inside", "open_store", "put_same",
+           "require_path_alone"]
 
 # obstore repeats 5xx and reads whose connection is lost itself; after this long a run is better stopped and resumed.
 RETRY_SECONDS = 60
@@ -245,10 +246,7 @@ def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] 
     Raises UsageError for a URL that no store understands, CredentialsError where none can be found.
     """
     scheme = urlsplit(url).scheme
-    if len(scheme) > 1 and (cut := re.search("[?#]", url)):
-        # It would be left out, and the rest is the URL of another place. What follows may be a signature: not shown.
-        raise UsageError(f"{url[:cut.start()]}{cut[0]}…: no place has a {cut[0]!r} in its URL: wanted %23 for a '#' "
-                         "and %3F for a '?' of a name, and no query")
+    require_path_alone(url)
     if len(scheme) <= 1 or scheme == "file":
         return _local_store(url)
     config: dict[str, Any] = {}
@@ -269,6 +267,16 @@ def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] 
         raise UsageError(f"{url}: not a place that can be read or written ({_first_line(error)}): "
                          "wanted s3://bucket/path, gs://…, az://…, file:///path or a path") from error
     return ObjectStore(url.rstrip("/"), inner)
+
+
+def require_path_alone(url: str) -> None:
+    """Raises UsageError for a URL that goes on after its path: that would be left out, and the rest is another place's.
+
+    What follows may be a signature, and is not shown.
+    """
+    if len(urlsplit(url).scheme) > 1 and (cut := re.search("[?#]", url)):
+        raise UsageError(f"{url[:cut.start()]}{cut[0]}…: no place has a {cut[0]!r} in its URL: wanted %23 for a '#' "
+                         "and %3F for a '?' of a name, and no query, such as signed URLs have")
 
 
 def _local_store(url: str) -> Store:

@@ -14,7 +14,7 @@ from batch_client.serving import Servers
 from batch_client.storage import MemoryStore
 from batch_client.tokens import NoTokens
 from batch_client.transport import HttpReply
-from support.faulty import Fate
+from support.faulty import calm
 from support.simulated import SimulatedServer
 from support.virtual import run_virtually
 from support.world import World, undisturbed
@@ -48,10 +48,6 @@ class LaneServer(SimulatedServer):
 @pytest.fixture(scope="module")
 def root():
     return undisturbed()[0]
-
-
-def calm():
-    return Fate(random.Random(0), faults=0)
 
 
 def run_at(server, **options):

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import random
 from dataclasses import replace
 
 import numpy as np
@@ -19,14 +18,10 @@ from batch_client.removal import remove_output
 from batch_client.storage import MemoryStore, is_inside, open_store
 from batch_client.transport import HttpReply
 from batch_handler.oip import decode_request
-from support.faulty import Fate, Life
+from support.faulty import Life, calm
 from support.simulated import SimulatedServer
 from support.virtual import run_virtually
 from support.world import CHUNK, World, make_source, undisturbed
-
-
-def calm():
-    return Fate(random.Random(0), faults=0)
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +311,6 @@ def test_a_path_that_can_not_be_is_refused(path):
 
 
 def test_a_path_through_what_is_no_folder_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"has '\.\.' after what is no folder"):
         open_store(str(tmp_path / "absent" / ".." / "out"))
 

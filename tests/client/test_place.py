@@ -1,7 +1,6 @@
 """Beginning, going on and removing, at the same place and the same moment."""
 
 import asyncio
-import random
 
 import pytest
 
@@ -11,7 +10,7 @@ from batch_client.place import begin, check_place, generation_of, require_genera
 from batch_client.progress import progress_of
 from batch_client.removal import contents_of, remove_output
 from batch_client.storage import MemoryStore
-from support.faulty import Fate
+from support.faulty import calm
 from support.identities import identity_of
 from support.virtual import run_virtually
 from support.world import World, undisturbed
@@ -19,10 +18,6 @@ from support.world import World, undisturbed
 A, B = "a" * 16, "b" * 16
 MINE = identity_of()
 GONE = "was removed, or is being removed"
-
-
-def calm():
-    return Fate(random.Random(0), faults=0)
 
 
 class Meanwhile(MemoryStore):

@@ -1,19 +1,14 @@
 """Taking an output away: the order in which it goes, and what a removal that is cut off leaves."""
 
-import random
 
 import pytest
 
 from batch_client.errors import StoppedError, StorageError
 from batch_client.removal import remove_output
 from batch_client.storage import MemoryStore
-from support.faulty import Fate
+from support.faulty import calm
 from support.virtual import run_virtually
 from support.world import World
-
-
-def calm():
-    return Fate(random.Random(0), faults=0)
 
 
 def test_removal_takes_away_first_what_opens_and_last_what_says_whose_it_is():

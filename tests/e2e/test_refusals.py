@@ -214,7 +214,7 @@ def test_settings_come_from_flags_then_environment_then_file(place, toy_server, 
     (["missing.png"], 64, "No such file"), (["."], 64, "a folder; for records of a Zarr array add --records"),
     (["bad.mar"], 64, "none of npy, JSON"), (["in.zarr", "--records", "0:200"], 64, "0 <= A < B <= 100"),
     (["wide.zarr", "--records", "0:1"], 65, "400"),
-    (["holes.zarr", "--records", "1:3"], 65, "missing from the store: restore it, or choose other --records"),
+    (["holes.zarr", "--records", "1:3"], 65, "missing from the store: restore it or choose other records"),
 ])
 def test_bad_queries_are_one_line(words, code, wanted, place, toy_server, clean_environ):
     check(run_cli(["predict", *words, *toy_server.flags], clean_environ, cwd=place), code, wanted)

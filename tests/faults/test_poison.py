@@ -75,9 +75,10 @@ async def test_a_model_that_raises_on_every_record_is_not_asked_six_times_for_ea
                 return Verdict(Outcome.RAISED, "index out of range")
             return Prediction({"y": rows.joined().astype(np.float32)}, np.zeros(span.count, np.uint8))
 
-    exchange, rows = Raising(), np.ones((4096, 1), np.uint8)
+    exchange, rows, events = Raising(), np.ones((4096, 1), np.uint8), []
     with pytest.raises(DataError, match=r"11 records failed alone, the last of them record 10 \(index out of range\)"):
-        await Scorer(exchange, 8, lambda _: None, most_failed=10).score(Span(0, 4096, 0), Pieces([rows]))
+        await Scorer(exchange, 8, events.append, most_failed=10).score(Span(0, 4096, 0), Pieces([rows]))
+    assert [event.index for event in events] == list(range(11))
     assert exchange.requests < 6 * 11 + 2 * 12 + 6  # two a halving
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 
 from batch_client.errors import StorageError
 from batch_client.storage import MemoryStore
@@ -153,3 +154,8 @@ class FaultyTransport:
 
 def _error(status, kind):
     return HttpReply(status, {}, json.dumps({"code": status, "type": kind, "message": "m"}).encode())
+
+
+def calm():
+    """A life without faults."""
+    return Fate(random.Random(0), faults=0)

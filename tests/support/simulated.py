@@ -133,3 +133,15 @@ class SimulatedServer:
         for row, at in zip(rows, range(len(records)), strict=True):
             out[at] = self.predict(records[at:at + 1], int(row % grid_records))[0]
         return out
+
+
+class Breaking(SimulatedServer):
+    """Fails on requests with a record that begins with 255, as long as it is `broken`."""
+
+    broken = True
+
+    def answer(self, body, header_length):
+        data = decode_request(body, header_length, max_tensor_bytes=1 << 20).inputs[0].data
+        if self.broken and (data[:, 0] == 255).any():
+            return HttpReply(500, {}, b'{"error": "bad record"}')
+        return super().answer(body, header_length)

@@ -108,12 +108,7 @@ async def _read_records(url: str, records: Records, array: str | None, *, anonym
     if nbytes > MOST_BYTES:
         raise UsageError(f"--records {start}:{stop}: {nbytes:,} bytes, a query has at most {MOST_BYTES:,}; "
                          "score them with batch-client run")
-    rows = await source.read(start, stop, allow_missing=True)
-    missing = [key for key, etag in rows.etags.items() if etag is None]
-    if missing:  # the reader's advice is for run
-        raise DataError(f"{source.url}: chunk {missing[0]} (among records {start} to {stop - 1}) is missing from the "
-                        "store: restore it, or choose other --records")
-    return rows
+    return await source.read(start, stop)
 
 
 async def _as_query(servers: Servers, rows: Rows) -> _Query:

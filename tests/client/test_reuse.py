@@ -1,0 +1,108 @@
+"""Reuse: a run that takes from an older output what it would compute again."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from batch_client.errors import DataError, MismatchError
+from batch_client.pipeline import execute, plan_run
+from batch_client.prepare import Services
+from batch_client.storage import MemoryStore
+from support.faulty import Life, calm
+from support.simulated import Breaking
+from support.virtual import run_virtually
+from support.world import CHUNK, World, make_source
+
+
+class Appendable:
+    """A source of 95 chunks that grows to 100 and changes, with one record that can't be scored at first."""
+
+    def __init__(self):
+        rng = np.random.default_rng(4)
+        self.records = rng.integers(1, 90, (100 * CHUNK, 3), np.uint8)
+        self.before = self.records.copy()[: 95 * CHUNK]
+        self.before[[3 * CHUNK, 40 * CHUNK + 1, 94 * CHUNK + 7]] += 1
+        self.before[20 * CHUNK + 5] = 255
+        self.old = make_source(self.before, (CHUNK, 3))
+        self.new = make_source(self.records, (CHUNK, 3))
+        # The one that failed is mended by other means than by changing it: its chunk has the same bytes.
+        self.records[20 * CHUNK + 5] = 255
+        self.new.objects["c/20/0"] = self.old.objects["c/20/0"]
+
+
+def test_reuse_scores_what_changed_what_failed_and_what_was_appended():
+    source = Appendable()
+    server = Breaking()
+    old = World(1, server=server, records=source.before, source=source.old)
+    new = World(2, server=server, records=source.records, source=source.new)
+
+    async def run():
+        first = await old.live(calm(), max_failed=1)
+        assert first.failed == 1
+        server.broken = False
+        before = dict(new.output.objects)
+        old.output.url = "memory://old"
+        fresh = await World(3, server=server, records=source.records, source=source.new).live(calm())
+        services = new.services(calm(), Life())
+        services = Services(services.servers, services.source_store, services.output_store, old.output,
+                            services.clock, services.rng)
+        # Nobody has to remember the earlier run's chunks.
+        summary = await execute(new.spec(reuse="memory://old", chunk_records=None), services)
+        assert before == {}
+        assert summary.scored == 9 * CHUNK
+        assert summary.root == fresh.root
+        await new.check(fresh.root)
+        wrong = Services(services.servers, services.source_store, MemoryStore("memory://x"), old.output,
+                         services.clock, services.rng)
+        with pytest.raises(MismatchError, match=r"chunk_records|grid_records"):
+            await execute(new.spec(reuse="memory://old", chunk_records=2 * CHUNK), wrong)
+        old.output.objects["y/c/7/0"] = b"altered"
+        with pytest.raises(DataError, match="altered since it was published"):
+            await execute(new.spec(reuse="memory://old"), wrong)
+
+    run_virtually(run())
+
+
+def test_parts_copy_their_own_share_of_an_older_output():
+    world, old = World(1), MemoryStore("memory://old")
+
+    class Counting(MemoryStore):
+        created = 0
+
+        async def create(self, key, data):
+            Counting.created += "/c/" in key
+            return await super().create(key, data)
+
+    async def run():
+        await execute(replace(world.spec(), output="memory://old"), services_with(world, old))
+        for part in ((1, 3), (2, 3), (3, 3)):
+            await execute(world.spec(part=part, reuse="memory://old"), services_with(world, output, old))
+        assert Counting.created == len([key for key in output.objects if "/c/" in key])
+        assert "_SUCCESS" in output.objects
+
+    output = Counting("memory://out")
+    run_virtually(run())
+
+
+def test_a_published_output_needs_what_it_reused_no_more():
+    world, old, output = World(1), MemoryStore("memory://old"), MemoryStore("memory://out")
+
+    async def run():
+        await execute(replace(world.spec(), output="memory://old"), services_with(world, old))
+        first = await execute(world.spec(reuse="memory://old"), services_with(world, output, old))
+        old.objects.clear()
+        again = await execute(world.spec(reuse="memory://old"), services_with(world, output, old))
+        assert again.already_published
+        assert again.root == first.root
+        await plan_run(world.spec(reuse="memory://old"), services_with(world, output, old))
+        with pytest.raises(MismatchError, match="is no published output"):
+            await execute(world.spec(reuse="memory://old", overwrite=True), services_with(world, output, old))
+        assert "_SUCCESS" in output.objects
+
+    run_virtually(run())
+
+
+def services_with(world, output, old=None):
+    return Services(world.server.servers(), world.source, output, reuse_store=old, rng=random.Random(1))
