@@ -1,4 +1,4 @@
-"""Parts, several clients, reuse, overwrite, fast, status, removal: the ways in which runs meet."""
+"""Parts, several clients, overwrite, fast, status: the ways in which runs meet."""
 
 import asyncio
 import json
