@@ -240,7 +240,13 @@ class Exchange:
         message = attempt.message
         # One refusal makes the next request, whichever it is, ask for another token.
         refused, self._refused_token = self._refused_token, None
-        token = await self._tokens.token(refused)
+        try:
+            token = await self._tokens.token(refused)
+        except CredentialsError as error:
+            if refused is None:
+                raise
+            self._refused_token = refused  # what renews it may be away for a moment, as a server may
+            return Verdict(Outcome.TOKEN, f"no other is to be had: {error}"), None
         headers = {"Content-Type": CONTENT_TYPE, HEADER_LENGTH: str(message.header_length), **authorization(token)}
         url = f"{endpoint.url}/v2/models/{endpoint.lane or self._contract.name}/infer"
         started = self._clock()
@@ -254,9 +260,14 @@ class Exchange:
         if verdict.outcome is Outcome.TOKEN:
             self._refused_token = token
         if verdict.outcome is Outcome.NOT_SHARED and not message.shared:
-            return Verdict(Outcome.REFUSED, verdict.reason), None
+            verdict = Verdict(Outcome.REFUSED, verdict.reason)
         if verdict.outcome is not Outcome.RESULT:
             return verdict, None
+        return self._accepted(endpoint, attempt, span, reply, started)
+
+    def _accepted(self, endpoint: Endpoint, attempt: _Attempt, span: Span, reply: HttpReply,
+                  started: float) -> tuple[Verdict, Prediction | None]:
+        """What a reply that says it is a result is worth: the prediction, if it is the answer to this attempt."""
         try:
             answer = _decode(reply, attempt)
             prediction = self._check(answer, attempt, span.count)
@@ -268,9 +279,9 @@ class Exchange:
             attempt.region.answered = True
         if attempt.extents and not attempt.read_bytes:
             endpoint.shared_outputs = False  # no room, or a server that does not know of it
-        self._emit(RequestDone(endpoint.url, span.count, message.nbytes, len(reply.body) + attempt.read_bytes,
+        self._emit(RequestDone(endpoint.url, span.count, attempt.message.nbytes, len(reply.body) + attempt.read_bytes,
                                self._clock() - started, prediction.compute * 1e3))
-        return verdict, prediction
+        return Verdict(Outcome.RESULT), prediction
 
     def _learn(self, endpoint: Endpoint, verdict: Verdict, prediction: Prediction | None, sent_at: float) -> None:
         if prediction is not None:

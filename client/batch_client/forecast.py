@@ -2,11 +2,13 @@
 
 The first answers, which came before the servers were busy, are left out. The others are cut into batches of equal
 number, and the interval is Student's over the batches' seconds a record: the method of batch means (Law and Kelton,
-Simulation Modeling and Analysis, chapter 9), which bears that neighbouring answers are not independent.
+Simulation Modeling and Analysis, chapter 9), which bears that neighbouring answers are not independent. It is taken of
+the logarithm, by the delta method: a time is never negative, and from few batches such an interval covers what it says.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +28,9 @@ WARM_UP = 0.2
 STUDENT = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 LEAST_BATCHES, MOST_BATCHES = 3, len(STUDENT) + 2
 ANSWERS_A_BATCH = 2
+# The most that an interval's ends differ from its middle, as a power of e: figures stay finite where batches stood
+# still.
+MOST_RELATIVE = 20.0
 # Of a run's objects beside its chunks: a ledger segment for as many output chunks or seconds, whatever comes first
 # (ledger.py), at most one a chunk.
 CHUNKS_A_SEGMENT, SECONDS_A_SEGMENT = 64, 10.0
@@ -100,10 +105,9 @@ def forecast(answers: Sequence[Answer], records: int) -> Forecast | None:
     mean = _seconds_a_record(answers, ends[0], ends[-1])
     if mean <= 0:
         return None
-    half = STUDENT[batches - LEAST_BATCHES] * statistics.stdev(costs) / batches**0.5
-    # The least possible is that of a run that is always as quick as its quickest batch.
-    low = max(mean - half, min(costs))
-    return Forecast(records, 1 / mean, records * mean, records * min(low, mean), records * (mean + half))
+    relative = STUDENT[batches - LEAST_BATCHES] * statistics.stdev(costs) / batches**0.5 / mean
+    factor = math.exp(min(relative, MOST_RELATIVE))
+    return Forecast(records, 1 / mean, records * mean, records * mean / factor, records * mean * factor)
 
 
 def _seconds_a_record(answers: Sequence[Answer], first: int, last: int) -> float:

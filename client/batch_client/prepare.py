@@ -15,7 +15,7 @@ import numpy as np
 from batch_client.contract import ModelContract, fetch_contract
 from batch_client.endpoint import Pool
 from batch_client.errors import BatchClientError, DataError, MismatchError, ServingError, UsageError
-from batch_client.jsontext import parse_json
+from batch_client.jsontext import canonical_json, parse_json
 from batch_client.layout import SPEC_KEY, SUCCESS_KEY
 from batch_client.plan import Geometry, Plan, RequestSize, make_plan
 from batch_client.reader import Source, open_source
@@ -89,13 +89,21 @@ async def prepare(spec: RunSpec, services: Services) -> Prepared:
     wanted = None if spec.overwrite else _model_of(begun, services.output_store, exact=spec.exact)
     contract = await _agree(spec, services, pool, wanted)
     geometry = geometry_for(source, contract)
-    if spec.overwrite and await services.output_store.head(SUCCESS_KEY) is not None:
-        begun = {}  # it does not go on, but is replaced
-    earlier = begun if begun or services.reuse_store is None else await _stored_run(services.reuse_store)
-    sized = replace(spec, chunk_records=spec.chunk_records or _chunk_of(earlier, geometry))
-    plan = make_plan(sized, geometry, contract.input_dtype, contract.outputs, contract.micro_batch,
-                     contract.micro_batch_seconds, _request_size(contract, services.servers))
-    return Prepared(source, contract, plan, _identity(spec, services, source, contract, plan), pool)
+
+    def sized(earlier: Mapping[str, Any]) -> Prepared:
+        """With output chunks as large as those of `earlier`, unless the caller has said how large."""
+        chosen = replace(spec, chunk_records=spec.chunk_records or _chunk_of(earlier, geometry))
+        plan = make_plan(chosen, geometry, contract.input_dtype, contract.outputs, contract.micro_batch,
+                         contract.micro_batch_seconds, _request_size(contract, services.servers))
+        return Prepared(source, contract, plan, _identity(spec, services, source, contract, plan), pool)
+
+    if begun:
+        prepared = sized(begun)
+        published = await services.output_store.head(SUCCESS_KEY) is not None
+        if not spec.overwrite or (not published and canonical_json(begun) == prepared.identity.to_json()):
+            return prepared
+        # It does not go on, but is replaced: what size it had is no matter.
+    return sized({} if services.reuse_store is None else await _stored_run(services.reuse_store))
 
 
 async def _agree(spec: RunSpec, services: Services, pool: Pool,

@@ -292,6 +292,26 @@ def test_an_overwrite_that_would_end_at_a_missing_chunk_deletes_nothing():
     run_virtually(run())
 
 
+def test_an_overwrite_takes_the_chunk_size_only_of_what_it_goes_on_with():
+    world = World(1)
+
+    async def size(place, **changes):
+        services = replace(world.services(calm(), Life()), output_store=place)
+        spec = world.spec(chunk_records=None, overwrite=True, **changes)
+        return (await prepare(spec, services)).plan.chunk_records
+
+    async def run():
+        default = await size(MemoryStore("memory://empty"))
+        assert default != 3 * CHUNK
+        await world.live(calm(), chunk_records=3 * CHUNK)
+        assert await size(world.output) == default
+        del world.output.objects[SUCCESS_KEY]
+        assert await size(world.output) == 3 * CHUNK
+        assert await size(world.output, codec="zstd") == default
+
+    run_virtually(run())
+
+
 def test_an_output_is_in_no_array_that_it_is_scored_from():
     world = World(1)
 
