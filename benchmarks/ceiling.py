@@ -83,7 +83,8 @@ def forward_of(description: Any, folder: Path, threads: int) -> Callable[[Any], 
     module, _ = load_module(description.weights, folder, torch.device("cpu"))
     if description.runtime == "torchscript":
         example = torch.zeros(description.micro_batch, *description.inputs[0].model_shape)
-        traced = torch.jit.trace(module, example, check_trace=False)
+        traced = torch.jit.trace(  # type: ignore[no-untyped-call] # torch ships no types for it
+            module, example, check_trace=False)
         return torch.jit.optimize_for_inference(torch.jit.freeze(traced.eval()))
     return module
 

@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -164,7 +165,7 @@ class Arena:
         self._archives = {"torchscript": self.archive}
         self._number = 0
         self._call(Contender("reference", "reference.py", tuned=False), sys.executable, work / "expected.zarr")
-        self._expected = zarr.open_array(work / "expected.zarr", mode="r")[:]
+        self._expected = np.asarray(zarr.open_array(work / "expected.zarr", mode="r")[:])
 
     def _packed(self, runtime: str) -> Path:
         if runtime not in self._archives:
@@ -247,7 +248,8 @@ class Arena:
     def _check(self, output: str, records: int) -> None:
         try:
             found = zarr.open(store_of(output), mode="r")
-            scores = (found["scores"] if isinstance(found, zarr.Group) else found)[:]
+            array: Any = found["scores"] if isinstance(found, zarr.Group) else found
+            scores = np.asarray(array[:])
         except (OSError, KeyError, ValueError) as error:
             raise FailedError(f"its output can't be read: {type(error).__name__}: {error}") from error
         if scores.shape != (records, CLASSES):
@@ -258,7 +260,7 @@ class Arena:
 
 
 @contextlib.contextmanager
-def _process(command: list[str], environ: dict[str, str], errors: object) -> Iterator[subprocess.Popen[str]]:
+def _process(command: list[str], environ: dict[str, str], errors: IO[bytes]) -> Iterator[subprocess.Popen[str]]:
     """A contender, and nothing of it left afterwards."""
     process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=errors, text=True)
     try:

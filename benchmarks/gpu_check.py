@@ -117,7 +117,7 @@ def work(directory: str, device: str, records: int, request: int, precision: str
         return np.concatenate([model.score_bulk([rows[at:at + step]], at)[0] for at in range(0, records, step)])
 
     seam = open_device(gpu, threads=threads, precision=precision)
-    runtime = open_runtime(model.description, Path(directory), seam, precision=precision)
+    runtime: Any = open_runtime(model.description, Path(directory), seam, precision=precision)
     slot = runtime.prepare(model.micro_batch)[0]
     whole = max(1, records // model.micro_batch)
     slot.inputs[0][:] = np.resize(rows, slot.inputs[0].shape)
@@ -141,7 +141,7 @@ def work(directory: str, device: str, records: int, request: int, precision: str
     return {
         "gpu": torch.cuda.get_device_name(gpu) if gpu is not None else None,
         "alone": done / timed(alone), "serial": done / timed(serial), "core": records / timed(core),
-        "digest": hashlib.sha256(np.ascontiguousarray(scores)).hexdigest(),
+        "digest": hashlib.sha256(np.ascontiguousarray(scores).data).hexdigest(),
         "sample": scores.reshape(records, -1)[:256].ravel()[:4096].astype(float).tolist(),
     }
 

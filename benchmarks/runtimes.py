@@ -7,6 +7,8 @@ MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ as servers have them. Fails wh
 their precision allows.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import platform
@@ -15,14 +17,19 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from batch_handler.model import Model
 
 ALLOWED = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-3}
 
 
-def opened(archive, runtime, precision, threads):
+def opened(archive: str, runtime: str, precision: str, threads: int) -> Model:
     from batch_handler.model import Model, Tuning
 
     with tempfile.TemporaryDirectory(prefix="runtimes-") as folder, zipfile.ZipFile(archive) as mar:
@@ -30,7 +37,7 @@ def opened(archive, runtime, precision, threads):
         return Model.open(Path(folder), Tuning(threads=threads, runtime=runtime or None, precision=precision))
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path)
     parser.add_argument("entries", nargs="+")
@@ -38,7 +45,9 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args(argv)
     records = np.load(arguments.records)
-    models, rates, scores = {}, {}, {}
+    models: dict[str, Model] = {}
+    rates: dict[str, list[float]] = {}
+    scores: dict[str, np.ndarray] = {}
     for entry in arguments.entries:
         name, _, rest = entry.partition("=")
         archive, runtime, precision = (*rest.split(":"), "", "")[:3]

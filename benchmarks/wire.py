@@ -95,7 +95,8 @@ def packed(work: Path, size: int, returned: int) -> Path:
         def forward(self, records: torch.Tensor) -> torch.Tensor:
             return records[:, :self.returned]
 
-    torch.jit.script(Slice()).save(str(work / "slice.pt"))
+    torch.jit.script(Slice()).save(  # type: ignore[no-untyped-call] # torch ships no types for it
+        str(work / "slice.pt"))
     (work / "slice.toml").write_text(SIGNATURE.format(size), "utf-8")
     cli("pack", work / "slice.pt", "--signature", work / "slice.toml", "-o", work / "slice.mar")
     return work / "slice.mar"
