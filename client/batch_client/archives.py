@@ -11,13 +11,14 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from batch_client.errors import CredentialsError, ServingError, StorageError, UsageError
 from batch_client.files import temporary_folder
 from batch_client.machine import device
-from batch_client.storage import Store, child_url, open_store, require_path_alone
+from batch_client.storage import Store, child_url, open_store
 from batch_client.tuning import MAX_BYTES, is_tuning, tuning_path
+from batch_client.urls import require_path_alone, split_url
 
 __all__ = ["local_archive"]
 
@@ -45,7 +46,7 @@ async def local_archive(location: str, *, anonymous: bool = False) -> AsyncItera
     Raises UsageError for a URL that names no object by its path alone; ServingError when there is none, it has no room
     here, or a tuning file beside it is too large for one; StorageError when a store fails or it is replaced meanwhile.
     """
-    scheme = urlsplit(location).scheme
+    scheme = split_url(location).scheme
     if len(scheme) <= 1:
         yield _existing(location)
         return

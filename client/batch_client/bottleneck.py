@@ -5,7 +5,8 @@ room, the servers are. Where none waits while records are read or chunks are wri
 all they can use: N* requests in flight, above which a request only queues there. N* is the knee of the asymptotic
 bounds of operational analysis (Denning and Buzen, "The Operational Analysis of Queueing Network Models", ACM Computing
 Surveys 10(3), 1978), found from what was seen; see `knee`. The time of the servers is divided between the model and the
-wire as a request that does not queue divides its own.
+wire as a request that does not queue divides its own; but where the model's ceiling is known, it computed for at least
+the share of it that the run reached, however long the way to its servers is.
 """
 
 from __future__ import annotations
@@ -118,13 +119,14 @@ def find_bottleneck(totals: Totals, of_ceiling: float | None = None) -> Bottlene
     """
     if not totals.requests or not sum(totals.waited.values()):
         return None
-    shares = _shares(totals)
+    reached = of_ceiling or 0.0
+    shares = _shares(totals, reached)
     limit = max(shares, key=lambda limit: shares[limit])
     if totals.cpu_seconds >= LOOP_IS_BUSY * totals.seconds:
         limit = Limit.CLIENT
     elif limit in (Limit.MODEL, Limit.WIRE) and _could_hold_more(totals):
         limit = Limit.IN_FLIGHT
-    return Bottleneck(limit, _evidence(limit, totals, shares), _advice(limit, totals, of_ceiling), shares)
+    return Bottleneck(limit, _evidence(limit, totals, shares, reached), _advice(limit, totals, of_ceiling), shares)
 
 
 def knee(totals: Totals) -> float:
@@ -169,7 +171,7 @@ def _backlog(totals: Totals) -> float:
     return max(0.0, queued) / busy if busy else 0.0
 
 
-def _shares(totals: Totals) -> dict[Limit, float]:
+def _shares(totals: Totals, of_ceiling: float) -> dict[Limit, float]:
     most = knee(totals)
     # What more in flight would have changed is among the servers' time.
     seconds: dict[Limit, float] = {limit: 0.0 for limit in Limit if limit is not Limit.IN_FLIGHT}
@@ -184,7 +186,7 @@ def _shares(totals: Totals) -> dict[Limit, float]:
             seconds[stage[waiting]] += elapsed * (1 - fed)
         servers += elapsed * fed
     wasted = totals.wasted_seconds / max(totals.wasted_seconds + totals.request_seconds, 1e-9)
-    model = _model_share(totals)
+    model = max(_model_share(totals), min(1.0, of_ceiling))
     seconds[Limit.FAILURES] += servers * wasted
     seconds[Limit.MODEL] += servers * (1 - wasted) * model
     seconds[Limit.WIRE] += servers * (1 - wasted) * (1 - model)
@@ -218,7 +220,7 @@ def _seconds(totals: Totals, waiting: Waiting) -> float:
     return sum(seconds for (waited, _), seconds in totals.waited.items() if waited is waiting)
 
 
-def _evidence(limit: Limit, totals: Totals, shares: Mapping[Limit, float]) -> str:
+def _evidence(limit: Limit, totals: Totals, shares: Mapping[Limit, float], of_ceiling: float) -> str:
     if limit is Limit.CLIENT and totals.cpu_seconds >= LOOP_IS_BUSY * totals.seconds:
         return f"its event loop computed for {_percent(totals.cpu_seconds / totals.seconds)} of the time"
     if limit is Limit.IN_FLIGHT:
@@ -229,6 +231,8 @@ def _evidence(limit: Limit, totals: Totals, shares: Mapping[Limit, float]) -> st
         waited = f"the servers were waited for during {_percent(servers)} of the time"
         if totals.compute_seconds <= 0:
             return f"{waited}, and do not say how long they computed"
+        if of_ceiling > _model_share(totals):
+            return f"{waited}, and the run had {_percent(of_ceiling)} of the model's ceiling"
         return f"{waited}, and {_percent(_model_share(totals))} of a request that does not queue there is the model"
     return {
         Limit.READING: f"the servers had too little to do while records were read, {share}",

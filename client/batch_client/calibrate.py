@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from batch_client.errors import DataError, StoppedError
-from batch_client.events import Event, RecordFailed, RequestDone, RequestRetried, RunStarted
+from batch_client.events import Event, RecordFailed, RecordsScored, RequestRetried, RunStarted
 from batch_client.forecast import Answer, Forecast, Sample, forecast
 from batch_client.pipeline import execute, plan_run
 from batch_client.plan import Plan
@@ -53,8 +53,8 @@ class _Watcher:
             case RunStarted():
                 self.plan, self.began = event.plan, self._clock()
                 self.sample = Sample(self.began)
-            case RequestDone():
-                self.sample.add(Answer(self._clock(), event.records))
+            case RecordsScored():  # not the requests: those that look for a bad record are no progress
+                self.sample.add(Answer(self._clock(), len(event.status)))
             case RequestRetried():
                 self.refused = f"{event.endpoint} said: {event.reason}"
             case RecordFailed():

@@ -28,8 +28,14 @@ __all__ = [
     "StoppedError",
     "StorageError",
     "UsageError",
+    "in_one_line",
     "one_error",
 ]
+
+
+def in_one_line(error: BaseException) -> str:
+    """What another's error says, with its kind, as a part of a message of ours."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 @contextmanager

@@ -38,7 +38,7 @@ CHUNKS_A_SEGMENT, SECONDS_A_SEGMENT = 64, 10.0
 
 @dataclass(frozen=True)
 class Answer:
-    """A request's answer: when it came, in seconds of one clock, and for how many records."""
+    """So many records have their predictions: when the last of them came, in seconds of one clock."""
 
     at: float
     records: int

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from batch_client.errors import UsageError
+from batch_client.figures import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-__all__ = ["MOST_RECORDS", "Panel", "draw", "percent", "sample_picture"]
+__all__ = ["MOST_RECORDS", "Panel", "draw", "sample_picture"]
 
 MOST_RECORDS = 200
 _IMAGE_COLUMNS, _STACKED_COLUMNS, _BAR_COLUMNS = 8, 6, 4
@@ -273,11 +274,6 @@ def _as_images(records: np.ndarray) -> np.ndarray | None:
 
 def _is_probability(scores: np.ndarray) -> bool:
     return bool((scores >= 0).all() and (scores <= 1).all() and abs(float(scores.sum()) - 1) < 1e-2)
-
-
-def percent(share: float) -> str:
-    """A share of one in percent, rounded down: 99.97 % is neither all nor certainty."""
-    return f"{np.floor(share * 1000) / 10:.1f} %" if share < 1 else "100 %"
 
 
 def _name(index: int, names: Sequence[str] | None) -> str:

@@ -51,8 +51,6 @@ __all__ = ["execute", "plan_run"]
 
 # What a stop may take: work in flight is finished within this, the rest is left for the resume.
 DRAIN_SECONDS = 12.0
-# Assembled chunks held at a time, beside the byte budget of the records.
-OUTPUT_BYTES = 64 << 20
 # Failures beyond the accepted ones after which it is the model, not the records: no use in taking apart the rest.
 HOPELESS = 1000
 NOT_FINITE = "the prediction is not finite"
@@ -199,15 +197,8 @@ class _Run:
             servers=services.servers, pool=prepared.pool, contract=prepared.contract, exact=spec.exact,
             patience=spec.patience, clock=services.clock, rng=services.rng, emit=emit)
         self._scorer = Scorer(exchange, prepared.plan.micro_batch, emit, spec.max_failed + HOPELESS)
-        self._places = asyncio.Semaphore(self._units_at_once(len(services.servers.urls)))
+        self._places = asyncio.Semaphore(self._plan.units_at_once(spec.in_flight * len(services.servers.urls)))
         self._under_way = asyncio.Event()
-
-    def _units_at_once(self, servers: int) -> int:
-        requests_a_unit = -(-self._plan.chunk_records // self._plan.request_records)
-        for_requests = -(-self._spec.in_flight * servers // requests_a_unit) + 2
-        for_bytes = self._spec.max_bytes_in_flight // self._plan.unit_bytes_in + 2
-        least = 2 if self._plan.unit_bytes_out <= OUTPUT_BYTES else 1
-        return max(least, min(for_requests, for_bytes, OUTPUT_BYTES // self._plan.unit_bytes_out))
 
     @property
     def counted(self) -> LedgerView:

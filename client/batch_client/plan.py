@@ -45,6 +45,8 @@ TAIL_SHARE = 4
 LEAST_CHUNKS = 32
 LEAST_CHUNK_BYTES_IN = 8 * MIB
 LEAST_CHUNK_RECORDS = 8192
+# Assembled chunks held at a time, beside the byte budget of the records.
+OUTPUT_BYTES = 64 * MIB
 # Every source object of a chunk is named in its ledger row; and a chunk is assembled and encoded in memory.
 MOST_SOURCE_OBJECTS = 200_000
 LARGEST_CHUNK_BYTES_OUT = 1 << 30
@@ -169,6 +171,15 @@ class Plan:
     def unit_bytes_out(self) -> int:
         """Bytes of one assembled output chunk, its status row included."""
         return self.chunk_records * (1 + sum(output.record_bytes for output in self.outputs))
+
+    def units_at_once(self, in_flight: int) -> int:
+        """Output chunks that are worked on at a time, where servers take `in_flight` requests together: as many as
+        their requests, the budget of bytes and the memory for outputs ask for.
+        """
+        for_requests = -(-in_flight // -(-self.chunk_records // self.request_records)) + 2
+        for_bytes = self.max_bytes_in_flight // self.unit_bytes_in + 2
+        least = 2 if self.unit_bytes_out <= OUTPUT_BYTES else 1
+        return max(least, min(for_requests, for_bytes, OUTPUT_BYTES // self.unit_bytes_out))
 
     @property
     def wire_record_bytes(self) -> int:

@@ -11,7 +11,7 @@ from batch_client.layout import FAILED_PREFIX, LEDGER_PREFIX, REMOVING_KEY, SPEC
 from batch_client.ledger import LedgerView
 from batch_client.place import generation_of
 from batch_client.publish import published_root
-from batch_client.storage import Store, child_url
+from batch_client.storage import Meta, Store, child_url
 
 __all__ = ["Progress", "Writer", "progress_of"]
 
@@ -72,11 +72,11 @@ async def progress_of(store: Store) -> Progress:
     generation = await generation_of(store)
     view = LedgerView(store, chunks, generation or "")
     writers: tuple[Writer, ...] = ()
-    times: list[float] = []
+    segments: list[Meta] = []
     if generation is not None:
         await view.refresh()
-        writers, times = await _writers(store, generation)
-    rate = _rate(times, view.records, len(view))
+        writers, segments = await _writers(store, generation)
+    rate = _rate([(meta.modified, meta.size) for meta in segments], view.records)
     root = await published_root(store)
     return Progress(
         output=store.url,
@@ -89,26 +89,33 @@ async def progress_of(store: Store) -> Progress:
         not_finite=view.not_finite,
         chunks=chunks,
         chunks_done=len(view),
-        dead_letters=sum([1 async for _ in store.list(FAILED_PREFIX)]),
+        # By chunk: one that several clients, or one of them again, took apart has several files.
+        dead_letters=len({meta.key.partition("-")[0] async for meta in store.list(FAILED_PREFIX)}),
         rate=rate,
         eta=(records - view.records) / rate if rate and root is None else None,
         writers=writers,
     )
 
 
-async def _writers(store: Store, generation: str) -> tuple[tuple[Writer, ...], list[float]]:
-    segments: dict[str, list[float]] = {}
+async def _writers(store: Store, generation: str) -> tuple[tuple[Writer, ...], list[Meta]]:
+    """Whoever wrote, and all segments, both in the order of time."""
     ours = f"{LEDGER_PREFIX}{generation}/"
-    async for meta in store.list(ours):
-        segments.setdefault(meta.key[len(ours):].partition("/")[0], []).append(meta.modified)
-    writers = sorted((Writer(name, len(times), max(times)) for name, times in segments.items()),
+    segments = sorted([meta async for meta in store.list(ours)], key=lambda meta: meta.modified)
+    by_name: dict[str, list[Meta]] = {}
+    for meta in segments:
+        by_name.setdefault(meta.key[len(ours):].partition("/")[0], []).append(meta)
+    writers = sorted((Writer(name, len(own), own[-1].modified) for name, own in by_name.items()),
                      key=lambda writer: writer.last_wrote)
-    return tuple(writers), sorted(time for times in segments.values() for time in times)
+    return tuple(writers), segments
 
 
-def _rate(times: list[float], done: int, rows: int) -> float | None:
-    """Segments in the last stretch, times the records of an average segment, over its seconds."""
-    recent = [time for time in times if time >= times[-1] - RATE_SECONDS] if times else []
-    if len(recent) < 2 or recent[-1] - recent[0] < RATE_LEAST_SECONDS or not rows:
+def _rate(segments: list[tuple[float, int]], done: int) -> float | None:
+    """Records of the segments in the last stretch over its seconds. A segment, of which its time and its bytes are
+    known, has rows of about one size, and so as much of the records as of all segments' bytes.
+    """
+    recent = [(time, size) for time, size in segments if time >= segments[-1][0] - RATE_SECONDS]
+    seconds = recent[-1][0] - recent[0][0] if recent else 0.0
+    if seconds < RATE_LEAST_SECONDS or not done:
         return None
-    return (len(recent) - 1) * done / len(times) / (recent[-1] - recent[0])
+    share = sum(size for _, size in recent[1:]) / max(1, sum(size for _, size in segments))
+    return done * share / seconds

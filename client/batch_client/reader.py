@@ -21,19 +21,19 @@ from zarr.core.array import AsyncArray
 from zarr.core.group import AsyncGroup
 from zarr.errors import ContainsGroupError, GroupNotFoundError, NodeTypeValidationError
 
-from batch_client.errors import BatchClientError, DataError, MismatchError, StorageError
+from batch_client.errors import BatchClientError, DataError, MismatchError, StorageError, in_one_line
 from batch_client.pieces import Pieces
 from batch_client.plan import Geometry
 from batch_client.storage import Store, child_url
 from batch_client.stringset import StringSet
 from batch_client.zarrstore import PieceBuffer, SourceStore, recording
 
-__all__ = ["ETags", "Rows", "Source", "open_source"]
+__all__ = ["UNREADABLE", "ETags", "Rows", "Source", "open_source"]
 
 # What zarr, numcodecs, numpy and the codecs of the standard library raise for metadata or chunks that can't be
 # understood; gzip and bz2 say it by an OSError, zstd by a MemoryError or SystemError where a broken frame claims a size
 # that can't be, and what a store says is mapped before (`storage.py`).
-_UNREADABLE = (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, NotImplementedError, EOFError,
+UNREADABLE = (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, NotImplementedError, EOFError,
                OSError, MemoryError, SystemError, zlib.error, lzma.LZMAError)
 
 
@@ -96,7 +96,7 @@ class Source:
                 out = await self._select(start, stop)
             except BatchClientError:
                 raise
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 raise await self._undecodable(start, stop, error) from error
         if record.missing and not allow_missing:
             raise DataError(
@@ -121,12 +121,12 @@ class Source:
                     await self._select(low, high)
                 except BatchClientError:
                     raise
-                except _UNREADABLE as again:
+                except UNREADABLE as again:
                     start, stop, error = low, high, again
                     if len(record.etags) == 1:  # where a record is in several, it is not known which
                         which = f"chunk {next(iter(record.etags))}"
                     break
-        return DataError(f"{self.url}: records {start} to {stop - 1} can't be decoded ({_one_line(error)}): restore "
+        return DataError(f"{self.url}: records {start} to {stop - 1} can't be decoded ({in_one_line(error)}): restore "
                          f"{which} or leave it out with --records")
 
     async def etags(self) -> ETags:
@@ -166,8 +166,8 @@ async def open_source(store: Store, array: str | None) -> Source:
             raise DataError(await _nothing_there(zarr_store, where, array)) from error
         except BatchClientError:
             raise
-        except _UNREADABLE as error:
-            raise DataError(f"{where}: its Zarr metadata can't be read ({_one_line(error)})") from error
+        except UNREADABLE as error:
+            raise DataError(f"{where}: its Zarr metadata can't be read ({in_one_line(error)})") from error
     if not node.shape:
         raise DataError(f"{where}: a single value; wanted an array with records along axis 0")
     dtype = np.dtype(node.dtype)
@@ -212,7 +212,7 @@ async def _nothing_there(store: SourceStore, where: str, array: str | None) -> s
         names = sorted([name async for name, _ in group.arrays()])[:20]
     except BatchClientError:
         raise
-    except (FileNotFoundError, GroupNotFoundError, *_UNREADABLE):
+    except (FileNotFoundError, GroupNotFoundError, *UNREADABLE):
         names = []
     if names:
         found = f"the group has {', '.join(names)}"
@@ -223,7 +223,3 @@ async def _nothing_there(store: SourceStore, where: str, array: str | None) -> s
 
 def _native(data: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("="))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

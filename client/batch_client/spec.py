@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 from batch_client.errors import MismatchError, UsageError
 from batch_client.jsontext import canonical_json, parse_json
+from batch_client.urls import split_url
 
 __all__ = ["CODECS", "MIB", "Records", "RunIdentity", "RunSpec", "ServerSpec"]
 
@@ -20,6 +20,7 @@ MIB = 1 << 20
 # A digest, of which the first six bytes tell people which one it is.
 _DIGEST = re.compile(r"((?:\w+:)?[0-9a-f]{12})[0-9a-f]{20,}")
 CODECS = ("none", "zstd")
+MOST_DIGITS = 18  # of the number of a record
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Records:
     def parse(cls, text: str) -> Self:
         """Read `A:B`. Raises UsageError for anything else."""
         start, colon, stop = text.partition(":")
-        if not colon or not all(end == "" or end.isdecimal() for end in (start, stop)):
-            raise UsageError(f"--records {text!r}: wanted A:B, A: or :B with whole numbers, such as 0:1000")
+        if not colon or not all(end == "" or (end.isdecimal() and len(end) <= MOST_DIGITS) for end in (start, stop)):
+            raise UsageError(f"--records {text[:100]!r}: wanted A:B, A: or :B with whole numbers, such as 0:1000")
         return cls(int(start) if start else None, int(stop) if stop else None)
 
     def resolve(self, count: int) -> tuple[int, int]:
@@ -75,7 +76,7 @@ class ServerSpec:
         for endpoint in self.endpoints:
             if not endpoint.startswith(("http://", "https://")):
                 raise UsageError(f"--endpoint {endpoint}: wanted a URL such as http://host:8080")
-            if "@" in urlsplit(endpoint).netloc:
+            if "@" in split_url(endpoint).netloc:
                 raise UsageError("--endpoint has a user name or password in its URL, which would be shown in logs: "
                                  "give a token with --token-file or --token-command")
         if self.endpoints and not self.model:
@@ -148,7 +149,7 @@ class RunSpec(ServerSpec):
         if self.reuse is not None and not self.exact:
             raise UsageError("--reuse and --fast: only chunks of exact runs can be told to be the same")
         for name, place in (("INPUT", self.input), ("OUTPUT", self.output), ("--reuse", self.reuse or "")):
-            user = urlsplit(place).netloc.rpartition("@")[0]
+            user = split_url(place).netloc.rpartition("@")[0]
             if ":" in user or (user and not place.startswith(("abfs://", "abfss://"))):
                 raise UsageError(f"{name} has a user name or password in its URL, which would be stored in the output: "
                                  "give credentials by the store's variables")

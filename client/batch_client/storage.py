@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import obstore
 from obstore import exceptions as foreign
 from obstore import store as obstores
 
 from batch_client.errors import BatchClientError, CredentialsError, StorageError, UsageError
+from batch_client.urls import require_path_alone, split_url
 
-__all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "is_inside", "open_store", "put_same",
-           "require_path_alone"]
+__all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "is_inside", "open_store", "put_same"]
 
 # obstore repeats 5xx and reads whose connection is lost itself; after this long a run is better stopped and resumed.
 RETRY_SECONDS = 60
@@ -233,7 +233,7 @@ def is_inside(url: str, place: str) -> bool:
 def _resolved(url: str) -> str:
     if url.startswith("file:"):
         with suppress(OSError, RuntimeError):  # links that lead in a circle
-            url = Path(unquote(urlsplit(url).path)).resolve().as_uri()
+            url = Path(unquote(split_url(url).path)).resolve().as_uri()
     return re.sub("^s3a:", "s3:", url).rstrip("/")
 
 
@@ -245,7 +245,7 @@ def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] 
 
     Raises UsageError for a URL that no store understands, CredentialsError where none can be found.
     """
-    scheme = urlsplit(url).scheme
+    scheme = split_url(url).scheme
     require_path_alone(url)
     if len(scheme) <= 1 or scheme == "file":
         return _local_store(url)
@@ -269,18 +269,8 @@ def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] 
     return ObjectStore(url.rstrip("/"), inner)
 
 
-def require_path_alone(url: str) -> None:
-    """Raises UsageError for a URL that goes on after its path: that would be left out, and the rest is another place's.
-
-    What follows may be a signature, and is not shown.
-    """
-    if len(urlsplit(url).scheme) > 1 and (cut := re.search("[?#]", url)):
-        raise UsageError(f"{url[:cut.start()]}{cut[0]}…: no place has a {cut[0]!r} in its URL: wanted %23 for a '#' "
-                         "and %3F for a '?' of a name, and no query, such as signed URLs have")
-
-
 def _local_store(url: str) -> Store:
-    given = unquote(urlsplit(url).path) if url.startswith("file:") else url
+    given = unquote(split_url(url).path) if url.startswith("file:") else url
     if not given:  # would be the working folder
         raise UsageError("a place to read or write is empty: wanted s3://bucket/path, file:///path or a path")
     try:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from batch_client.bottleneck import Bottleneck, find_bottleneck
-from batch_client.events import ChunkWritten, Event, Published, RequestDone, RequestRetried, RunStarted
+from batch_client.events import ChunkWritten, Event, Published, RecordsScored, RequestDone, RequestRetried, RunStarted
+from batch_client.figures import significant
 from batch_client.forecast import Answer, Sample, forecast
 from batch_client.ledger import LedgerView
 from batch_client.manifest import Manifest
@@ -106,7 +107,8 @@ class Tally:
                 self._sample = Sample(self._started)
             case RequestDone():
                 self._requests += 1
-                self._sample.add(Answer(self._clock(), event.records))
+            case RecordsScored():
+                self._sample.add(Answer(self._clock(), len(event.status)))
             case RequestRetried():
                 self._retries += 1
             case ChunkWritten():
@@ -131,7 +133,7 @@ class Tally:
             not_finite=counted.not_finite,
             missing_chunks=counted.missing_chunks,
             seconds=round(seconds, 3),
-            records_per_s=round(rate, 1),
+            records_per_s=significant(rate),
             output=spec.output,
             root=self._published.root,
             published=bool(self._published.root),

@@ -29,7 +29,7 @@ class Timesheet:
         self._clock = clock
         self._cpu = cpu
         self._began: float | None = None
-        self._cpu_began = 0.0
+        self._cpu_began = self._cpu_at = 0.0
         self._at = 0.0
         self._most = 1
         self._steps: Counter[Step] = Counter()
@@ -47,6 +47,7 @@ class Timesheet:
             self._cpu_began = self._cpu()
             self._most = min(event.in_flight, MOST_LEVELS)
         self._advance()
+        self._cpu_at = self._cpu()  # as of the last event, like all else: who asks later may have computed since
         match event:
             case StepBegan():
                 self._steps[event.step] += 1
@@ -76,7 +77,7 @@ class Timesheet:
             compute_seconds=self._compute_seconds,
             least_overhead=sum(way.seconds for way in self._ways.values()) / max(self._requests, 1),
             wasted_seconds=self._wasted_seconds,
-            cpu_seconds=0.0 if self._began is None else self._cpu() - self._cpu_began,
+            cpu_seconds=0.0 if self._began is None else self._cpu_at - self._cpu_began,
         )
 
     def _send(self) -> None:

@@ -1,6 +1,7 @@
 """What a run was limited by: the stage that was made slow is the one that is named, and no other."""
 
 import asyncio
+import itertools
 import json
 import random
 from dataclasses import replace
@@ -12,11 +13,14 @@ from hypothesis import strategies as st
 
 from batch_client.bottleneck import BACKLOG, Limit, Totals, Waiting, find_bottleneck, knee
 from batch_client.contract import contract_of
+from batch_client.events import Published, RunStarted
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.spec import RunSpec
 from batch_client.storage import MemoryStore
+from batch_client.timesheet import Timesheet
 from batch_client.transport import HttpReply
+from support.plans import plan_of
 from support.simulated import URL, SimulatedServer
 from support.virtual import run_virtually
 from support.world import make_source
@@ -157,8 +161,19 @@ def test_a_budget_that_the_requests_hold_is_the_thing_to_raise(source):
 
 
 def test_an_event_loop_that_is_never_idle_is_the_limit_whatever_waits(source):
-    ticks = iter([0.0, 1e9])
+    ticks = itertools.count(0.0, 1e3)
     assert scored(source, cpu=lambda: next(ticks)).limited_by == Limit.CLIENT.value
+
+
+def test_what_is_computed_after_the_run_is_none_of_it():
+    """Whoever asks for the verdict may have done something else before, or ask in another thread."""
+    now, computed = [0.0], [0.0]
+    sheet = Timesheet(lambda: now[0], lambda: computed[0])
+    sheet(RunStarted(plan_of(), "o", "m", "d", 0, "f", 4, None))
+    now[0], computed[0] = 2.0, 0.5
+    sheet(Published("o", "root"))
+    now[0], computed[0] = 9.0, 7.0
+    assert (sheet.totals().seconds, sheet.totals().cpu_seconds) == (2.0, 0.5)
 
 
 def test_far_below_the_ceiling_more_workers_are_not_the_advice(source):
@@ -166,6 +181,14 @@ def test_far_below_the_ceiling_more_workers_are_not_the_advice(source):
     assert near.limited_by == far.limited_by == "model"
     assert near.advice == "add workers, GPUs or endpoints"
     assert "other cores" in far.advice
+
+
+@pytest.mark.parametrize(("wire", "limit"), [(0.01, "model"), (0.1, "model"), (0.5, "model")])
+def test_far_servers_that_compute_all_the_time_are_limited_by_the_model(source, wire, limit):
+    """As far as the model's ceiling says that they do: two workers, four records in 0.1 s each."""
+    summary = scored(source, in_flight=64, server={"ceiling": 80.0, "compute": 0.1, "wire": wire})
+    assert summary.percent_of_ceiling > 70
+    assert summary.limited_by == limit
 
 
 def test_where_the_model_was_not_measured_measuring_it_is_the_advice(source):

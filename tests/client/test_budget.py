@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from batch_client import pipeline
+from batch_client import pipeline, plan
 from batch_client.budget import ByteBudget
 from batch_client.events import ChunkWritten, RecordsScored
 from batch_client.pipeline import execute
@@ -118,7 +118,7 @@ def test_output_chunks_that_share_the_bytes_have_them_in_order_and_few_are_begun
 
 
 def test_output_chunks_that_fill_the_memory_are_assembled_one_at_a_time(monkeypatch):
-    monkeypatch.setattr(pipeline, "OUTPUT_BYTES", 1)
+    monkeypatch.setattr(plan, "OUTPUT_BYTES", 1)
     world = World(1, server=SimulatedServer(seconds=5))
 
     async def run():

@@ -17,7 +17,7 @@ from batch_client.prepare import Services
 from batch_client.storage import MemoryStore
 from batch_client.transport import HttpReply
 from support.plans import plan_of, plans
-from support.simulated import SimulatedServer
+from support.simulated import Breaking, SimulatedServer
 from support.virtual import run_virtually
 from support.world import CHUNK, World, make_source
 
@@ -101,6 +101,26 @@ def test_a_calibration_forecasts_the_run_and_leaves_nothing(part):
     assert summary.forecast_seconds == pytest.approx(found.forecast.seconds, rel=0.02)
     assert summary.forecast_error == pytest.approx(summary.forecast_seconds / summary.seconds - 1, abs=1e-3)
     assert abs(summary.forecast_error) < 0.05
+
+
+@pytest.mark.parametrize("bad_every", [256, 64])
+def test_requests_that_look_for_bad_records_are_no_progress(bad_every):
+    """Each of those some twenty has all records of its request."""
+    records = np.random.default_rng(0).integers(0, 99, (16_000, 3), np.uint8)
+    records[bad_every // 2::bad_every, 0] = 255
+    world = World(1, server=Breaking(seconds=1.0), records=records, source=make_source(records, (64, 3)))
+    spec = world.spec(chunk_records=64, request_records=64, max_failed=len(records))
+    services = Services(world.server.servers(), world.source, world.output,
+                        clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(0))
+
+    async def both():
+        return await calibrate(spec, services), await execute(spec, services)
+
+    found, summary = run_virtually(both())
+    assert summary.failed == -(-(len(records) - bad_every // 2) // bad_every)
+    assert found.forecast.seconds == pytest.approx(summary.seconds, rel=0.3)
+    assert abs(summary.forecast_error) < 0.3
+    assert found.records < len(records)
 
 
 def test_a_calibration_has_the_chunks_of_what_is_there():

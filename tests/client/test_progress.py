@@ -12,4 +12,10 @@ from batch_client.progress import _rate
     ([0.0, 1000.0, 1020.0], 50 / 3 / 10),  # the first is of ten minutes ago
 ])
 def test_the_rate_is_of_segments_of_at_least_ten_seconds(times, wanted):
-    assert _rate(times, 100, rows=len(times)) == (wanted and pytest.approx(wanted))
+    assert _rate([(time, 50) for time in times], 100) == (wanted and pytest.approx(wanted))
+
+
+def test_the_rate_is_of_records_and_not_of_segments():
+    """A thousand chunks were copied in large segments, and are scored one by one since."""
+    copied, scored = [(10.0 + at / 10, 64_000) for at in range(15)], [(1000.0 + 10 * at, 1000) for at in range(41)]
+    assert _rate(copied + scored, 100 * (15 * 64 + 41)) == pytest.approx(10.0)

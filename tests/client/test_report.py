@@ -4,6 +4,7 @@ import asyncio
 import io
 import itertools
 import random
+import re
 import sys
 import tracemalloc
 import xml.etree.ElementTree as ET
@@ -256,8 +257,50 @@ def test_scores_of_any_value_are_drawn(values):
     np.testing.assert_array_equal(data.scores, [value for value in values if np.isfinite(value)])
     root = parsed(render(data))
     if len(data.scores) > 1:
-        assert "Half of the records score above" in "".join(root.itertext())
+        assert "At least half of the records score" in "".join(root.itertext())
     assert not {"nan", "inf", "-inf"} & {value for element in root.iter() for value in element.attrib.values()}
+
+
+def of_run(seconds, requests, records=4):
+    """The report of a steady run: as many records with each request, evenly in time."""
+    now, rng = [0.0], np.random.default_rng(1)
+    report = Report("x", lambda: now[0], lambda: 0.0)
+    report(started())
+    for step in range(requests):
+        now[0] = seconds * (step + 1) / requests
+        report(RequestSent("http://s", records))
+        report(RequestDone("http://s", records, 1, 1, 1.0, 5.0))
+        report(RecordsScored(step * records, Pieces([np.zeros((records, 2), np.uint8)]),
+                             {"y": rng.random((records, 3), np.float32)}, np.zeros(records, np.uint8)))
+        report(ChunkWritten(step, records, 0, 1, 1))
+    report(Published("memory://out", "sha256:root"))
+    return report
+
+
+@given(st.floats(0.5, 1e5), st.integers(1, 600))
+def test_the_best_speed_is_no_less_than_the_average_and_of_a_steady_run_not_much_more(seconds, requests):
+    text = "".join(parsed(render(of_run(seconds, requests).data())).itertext())
+    average, best = re.search(r"(\S+) records/s on average, (\S+) at best", text).groups()
+    average, best = (float(figure.replace(",", "")) for figure in (average, best))
+    assert average == pytest.approx(4 * requests / seconds, rel=0.01, abs=0.5)
+    assert best >= average * 0.99
+    if requests > 8 * 6:
+        assert best <= average * 1.6
+
+
+def test_a_slow_model_has_a_speed():
+    text = "".join(parsed(render(of_run(60.0, 20, records=1).data())).itertext())
+    assert "0.333 records/s on average" in text
+
+
+def test_of_equal_scores_no_half_is_above_another():
+    report = Report("x", itertools.count(1.0).__next__, lambda: 0.0)
+    report(started())
+    report(RequestSent("http://s", 1))
+    report(RequestDone("http://s", 1, 1, 1, 1.0, 5.0))
+    report(RecordsScored(0, Pieces([np.zeros((10, 2), np.uint8)]), {"y": np.ones((10, 1), np.float32)},
+                         np.zeros(10, np.uint8)))
+    assert "At least half of the records score 1 or more" in "".join(parsed(render(report.data())).itertext())
 
 
 def test_large_outputs_are_neither_copied_nor_cast_nor_all_looked_at():

@@ -1,11 +1,12 @@
 """The file of `run --report`: whatever becomes of it, a run ends with what it came to; nothing is left beside it."""
 
+import os
 import random
 
 import pytest
 
 from batch_client.cli.run import _page_about
-from batch_client.errors import DataError, StorageError
+from batch_client.errors import DataError, StorageError, UsageError
 from batch_client.events import Published
 from batch_client.pipeline import execute
 from batch_client.spec import RunSpec
@@ -21,6 +22,14 @@ LATIN = "memory://größe-\udcfc.zarr"
 
 def spec(**changes):
     return RunSpec(**{"input": LATIN, "output": "memory://out", "endpoints": (URL,), "model": "toy", **changes})
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files on this system")
+def test_a_device_is_not_replaced_by_a_page(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="this is a device or a pipe"), _page_about(spec(), tmp_path / "pipe"):
+        pytest.fail("the run began")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def run_with_page(page, server=None, **changes):

@@ -9,7 +9,7 @@ import zarr
 from obstore.store import S3Store
 
 from batch_client.cli import main
-from batch_client.cli.show import _sentence
+from batch_client.cli.show import _Answers, _choose, _sentence
 from batch_client.demo.objectstore import SeaweedServer
 
 pytest.importorskip("matplotlib")
@@ -104,7 +104,13 @@ def test_a_source_that_moved_is_named(published, capsys):
         (["--labels", "short.npy"], 64, "found 7 labels, wanted 300"),
         (["--labels", "absent.npy"], 64, "no such file"),
         (["--labels", "words.npy"], 64, "one whole number a record"),
+        (["--labels", "long.npy"], 64, "found 500 labels, wanted 300 (one for each record of 40:340), 300 (of the "),
         (["--labels", "broken.npy"], 64, "not a .npy file"),
+        (["--labels", "cut.npy"], 64, "not a .npy file"),
+        (["--labels", "huge.npy"], 64, "not a .npy file"),
+        (["--labels", "zip.npy"], 64, "not a .npy file"),
+        (["--records", f"0:{'9' * 5000}"], 64, "wanted A:B"),
+        (["--source", "s3://[abc/x"], 64, "s3://[abc/x: not a URL"),
         (["--source", "short.zarr"], 64, "wanted at least 340"),
         (["-o", "no/such/folder.png"], 64, "can't write the picture"),
     ],
@@ -113,7 +119,12 @@ def test_what_can_not_be_shown_is_refused_in_one_line(published, capsys, monkeyp
     monkeypatch.chdir(published)
     np.save("short.npy", np.zeros(7, np.int64))
     np.save("words.npy", np.array(["a"] * 400))
+    np.save("long.npy", np.zeros(500, np.int64))
     (published / "broken.npy").write_bytes(b"\x93NUMPY")
+    whole = (published / "long.npy").read_bytes()
+    (published / "cut.npy").write_bytes(whole.replace(b"}", b"(")[:200])
+    (published / "huge.npy").write_bytes(whole.replace(b"(500,)", b"(9" + b"9" * 17 + b",)"))
+    (published / "zip.npy").write_bytes(b"PK\x03\x04 and no more")
     zarr.create_array(published / "short.zarr", data=np.zeros((339, 12, 12), np.uint8))
     assert show(published, *flags) == code
     err = capsys.readouterr().err
@@ -141,8 +152,58 @@ def test_a_place_without_a_published_output_is_refused(published, capsys, where,
 def test_a_single_number_a_record_is_drawn_and_not_judged(published, capsys):
     group = zarr.create_group(published / "out.zarr", overwrite=True, attributes={"source": str(published / "in.zarr")})
     group.create_array("value", data=np.linspace(-1, 1, 400, dtype=np.float32), chunks=(50,))
-    assert show(published, "--labels", str(published / "labels.npy"), "--json") == 0
+    assert show(published, "--json") == 0
     assert figures(capsys)["accuracy"] is None
+    assert show(published, "--labels", str(published / "labels.npy")) == 64
+    assert "output value has one number a record and no score for each class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "records", "right"), [
+    (slice(40, 340), "45:55", 9),  # of the output
+    (slice(45, 55), "45:55", 9),  # of the range
+    (slice(0, 400), "45:55", 9),  # of the source
+    (slice(40, 340), None, 297),
+])
+def test_labels_are_of_the_source_of_the_output_or_of_the_range(published, capsys, given, records, right):
+    np.save(published / "given.npy", np.load(published / "labels.npy")[given])
+    zarr.create_array(published / "given.zarr", data=np.load(published / "given.npy"), chunks=(7,))
+    for name in ("given.npy", "given.zarr"):
+        flags = [] if records is None else ["--records", records]
+        assert show(published, "--labels", str(published / name), "--json", *flags) == 0
+        assert figures(capsys)["right"] == right
+
+
+def test_a_record_without_a_score_is_not_right_whatever_its_label(published, capsys):
+    labels = np.load(published / "labels.npy")
+    labels[70] = -1  # as data sets mark what nobody has labelled
+    np.save(published / "labels.npy", labels)
+    assert show(published, "--labels", str(published / "labels.npy"), "--json") == 0
+    assert figures(capsys)["right"] == 297
+
+
+def test_records_without_a_score_do_not_hide_those_that_the_model_was_least_sure_of():
+    scores = np.linspace(0.9, 0.2, 100).astype(np.float32)
+    classes = np.zeros(100, np.int64)
+    classes[:20], scores[:20] = -1, np.nan
+    titles = dict(_choose(_Answers(0, 100, classes, scores, None))[1:])
+    assert titles["the 16 with the lowest best score"] == list(range(99, 83, -1))
+    assert titles["16 of 20 without a score"] == list(range(16))
+
+
+def test_an_origin_that_is_no_number_of_a_record_is_said(published, capsys):
+    zarr.create_group(published / "out.zarr", overwrite=True, attributes={"origin": [0.0, 0.0]}).create_array(
+        "scores", data=np.ones((400, 4), np.float32))
+    assert show(published) == 78
+    assert "its attribute origin is [0.0, 0.0]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["zarr.json", "scores/zarr.json"])
+def test_metadata_that_can_not_be_read_is_said(published, capsys, key):
+    (published / "out.zarr" / key).write_text("{")
+    assert show(published) == 65
+    err = capsys.readouterr().err
+    assert "Zarr metadata can't be read" in err
+    assert err.count("\n") == 1
 
 
 def add_spec(folder, text):

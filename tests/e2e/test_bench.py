@@ -138,6 +138,21 @@ def test_what_was_measured_is_printed_although_it_can_t_be_saved(toy_archive, cl
     assert rest.splitlines()[-1].endswith("json can't be written: File exists")
 
 
+def test_the_best_settings_are_saved_before_anything_after_them_can_fail(toy_archive, clean_environ, tmp_path):
+    """The last chunk is not there, which reading finds; a run would go on with --allow-missing, and so does bench."""
+    archive = Path(shutil.copy(toy_archive, tmp_path))
+    array = zarr.create_array(tmp_path / "hole.zarr", shape=(40_000, 12, 12), chunks=(8192, 12, 12), dtype="uint8")
+    array[:32_768] = 1
+    words = ["bench", archive, tmp_path / "hole.zarr", "--budget", "3", "--save"]
+    done = run_cli(words, clean_environ)
+    assert done.returncode == 65
+    assert "chunk c/4/0/0 (among records" in done.stderr.splitlines()[-1]
+    assert f"saved: {saved(archive)[0]}" in done.stderr.splitlines()
+    saved(archive)[0].unlink()
+    done = run_cli([*words, "--allow-missing"], clean_environ, check=True)
+    assert done.stdout.endswith(f"saved: {saved(archive)[0]}\n")
+
+
 def until_reaped(child):
     """Waits for the loop to take notice of a child's end, without taking its exit code away."""
     end = time.monotonic() + 30
@@ -200,7 +215,7 @@ def test_a_bench_that_is_stopped_leaves_nothing(toy_archive, clean_environ, tmp_
         bench.send_signal(number)
         _, rest = bench.communicate(timeout=60)
     assert bench.returncode == 75
-    assert rest.splitlines()[-1] == "batch-client: stopped: nothing was saved, and nothing is left running"
+    assert rest.splitlines()[-1] == "batch-client: stopped before the end; nothing is left running"
     assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
     assert list(tmp_path.iterdir()) == []
     assert not Path(toy_archive).with_suffix(".tuning").exists()
@@ -218,11 +233,14 @@ def test_a_bench_that_is_stopped_leaves_nothing(toy_archive, clean_environ, tmp_
     (["{toy}", "wide.zarr"], 65, "a record has shape (9, 12), model toy takes (12, 12)"),
     (["{toy}", "wide.zarr", "--output", "text.mar"], 64, "this is a file; wanted a folder"),
     (["{blocked}", "--save"], 64, "can't write in"),
+    (["{toy}", "holes.zarr"], 65, "chunk c/0/0/0 (among records 0 to 4) is missing"),
+    (["{toy}", "s3://[abc/x"], 64, "not a URL"),
 ])
 def test_what_can_t_be_measured_is_refused_in_one_line(toy_archive, clean_environ, tmp_path, words, code, reason):
     (tmp_path / "text.mar").write_text("no archive")
     zarr.create_array(tmp_path / "empty.zarr", shape=(0, 12, 12), chunks=(1, 12, 12), dtype="uint8")
     zarr.create_array(tmp_path / "wide.zarr", shape=(5, 9, 12), chunks=(1, 9, 12), dtype="uint8")
+    zarr.create_array(tmp_path / "holes.zarr", shape=(5, 12, 12), chunks=(5, 12, 12), dtype="uint8")
     blocked = Path(shutil.copy(toy_archive, tmp_path / "blocked.mar"))
     blocked.with_suffix(".tuning").write_text("in the way")
     places = {"toy": toy_archive, "text": tmp_path / "text.mar", "blocked": blocked}

@@ -32,8 +32,8 @@ from batch_client.writer import ChunkWriter
 
 __all__ = ["read_alone", "wire_alone", "write_alone"]
 
-AT_ONCE = 4  # units that are read or written at a time
 PATIENCE = 30.0
+MOST_WRITTEN = 1 << 30  # bytes: a temporary folder may be memory
 RING_BYTES = 64 << 20
 RING = 8
 
@@ -48,6 +48,8 @@ async def wire_alone(servers: Servers, spec: RunSpec, records: int, seconds: flo
     contract = await fetch_contract(servers, servers.urls[0])
     rng = random.Random(0)  # noqa: S311 - no secret
     pool = Pool(servers.urls, spec.in_flight, time.monotonic, rng)
+    for endpoint in pool.endpoints:  # as a run's requests go
+        endpoint.lane, endpoint.shared_memory = contract.bulk_lane, contract.shared_memory
     exchange = Exchange(servers=servers, pool=pool, contract=contract, exact=True, patience=PATIENCE,
                         clock=time.monotonic, rng=rng, emit=lambda _: None)
     rows = _random_requests(contract, records)
@@ -80,29 +82,34 @@ async def read_alone(source: Source, plan: Plan, spec: RunSpec, seconds: float) 
             lease.release()
         return unit.count
 
-    return await _rate([one] * AT_ONCE, seconds)
+    return await _rate([one] * plan.units_at_once(spec.in_flight), seconds)
 
 
 async def write_alone(store: Store, plan: Plan, spec: RunSpec, seconds: float) -> float:
-    """Records/s of random predictions that are encoded and written, each chunk once. Raises what writing raises."""
+    """Records/s of random predictions that are encoded and written, each chunk once, up to MOST_WRITTEN bytes.
+
+    Raises what writing raises.
+    """
     layout = await OutputLayout.open(plan, spec.codec)
     writer = ChunkWriter(store, layout, exact=True)
     rng = np.random.default_rng(0)
     values = {output.name: _random((plan.chunk_records, *output.shape), output.dtype, rng)
               for output in plan.outputs}
-    units = plan.units()
+    units, written = plan.units(), 0
 
     async def one() -> int:
+        nonlocal written
         unit = next(units, None)
-        if unit is None:
+        if unit is None or written >= MOST_WRITTEN:
             return 0
+        written += plan.unit_bytes_out
         assembler = UnitAssembler(unit, plan.outputs)
         assembler.place(Span(unit.start, unit.stop, 0), {name: array[:unit.count] for name, array in values.items()},
                         np.full(unit.count, STATUS_OK, np.uint8))
         await writer.write(assembler, {})
         return unit.count
 
-    return await _rate([one] * AT_ONCE, seconds)
+    return await _rate([one] * plan.units_at_once(spec.in_flight), seconds)
 
 
 async def _rate(works: list[Work], seconds: float) -> float:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from batch_client import __version__
 from batch_client.archives import local_archive
@@ -28,13 +28,15 @@ from batch_client.bench.tuner import Found, Trial, find_best
 from batch_client.bench.verdict import Ceilings
 from batch_client.bench.workers import ask_handler, workers_of
 from batch_client.bottleneck import Limit
+from batch_client.budget import ByteBudget
 from batch_client.contract import contract_of
 from batch_client.errors import StorageError, UsageError
+from batch_client.figures import significant
 from batch_client.files import temporary_folder
 from batch_client.java import find_java, torchserve_home
 from batch_client.machine import cores, device, gpus
 from batch_client.pipeline import execute
-from batch_client.plan import MAX_CHUNK_RECORDS, RequestSize, default_request, make_plan, reply_bytes_of
+from batch_client.plan import MAX_CHUNK_RECORDS, Plan, RequestSize, default_request, make_plan, reply_bytes_of
 from batch_client.prepare import Services, geometry_for, prepare
 from batch_client.reader import Source, open_source
 from batch_client.regions import MEMORY
@@ -44,8 +46,10 @@ from batch_client.server_config import environment, parse_properties
 from batch_client.serving import Servers
 from batch_client.spec import MIB, Records, RunSpec
 from batch_client.storage import Store, child_url, open_store
+from batch_client.stream import UnitStream
 from batch_client.transport import HttpTransport
 from batch_client.tuning import ALLOCATORS, DEFAULT_ALLOCATOR, Tuning, require_place, write_tuning
+from batch_client.urls import split_url
 
 __all__ = ["BenchReport", "BenchSpec", "bench"]
 
@@ -56,8 +60,8 @@ Say = Callable[[str], None]
 class BenchSpec:
     """What a person asks for.
 
-    archive: path or URL. input, array, anonymous, max_bytes_in_flight: a source to measure reading and the whole with,
-    as in RunSpec.
+    archive: path or URL. input, array, anonymous, max_bytes_in_flight, allow_missing: a source to measure reading and
+    the whole with, as in RunSpec.
     output: a place for what is written meanwhile, None for a temporary folder here. budget: seconds of measurement.
     precision: of the model. save: write the tuning file beside the archive.
     """
@@ -68,6 +72,7 @@ class BenchSpec:
     output: str | None = None
     anonymous: bool = False
     max_bytes_in_flight: int = 64 * MIB
+    allow_missing: bool = False
     budget: float = 120.0
     precision: str = "float32"
     save: bool = False
@@ -77,7 +82,7 @@ class BenchSpec:
             raise UsageError(f"--budget {self.budget:g}: wanted seconds")
         if self.output is not None and self.input is None:
             raise UsageError("--output is where predictions for INPUT are written: name an INPUT too")
-        if self.save and len(urlsplit(self.archive).scheme) > 1:
+        if self.save and len(split_url(self.archive).scheme) > 1:
             raise UsageError(f"--save writes beside the archive and {self.archive} is not on this machine: fetch it, "
                              "measure that, and copy the tuning folder beside the original")
 
@@ -105,8 +110,9 @@ class BenchReport:
             "best": vars(self.found.best), "precision": self.tuning.precision,
             "gain": round(self.found.gain, 3), "search_complete": self.found.complete,
             "tried": [one.to_value() for one in self.found.tried],
-            "ceilings": {part.value: round(rate, 1) for part, rate in ceilings.rates.items()},
-            "whole": None if ceilings.whole is None else round(ceilings.whole, 1), "whole_records": self.whole_records,
+            "ceilings": {part.value: significant(rate) for part, rate in ceilings.rates.items()},
+            "whole": None if ceilings.whole is None else significant(ceilings.whole),
+            "whole_records": self.whole_records,
             "limited_by": ceilings.limit.value, "advice": ceilings.advice,
             "tuning_file": None if self.saved is None else str(self.saved),
         }
@@ -142,7 +148,7 @@ class _Session:
         self._gpus = 0
         self._device = ""
         self._model: dict[str, Any] = {}
-        self._grid_records = MAX_CHUNK_RECORDS
+        self._plan: Plan | None = None
         self._reply_bytes = 1
         self._request_records: dict[Way, int] = {}
 
@@ -159,8 +165,10 @@ class _Session:
         self._model = await ask_handler(["prepare", str(self._archive), str(self._folder)], self._environ)
         run = self._run_spec()
         self._require_fitting(run)
+        await self._require_storage(run)
         found = await self._search()
         tuning = self._tuning(found.best, found)
+        saved, unsaved = self._saved(tuning) if self._spec.save else (None, None)
         rates = {Limit.MODEL: found.records_per_s}
         noop = replace(tuning, runtime="noop", precision="float32")
         async with self._served(self._folder / "noop.mar", noop) as servers:
@@ -173,9 +181,8 @@ class _Session:
         if self._source is not None:
             whole_records = max(1, min(self._source.geometry.count, int(min(rates.values()) * self._seconds["whole"])))
             whole = await self._whole(run, tuning, whole_records)
-        report = BenchReport(self._model["name"], self._model["record_bytes"], found, tuning, Ceilings(rates, whole),
-                             whole_records)
-        return self._saved(report) if self._spec.save else report
+        return BenchReport(self._model["name"], self._model["record_bytes"], found, tuning, Ceilings(rates, whole),
+                           whole_records, saved, unsaved)
 
     def _require_fitting(self, run: RunSpec) -> None:
         """Raises what `run` would be refused with: for its model, and for its source where there is one."""
@@ -184,14 +191,27 @@ class _Session:
         if self._source is not None:
             plan = make_plan(run, geometry_for(self._source, contract), contract.input_dtype, contract.outputs,
                              contract.micro_batch)
-            self._grid_records = plan.grid_records
+            self._plan = plan
 
-    def _saved(self, report: BenchReport) -> BenchReport:
-        """`report` with its tuning file, or with why there is none: what was measured is not lost for that."""
+    async def _require_storage(self, run: RunSpec) -> None:
+        """Raises what reading the first records and writing an object raise: not after minutes of measuring."""
+        if self._source is None or self._plan is None:
+            return
+        budget = ByteBudget(run.max_bytes_in_flight)
+        stream = UnitStream(self._source, self._plan, self._plan.unit(0), budget, run.allow_missing)
+        async for _, _, lease in stream.spans():
+            lease.release()
+        async with self._scratch("try") as output:
+            await output.create("try", b"a place for predictions")
+
+    def _saved(self, tuning: Tuning) -> tuple[Path | None, StorageError | None]:
+        """The tuning file, or why there is none: what is measured is not lost for that, nor for what follows."""
         try:
-            return replace(report, saved=write_tuning(self._archive, report.tuning))
+            path = write_tuning(self._archive, tuning)
         except StorageError as error:
-            return replace(report, unsaved=error)
+            return None, error
+        self._say(f"saved: {path}")
+        return path, None
 
     async def _search(self) -> Found:
         workers = self._gpus or cores()
@@ -205,9 +225,11 @@ class _Session:
 
     @asynccontextmanager
     async def _opened(self, way: Way, seconds: float) -> AsyncIterator[Trial]:
+        grid_records = MAX_CHUNK_RECORDS if self._plan is None else self._plan.grid_records
+
         def records_of(took: float | None) -> int:
             return default_request(max(1, self._model["record_bytes"]), self._reply_bytes, way.micro_batch,
-                                   self._grid_records, took, RequestSize.at(shared_memory=MEMORY.is_dir(), alone=True))
+                                   grid_records, took, RequestSize.at(shared_memory=MEMORY.is_dir(), alone=True))
 
         tuning = self._tuning(way)
         settings = ServerSettings(self._archive, workers=way.workers, threads=way.threads, tuning=tuning)
@@ -224,7 +246,7 @@ class _Session:
         return Tuning(
             device=self._device, model_digest=self._model["digest"], precision=self._spec.precision, **vars(way),
             versions={"batch-client": __version__, **self._model["versions"]},
-            records_per_s=1.0 if found is None else round(found.records_per_s, 1),
+            records_per_s=1.0 if found is None else significant(found.records_per_s),
             measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
             table=() if found is None else [one.to_value() for one in found.tried])
 
@@ -232,7 +254,8 @@ class _Session:
         # Without an INPUT nothing is read or written, and the names stand for nothing.
         return RunSpec(input=self._spec.input or "input", output=self._spec.output or str(self._folder / "output"),
                        archive=str(self._archive), array=self._spec.array, anonymous=self._spec.anonymous,
-                       max_bytes_in_flight=self._spec.max_bytes_in_flight)
+                       max_bytes_in_flight=self._spec.max_bytes_in_flight,
+                       allow_missing=self._spec.allow_missing)
 
     @asynccontextmanager
     async def _served(self, archive: Path, tuning: Tuning) -> AsyncIterator[Servers]:
@@ -252,7 +275,7 @@ class _Session:
         finally:
             for key in [meta.key async for meta in store.list("")]:
                 await store.delete(key)
-            place = urlsplit(store.url)
+            place = split_url(store.url)
             if place.scheme == "file":  # where folders stay when what was in them is gone
                 await asyncio.to_thread(shutil.rmtree, unquote(place.path), ignore_errors=True)
 

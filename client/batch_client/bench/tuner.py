@@ -11,12 +11,14 @@ from typing import Any, Protocol
 
 from batch_client.bench.search import ROUNDS, Space, Way, decided, next_way, ratio, wins
 from batch_client.errors import ServingError
+from batch_client.figures import number, significant
 
 __all__ = ["Found", "Measured", "Opener", "Trial", "find_best"]
 
 # Loading takes longer when the machine is busy with the best way's windows too.
 LOAD_SLACK = 1.5
 LEAST_WINDOW, MOST_WINDOW = 0.25, 1.5
+MOST_LOADING = 600.0  # seconds, for a way that is known to load
 
 
 class Trial(Protocol):
@@ -40,7 +42,7 @@ class Measured:
     failure: str = ""
 
     def to_value(self) -> dict[str, Any]:
-        return {**asdict(self.way), "records_per_s": round(self.records_per_s, 1),
+        return {**asdict(self.way), "records_per_s": significant(self.records_per_s),
                 "against_best": round(self.against_best, 3), "failure": self.failure}
 
 
@@ -62,46 +64,98 @@ async def find_best(
 
     Raises ServingError when `start` does not work.
     """
-    deadline = clock() + seconds
-    window = min(MOST_WINDOW, max(LEAST_WINDOW, seconds / 150))
-    found = Found(start)
-    say(f"model alone: {start}")
-    began = clock()
     async with AsyncExitStack() as holding:
-        held = await holding.enter_async_context(opened(start, max(seconds, 600.0)))
-        loading = clock() - began
-        rates = [await held.window(window) for _ in range(ROUNDS)]
-        windows = (clock() - began - loading) / ROUNDS
-        found.records_per_s = statistics.median(rates)
-        found.tried.append(Measured(start, found.records_per_s, 1.0))
+        search = _Search(start, opened, holding, deadline=clock() + seconds,
+                         window=min(MOST_WINDOW, max(LEAST_WINDOW, seconds / 150)), clock=clock, say=say)
+        say(f"model alone: {start}")
+        await search.begin(max(seconds, MOST_LOADING))
+        search.found.complete = await search.climb(space)
+        if search.found.best != start:
+            say(f"model alone: {start} once more, beside the best")
+            await search.compare_with_start()
+        return search.found
+
+
+class _Search:
+    """The best way so far, ready to be measured, and what is known of the others; `holding` ends its processes."""
+
+    def __init__(self, start: Way, opened: Opener, holding: AsyncExitStack, *, deadline: float, window: float,
+                 clock: Callable[[], float], say: Callable[[str], None]) -> None:
+        self.found = Found(start)
+        self._start = start
+        self._opened = opened
+        self._holding = holding
+        self._deadline = deadline
+        self._window = window
+        self._clock = clock
+        self._say = say
+        self._held: Trial
+        self._rates: list[float] = []
+        self._seconds_a_way = 0.0
+
+    async def begin(self, seconds: float) -> None:
+        """Measure where the search begins."""
+        began = self._clock()
+        self._held = await self._holding.enter_async_context(self._opened(self._start, seconds))
+        loading = self._clock() - began
+        self._rates = [await self._held.window(self._window) for _ in range(ROUNDS)]
+        windows = (self._clock() - began - loading) / ROUNDS
+        self._seconds_a_way = LOAD_SLACK * loading + (2 * ROUNDS + 1) * windows
+        self.found.records_per_s = statistics.median(self._rates)
+        self.found.tried.append(Measured(self._start, self.found.records_per_s, 1.0))
+
+    async def climb(self, space: Space) -> bool:
+        """Go to neighbours that are better, as long as there is time for one and for the comparison with the start.
+        Whether all were tried.
+        """
+        found = self.found
         while (way := next_way(found.best, space, {one.way for one in found.tried})) is not None:
-            left = deadline - clock()
-            if left < LOAD_SLACK * loading + (2 * ROUNDS + 1) * windows:
-                return found
-            say(f"model alone: {way} (best {found.records_per_s:,.0f} records/s, {left:.0f} s left)")
-            async with AsyncExitStack() as rival:
-                try:
-                    async with asyncio.timeout(left):
-                        trial = await rival.enter_async_context(opened(way, left))
-                        best, other = await _in_turn(held, trial, window)
-                except TimeoutError:
-                    found.tried.append(Measured(way, 0.0, 0.0, "the time was over"))
-                    return found
-                except ServingError as error:
-                    found.tried.append(Measured(way, 0.0, 0.0, str(error)))
-                    rates.append(await held.window(window))  # if it is the best way that is gone, that ends it all
-                    continue
-                rates += best
-                won = ratio(best, other)
-                found.tried.append(Measured(way, statistics.median(other), won))
-                if wins(best, other):
-                    await holding.aclose()
-                    holding.push_async_exit(rival.pop_all())
-                    held, rates = trial, other
-                    found.best, found.gain = way, found.gain * won
-            found.records_per_s = statistics.median(rates)
-    found.complete = True
-    return found
+            left = self._deadline - self._clock() - self._seconds_a_way
+            if left < self._seconds_a_way:
+                return False
+            self._say(f"model alone: {way} (best {number(found.records_per_s)} records/s, {left:.0f} s left)")
+            try:
+                async with asyncio.timeout(left):
+                    await self._try(way, left)
+            except TimeoutError:
+                found.tried.append(Measured(way, 0.0, 0.0, "the time was over"))
+                return False
+            except _BrokenWayError as error:
+                found.tried.append(Measured(way, 0.0, 0.0, str(error)))
+                # If it is the best way that is gone, that ends it all.
+                self._rates.append(await self._held.window(self._window))
+            found.records_per_s = statistics.median(self._rates)
+        return True
+
+    async def _try(self, way: Way, seconds: float) -> None:
+        async with AsyncExitStack() as rival:
+            try:
+                trial = await rival.enter_async_context(self._opened(way, seconds))
+                best, other = await _in_turn(self._held, trial, self._window)
+            except ServingError as error:
+                raise _BrokenWayError(str(error)) from error
+            self._rates += best
+            self.found.tried.append(Measured(way, statistics.median(other), ratio(best, other)))
+            if wins(best, other):
+                await self._holding.aclose()
+                self._holding.push_async_exit(rival.pop_all())
+                self._held, self._rates, self.found.best = trial, other, way
+
+    async def compare_with_start(self) -> None:
+        """What the best way gains over the beginning, from windows of their own: of several that won, and are taken
+        together, some may have won by chance. Without a gain the beginning stays.
+        """
+        found = self.found
+        async with self._opened(self._start, MOST_LOADING) as start:
+            before, best = await _in_turn(start, self._held, self._window)
+        if wins(before, best):
+            found.gain = ratio(before, best)
+        else:
+            found.best, found.records_per_s = self._start, statistics.median(before)
+
+
+class _BrokenWayError(Exception):
+    """A way that does not load, or that fails while it is measured; the text says why."""
 
 
 async def _in_turn(held: Trial, trial: Trial, window: float) -> tuple[list[float], list[float]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from batch_client.bench.search import Way
 from batch_client.bench.tuner import Found
 from batch_client.bottleneck import Limit
+from batch_client.figures import number
 
 __all__ = ["Ceilings", "table_of", "ways_of"]
 
@@ -60,7 +61,7 @@ def table_of(rows: Sequence[tuple[str, float, str]], record_bytes: int) -> list[
     """Lines of name, records/s, MB/s of records as they travel, and a note."""
     lines = [f"{'':<15}{'records/s':>12}{'MB/s':>9}"]
     for name, rate, note in rows:
-        lines.append(f"{name:<15}{rate:>12,.0f}{rate * record_bytes / 1e6:>9,.1f}  {note}".rstrip())
+        lines.append(f"{name:<15}{number(rate):>12}{rate * record_bytes / 1e6:>9,.1f}  {note}".rstrip())
     return lines
 
 
@@ -70,7 +71,7 @@ def ways_of(found: Found) -> list[str]:
     for one in found.tried:
         way: Way = one.way
         said = one.failure or (f"{one.against_best:.2f}" if one is not found.tried[0] else "the beginning")
-        rate = "-" if one.failure else f"{one.records_per_s:,.0f}"
+        rate = "-" if one.failure else number(one.records_per_s)
         lines.append(f"{way.runtime:<14}{way.micro_batch:>11}{way.workers:>9}{way.threads:>9}  {way.allocator:<18}"
                      f"{rate:>10}  {said}")
     return lines

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batch_client.cli.options import AMOUNT, bytes_option
+from batch_client.cli.options import AMOUNT, bytes_option, missing_option
 from batch_client.errors import StoppedError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ NOTES = {
               "[default: a temporary folder on this machine]")
 @click.option("--array", metavar="NAME", help="The array to read, when INPUT is a group.")
 @bytes_option
+@missing_option
 @click.option("--anonymous", is_flag=True, help="Use storage without credentials: public buckets.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def command(input_url: str | None, *, as_json: bool, **options: Any) -> None:
@@ -69,7 +70,7 @@ async def _bench(spec: BenchSpec) -> BenchReport:
     try:
         return await bench(spec, lambda line: _say(stream, line))
     except asyncio.CancelledError:
-        raise StoppedError("stopped: nothing was saved, and nothing is left running") from None
+        raise StoppedError("stopped before the end; nothing is left running") from None
     finally:
         stream.close()
 

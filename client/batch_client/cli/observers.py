@@ -75,7 +75,8 @@ class LogLines:
 
     def __init__(self, stream: PatientStream) -> None:
         self._log = structlog.wrap_logger(
-            structlog.PrintLogger(stream),  # type: ignore[arg-type] # it only writes and flushes
+            # A line is one piece: where the stream has to drop some, what is left is lines.
+            structlog.WriteLogger(stream),  # type: ignore[arg-type] # it only writes and flushes
             processors=[structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso"),
                         structlog.processors.JSONRenderer()])
 

@@ -127,6 +127,8 @@ def typed_flags(*names: str) -> str:
                      and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE)
 
 
+missing_option = click.option("--allow-missing", is_flag=True,
+                              help="Take the fill value for input chunks that are not there.")
 array_options = _stack(
     click.option("--array", metavar="NAME", help="The array to score, when INPUT is a group."),
     click.option("--records", metavar="A:B", help="Only records A to B-1 of INPUT."),
@@ -150,7 +152,7 @@ run_options = _stack(
                  help="Compression of the output."),
     click.option("--patience", type=AMOUNT, default=600.0, show_default=True, metavar="SECONDS",
                  help="Stop, resumable, when no request was answered for this long."),
-    click.option("--allow-missing", is_flag=True, help="Take the fill value for input chunks that are not there."),
+    missing_option,
     click.option("--fast", is_flag=True, help="Give up equal bytes: records share micro-batches as they come, and "
                  "servers may differ in numerics."),
     click.option("--max-failed", type=int, default=0, show_default=True, help="Publish with up to this many failed "

@@ -59,6 +59,8 @@ def _shown(value: Any) -> str:
 
 def _forecast(found: Calibration) -> dict[str, Any]:
     """Figures with an interval are [forecast, low end, high end]."""
+    from batch_client.figures import significant
+
     guess = found.forecast
     return {
         "calibrated_with_records": found.records,
@@ -66,7 +68,7 @@ def _forecast(found: Calibration) -> dict[str, Any]:
         "failed_in_calibration": found.failed,
         "seconds": None if guess is None else [round(value, 2) for value in
                                                (guess.seconds, guess.seconds_low, guess.seconds_high)],
-        "records_per_s": None if guess is None else round(guess.records_per_s, 1),
+        "records_per_s": None if guess is None else significant(guess.records_per_s),
         "peak_memory_bytes": found.peak_memory_bytes,
     }
 

@@ -99,6 +99,8 @@ def _require_writable(page: Path) -> None:
     try:
         if page.is_dir():
             raise UsageError(f"--report {page}: this is a folder; wanted a file such as {page / 'report.html'}")
+        if page.exists() and not page.is_file():  # a device would be replaced
+            raise UsageError(f"--report {page}: this is a device or a pipe; wanted a file such as report.html")
         with tempfile.TemporaryFile(dir=page.parent):
             pass
     except OSError as error:
@@ -141,6 +143,8 @@ def _stop_on_signals(stop: asyncio.Event) -> None:
 
 
 def _sentence(summary: RunSummary) -> str:
+    from batch_client.figures import number
+
     if summary.already_published:
         return f"{summary.output} was published already: {summary.records:,} records, root {summary.root}"
     scored = f"{summary.scored:,} records in {summary.seconds:.1f} s"
@@ -150,7 +154,7 @@ def _sentence(summary: RunSummary) -> str:
     not_finite = f"{summary.not_finite:,} not finite, " if summary.not_finite else ""
     missing = (f"{summary.missing_chunks:,} missing input chunks taken as the fill value, "
                if summary.missing_chunks else "")
-    return (f"{scored}, {summary.records_per_s:,.0f} records/s, {summary.failed:,} failed, {not_finite}{missing}"
+    return (f"{scored}, {number(summary.records_per_s)} records/s, {summary.failed:,} failed, {not_finite}{missing}"
             f"{summary.retries:,} retries → {summary.output}{_limited_by(summary)}")
 
 

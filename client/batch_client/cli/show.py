@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import json
 import math
+import tokenize
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import click
 
-from batch_client.errors import DataError, MismatchError, UsageError
+from batch_client.errors import BatchClientError, DataError, MismatchError, UsageError, in_one_line
 from batch_client.jsontext import parse_json
+from batch_client.urls import split_url
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +28,8 @@ __all__ = ["command"]
 
 MOST_RECORDS = 10_000_000
 EVENLY, NOTABLE = 24, 16
+# What numpy raises for a file that is none of its own, cut off, or claims what can't be.
+_NO_NPY = (ValueError, EOFError, SyntaxError, MemoryError, OverflowError, tokenize.TokenError, zipfile.BadZipFile)
 _BLOCK_BYTES = 32 << 20
 
 
@@ -47,7 +51,7 @@ def command(output_url: str, *, picture: Path | None, as_json: bool, **options: 
     """
     from batch_client.api import run_until_complete
 
-    path = picture or Path(PurePosixPath(urlsplit(output_url).path).stem + ".png")
+    path = picture or Path(PurePosixPath(split_url(output_url).path).stem + ".png")
     png, figures, sentence = run_until_complete(_show(output_url, **options))
     try:
         path.write_bytes(png)
@@ -70,6 +74,10 @@ class _Output:
     status: Source | None
     attributes: dict[str, Any]
 
+    @property
+    def has_classes(self) -> bool:
+        return math.prod(self.scores.geometry.record_shape) > 1
+
 
 @dataclass(frozen=True)
 class _Answers:
@@ -86,8 +94,14 @@ class _Answers:
         return self.stop - self.start
 
     @property
+    def hits(self) -> np.ndarray:
+        """For each record whether it is right: one without a score is not, whatever its label."""
+        hits: np.ndarray = (self.classes >= 0) & (self.classes == self.labels)
+        return hits
+
+    @property
     def right(self) -> int | None:
-        return None if self.labels is None else int((self.classes == self.labels).sum())
+        return None if self.labels is None else int(self.hits.sum())
 
 
 async def _show(output_url: str, *, labels: str | None, records: str | None, source: str | None,
@@ -100,10 +114,14 @@ async def _show(output_url: str, *, labels: str | None, records: str | None, sou
 
     output = await _open_output(output_url, anonymous=anonymous)
     scores, attributes = output.scores, output.attributes
-    origin = int(attributes.get("origin", 0))
+    origin = attributes.get("origin", 0)
+    if not isinstance(origin, int):
+        raise MismatchError(f"{output_url}: no output of batch-client: its attribute origin is {str(origin)[:100]}, "
+                            "wanted the number of its first record in the source")
     start, stop = _range(Records.parse(records) if records else Records(), origin, scores.geometry.count)
-    truth = None if labels is None else _cut(await _labels(labels, anonymous=anonymous), start, stop, labels)
-    answers = await _answers(scores, output.status, origin, start, stop, truth)
+    if labels is not None and not output.has_classes:
+        raise UsageError(f"--labels: output {output.name} has one number a record and no score for each class: there "
+                         "is nothing to count as right")
     place = source or attributes.get("source")
     if not place:
         raise UsageError(f"{output_url}: it does not say what was scored; name it with --source URL")
@@ -111,10 +129,13 @@ async def _show(output_url: str, *, labels: str | None, records: str | None, sou
     if inputs.geometry.count < stop:
         raise UsageError(f"{place}: found {inputs.geometry.count:,} records, wanted at least {stop:,}; "
                          "is it the array that was scored?")
+    span = _Range(start, stop, origin, scores.geometry.count, inputs.geometry.count)
+    truth = None if labels is None else await _labels(labels, span, anonymous=anonymous)
+    answers = await _answers(scores, output.status, origin, start, stop, truth)
     panels = [await _panel(title, picks, inputs, scores, origin, answers) for title, picks in _choose(answers)]
     figures = _figures(output_url, output, answers)
     sentence = _sentence(figures) if output.alone else f"{output.name}: {_sentence(figures)}"
-    return draw(f"{PurePosixPath(urlsplit(output_url).path).name}: {sentence}", panels), figures, sentence
+    return draw(f"{PurePosixPath(split_url(output_url).path).name}: {sentence}", panels), figures, sentence
 
 
 async def _open_output(url: str, *, anonymous: bool) -> _Output:
@@ -122,19 +143,23 @@ async def _open_output(url: str, *, anonymous: bool) -> _Output:
     from zarr.errors import ContainsArrayError, GroupNotFoundError
 
     from batch_client.layout import SPEC_KEY
-    from batch_client.reader import open_source
+    from batch_client.reader import UNREADABLE, open_source
     from batch_client.storage import open_store
     from batch_client.zarrstore import SourceStore
 
     store = open_store(url, anonymous=anonymous)
     try:
         group = await zarr_async.open_group(SourceStore(store), mode="r")
+        shapes = {name: array.shape async for name, array in group.arrays()}
     except (FileNotFoundError, GroupNotFoundError, ContainsArrayError) as error:
         if await store.head(SPEC_KEY) is None:
             raise MismatchError(f"{url}: no published output there, nor one that was begun (no {SPEC_KEY})") from error
         raise MismatchError(f"{url}: not published yet: finish it with the same batch-client run; batch-client status "
                             "says how far it is") from error
-    shapes = {name: array.shape async for name, array in group.arrays()}
+    except BatchClientError:
+        raise
+    except UNREADABLE as error:
+        raise DataError(f"{url}: its Zarr metadata can't be read ({in_one_line(error)})") from error
     status = await open_source(store, "record_status") if shapes.pop("record_status", None) is not None else None
     outputs = await _names(store)
     names = [name for name in outputs or sorted(shapes) if len(shapes.get(name, (0, 0, 0))) <= 2]
@@ -157,6 +182,30 @@ async def _names(store: Store) -> list[str]:
         raise MismatchError(f"{child_url(store.url, SPEC_KEY)} can't be read ({error})") from error
 
 
+@dataclass(frozen=True)
+class _Range:
+    """Records [start, stop) of a source of `whole`, of which [origin, origin + scored) are in the output."""
+
+    start: int
+    stop: int
+    origin: int
+    scored: int
+    whole: int
+
+    def first_label(self, shape: tuple[int, ...], dtype: np.dtype[Any], where: str) -> int:
+        """Where in labels of this shape those of the range begin: there is one for each record of the range, of the
+        output or of the source. Raises UsageError for others.
+        """
+        if len(shape) != 1 or dtype.kind not in "iub":
+            raise UsageError(f"{where}: found {dtype} of shape {shape}, wanted one whole number a record")
+        firsts = {self.whole: self.start, self.scored: self.start - self.origin, self.stop - self.start: 0}
+        if shape[0] not in firsts:
+            raise UsageError(f"{where}: found {shape[0]:,} labels, wanted {self.stop - self.start:,} (one for each "
+                             f"record of {self.start}:{self.stop}), {self.scored:,} (of the output) or "
+                             f"{self.whole:,} (of the source)")
+        return firsts[shape[0]]
+
+
 def _range(records: Any, origin: int, count: int) -> tuple[int, int]:
     """The asked range [start, stop) in the source's numbering; the output holds [origin, origin + count)."""
     start = origin if records.start is None else records.start
@@ -169,39 +218,36 @@ def _range(records: Any, origin: int, count: int) -> tuple[int, int]:
     return start, stop
 
 
-async def _labels(where: str, *, anonymous: bool) -> np.ndarray:
-    """All of a .npy file, local or in a store, or of a Zarr array."""
-    import numpy as np
-
+async def _labels(where: str, span: _Range, *, anonymous: bool) -> np.ndarray:
+    """The labels of the range, from a .npy file, local or in a store, or a Zarr array, of which no more is read."""
     from batch_client.reader import open_source
     from batch_client.storage import open_store
 
-    if not where.endswith(".npy"):
-        source = await open_source(open_store(where, anonymous=anonymous), None)
-        return (await source.read(0, source.geometry.count, allow_missing=True)).records.joined()
+    if where.endswith(".npy"):
+        labels = await _npy(where, anonymous=anonymous)
+        first = span.first_label(labels.shape, labels.dtype, where)
+        return labels[first:first + span.stop - span.start]
+    source = await open_source(open_store(where, anonymous=anonymous), None)
+    first = span.first_label(source.geometry.shape, source.geometry.dtype, where)
+    return (await source.read(first, first + span.stop - span.start, allow_missing=True)).records.joined()
+
+
+async def _npy(where: str, *, anonymous: bool) -> np.ndarray:
+    import numpy as np
+
+    from batch_client.storage import open_store
+
     folder, slash, name = where.rpartition("/")
     blob = await open_store(folder or (slash or "."), anonymous=anonymous).get(name)
     if blob is None:
         raise UsageError(f"{where}: no such file")
     try:
         labels = np.load(io.BytesIO(blob.data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UsageError(f"{where}: not a .npy file of numbers ({error})") from error
+    except _NO_NPY as error:
+        raise UsageError(f"{where}: not a .npy file of numbers ({in_one_line(error)})") from error
     if not isinstance(labels, np.ndarray):
         raise UsageError(f"{where}: found an archive of arrays (.npz), wanted one array (.npy)")
     return labels
-
-
-def _cut(labels: np.ndarray, start: int, stop: int, where: str) -> np.ndarray:
-    """The labels of records [start, stop), from one for each record of the source or of the range."""
-    if labels.ndim != 1 or labels.dtype.kind not in "iub":
-        raise UsageError(f"{where}: found {labels.dtype} of shape {labels.shape}, wanted one whole number a record")
-    if len(labels) == stop - start:
-        return labels
-    if len(labels) < stop:
-        raise UsageError(f"{where}: found {len(labels):,} labels, wanted {stop - start:,} (one for each record of "
-                         f"{start}:{stop}) or at least {stop:,} (one for each record of the source)")
-    return labels[start:stop]
 
 
 async def _answers(scores: Source, status: Source | None, origin: int, start: int, stop: int,
@@ -224,9 +270,7 @@ async def _answers(scores: Source, status: Source | None, origin: int, start: in
         part = slice(first - start, last - start)
         classes[part] = np.where(unusable, -1, chosen)
         best[part] = np.where(unusable, np.nan, values[np.arange(len(values)), chosen])
-    # A single number a record has no classes, so there is no right or wrong to count.
-    comparable = len(geometry.record_shape) == 1 and geometry.record_shape[0] > 1
-    return _Answers(start, stop, classes, best, labels if comparable else None)
+    return _Answers(start, stop, classes, best, labels)
 
 
 def _rows(scores: np.ndarray) -> np.ndarray:
@@ -243,10 +287,15 @@ def _choose(answers: _Answers) -> list[tuple[str, list[int]]]:
     evenly = np.linspace(0, count - 1, EVENLY).round().astype(int).tolist()
     panels = [(f"{EVENLY} of {count:,} records, evenly spaced", evenly)]
     if answers.labels is None:
-        doubtful = np.argsort(np.nan_to_num(answers.scores, nan=-np.inf), kind="stable")[:NOTABLE]
-        panels.append((f"the {NOTABLE} with the lowest best score", doubtful.tolist()))
+        without, scored = np.flatnonzero(answers.classes < 0), np.flatnonzero(answers.classes >= 0)
+        doubtful = scored[np.argsort(answers.scores[scored], kind="stable")][:NOTABLE]
+        if len(doubtful):
+            panels.append((f"the {len(doubtful)} with the lowest best score", doubtful.tolist()))
+        if len(without):
+            few = "" if len(without) <= NOTABLE else f"{NOTABLE} of "
+            panels.append((f"{few}{len(without):,} without a score", without[:NOTABLE].tolist()))
         return panels
-    wrong = np.flatnonzero(answers.classes != answers.labels)
+    wrong = np.flatnonzero(~answers.hits)
     surest = wrong[np.argsort(-np.nan_to_num(answers.scores[wrong], nan=-np.inf), kind="stable")][:NOTABLE]
     title = "the one that is wrong" if len(wrong) == 1 else f"all {len(wrong):,} that are wrong, the surest first"
     if len(wrong) > NOTABLE:
@@ -300,7 +349,7 @@ def _figures(url: str, output: _Output, answers: _Answers) -> dict[str, Any]:
 
 
 def _sentence(figures: dict[str, Any]) -> str:
-    from batch_client.picture import percent
+    from batch_client.figures import percent
 
     text = f"{figures['records']:,} records"
     if figures["right"] is not None:

@@ -43,17 +43,18 @@ async def _status(store: Store, *, as_json: bool) -> str:
 
 
 def _lines(progress: Progress) -> str:
-    share = progress.done / progress.records
+    from batch_client.figures import number, percent
+
     lines = [
         f"{progress.output}: {'published, ' + str(progress.root) if progress.published else 'not published'}",
-        f"records  {progress.done:,} of {progress.records:,} ({share:.1%})",
+        f"records  {progress.done:,} of {progress.records:,} ({percent(progress.done / progress.records)})",
         f"failed   {progress.failed:,}, and {progress.not_finite:,} not finite",
         f"chunks   {progress.chunks_done:,} of {progress.chunks:,}, {progress.dead_letters:,} with dead letters",
     ]
     if progress.removing:
         lines.append("removal  begun and not finished; --clean --yes or run --overwrite finishes it")
     if progress.rate is not None and progress.eta is not None:
-        lines.append(f"rate     {progress.rate:,.0f} records/s, {progress.eta:,.0f} s left at that rate")
+        lines.append(f"rate     {number(progress.rate)} records/s, {progress.eta:,.0f} s left at that rate")
     for writer in progress.writers:
         when = datetime.fromtimestamp(writer.last_wrote, UTC).isoformat(timespec="seconds")
         lines.append(f"writer   {writer.name}: {writer.segments} ledger segments, the last at {when}")

@@ -46,7 +46,7 @@ class PatientStream:
     def close(self) -> None:
         """Wait a moment for what is still queued."""
         with contextlib.suppress(queue.Full):
-            self._queue.put_nowait(None)
+            self._queue.put(None, timeout=CLOSE_SECONDS)
         self._thread.join(CLOSE_SECONDS)
 
     def _drain(self) -> None:

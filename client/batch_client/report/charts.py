@@ -11,7 +11,9 @@ import sys
 from collections.abc import Sequence
 from html import escape
 
-__all__ = ["COLOURS", "columns", "nice_ticks", "number", "shares_bar", "text_of"]
+from batch_client.figures import axis_labels
+
+__all__ = ["COLOURS", "columns", "nice_ticks", "shares_bar", "text_of"]
 
 WIDTH, HEIGHT = 720, 230
 # Classes s0, s1, … that the page has colours for.
@@ -29,13 +31,6 @@ _NO_CHARACTER = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 def text_of(value: object) -> str:
     """Anybody's words as text of a page: escaped, with a replacement character for each that no page may hold."""
     return escape(_NO_CHARACTER.sub("\N{REPLACEMENT CHARACTER}", str(value)))
-
-
-def number(value: float) -> str:
-    """A number as a person reads it: 1,200, 0.25, 3e-05."""
-    if value == 0 or 1e-3 <= abs(value) < 1e15:
-        return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.3g}"
-    return f"{value:.0e}"
 
 
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -122,8 +117,8 @@ class _Plot:
 def _grid(plot: _Plot, ticks: Sequence[float]) -> str:
     return "".join(
         f'<line class="grid" x1="{plot.left}" x2="{plot.right}" y1="{plot.y(tick):.1f}" y2="{plot.y(tick):.1f}"/>'
-        f'<text x="{plot.left - 6}" y="{plot.y(tick) + 4:.1f}" text-anchor="end">{text_of(number(tick))}</text>'
-        for tick in ticks)
+        f'<text x="{plot.left - 6}" y="{plot.y(tick) + 4:.1f}" text-anchor="end">{text_of(label)}</text>'
+        for tick, label in zip(ticks, axis_labels(ticks), strict=True))
 
 
 def _columns(plot: _Plot, stacks: Sequence[tuple[str, Sequence[float]]], count: int) -> list[str]:

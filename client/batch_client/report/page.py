@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from batch_client.bottleneck import Bottleneck, Limit
-from batch_client.report.charts import columns, nice_ticks, number, shares_bar, text_of
+from batch_client.figures import axis_labels, number
+from batch_client.report.charts import columns, nice_ticks, shares_bar, text_of
 from batch_client.report.collect import SCORED, ReportData, Sample
 from batch_client.report.sketches import LogHistogram
 from batch_client.report.style import STYLE
@@ -100,14 +101,14 @@ def _verdict(found: Bottleneck) -> str:
 def _figures(data: ReportData) -> list[tuple[str, str]]:
     rate = data.stored / data.seconds if data.seconds > 0 else 0.0
     rows = [("records stored by this run", f"{data.stored:,}"), ("time", _seconds(data.seconds)),
-            ("records/s", number(round(rate)))]
+            ("records/s", number(rate))]
     if data.started is not None:
         total = data.started.plan.count
         rows.insert(0, ("records of the output", f"{total:,}"))
         if data.started.done:
             rows.insert(1, ("proven before", f"{data.started.done:,}"))
         if data.started.ceiling is not None:
-            rows += [("the model's ceiling, records/s", number(round(data.started.ceiling))),
+            rows += [("the model's ceiling, records/s", number(data.started.ceiling)),
                      ("percent of the ceiling", f"{100 * rate / data.started.ceiling:.0f} %")]
     rows += [(f"records {name}", f"{count:,}") for name, count in zip(STATUSES, data.statuses, strict=True)]
     if data.held:
@@ -139,18 +140,23 @@ def _throughput(data: ReportData) -> str:
     width, rates = _rates(data)
     ceiling = data.started.ceiling if data.started else None
     average = sum(data.timeline.amounts(SCORED)) / data.seconds if data.seconds > 0 else 0.0
-    level = None if ceiling is None else (ceiling, f"the model's ceiling, {number(round(ceiling))}")
+    level = None if ceiling is None else (ceiling, f"the model's ceiling, {number(ceiling)}")
     chart = columns([("records", rates)], x_label="seconds since the first read", y_label="records/s",
                     x_ticks=_time_ticks(width * len(rates)), level=level)
-    return _figure(f"{number(round(average))} records/s on average, {number(round(max(rates)))} at best",
+    return _figure(f"{number(average)} records/s on average, {number(max(rates))} at best",
                    f"Predictions that arrived, each column {_seconds(width)}.", chart)
 
 
 def _rates(data: ReportData) -> tuple[float, list[float]]:
-    """Seconds of a column, and records/s in each; the run ends somewhere within the last one."""
+    """Seconds of a column, and records/s in each; the run ends within the last one, whose rate is until then."""
     most = min(_MOST_COLUMNS, max(_LEAST_COLUMNS, data.requests // _REQUESTS_A_COLUMN))
     amounts, width = _merged(data.timeline.amounts(SCORED), data.timeline.width, most)
-    return width, [amount / width for amount in amounts] or [0.0]
+    last = data.seconds - width * (len(amounts) - 1)
+    if len(amounts) > 1 and last < width / 2:  # too short for a rate of its own
+        amounts[-2:] = [amounts[-2] + amounts[-1]]
+        last += width
+    rates = [amount / width for amount in amounts]
+    return width, [*rates[:-1], amounts[-1] / last if last > 0 else rates[-1]] if rates else [0.0]
 
 
 def _merged(amounts: list[int], width: float, most: int = _MOST_COLUMNS) -> tuple[list[int], float]:
@@ -161,7 +167,8 @@ def _merged(amounts: list[int], width: float, most: int = _MOST_COLUMNS) -> tupl
 
 
 def _time_ticks(seconds: float) -> list[tuple[float, str]]:
-    return [(tick / seconds, number(tick)) for tick in nice_ticks(0.0, seconds, 8)] if seconds > 0 else []
+    ticks = nice_ticks(0.0, seconds, 8) if seconds > 0 else []
+    return [(tick / seconds, label) for tick, label in zip(ticks, axis_labels(ticks), strict=True)]
 
 
 def _time(found: Bottleneck) -> str:
@@ -231,11 +238,12 @@ def _scores(data: ReportData) -> str:
     def place(value: float) -> float:
         return (value / 2 - low / 2) / (high / 2 - low / 2)
 
+    ticks = nice_ticks(low, high, 8)
     chart = columns([("records", [float(count) for count in counts])],
                     x_label=f"highest value of {data.score_name} for a record", y_label="records of the sample",
-                    x_ticks=[(place(tick), number(tick)) for tick in nice_ticks(low, high, 8)],
+                    x_ticks=[(place(tick), label) for tick, label in zip(ticks, axis_labels(ticks), strict=True)],
                     marks=[(place(middle), f"median {middle:.6g}")])
-    return _figure(f"Half of the records score above {middle:.6g}",
+    return _figure(f"At least half of the records score {middle:.6g} or more",
                    f"Of {len(data.scores):,} records, evenly spaced among those scored.", chart)
 
 
@@ -252,7 +260,7 @@ def _score_range(scores: np.ndarray) -> tuple[float, float]:
 
 
 def _servers(data: ReportData) -> str:
-    return _table(["server", "requests", "records", "attempts without a result"],
+    return _table(["server", "requests", "records in them", "attempts without a result"],
                   [[text_of(url), f"{server.requests:,}", f"{server.records:,}", f"{server.retries:,}"]
                    for url, server in data.servers.items()])
 

@@ -1,0 +1,28 @@
+"""URLs as people give them."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import SplitResult, urlsplit
+
+from batch_client.errors import UsageError
+
+__all__ = ["require_path_alone", "split_url"]
+
+
+def split_url(url: str) -> SplitResult:
+    """The parts of a URL or a path. Raises UsageError for one that has none, such as `s3://[bucket/path`."""
+    try:
+        return urlsplit(url)
+    except ValueError as error:
+        raise UsageError(f"{url}: not a URL ({error})") from error
+
+
+def require_path_alone(url: str) -> None:
+    """Raises UsageError for a URL that goes on after its path: that would be left out, and the rest is another place's.
+
+    What follows may be a signature, and is not shown.
+    """
+    if len(split_url(url).scheme) > 1 and (cut := re.search("[?#]", url)):
+        raise UsageError(f"{url[:cut.start()]}{cut[0]}…: no place has a {cut[0]!r} in its URL: wanted %23 for a '#' "
+                         "and %3F for a '?' of a name, and no query, such as signed URLs have")
