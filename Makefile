@@ -1,7 +1,7 @@
 # make demo    the whole job on real data, in under four minutes
-# make test    linters, types and all tests
+# make test    linters, types and tests, all but the long ones
 # make chaos   5,000 seeded schedules, and the fault tests at full size: about half an hour
-# make bench   this client against the same model in one process
+# make bench   this client against the same model alone
 # make compare this client and what could be run instead: Dask, Ray, LitServe, Triton, plain processes, TorchServe
 # make gpu-check  on a machine with a GPU: the handler's core against the model alone, overlap, bits over restarts
 # All of them make the environment first, in .venv; nothing else on the machine is changed.

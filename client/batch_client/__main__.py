@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import os
+import signal
 import sys
 
 from batch_client.cli import main
@@ -10,6 +12,7 @@ from batch_client.cli import main
 # back to it each time, and each thread that decodes would have its own. New pages were a tenth of a run's CPU.
 # 32 MiB is the most that every glibc takes, and the first: one that refuses it keeps its own rules for all.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+LEAST_OTHER = 3  # the first descriptor that is no standard stream
 ALLOCATOR = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 256 << 20, M_ARENA_MAX: 1}
 
 
@@ -21,7 +24,31 @@ def keep_memory() -> None:
             all(mallopt(option, value) for option, value in ALLOCATOR.items())
 
 
+def have_standard_streams() -> None:
+    """A descriptor under 3 that is closed would become another file's, which libuv takes for a bug and aborts."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < LEAST_OTHER:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdin = sys.stdin or open(0)  # noqa: SIM115 - for as long as the process lives
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
+
+
+def end_like_ctrl_c() -> None:
+    """A SIGTERM, or a SIGHUP of a terminal that is closed, lets a verb without a handler of its own clean up too."""
+    def end(*_: object) -> None:
+        if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL):  # as jobs in the background have it
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
+
+
 def entry_point() -> None:
+    have_standard_streams()
+    end_like_ctrl_c()
     keep_memory()
     sys.exit(main(sys.argv[1:]))
 

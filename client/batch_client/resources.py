@@ -24,7 +24,7 @@ def serve_config_dir(environ: Mapping[str, str] = os.environ) -> Path:
     """
     package = Path(__file__).resolve().parent
     named = environ.get("BATCH_CLIENT_SERVE_CONFIG")
-    candidates = [Path(named)] if named else [package / "_serve_config", package.parents[1] / "serve_config"]
+    candidates = [Path(named).absolute()] if named else [package / "_serve_config", package.parents[1] / "serve_config"]
     for folder in candidates:
         if all((folder / name).is_file() for name in REQUIRED):
             return folder

@@ -10,9 +10,8 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +19,6 @@ from typing import Any, Self
 import aiohttp
 
 from batch_client.errors import ServingError, UsageError
-from batch_client.files import replace_file
 from batch_client.java import Java, find_java, torchserve_home
 from batch_client.machine import gpus, has_address
 from batch_client.regions import sweep
@@ -29,21 +27,16 @@ from batch_client.server_lanes import Lane, lanes_of
 from batch_client.server_log import last_words, load_failure, silent_deaths, taken_port
 from batch_client.server_process import ServerProcess, launch, settled
 
-__all__ = ["EmbeddedServer", "ServerSettings", "serve_forever"]
+__all__ = ["EmbeddedServer", "ServerSettings"]
 
 POLL_SECONDS = 0.1  # between looks at a server that is starting
 LOG_SETTLE_SECONDS = 0.5  # a dying worker's traceback comes in many lines
 SILENT_DEATHS = 2  # of one worker, before its end counts as one without a word
 SILENCE_SECONDS = 30.0  # at most, until a worker that died without a word has died again
-WATCH_SECONDS = 2.0  # between looks at the log and the life of a server that serves
-# From a look that found its workers ready to the next: an answer takes TorchServe 10 ms of a core, which the model
-# could have had.
-WORKERS_SECONDS = 30.0
 RENEWAL_TRIES = 10  # of a token's renewal while the old one still lives
 STARTS = 3  # tries, when somebody else took a free port in between
 ABANDONED_SECONDS = 900.0  # no client waits as long for an answer
-MOST_LOG_BYTES = 64 << 20  # of a log that has been echoed and that nobody else reads
-HOPELESS_SECONDS = 600.0  # without a ready worker; TorchServe itself gives a worker up after maxRetryTimeoutInSec
+REFUSED = 400  # what TorchServe answers to a token that it does not take
 
 
 class _PortTakenError(Exception):
@@ -123,6 +116,9 @@ class EmbeddedServer:
         over.
         """
         self._model = model_of(self._settings.archive)
+        if ":" in self._settings.address:
+            raise UsageError(f"--address {self._settings.address}: wanted a name or an IPv4 address, such as 0.0.0.0: "
+                             "TorchServe takes no other")
         if not await asyncio.to_thread(has_address, self._settings.address):
             raise UsageError(f"--address {self._settings.address}: not an address of this machine")
         home = torchserve_home()
@@ -180,7 +176,7 @@ class EmbeddedServer:
 
     def renewal_due_in(self) -> float:
         """Seconds until `token` will make another one."""
-        return max(0.0, self._renew_at["inference"] - time.monotonic())
+        return max(0.0, self._renew_at["inference"] - _now())
 
     async def describe(self, lane: str | None = None) -> dict[str, Any]:
         """TorchServe's description of a lane, by default the one of the plain name: `workers` with their `pid` and
@@ -222,7 +218,7 @@ class EmbeddedServer:
     async def _start_once(self, java: Java, home: Path) -> None:
         self._running = launch(self._settings, self._model, self._lanes, java, home, self._environ)
         self._inference_key = None
-        self._renew_at = dict.fromkeys(("inference", "management"), self._running.started + self._half_life)
+        self._renew_at = dict.fromkeys(("inference", "management"), _now() + self._half_life)
         try:
             async with asyncio.timeout(self._settings.startup_seconds):
                 await self._ready()
@@ -273,7 +269,14 @@ class EmbeddedServer:
             if self._due("management"):
                 await self._renew("management")
             key = self._alive().key("management")
-        return await self._get(path, key)
+        status, body = await self._get(path, key)
+        if status == REFUSED:
+            async with self._renewing:
+                if self._alive().key("management") == key:
+                    await self._renew("management")
+                key = self._alive().key("management")
+            status, body = await self._get(path, key)
+        return status, body
 
     async def _get(self, path: str, key: str | None) -> tuple[int, str]:
         if self._session is None:
@@ -288,19 +291,19 @@ class EmbeddedServer:
         return self._settings.token_minutes * 30
 
     def _due(self, kind: str) -> bool:
-        return time.monotonic() >= self._renew_at[kind] and self._alive().key(kind) is not None
+        return _now() >= self._renew_at[kind] and self._alive().key(kind) is not None
 
     async def _renew(self, kind: str) -> None:
         """Asks for a new token. TorchServe answers without a body and writes it to its key file.
 
         One that it does not make leaves the old one, which has half its life left; it is asked again before that ends.
         """
-        asked = time.monotonic()
+        asked = _now()
         made = False
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
             status, _ = await self._get(f"/token?type={kind}", self._alive().key("API"))
             made = status == 200
-        self._renew_at[kind] = asked + self._half_life if made else time.monotonic() + self._half_life / RENEWAL_TRIES
+        self._renew_at[kind] = asked + self._half_life if made else _now() + self._half_life / RENEWAL_TRIES
 
     # Ending
 
@@ -310,118 +313,10 @@ class EmbeddedServer:
             await running.end()
 
 
+def _now() -> float:
+    """Seconds by the clock that TorchServe ends tokens by, which goes on while a machine sleeps."""
+    return time.time()
+
+
 def _ready_workers(description: str) -> int:
     return sum(worker.get("status") == "READY" for worker in json.loads(description)[0].get("workers", ()))
-
-
-# --- In the foreground ------------------------------------------------------------------------------------------------
-
-
-async def serve_forever(
-    settings: ServerSettings,
-    announce: Callable[[EmbeddedServer], None],
-    *,
-    token_file: Path | None = None,
-    echo: Callable[[str], None] | None = None,
-) -> None:
-    """Serves until SIGINT or SIGTERM, then returns.
-
-    announce: called once, when every worker is ready. token_file: holds the current token with mode 0600, is replaced
-    at each renewal (the old token dies then) and removed at the end. echo: gets the server's log as it grows.
-
-    Raises UsageError when the token file can't be written, ServingError when the server does not start, ends by itself,
-    or has had no worker for HOPELESS_SECONDS.
-    """
-    if token_file is not None:
-        _check_place(token_file)
-    loop = asyncio.get_running_loop()
-    this = asyncio.current_task()
-    asked = False
-
-    def ask() -> None:
-        nonlocal asked
-        asked = True
-        if this is not None:
-            this.cancel()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, ask)
-    try:
-        async with EmbeddedServer(settings) as server:
-            announce(server)
-            await _watch(server, token_file, echo or (lambda _: None))
-    except asyncio.CancelledError:
-        if not asked:
-            raise
-        if this is not None:
-            this.uncancel()
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-
-
-async def _watch(server: EmbeddedServer, token_file: Path | None, echo: Callable[[str], None]) -> None:
-    last_ready = time.monotonic()
-    with server.log_path.open(encoding="utf-8", errors="replace") as log, _secret(token_file) as write:
-        while True:
-            echo(log.read())
-            if server.owns_log and server.log_path.stat().st_size > MOST_LOG_BYTES:
-                # It has been told, and nobody else reads it; TorchServe appends.
-                os.truncate(server.log_path, 0)
-                log.seek(0)
-            write(await server.token())
-            server.sweep()
-            if time.monotonic() - last_ready >= WORKERS_SECONDS:
-                if await _has_ready_workers(server):
-                    last_ready = time.monotonic()
-                elif time.monotonic() - last_ready > HOPELESS_SECONDS:
-                    raise ServingError(f"no worker has been ready for {HOPELESS_SECONDS:g} s: {server.log_tail(1)}")
-            await asyncio.sleep(min(WATCH_SECONDS, server.renewal_due_in() + 0.1))
-
-
-async def _has_ready_workers(server: EmbeddedServer) -> bool:
-    """Whether the server says now that it has one in each lane; a slow answer says nothing yet, and an end `token` will
-    see.
-    """
-    try:
-        described = [await server.describe(lane.name) for lane in server.lanes]
-    except ServingError:
-        return False
-    return all(any(worker["status"] == "READY" for worker in lane["workers"]) for lane in described)
-
-
-def _check_place(path: Path) -> None:
-    """Raises UsageError for a token file that could not be written when the server is ready."""
-    if path.is_dir() or not path.parent.is_dir():
-        found = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise UsageError(f"--token-out {path}: {found}: wanted a file in a folder that exists")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UsageError(f"--token-out {path}: no right to write in {path.parent}")
-
-
-@contextlib.contextmanager
-def _secret(path: Path | None) -> Iterator[Callable[[str | None], None]]:
-    """A function that puts a token into the file; what it wrote, and nothing else, is removed after the block."""
-    written: str | None = None
-
-    def write(token: str | None) -> None:
-        nonlocal written
-        if path is not None and token is not None and token != written:
-            _write_secret(path, token)
-            written = token
-
-    try:
-        yield write
-    finally:
-        if path is not None and written is not None:
-            with contextlib.suppress(OSError, UnicodeDecodeError):  # by now it is somebody else's
-                if path.read_text("ascii") == written:
-                    path.unlink()
-
-
-def _write_secret(path: Path, text: str) -> None:
-    """Replaces `path` at once by a file that only its owner can read; raises UsageError when that can't be done."""
-    try:
-        replace_file(path, text, 0o600)
-    except OSError as error:
-        raise UsageError(f"--token-out {path}: can't be written: {error.strerror}") from error

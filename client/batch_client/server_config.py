@@ -151,7 +151,10 @@ def parse_properties(text: str) -> dict[str, str]:
 
 def _escape(value: str) -> str:
     """A value that java.util.Properties reads back as it is; its files are Latin-1."""
-    return value.replace("\\", "\\\\").replace("\n", "\\n").encode("ascii", "backslashreplace").decode("ascii")
+    plain = value.replace("\\", "\\\\").replace("\n", "\\n")
+    # \uXXXX is all that they know, of the halves of a surrogate pair where a character needs two.
+    units = memoryview(plain.encode("utf-16-le", "surrogatepass")).cast("H")
+    return "".join(chr(unit) if unit < 128 else f"\\u{unit:04x}" for unit in units)
 
 
 def environment(

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +56,6 @@ class ServerProcess:
     log_path: Path
     log_start: int  # where this start's lines begin in the log
     properties: Mapping[str, str]
-    started: float  # time.monotonic()
     ready: bool = False  # every worker was ready once
     failed: bool = False  # the start was given up, for a reason that is in the log
 
@@ -146,7 +144,7 @@ def launch(
         if isinstance(error, OSError):
             raise ServingError(f"the server can't be started: {error}") from error
         raise
-    return ServerProcess(guard, lifeline, folder, shared, log, log_start, properties, time.monotonic())
+    return ServerProcess(guard, lifeline, folder, shared, log, log_start, properties)
 
 
 def _require_short(folder: Path) -> None:

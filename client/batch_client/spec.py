@@ -79,6 +79,9 @@ class ServerSpec:
             if "@" in split_url(endpoint).netloc:
                 raise UsageError("--endpoint has a user name or password in its URL, which would be shown in logs: "
                                  "give a token with --token-file or --token-command")
+            if "?" in endpoint or "#" in endpoint:
+                raise UsageError("--endpoint has a query or a fragment in its URL, which would be shown in logs and "
+                                 "lead requests astray: wanted a URL such as http://host:8080")
         if self.endpoints and not self.model:
             raise UsageError("--endpoint also needs --model NAME, the name under which the server has the model")
         if self.token_file and self.token_command:

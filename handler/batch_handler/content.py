@@ -88,20 +88,27 @@ def decode_image(body: Buffer, spec: TensorSpec) -> Array:
     mode, height, width = _picture_of(spec)
     try:
         picture = Image.open(io.BytesIO(body), formats=_IMAGE_FORMATS)
-        if picture.size != (width, height):
-            raise OipError(f"the picture is {picture.width} x {picture.height}, wanted {width} x {height}")
-        pixel = f"{picture.mode} of 16 bits" if _has_16_bits(picture) else picture.mode
-        if pixel not in _IMAGE_MODES:
-            raise OipError(f"the picture's pixels are {pixel}, wanted 8 bits a channel, grey or colour")
+        _check_picture(picture, width, height)
         pixels = np.asarray(picture.convert(mode))
     except UnidentifiedImageError as error:
         raise OipError(f"the picture can't be read, wanted {', '.join(_IMAGE_FORMATS)}") from error
+    except OipError:
+        raise
     # The bomb warning is raised where warnings are errors; elsewhere the size, wrong anyway, is refused above.
-    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError,
+            Image.DecompressionBombWarning) as error:
         raise OipError(f"the picture can't be decoded: {str(error)[:120]}") from error
     if mode == "RGB" and spec.shape[0] == 3 and spec.shape[-1] != 3:
         pixels = np.moveaxis(pixels, -1, 0)
     return np.ascontiguousarray(pixels).reshape(1, *spec.shape)
+
+
+def _check_picture(picture: Image.Image, width: int, height: int) -> None:
+    if picture.size != (width, height):
+        raise OipError(f"the picture is {picture.width} x {picture.height}, wanted {width} x {height}")
+    pixel = f"{picture.mode} of 16 bits" if _has_16_bits(picture) else picture.mode
+    if pixel not in _IMAGE_MODES:
+        raise OipError(f"the picture's pixels are {pixel}, wanted 8 bits a channel, grey or colour")
 
 
 def _has_16_bits(picture: Image.Image) -> bool:

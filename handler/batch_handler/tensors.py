@@ -260,8 +260,8 @@ def _geometry(fields: Fields, name: str, limit: int) -> tuple[np.dtype[Any], tup
     shape = fields.get("shape", list)
     if not 0 < len(shape) <= _MAX_RANK or not all(type(size) is int and size >= 0 for size in shape):
         raise OipError(f"shape of {name} is {shown(shape)}, wanted sizes of at least 0, records first")
-    # numpy multiplies the sizes before it looks for a zero among them, and Python writes no number of 5000 digits.
-    if max(shape) > limit:
+    # numpy multiplies the sizes beside a zero among them too, and Python writes no number of 5000 digits.
+    if max(shape) > limit or math.prod(filter(None, shape)) * dtype.itemsize > _FURTHEST:
         raise OipError(f"{name} has shape {shown(shape)}, wanted sizes and bytes of at most {limit}", 413)
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes > limit:

@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+import time
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batch_client import storage
 from batch_client.archives import local_archive
 from batch_client.errors import CredentialsError, ServingError, StorageError, UsageError
-from batch_client.machine import cpu_kind, device, gpus
+from batch_client.machine import _has_gpu_devices, cpu_kind, device, gpus
 from batch_client.server_config import ServerSettings, environment
 from batch_client.server_process import settled
 from batch_client.storage import MemoryStore, open_store
@@ -228,7 +230,7 @@ async def test_a_store_that_shows_only_the_archive_has_no_file(archive, monkeypa
 class _Web:
     """A web server with an archive, and `answer` (status, body) for every other name."""
 
-    def __init__(self, archive, answer):
+    def __init__(self, archive, answer, seconds=0):
         class Handler(BaseHTTPRequestHandler):
             def do_HEAD(self):
                 status, body = (200, archive.read_bytes()) if self.path == f"/{quote(archive.name)}" else answer
@@ -237,7 +239,9 @@ class _Web:
                 self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
                 self.end_headers()
                 if self.command == "GET":
-                    self.wfile.write(body)
+                    self.wfile.write(body[:1])
+                    time.sleep(seconds)
+                    self.wfile.write(body[1:])
 
             do_GET = do_HEAD  # noqa: N815 - names that http.server wants
 
@@ -281,6 +285,15 @@ async def test_a_web_server_that_has_a_file_gives_it_and_a_damaged_one_is_refuse
                 read_tuning(fetched, lambda: device({}))
 
 
+async def test_a_web_server_may_take_longer_than_a_store_has_patience(archive, monkeypatch):
+    """It has to send the whole archive in one answer."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 1)
+    with _Web(archive, (404, b""), seconds=3) as web:
+        async with local_archive(web.url) as fetched:
+            assert fetched.read_bytes() == archive.read_bytes()
+
+
 async def test_an_archives_name_may_be_escaped_in_its_url(archive, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     archive = archive.rename(archive.with_name("a #1 ü?.mar"))
@@ -296,6 +309,10 @@ async def test_an_archives_name_may_be_escaped_in_its_url(archive, monkeypatch):
     ("s3://data/emb.mar?secret/x.mar", "s3://data/emb.mar?…: no place has a '?' in its URL"),
     ("s3://data/..%2F..%2Femb.mar", "'../../emb.mar' can't be a file's name"),
     ("s3://data/emb%00.mar", "can't be a file's name"),
+    ("s3://data/..", "'..' can't be a file's name"),
+    ("s3://data/.", "'.' can't be a file's name"),
+    ("s3://data/", "'data' can't be a file's name"),
+    ("s3://[data/emb.mar", "not a URL"),
 ])
 async def test_a_url_that_is_more_than_an_objects_path_is_refused_without_the_rest(url, wanted):
     with pytest.raises(UsageError) as error:
@@ -360,5 +377,7 @@ def test_gpus_are_named_as_their_driver_names_them(tmp_path, listed, visible, na
     environ = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
     assert device(environ) == name
     assert device(environ | {"CUDA_VISIBLE_DEVICES": ""}).startswith("cpu-")
+    if not _has_gpu_devices():
+        assert device({"PATH": "/nowhere", "CUDA_VISIBLE_DEVICES": "0"}).startswith("cpu-")
     assert gpus(environ) == gpus(environ)
     assert (tmp_path / "starts").read_text() == "\n"  # the program is slow

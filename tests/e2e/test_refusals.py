@@ -80,6 +80,9 @@ SERVERS = [
     (["--endpoint", "http://127.0.0.1:9", "--model", "toy"], 69, "can't be reached"),
     (["--endpoint", "127.0.0.1:9", "--model", "toy"], 64, "wanted a URL such as http://host:8080"),
     (["--endpoint", "http://me:secret@host", "--model", "toy"], 64, "--endpoint has a user name or password"),
+    (["--endpoint", "http://host:8080?key=secret", "--model", "toy"], 64, "--endpoint has a query or a fragment"),
+    (["--endpoint", "http://[::1:8080", "--model", "toy"], 64, "http://[::1:8080: not a URL (Invalid IPv6 URL)"),
+    (["--archive", "https://[x/m.mar"], 64, "not a URL"),
     ([], 64, "--endpoint URL (repeatable) or --archive MODEL.mar"),
     (["--archive", "missing.mar"], 69, "no such file; make one with batch-client pack"),
     (["--archive", "~nobody-has-this-home/m.mar"], 69, "can't be read (Could not determine home"),
@@ -213,7 +216,7 @@ def test_settings_come_from_flags_then_environment_then_file(place, toy_server, 
 @pytest.mark.parametrize(("words", "code", "wanted"), [
     (["missing.png"], 64, "No such file"), (["."], 64, "a folder; for records of a Zarr array add --records"),
     (["bad.mar"], 64, "none of npy, JSON"), (["in.zarr", "--records", "0:200"], 64, "0 <= A < B <= 100"),
-    (["wide.zarr", "--records", "0:1"], 65, "400"),
+    (["wide.zarr", "--records", "0:1"], 65, "a record has shape (14, 14), model toy takes (12, 12)"),
     (["holes.zarr", "--records", "1:3"], 65, "missing from the store: restore it or choose other records"),
 ])
 def test_bad_queries_are_one_line(words, code, wanted, place, toy_server, clean_environ):

@@ -154,7 +154,11 @@ def test_a_picture_of_another_size_is_refused_before_it_is_decoded():
         content.decode_image(bomb, GREY)
 
 
-@pytest.mark.parametrize("body", [b"", b"GIF89a", picture(np.zeros((4, 5), np.uint8))[:45]])
+@pytest.mark.parametrize("body", [
+    b"", b"GIF89a", picture(np.zeros((4, 5), np.uint8))[:45],
+    picture(np.zeros((4, 5), np.uint8)).replace(b"\x00\x00\x00\x0dIHDR", b"\x00\x00\x00\x0cIHDR"),
+    picture(np.zeros((4, 5), np.uint8), "BMP")[:-4],
+])
 def test_a_broken_picture_is_refused(body):
     with pytest.raises(OipError, match="the picture can't be"):
         content.decode_image(body, GREY)

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
+from batch_handler.fields import number
 from batch_handler.model import Model, ModelLoadError, check_files, read_description
 from batch_handler.signature import (
     InputSpec,
@@ -158,6 +159,18 @@ def test_a_signature_file():
     assert draft.micro_batch == 64
     assert draft.inputs == (InputSpec("image", np.dtype("u1"), (28, 28), (1, 28, 28), 1 / 255, (0.5,)),)
     assert (draft.outputs[0].name, draft.outputs[0].shape, draft.outputs[0].softmax) == ("scores", None, True)
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ("1/255", 1 / 255), (" 2 / 4 ", 0.5), ("0.00392156862745098", 1 / 255), ("3.9e-3", 0.0039), ("-1", -1.0), (2, 2.0)])
+def test_a_number_may_be_text(text, found):
+    assert number(text, "scale", "image") == pytest.approx(found)
+
+
+@pytest.mark.parametrize("text", ["", "1/0", "1/", "/2", "one", "1e999", "nan", ".", "1/2/3", None, True])
+def test_what_is_no_number_is_refused(text):
+    with pytest.raises(SignatureError, match="wanted a number or a fraction"):
+        number(text, "scale", "image")
 
 
 @pytest.mark.parametrize(

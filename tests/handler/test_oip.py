@@ -243,6 +243,12 @@ def test_too_many_bytes_are_413_and_bools_are_0_or_1():
     with pytest.raises(OipError) as caught:
         oip.decode_request(message.join(), message.header_length, max_tensor_bytes=99)
     assert caught.value.status == 413
+    for shape in ([0, 50_000_000, 50_000_000, 50_000_000], [0] + [99] * 40):  # of no bytes, and too large for numpy
+        head = {"name": "x", "datatype": "FP32", "shape": shape, "parameters": {"binary_data_size": 0}}
+        body = json.dumps({"inputs": [head]}).encode()
+        with pytest.raises(OipError, match="wanted sizes and bytes of at most") as caught:
+            oip.decode_request(body, len(body), max_tensor_bytes=1 << 26)
+        assert caught.value.status == 413
     message = oip.encode_request(InferRequest("", (Tensor("x", np.array([True])),)))
     with pytest.raises(OipError, match="neither 0 nor 1"):
         oip.decode_request(message.join()[:-1] + b"\x02", message.header_length, max_tensor_bytes=99)

@@ -13,6 +13,7 @@ import pytest
 from batch_client.cli.serve import command
 from batch_client.errors import ServingError
 from batch_client.resources import REQUIRED, serve_config_dir
+from batch_client.server_config import _escape
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,6 +91,38 @@ def test_a_wheel_carries_it(tmp_path, origin, docker_source):
     assert (site / "batch_client" / "server_guard.py").is_file()
 
 
+def test_a_folder_may_be_named_from_where_the_command_is(tmp_path, monkeypatch):
+    for name in REQUIRED:
+        (tmp_path / "here" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "here" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert serve_config_dir({"BATCH_CLIENT_SERVE_CONFIG": "here"}) == tmp_path / "here"
+
+
+@pytest.mark.parametrize("value", ["/home/josé/x", "C:\\x", "/home/ключ", "/home/😀", "a\nb", "/plain"])
+def test_java_reads_a_value_back_as_it_is(value):
+    escaped = _escape(value)
+    assert escaped.isascii()
+    assert "\n" not in escaped
+    assert read_as_java(escaped) == value
+
+
+def read_as_java(text):
+    """What java.util.Properties makes of a value (its documentation, `load`)."""
+    units, at = [], 0
+    while at < len(text):
+        if text[at] != "\\":
+            units.append(ord(text[at]))
+            at += 1
+        elif text[at + 1] == "u":
+            units.append(int(text[at + 2:at + 6], 16))
+            at += 6
+        else:
+            units.append(ord({"n": "\n", "t": "\t", "r": "\r", "f": "\f"}.get(text[at + 1], text[at + 1])))
+            at += 2
+    return b"".join(unit.to_bytes(2, "little") for unit in units).decode("utf-16-le")
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ServingError, match=str(tmp_path)):
         serve_config_dir({"BATCH_CLIENT_SERVE_CONFIG": str(tmp_path)})
@@ -99,7 +132,7 @@ def test_the_image_starts_what_the_command_line_understands():
     words = json.loads(instruction("server", "ENTRYPOINT")) + json.loads(instruction("server", "CMD"))
     assert words[:2] == ["batch-client", "serve"]
     context = command.make_context("serve", words[2:])
-    assert context.params["archive"] == Path("/models/model.mar")
+    assert context.params["archive"] == "/models/model.mar"
     assert context.params["address"] == "127.0.0.1"
     assert str(context.params["port"]) in instruction("server", "HEALTHCHECK")
     assert str(context.params["token_file"]) in instruction("server", "HEALTHCHECK")

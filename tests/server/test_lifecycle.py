@@ -259,6 +259,9 @@ async def test_an_address_of_another_machine_is_refused_before_the_start(make_ar
     server = EmbeddedServer(ServerSettings(make_archive(), workers=1, address="192.0.2.1"))  # nobody's: RFC 5737
     with pytest.raises(UsageError, match=r"^--address 192\.0\.2\.1: not an address of this machine$"):
         await server.start()
+    server = EmbeddedServer(ServerSettings(make_archive(), workers=1, address="::1"))
+    with pytest.raises(UsageError, match=r"^--address ::1: wanted a name or an IPv4 address"):
+        await server.start()
     assert all(map(has_address, ("127.0.0.1", "localhost", "0.0.0.0")))  # noqa: S104 - asked about, not served
 
 

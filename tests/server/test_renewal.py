@@ -11,10 +11,11 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from batch_client import server as server_module
+from batch_client import server_foreground
 from batch_client.errors import ServingError, UsageError
-from batch_client.server import EmbeddedServer, ServerSettings, _secret, _watch, serve_forever
+from batch_client.server import EmbeddedServer, ServerSettings
 from batch_client.server_config import Model
+from batch_client.server_foreground import _secret, _watch, serve_forever
 from batch_client.server_lanes import Lane
 from batch_client.server_process import ServerProcess
 
@@ -42,9 +43,11 @@ class Management:
         self.write()
         return web.Response()
 
-    async def describe(self, _):
+    async def describe(self, request):
         self.described += 1
         await self._fail()
+        if self.how == "first is dead" and request.headers["Authorization"] == "Bearer management-0":
+            raise web.HTTPBadRequest
         return web.json_response([{"workers": [{"status": "READY"}]}])
 
     async def _fail(self):
@@ -91,14 +94,13 @@ async def running(tmp_path, management, guard):
         server._lanes = (Lane("echo", 1, 8),)
         server._session = session
         properties = {"management_address": url}
-        server._running = ServerProcess(guard, -1, tmp_path, None, log, 0, properties, time.monotonic(),
-                                        ready=True)
-        server._renew_at = dict.fromkeys(("inference", "management"), time.monotonic() + 1800)
+        server._running = ServerProcess(guard, -1, tmp_path, None, log, 0, properties, ready=True)
+        server._renew_at = dict.fromkeys(("inference", "management"), time.time() + 1800)
         yield server
 
 
 def due(server):
-    server._renew_at = dict.fromkeys(("inference", "management"), time.monotonic())
+    server._renew_at = dict.fromkeys(("inference", "management"), time.time())
 
 
 def end(server):
@@ -129,6 +131,54 @@ async def test_a_renewal_that_was_given_up_and_made_all_the_same_is_found(runnin
     assert await running.token(refused="inference-1") == "inference-2"
 
 
+async def test_a_token_that_died_while_the_machine_slept_is_renewed(running, management):
+    """Nothing was due by the clock that stood still."""
+    management.how = "first is dead"
+    assert (await running.describe())["workers"] == [{"status": "READY"}]
+    assert management.made == 1
+
+
+async def test_a_token_file_that_can_not_be_written_for_a_while_ends_nothing(running, monkeypatch, tmp_path):
+    monkeypatch.setattr(server_foreground, "WATCH_SECONDS", 0.01)
+    folder, moved, said = tmp_path / "secrets", tmp_path / "moved", []
+    folder.mkdir()
+    with _secret(folder / "token") as write:
+        watching = asyncio.create_task(_watch(running, write, said.append))
+        await until((folder / "token").exists)
+        folder.rename(moved)
+        due(running)
+        await until(lambda: any("it is tried again" in line for line in said))
+        await asyncio.sleep(0.1)
+        assert not watching.done()
+        assert sum("it is tried again" in line for line in said) == 1
+        moved.rename(folder)
+        await until(lambda: (folder / "token").read_text() == "inference-1")
+        watching.cancel()
+        await asyncio.wait([watching])
+
+
+async def test_a_log_that_somebody_deletes_ends_nothing(running, monkeypatch):
+    monkeypatch.setattr(server_foreground, "WATCH_SECONDS", 0.001)
+    monkeypatch.setattr(server_foreground, "MOST_LOG_BYTES", 1)
+    running.log_path.unlink()
+    running.log_path.write_text("a log " * 100)
+    rounds = []
+    watching = asyncio.create_task(_watch(running, print, rounds.append))
+    await until(lambda: len(rounds) > 3)
+    running.log_path.unlink()
+    seen = len(rounds)
+    await until(lambda: len(rounds) > seen + 3)
+    watching.cancel()
+    await asyncio.wait([watching])
+    assert watching.cancelled()
+
+
+async def until(condition):
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - files, and lists that others fill
+            await asyncio.sleep(0.005)
+
+
 async def test_the_key_file_is_not_read_for_every_request(running, management):
     await running.token()
     management.key_file.unlink()
@@ -153,10 +203,11 @@ async def test_a_server_that_has_ended_is_named_with_its_last_words(running):
 
 
 async def test_the_watch_goes_on_through_a_slow_moment_and_notices_the_end(running, management, monkeypatch, tmp_path):
-    monkeypatch.setattr(server_module, "WATCH_SECONDS", 0.01)
-    monkeypatch.setattr(server_module, "WORKERS_SECONDS", 0.01)
+    monkeypatch.setattr(server_foreground, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(server_foreground, "WORKERS_SECONDS", 0.01)
     token_file = tmp_path / "token"
-    watching = asyncio.create_task(_watch(running, token_file, lambda _: None))
+    stack = contextlib.ExitStack()
+    watching = asyncio.create_task(_watch(running, stack.enter_context(_secret(token_file)), lambda _: None))
     management.how = "slow"
     await asyncio.sleep(3 * SLOW)
     assert not watching.done()
@@ -166,6 +217,7 @@ async def test_the_watch_goes_on_through_a_slow_moment_and_notices_the_end(runni
     end(running)
     with pytest.raises(ServingError, match="has ended"):
         await watching
+    stack.close()
     assert not token_file.exists()
 
 
@@ -173,8 +225,8 @@ async def test_the_watch_goes_on_through_a_slow_moment_and_notices_the_end(runni
     ("well", 1e9, False), ("well", 0.0, True), ("refuses", 0.02, True)])
 async def test_workers_that_are_ready_are_seldom_looked_at(running, management, monkeypatch, how, seconds,
                                                            in_each_round):
-    monkeypatch.setattr(server_module, "WATCH_SECONDS", 0.001)
-    monkeypatch.setattr(server_module, "WORKERS_SECONDS", seconds)
+    monkeypatch.setattr(server_foreground, "WATCH_SECONDS", 0.001)
+    monkeypatch.setattr(server_foreground, "WORKERS_SECONDS", seconds)
     management.how = how
     rounds, enough = 0, asyncio.Event()
 
@@ -184,7 +236,7 @@ async def test_workers_that_are_ready_are_seldom_looked_at(running, management, 
         if rounds == 200:
             enough.set()
 
-    watching = asyncio.create_task(_watch(running, None, count))
+    watching = asyncio.create_task(_watch(running, print, count))
     async with asyncio.timeout(60):
         await enough.wait()
     watching.cancel()
@@ -193,12 +245,12 @@ async def test_workers_that_are_ready_are_seldom_looked_at(running, management, 
 
 
 async def test_a_server_that_never_answers_is_hopeless_in_the_end(running, management, monkeypatch):
-    monkeypatch.setattr(server_module, "WATCH_SECONDS", 0.01)
-    monkeypatch.setattr(server_module, "WORKERS_SECONDS", 0.01)
-    monkeypatch.setattr(server_module, "HOPELESS_SECONDS", 2 * SLOW)
+    monkeypatch.setattr(server_foreground, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(server_foreground, "WORKERS_SECONDS", 0.01)
+    monkeypatch.setattr(server_foreground, "HOPELESS_SECONDS", 2 * SLOW)
     management.how = "refuses"
     with pytest.raises(ServingError, match="no worker has been ready for"):
-        await _watch(running, None, lambda _: None)
+        await _watch(running, print, lambda _: None)
 
 
 async def test_a_token_file_of_somebody_else_stays_when_the_start_fails(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import tomllib
 import traceback
@@ -69,13 +70,18 @@ def batch_client(context: click.Context, config: Path | None) -> None:
 
 def _settings(config: Path | None) -> dict[str, Any]:
     path = config or Path(CONFIG)
-    if config is None and not path.is_file():
+    if config is None and not os.path.isfile(path):  # noqa: PTH113 - which raises nothing where no right is
         return {}
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: can't be read as TOML: {error}") from error
-    return {verb: _defaults(path, verb, table) for verb, table in tables.items()}
+    settings = {verb: _defaults(path, verb, table) for verb, table in tables.items()}
+    if config is None and any("token_command" in table for table in settings.values()):
+        # It may be anybody's: the folder came with somebody's data.
+        raise UsageError(f"{path}: token-command is a program to start, which a file that is merely in the working "
+                         "folder must not name: say --config, or set BATCH_CLIENT_TOKEN_COMMAND")
+    return settings
 
 
 def _defaults(path: Path, verb: str, table: Any) -> dict[str, Any]:

@@ -138,7 +138,7 @@ run_options = _stack(
     server_options,
     array_options,
     click.option("--chunk-records", type=int,
-                 help="Records in an output chunk, whole input chunks.  [default: those of what is there, else up to "
+                 help="Records in an output chunk, whole input chunks.  [default: those of what goes on, else up to "
                       "32768, 8 MiB out, and 64 MiB or a 32nd of INPUT in]"),
     click.option("--request-records", type=int,
                  help="Records in a request, whole micro-batches. Raise it for tiny records, lower it where online "

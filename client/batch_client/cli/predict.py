@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from batch_client.errors import BatchClientError, CredentialsError, DataError, S
 from batch_client.jsontext import parse_json
 
 if TYPE_CHECKING:
-    from batch_client.reader import Rows
+    from batch_client.reader import Rows, Source
     from batch_client.serving import Servers
     from batch_client.spec import Records, ServerSpec
 
@@ -60,9 +59,9 @@ async def _predict(query: str, records: Records | None, array: str | None, spec:
         prepared = _read_query(query)
         async with open_servers(spec) as servers:
             return await _send(servers, prepared)
-    rows = await _read_records(query, records, array, anonymous=spec.anonymous)
+    source, rows = await _read_records(query, records, array, anonymous=spec.anonymous)
     async with open_servers(spec) as servers:
-        return await _send(servers, await _as_query(servers, rows))
+        return await _send(servers, await _as_query(servers, source, rows))
 
 
 def _read_query(query: str) -> _Query:
@@ -71,15 +70,15 @@ def _read_query(query: str) -> _Query:
         content_type = _sniff(body)
     else:
         path = Path(query)
-        if path.is_dir():
-            raise UsageError(f"{query}: a folder; for records of a Zarr array add --records A:B")
         content_type = IMAGES.get(path.suffix.lower()) or {".npy": NPY, ".json": JSON}.get(path.suffix.lower(), "")
         try:
+            if path.is_dir():
+                raise UsageError(f"{query}: a folder; for records of a Zarr array add --records A:B")
             with path.open("rb") as file:
                 body = file.read(MOST_BYTES + 1)
         except OSError as error:
             hint = "; for records of a Zarr array add --records A:B" if "://" in query else ""
-            raise UsageError(f"{query}: {error.strerror}{hint}") from error
+            raise UsageError(f"{query[:200]}: {error.strerror}{hint}") from error
         content_type = content_type or _sniff(body)
     if len(body) > MOST_BYTES:
         raise UsageError(f"{query}: more than {MOST_BYTES:,} bytes; score it with batch-client run")
@@ -98,7 +97,7 @@ def _sniff(body: bytes) -> str:
     raise UsageError("the query is none of npy, JSON, PNG, JPEG, GIF or BMP")
 
 
-async def _read_records(url: str, records: Records, array: str | None, *, anonymous: bool) -> Rows:
+async def _read_records(url: str, records: Records, array: str | None, *, anonymous: bool) -> tuple[Source, Rows]:
     from batch_client.reader import open_source
     from batch_client.storage import open_store
 
@@ -108,21 +107,23 @@ async def _read_records(url: str, records: Records, array: str | None, *, anonym
     if nbytes > MOST_BYTES:
         raise UsageError(f"--records {start}:{stop}: {nbytes:,} bytes, a query has at most {MOST_BYTES:,}; "
                          "score them with batch-client run")
-    return await source.read(start, stop)
+    return source, await source.read(start, stop)
 
 
-async def _as_query(servers: Servers, rows: Rows) -> _Query:
-    """Records as an .npy of the dtype and shape that the model takes, as `run` would send them."""
+async def _as_query(servers: Servers, source: Source, rows: Rows) -> _Query:
+    """Records as an .npy of the dtype and shape that the model takes, as `run` would send them.
+
+    Raises DataError where `run` would refuse them.
+    """
     import numpy as np
 
     from batch_client.contract import fetch_contract
+    from batch_client.prepare import geometry_for
 
     contract = await fetch_contract(servers, servers.urls[0])
-    wire = rows.records.joined()
-    with suppress(ValueError):  # the server says what it wants
-        wire = contract.on_the_wire(wire)
+    geometry_for(source, contract)
     file = io.BytesIO()
-    np.save(file, wire, allow_pickle=False)
+    np.save(file, contract.on_the_wire(rows.records.joined()), allow_pickle=False)
     return _Query(NPY, file.getvalue())
 
 
@@ -148,7 +149,8 @@ async def _send(servers: Servers, query: _Query) -> str:
     if verdict.outcome is Outcome.RESULT:
         return _pretty(reply.body)
     blame: dict[Outcome, type[BatchClientError]] = {
-        Outcome.REFUSED: DataError, Outcome.TOO_LARGE: DataError, Outcome.TOKEN: CredentialsError}
+        Outcome.REFUSED: DataError, Outcome.RAISED: DataError, Outcome.TOO_LARGE: DataError,
+        Outcome.TOKEN: CredentialsError}
     raise blame.get(verdict.outcome, ServingError)(f"{url}: {verdict.outcome.value}: {verdict.reason}")
 
 

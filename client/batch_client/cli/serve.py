@@ -10,6 +10,7 @@ import click
 
 from batch_client.cli.options import WORKERS, split_workers
 from batch_client.cli.stream import PatientStream
+from batch_client.errors import UsageError
 
 if TYPE_CHECKING:
     from batch_client.server import EmbeddedServer
@@ -18,7 +19,7 @@ __all__ = ["command"]
 
 
 @click.command(name="serve")
-@click.argument("archive", type=click.Path(path_type=Path))
+@click.argument("archive")
 @click.option("--workers", type=WORKERS, callback=split_workers, metavar="W[xT]", help="Processes with the model, and "
               "threads of each, such as 2x4. Default: the tuning file's, else one a GPU or a core.")
 @click.option("--online-workers", type=click.IntRange(0), help="Processes of a lane of its own for online queries; "
@@ -34,10 +35,11 @@ __all__ = ["command"]
               help="Keep the current token in this file, for `run --token-file`; it is replaced when it is renewed.")
 @click.option("--log-dir", type=click.Path(path_type=Path),
               help="Write the server's log here instead of to stderr.")
-def command(archive: Path, token_file: Path | None, log_dir: Path | None, **server: Any) -> None:
+def command(archive: str, token_file: Path | None, log_dir: Path | None, **server: Any) -> None:
     """Serve ARCHIVE, a file made by `pack`, until Ctrl-C."""
     # aiohttp is slow to import, and `batch-client --help` imports this module.
-    from batch_client.server import ServerSettings, serve_forever
+    from batch_client.server import ServerSettings
+    from batch_client.server_foreground import serve_forever
 
     def announce(server: EmbeddedServer) -> None:
         click.echo(f"serving {server.model_name} at {server.url}")
@@ -47,7 +49,9 @@ def command(archive: Path, token_file: Path | None, log_dir: Path | None, **serv
         click.echo(f"metrics at {server.metrics_url}")
         click.echo(f"token in {token_file}" if token_file else "requests need a token: start with --token-out PATH")
 
-    settings = ServerSettings(archive=archive, log_dir=log_dir, **server)
+    if "://" in archive:
+        raise UsageError(f"{archive}: serve takes a file on this machine: fetch it first")
+    settings = ServerSettings(archive=Path(archive), log_dir=log_dir, **server)
     # Whoever reads the log may stop reading: that must not stop the loop that renews tokens.
     stream = PatientStream()
 

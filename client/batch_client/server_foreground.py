@@ -1,0 +1,149 @@
+"""A server in the foreground: until a signal asks it to end, with its token in a file and its log told.
+
+Rule: what goes wrong beside the server (a reader that left, a full disk) does not end it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from batch_client.errors import ServingError, UsageError
+from batch_client.files import replace_file
+from batch_client.server import EmbeddedServer, ServerSettings
+
+__all__ = ["serve_forever"]
+
+WATCH_SECONDS = 2.0  # between looks at the log and the life of a server that serves
+# From a look that found its workers ready to the next: an answer takes TorchServe 10 ms of a core, which the model
+# could have had.
+WORKERS_SECONDS = 30.0
+MOST_LOG_BYTES = 64 << 20  # of a log that has been echoed and that nobody else reads
+HOPELESS_SECONDS = 600.0  # without a ready worker; TorchServe itself gives a worker up after maxRetryTimeoutInSec
+
+
+async def serve_forever(
+    settings: ServerSettings,
+    announce: Callable[[EmbeddedServer], None],
+    *,
+    token_file: Path | None = None,
+    echo: Callable[[str], None] | None = None,
+) -> None:
+    """Serves until SIGINT or SIGTERM, then returns.
+
+    announce: called once, when every worker is ready. token_file: holds the current token with mode 0600, is replaced
+    at each renewal (the old token dies then) and removed at the end. echo: gets the server's log as it grows.
+
+    Raises UsageError when the token file can't be written, ServingError when the server does not start, ends by itself,
+    or has had no worker for HOPELESS_SECONDS.
+    """
+    if token_file is not None:
+        _check_place(token_file)
+    loop = asyncio.get_running_loop()
+    this = asyncio.current_task()
+    asked = False
+
+    def ask() -> None:
+        nonlocal asked
+        asked = True
+        if this is not None:
+            this.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ask)
+    try:
+        async with EmbeddedServer(settings) as server:
+            with _secret(token_file) as write:
+                write(await server.token())  # before it is said to be there
+                with contextlib.suppress(OSError):  # whoever started it has stopped reading
+                    announce(server)
+                await _watch(server, write, echo)
+    except asyncio.CancelledError:
+        if not asked:
+            raise
+        if this is not None:
+            this.uncancel()
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+async def _watch(server: EmbeddedServer, write: Callable[[str | None], None], echo: Callable[[str], None] | None
+                 ) -> None:
+    last_ready, failing = time.monotonic(), False
+    with server.log_path.open(encoding="utf-8", errors="replace") as log:
+        while True:
+            if echo is not None:
+                echo(log.read())
+            if server.owns_log and os.fstat(log.fileno()).st_size > MOST_LOG_BYTES:
+                # It has been told, and nobody else reads it; TorchServe appends.
+                with contextlib.suppress(FileNotFoundError):  # somebody has deleted it
+                    os.truncate(server.log_path, 0)
+                log.seek(0)
+            try:
+                write(await server.token())
+                failing = False
+            except UsageError as error:  # the disk is full, the folder is gone: queries go on
+                if not failing and echo is not None:
+                    echo(f"{error}; it is tried again every {WATCH_SECONDS:g} s\n")
+                failing = True
+            server.sweep()
+            if time.monotonic() - last_ready >= WORKERS_SECONDS:
+                if await _has_ready_workers(server):
+                    last_ready = time.monotonic()
+                elif time.monotonic() - last_ready > HOPELESS_SECONDS:
+                    raise ServingError(f"no worker has been ready for {HOPELESS_SECONDS:g} s: {server.log_tail(1)}")
+            await asyncio.sleep(min(WATCH_SECONDS, server.renewal_due_in() + 0.1))
+
+
+async def _has_ready_workers(server: EmbeddedServer) -> bool:
+    """Whether the server says now that it has one in each lane; a slow answer says nothing yet, and an end `token` will
+    see.
+    """
+    try:
+        described = [await server.describe(lane.name) for lane in server.lanes]
+    except ServingError:
+        return False
+    return all(any(worker["status"] == "READY" for worker in lane["workers"]) for lane in described)
+
+
+def _check_place(path: Path) -> None:
+    """Raises UsageError for a token file that could not be written when the server is ready."""
+    if os.path.isdir(path) or not os.path.isdir(path.parent):  # noqa: PTH112 - which raise nothing where no right is
+        found = "is a folder" if os.path.isdir(path) else f"there is no folder {path.parent}"  # noqa: PTH112
+        raise UsageError(f"--token-out {path}: {found}: wanted a file in a folder that exists")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--token-out {path}: no right to write in {path.parent}")
+
+
+@contextlib.contextmanager
+def _secret(path: Path | None) -> Iterator[Callable[[str | None], None]]:
+    """A function that puts a token into the file; what it wrote, and nothing else, is removed after the block."""
+    written: str | None = None
+
+    def write(token: str | None) -> None:
+        nonlocal written
+        if path is not None and token is not None and token != written:
+            _write_secret(path, token)
+            written = token
+
+    try:
+        yield write
+    finally:
+        if path is not None and written is not None:
+            with contextlib.suppress(OSError, UnicodeDecodeError):  # by now it is somebody else's
+                if path.read_text("ascii") == written:
+                    path.unlink()
+
+
+def _write_secret(path: Path, text: str) -> None:
+    """Replaces `path` at once by a file that only its owner can read; raises UsageError when that can't be done."""
+    try:
+        replace_file(path, text, 0o600)
+    except OSError as error:
+        raise UsageError(f"--token-out {path}: can't be written: {error.strerror}") from error

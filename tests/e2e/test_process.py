@@ -1,0 +1,105 @@
+"""The command line as whoever starts it sees it: descriptors, signals, working folders."""
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import zarr
+
+from support.cli import command, run_cli
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_standard_stream_is_no_reason_to_abort(closed, clean_environ, tmp_path):
+    """A service manager may start it so."""
+    zarr.create_array(tmp_path / "in.zarr", data=np.zeros((5, 2), np.uint8))
+    for words, code in ((["status", "nothing"], 78), (["run", "in.zarr", "out", "--endpoint", "http://127.0.0.1:9",
+                                                      "--model", "m"], 69)):
+        line = subprocess.list2cmdline(command(*words))
+        done = subprocess.run(["/bin/sh", "-c", f"{line} {closed}"], env=clean_environ, cwd=tmp_path,
+                              capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == code, done.stderr
+        assert "2>" in closed or done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def short():
+    """A folder with a path that is short enough for sockets below it, as those of tmp_path are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_verb_that_is_ended_takes_its_server_and_files_with_it(number, ignored, toy_archive, clean_environ, short):
+    """Also where Ctrl-C is ignored, as in jobs that a shell has in the background."""
+    shell = ["/bin/sh", "-c", 'trap "" INT; exec "$@"', "sh"] if ignored else []
+    words = [*shell, *command("predict", "-", "--archive", toy_archive.as_uri(), "--workers", "1")]
+    with subprocess.Popen(words, env={**clean_environ, "TMPDIR": str(short)}, stdin=subprocess.PIPE, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdin.write("[[0]]")
+        process.stdin.close()
+        process.stdin = None
+        deadline = time.monotonic() + 60
+        while not (family := psutil.Process(process.pid).children(recursive=True)) or not any(
+                "java" in one.name() for one in family):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "Traceback" not in said
+    assert list(short.iterdir()) == []
+    psutil.wait_procs(family, timeout=30)
+    assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_file_that_is_merely_there_names_no_program(clean_environ, tmp_path):
+    """The folder may have come with somebody's data."""
+    settings = tmp_path / "batch-client.toml"
+    settings.write_text(f'[predict]\ntoken-command = "touch {tmp_path / "ran"}"\n')
+    words = ["predict", "-", "--endpoint", "http://127.0.0.1:9", "--model", "m"]
+    done = run_cli(words, clean_environ, cwd=tmp_path, stdin=b"[[0]]")
+    assert done.returncode == 64
+    assert b"must not name: say --config" in done.stderr
+    assert not (tmp_path / "ran").exists()
+    # Whoever names the file has read it: there the program is started, and gives no token.
+    done = run_cli(["--config", settings, *words], clean_environ, cwd=tmp_path, stdin=b"[[0]]")
+    assert done.returncode == 77, done.stderr
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_query_of_inline_json_is_told_what_a_query_is(clean_environ, tmp_path):
+    done = run_cli(["predict", json.dumps([list(range(500))]), "--endpoint", "http://127.0.0.1:9", "--model", "m"],
+                   clean_environ, cwd=tmp_path)
+    assert done.returncode == 64
+    assert "File name too long" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("records", "wanted"), [
+    (np.full((3, 12, 12), 0.7, np.float32), "records are float32, model toy takes uint8"),
+    (np.ones((3, 6, 24), np.uint8), "a record has shape (6, 24), model toy takes (12, 12)"),
+])
+def test_records_of_an_array_are_asked_about_as_a_run_would_score_them(
+        records, wanted, toy_server, clean_environ, tmp_path):
+    zarr.create_array(tmp_path / "in.zarr", data=records)
+    done = run_cli(["predict", tmp_path / "in.zarr", "--records", "0:1", *toy_server.flags], clean_environ)
+    assert done.returncode == 65
+    assert wanted in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_damaged_picture_is_the_querys_fault(toy_server, clean_environ, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0cIHDR" + os.urandom(40))
+    done = run_cli(["predict", tmp_path / "bad.png", *toy_server.flags], clean_environ)
+    assert done.returncode == 65
+    assert "the picture can't be" in done.stderr
