@@ -5,10 +5,10 @@
     python benchmarks/end_to_end.py --fast
     python benchmarks/end_to_end.py --input-chunk 8192
 
-Pairs are interleaved, since a machine's speed drifts; a figure is the median of the pairs' ratios with a 95 % bootstrap
-interval. The server is `batch-client serve` in a process of its own, warmed up by a run of a tenth of the records, so
-that its Java and workers can be read before and after each run. Each pair has a new one, as each ceiling has new
-processes: how quick a process is may depend on where its memory lies, and pairs that shared it would not be
+Ceiling and run alternate, since a machine's speed drifts; a figure is the median of the pairs' ratios with a 95 %
+bootstrap interval. The server is `batch-client serve` in a process of its own, warmed up by a run of a tenth of the
+records, so that its Java and workers can be read before and after each run. Each pair has a new one, as each ceiling
+has new processes: how quick a process is may depend on where its memory lies, and pairs that shared it would not be
 independent. A run's seconds are those of its own summary: from the first read to publication. CPU seconds are of
 client, Java and workers over the same time; the object store's are left out. The ceiling is measured by `ceiling.py`.
 """
@@ -55,15 +55,28 @@ def main() -> None:
         print(f"ceiling: processes x threads = {way[0]} x {way[1]}", flush=True)
         environ, pairs = {**os.environ, **store.environ()}, []
         for number in range(options.pairs):
+            # Which of two things is first changes from pair to pair, so that none is always the later one.
+            ceiling = alone(store, archive, work, count, way) if number % 2 else None
             with served(archive, work) as server:
                 run(server, source, f"warm-up-{number}", environ, "--records", f"0:{-(-count // 10)}")
-                ceiling = rate(archive, work / "records.npy", count, *way)
-                ours = run(server, source, f"{number}", environ)
-                fast = run(server, source, f"{number}-fast", environ, "--fast") if options.fast else None
-            pairs.append(Pair(ours, *ceiling, fast))
+                flags = ["", "--fast"][:1 + options.fast]
+                runs = {flag: run(server, source, f"{number}{flag}", environ, *filter(None, [flag]))
+                        for flag in (flags if number // 2 % 2 == 0 else reversed(flags))}
+            ceiling = ceiling or alone(store, archive, work, count, way)
+            pairs.append(Pair(runs[""], *ceiling, runs.get("--fast")))
             print(f"pair {number + 1}: {pairs[-1]}", flush=True)
         what = f"{'heavy, ' if options.heavy else ''}{options.runtime}"
         report(pairs, f"{what}, {load.chunk:,} records an input chunk", count)
+
+
+def alone(store: SeaweedServer, archive: Path, work: Path, count: int, way: tuple[int, int]) -> tuple[float, float]:
+    """The ceiling, while nothing of a run is on the machine and the store stands still."""
+    process = psutil.Process(store.pid)
+    process.suspend()
+    try:
+        return rate(archive, work / "records.npy", count, *way)
+    finally:
+        process.resume()
 
 
 def arguments() -> argparse.Namespace:

@@ -25,6 +25,7 @@ __all__ = ["ALLOCATOR", "Interval", "PeakMemory", "cpu_seconds", "family", "head
 # What the embedded server sets for its workers (batch_client/server_config.py): every tuned contender has it.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_ARENA_MAX": "1"}
 
+LEAST_VALUES = 6  # of which all but one time in thirty-two the median is between
 RESAMPLES = 10_000
 SAMPLE_SECONDS = 0.25
 
@@ -41,7 +42,12 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The median with a percentile bootstrap interval (Efron 1979), seeded, so that it can be computed again."""
+    """The median with a percentile bootstrap interval (Efron 1979), seeded, so that it can be computed again. Of fewer
+    than six values it is from the least to the largest, which covers the median less often: 75 % of the time with
+    three, 94 % with five.
+    """
+    if len(values) < LEAST_VALUES:
+        return Interval(statistics.median(values), min(values), max(values))
     rng = random.Random(0)
     medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(RESAMPLES))
     return Interval(statistics.median(values), medians[RESAMPLES // 40], medians[-RESAMPLES // 40])

@@ -38,6 +38,7 @@ from batch_client.storage import MemoryStore
 from batch_client.transport import HttpTransport
 
 CHUNK_BYTES = 1 << 20
+RING = 256  # input chunks that differ
 INPUT, OUTPUT = "memory://in", "memory://out"
 SIGNATURE = """
 [[inputs]]
@@ -103,14 +104,15 @@ def packed(work: Path, size: int, returned: int) -> Path:
 
 
 async def records_in_memory(count: int, size: int) -> Memory:
-    """An uncompressed Zarr array all of whose chunks are one and the same object, so that it takes little memory."""
+    """An uncompressed Zarr array whose chunks are a ring of RING objects: more than a cache holds, and bounded."""
     chunk = max(1, CHUNK_BYTES // size)
     written: dict[str, zarr.core.buffer.Buffer] = {}
     zarr.create_array(zarr.storage.MemoryStore(written), shape=(count, size), chunks=(chunk, size), dtype="uint8",
                       compressors=None)
     store, block = Memory(INPUT), bytes(range(1, 251)) * math.ceil(chunk * size / 250)
     store.objects = {key: value.to_bytes() for key, value in written.items()}
-    store.objects |= dict.fromkeys((f"c/{index}/0" for index in range(-(-count // chunk))), block[:chunk * size])
+    ring = [bytes(bytearray(block[:chunk * size])) for _ in range(RING)]
+    store.objects |= {f"c/{index}/0": ring[index % RING] for index in range(-(-count // chunk))}
     return store
 
 

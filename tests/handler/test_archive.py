@@ -437,3 +437,8 @@ def test_a_model_that_is_not_there_is_said_before_anything_is_asked(flags, tmp_p
     path = tmp_path / "nothere.pt"
     assert main(["pack", str(path), *flags]) == 65
     assert capsys.readouterr().err == f"batch-client: {path} is not a file\n"
+
+
+def test_a_name_that_no_file_can_have_is_not_there_either(capsys):
+    assert main(["pack", "x" * 5000]) == 65
+    assert capsys.readouterr().err == f"batch-client: {'x' * 200} is not a file\n"
