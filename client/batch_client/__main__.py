@@ -12,8 +12,8 @@ from batch_client.cli import main
 # back to it each time, and each thread that decodes would have its own. New pages were a tenth of a run's CPU.
 # 32 MiB is the most that every glibc takes, and the first: one that refuses it keeps its own rules for all.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-LEAST_OTHER = 3  # the first descriptor that is no standard stream
 ALLOCATOR = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 256 << 20, M_ARENA_MAX: 1}
+LEAST_OTHER = 3  # the first descriptor that is no standard stream
 
 
 def keep_memory() -> None:
@@ -36,7 +36,8 @@ def have_standard_streams() -> None:
 
 def end_like_ctrl_c() -> None:
     """A SIGTERM, or a SIGHUP of a terminal that is closed, lets a verb without a handler of its own clean up too."""
-    def end(*_: object) -> None:
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # what cleans up is not to be cut off by the next of the kind
         if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL):  # as jobs in the background have it
             raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)

@@ -23,7 +23,9 @@ from batch_client.urls import require_path_alone, split_url
 __all__ = ["local_archive"]
 
 # Each piece has a store's whole patience for itself, and is all of an archive that is held in memory.
+# 16 MiB take longer than that on a line of under 0.3 MB/s only.
 PIECE_BYTES = 16 << 20
+WEB_SECONDS = 3600.0  # for an archive in one piece
 
 
 def _existing(location: str) -> Path:
@@ -56,7 +58,8 @@ async def local_archive(location: str, *, anonymous: bool = False) -> AsyncItera
     with temporary_folder("batch-client-") as folder:
         path = Path(folder) / name
         with _kept(location):
-            found = await _fetch(store, path, web=web)
+            whole = open_store(base, anonymous=anonymous, seconds=WEB_SECONDS) if web else store
+            found = await _fetch(whole, path, web=web)
         if not found:
             raise ServingError(f"--archive {location}: there is no such object")
         await _fetch_tuning(store, path, web=web)
@@ -68,7 +71,9 @@ def _split(url: str) -> tuple[str, str]:
     require_path_alone(url)
     base, _, name = url.rstrip("/").rpartition("/")
     name = unquote(name)
-    if "/" in name or "\0" in name or name in (".", "..") or "://" not in base:  # it becomes a file's
+    if "://" not in base:
+        raise UsageError(f"--archive {url}: wanted an object below a bucket or host, such as s3://bucket/model.mar")
+    if "/" in name or "\0" in name or name in (".", ".."):  # it becomes a file's
         raise UsageError(f"--archive {url}: {name!r} can't be a file's name")
     return base, name
 

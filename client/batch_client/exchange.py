@@ -238,6 +238,8 @@ class Exchange:
                        tries: _Tries) -> tuple[Verdict, Prediction | None]:
         tries.made += 1
         message = attempt.message
+        started = self._clock()
+        self._emit(RequestSent(endpoint.url, span.count))
         # One refusal makes the next request, whichever it is, ask for another token.
         refused, self._refused_token = self._refused_token, None
         try:
@@ -249,8 +251,6 @@ class Exchange:
             return Verdict(Outcome.TOKEN, f"no other is to be had: {error}"), None
         headers = {"Content-Type": CONTENT_TYPE, HEADER_LENGTH: str(message.header_length), **authorization(token)}
         url = f"{endpoint.url}/v2/models/{endpoint.lane or self._contract.name}/infer"
-        started = self._clock()
-        self._emit(RequestSent(endpoint.url, span.count))
         try:
             reply = await self._transport.send("POST", url, headers, message.parts,
                                                min(REQUEST_SECONDS, max(self._patience, 1.0)))

@@ -28,7 +28,7 @@ def axis_labels(ticks: Sequence[float]) -> list[str]:
 
 def percent(share: float) -> str:
     """A share of one in percent, rounded down: 99.97 % is neither all nor certainty."""
-    return f"{math.floor(share * 1000) / 10:.1f} %" if share < 1 else "100 %"
+    return "100 %" if share >= 1 else f"{math.floor(share * 1000) / 10:.1f} %"
 
 
 def significant(value: float) -> float:

@@ -18,6 +18,9 @@ from pathlib import Path
 
 __all__ = ["cores", "cpu_kind", "device", "free_ports", "gpus", "has_address"]
 
+DEVICES = Path("/dev")
+# Of NVIDIA's driver, of WSL, of Jetson, of ROCm.
+GPU_DEVICES = ("nvidia[0-9]*", "dxg", "nvgpu*", "nvhost-gpu*", "kfd")
 CPUINFO_BYTES = 1 << 16  # the first core says what all are
 # From the widest: the first that a core has names it.
 _INSTRUCTIONS = (("amx_tile", "amx"), ("avx512f", "avx512"), ("avx2", "avx2"), ("sve", "sve"), ("asimd", "neon"))
@@ -76,7 +79,7 @@ def _gpu_names(environ: Mapping[str, str]) -> list[str]:
 
 
 def _has_gpu_devices() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    return any(True for pattern in GPU_DEVICES for _ in DEVICES.glob(pattern))
 
 
 @functools.cache

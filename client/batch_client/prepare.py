@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -97,12 +97,14 @@ async def prepare(spec: RunSpec, services: Services) -> Prepared:
                          contract.micro_batch_seconds, _request_size(contract, services.servers))
         return Prepared(source, contract, plan, _identity(spec, services, source, contract, plan), pool)
 
-    if begun:
-        prepared = sized(begun)
-        published = await services.output_store.head(SUCCESS_KEY) is not None
-        if not spec.overwrite or (not published and canonical_json(begun) == prepared.identity.to_json()):
-            return prepared
-        # It does not go on, but is replaced: what size it had is no matter.
+    if begun and not spec.overwrite:
+        return sized(begun)
+    if begun and await services.output_store.head(SUCCESS_KEY) is None:
+        # Of another run, which is replaced, the size is no matter; whether this one goes on, the pipeline decides.
+        with suppress(UsageError):
+            prepared = sized(begun)
+            if canonical_json(begun) == prepared.identity.to_json():
+                return prepared
     return sized({} if services.reuse_store is None else await _stored_run(services.reuse_store))
 
 

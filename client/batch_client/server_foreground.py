@@ -33,14 +33,16 @@ async def serve_forever(
     *,
     token_file: Path | None = None,
     echo: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] = print,
 ) -> None:
     """Serves until SIGINT or SIGTERM, then returns.
 
     announce: called once, when every worker is ready. token_file: holds the current token with mode 0600, is replaced
-    at each renewal (the old token dies then) and removed at the end. echo: gets the server's log as it grows.
+    at each renewal (the old token dies then) and removed at the end. echo: gets the server's log as it grows. warn:
+    gets a line where something beside the server goes wrong.
 
-    Raises UsageError when the token file can't be written, ServingError when the server does not start, ends by itself,
-    or has had no worker for HOPELESS_SECONDS.
+    Raises UsageError when the token file can't be written at the start, ServingError when the server does not start,
+    ends by itself, or has had no worker for HOPELESS_SECONDS.
     """
     if token_file is not None:
         _check_place(token_file)
@@ -60,9 +62,8 @@ async def serve_forever(
         async with EmbeddedServer(settings) as server:
             with _secret(token_file) as write:
                 write(await server.token())  # before it is said to be there
-                with contextlib.suppress(OSError):  # whoever started it has stopped reading
-                    announce(server)
-                await _watch(server, write, echo)
+                announce(server)
+                await _watch(server, write, echo, warn)
     except asyncio.CancelledError:
         if not asked:
             raise
@@ -73,25 +74,18 @@ async def serve_forever(
             loop.remove_signal_handler(number)
 
 
-async def _watch(server: EmbeddedServer, write: Callable[[str | None], None], echo: Callable[[str], None] | None
-                 ) -> None:
+async def _watch(server: EmbeddedServer, write: Callable[[str | None], None], echo: Callable[[str], None] | None,
+                 warn: Callable[[str], None]) -> None:
     last_ready, failing = time.monotonic(), False
-    with server.log_path.open(encoding="utf-8", errors="replace") as log:
+    with server.log_path.open("r+", encoding="utf-8", errors="replace") as log:
         while True:
             if echo is not None:
                 echo(log.read())
             if server.owns_log and os.fstat(log.fileno()).st_size > MOST_LOG_BYTES:
                 # It has been told, and nobody else reads it; TorchServe appends.
-                with contextlib.suppress(FileNotFoundError):  # somebody has deleted it
-                    os.truncate(server.log_path, 0)
                 log.seek(0)
-            try:
-                write(await server.token())
-                failing = False
-            except UsageError as error:  # the disk is full, the folder is gone: queries go on
-                if not failing and echo is not None:
-                    echo(f"{error}; it is tried again every {WATCH_SECONDS:g} s\n")
-                failing = True
+                log.truncate()
+            failing = _told(await server.token(), write, warn, failing=failing)
             server.sweep()
             if time.monotonic() - last_ready >= WORKERS_SECONDS:
                 if await _has_ready_workers(server):
@@ -99,6 +93,20 @@ async def _watch(server: EmbeddedServer, write: Callable[[str | None], None], ec
                 elif time.monotonic() - last_ready > HOPELESS_SECONDS:
                     raise ServingError(f"no worker has been ready for {HOPELESS_SECONDS:g} s: {server.log_tail(1)}")
             await asyncio.sleep(min(WATCH_SECONDS, server.renewal_due_in() + 0.1))
+
+
+def _told(token: str | None, write: Callable[[str | None], None], warn: Callable[[str], None], *, failing: bool
+          ) -> bool:
+    """Whether the token can't be written: the disk is full, the folder is gone. Those who know it go on meanwhile."""
+    try:
+        write(token)
+    except UsageError as error:
+        if not failing:
+            warn(f"{error}; it is tried again every {WATCH_SECONDS:g} s, and holds an old token until then")
+        return True
+    if failing:
+        warn("--token-out holds the current token again")
+    return False
 
 
 async def _has_ready_workers(server: EmbeddedServer) -> bool:

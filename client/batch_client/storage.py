@@ -30,7 +30,6 @@ __all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "
 
 # obstore repeats 5xx and reads whose connection is lost itself; after this long a run is better stopped and resumed.
 RETRY_SECONDS = 60
-WEB_SECONDS = 3600  # for a whole object, since not every web server gives ranges
 LIST_TRIES = 8
 CONFLICT_TRIES = 8
 LOST_TRIES = 8
@@ -238,11 +237,13 @@ def _resolved(url: str) -> str:
     return re.sub("^s3a:", "s3:", url).rstrip("/")
 
 
-def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] = os.environ) -> Store:
+def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] = os.environ,
+               seconds: float = RETRY_SECONDS) -> Store:
     """The store at a URL or a path.
 
     `s3://bucket/path` takes its settings from the usual AWS variables (`AWS_ENDPOINT_URL`, `AWS_PROFILE`, …); with
-    `anonymous` requests are not signed. A local folder is made by the first write.
+    `anonymous` requests are not signed. A local folder is made by the first write. `seconds` is what a
+    request may take, its body included.
 
     Raises UsageError for a URL that no store understands, CredentialsError where none can be found.
     """
@@ -251,16 +252,15 @@ def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] 
     if len(scheme) <= 1 or scheme == "file":
         return _local_store(url)
     config: dict[str, Any] = {}
-    web = scheme in ("http", "https")
     if scheme in ("s3", "s3a"):
         config = _s3_config(environ, anonymous=anonymous)
-    elif anonymous and not web:  # which signs nothing
+    elif anonymous and scheme not in ("http", "https"):  # which sign nothing
         config = {"skip_signature": True}
     try:
         inner = obstores.from_url(
             url.rstrip("/"),
             client_options={"allow_http": _plain_http(environ),
-                            "timeout": timedelta(seconds=WEB_SECONDS if web else RETRY_SECONDS)},
+                            "timeout": timedelta(seconds=seconds)},
             retry_config={"max_retries": 10, "retry_timeout": timedelta(seconds=RETRY_SECONDS),
                           "backoff": {"init_backoff": timedelta(milliseconds=50),
                                       "max_backoff": timedelta(seconds=5), "base": 2}},

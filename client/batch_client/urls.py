@@ -11,11 +11,15 @@ __all__ = ["require_path_alone", "split_url"]
 
 
 def split_url(url: str) -> SplitResult:
-    """The parts of a URL or a path. Raises UsageError for one that has none, such as `s3://[bucket/path`."""
+    """The parts of a URL or a path. Raises UsageError for one that has none, such as `s3://[bucket/path`.
+
+    A user's name, a password and a query are not shown.
+    """
     try:
         return urlsplit(url)
-    except ValueError as error:
-        raise UsageError(f"{url}: not a URL ({error})") from error
+    except ValueError:
+        shown = re.sub("//[^/]*@", "//…@", re.split("[?#]", url)[0])[:200]
+        raise UsageError(f"{shown}: not a URL: wanted one such as s3://bucket/path or http://host:8080") from None
 
 
 def require_path_alone(url: str) -> None:

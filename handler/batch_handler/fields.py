@@ -99,13 +99,15 @@ def count(value: Any, field: str) -> int:
     return value
 
 
+_NUMBER = re.compile(r"([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(?:/\s*([0-9.]+))?")
+
+
 def number(value: Any, field: str, where: str) -> float:
     """A finite number, or the text of one or of a fraction such as "1/255" (which says what it means)."""
     found: float | None = None
     if isinstance(value, int | float) and not isinstance(value, bool):
         found = float(value)
-    elif isinstance(value, str) and (match := re.fullmatch(r"\s*(-?[0-9.]+(?:e-?[0-9]+)?)\s*(?:/\s*([0-9.]+)\s*)?",
-                                                           value)):
+    elif isinstance(value, str) and (match := _NUMBER.fullmatch(value.strip())):
         try:
             found = float(match[1]) / float(match[2] or 1)
         except (ValueError, ZeroDivisionError):

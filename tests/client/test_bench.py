@@ -147,6 +147,24 @@ async def test_ways_that_are_as_quick_change_nothing():
     assert (found.best, found.gain, found.records_per_s) == (START, 1.0, 5000.0)
 
 
+async def test_a_beginning_that_does_not_load_beside_the_best_keeps_what_was_found():
+    """Each fits beside its neighbour, and not the first beside the last."""
+    machine = Machine(smooth(1024, {"eager": 1.0, "torchscript": 3.0}, {1: 1.0, 2: 1.0}))
+    opening = machine.open
+
+    def open_once(way, seconds):
+        if way == START and START in machine.opened:
+            raise ServingError("no room in memory")
+        return opening(way, seconds)
+
+    machine.open = open_once
+    found = await machine.find(10_000)
+    assert (found.best.runtime, found.best.micro_batch) == ("torchscript", 1024)
+    assert found.gain > 3
+    assert found.records_per_s == pytest.approx(found.gain * found.tried[0].records_per_s)
+    assert machine.resident == 0
+
+
 @pytest.mark.parametrize(("really", "wanted"), [(1.0, 1.0), (1.08, 1.08)])
 async def test_a_gain_is_what_is_seen_beside_the_beginning_and_not_a_lucky_series(really, wanted):
     """The rival is a tenth quicker than it really is, until it is the best way."""

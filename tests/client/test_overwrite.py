@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from batch_client import pipeline
+from batch_client import pipeline, plan
 from batch_client.errors import BrokenPromiseError, DataError, MismatchError, UsageError
 from batch_client.events import ChunkHeld
 from batch_client.layout import GENERATION_KEY, MANIFEST_KEY, REMOVING_KEY, SUCCESS_KEY
@@ -292,7 +292,7 @@ def test_an_overwrite_that_would_end_at_a_missing_chunk_deletes_nothing():
     run_virtually(run())
 
 
-def test_an_overwrite_takes_the_chunk_size_only_of_what_it_goes_on_with():
+def test_an_overwrite_takes_the_chunk_size_only_of_what_it_goes_on_with(monkeypatch):
     world = World(1)
 
     async def size(place, **changes):
@@ -308,6 +308,12 @@ def test_an_overwrite_takes_the_chunk_size_only_of_what_it_goes_on_with():
         del world.output.objects[SUCCESS_KEY]
         assert await size(world.output) == 3 * CHUNK
         assert await size(world.output, codec="zstd") == default
+        # Nor is a size that this run can't have, which nobody has asked for, a reason to refuse it.
+        monkeypatch.setattr(plan, "MAX_CHUNK_BYTES_OUT", CHUNK * 9)
+        monkeypatch.setattr(plan, "LARGEST_CHUNK_BYTES_OUT", 2 * CHUNK * 9)
+        assert await size(world.output, codec="zstd") == CHUNK
+        await world.output.create(SUCCESS_KEY, b"")
+        assert await size(world.output) == CHUNK
 
     run_virtually(run())
 

@@ -5,6 +5,7 @@ import pytest
 
 from batch_client import exchange
 from batch_client.errors import CredentialsError
+from batch_client.events import RequestDone, RequestRetried, RequestSent
 from batch_client.pipeline import execute
 from batch_client.serving import Servers
 from batch_client.storage import MemoryStore
@@ -52,8 +53,10 @@ class Renewing:
 async def test_a_renewal_that_fails_for_a_moment_costs_a_moment(failures):
     records = records_of(40)
     source = await source_of(records, (10, 3))
-    output, server = MemoryStore("memory://out"), Guarded(Renewing(failures))
-    await execute(spec(chunk_records=10), services(server, source, output))
+    output, server, seen = MemoryStore("memory://out"), Guarded(Renewing(failures)), []
+    await execute(spec(chunk_records=10), services(server, source, output), (lambda event: seen.append(type(event)),))
+    assert seen.count(RequestSent) == seen.count(RequestDone) + seen.count(RequestRetried)
+    assert seen.count(RequestRetried) > failures
     assert server.tokens.failures == 0
     assert server.tokens.current == "second"
     assert (await verify_output(output, deep=True)).records == len(records)

@@ -31,6 +31,7 @@ from batch_client.plan import Geometry, OutputGeometry, make_plan
 from batch_client.report import Report, render
 from batch_client.report.charts import HEIGHT, WIDTH, columns, nice_ticks, shares_bar
 from batch_client.report.collect import MOST_NAMES, MOST_SAMPLES, MOST_SCORED_BYTES, MOST_SCORES
+from batch_client.report.page import _rates
 from batch_client.report.sketches import EvenSample, LogHistogram, Timeline
 from batch_client.report.thumbnail import thumbnail
 from batch_client.spec import RunSpec
@@ -261,8 +262,8 @@ def test_scores_of_any_value_are_drawn(values):
     assert not {"nan", "inf", "-inf"} & {value for element in root.iter() for value in element.attrib.values()}
 
 
-def of_run(seconds, requests, records=4):
-    """The report of a steady run: as many records with each request, evenly in time."""
+def of_run(seconds, requests, records=4, publishing=0.0):
+    """The report of a steady run: as many records with each request, evenly in time; then it is published."""
     now, rng = [0.0], np.random.default_rng(1)
     report = Report("x", lambda: now[0], lambda: 0.0)
     report(started())
@@ -273,8 +274,15 @@ def of_run(seconds, requests, records=4):
         report(RecordsScored(step * records, Pieces([np.zeros((records, 2), np.uint8)]),
                              {"y": rng.random((records, 3), np.float32)}, np.zeros(records, np.uint8)))
         report(ChunkWritten(step, records, 0, 1, 1))
+    now[0] += publishing
     report(Published("memory://out", "sha256:root"))
     return report
+
+
+@pytest.mark.parametrize("publishing", [0.0, 6.0, 60.0])
+def test_the_last_column_is_as_high_as_the_others_however_long_publishing_takes(publishing):
+    _, rates = _rates(of_run(100.0, 400, publishing=publishing).data())
+    assert rates == pytest.approx([16.0] * len(rates), rel=0.3)
 
 
 @given(st.floats(0.5, 1e5), st.integers(1, 600))

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_client import storage
+from batch_client import machine, storage
 from batch_client.archives import local_archive
 from batch_client.errors import CredentialsError, ServingError, StorageError, UsageError
-from batch_client.machine import _has_gpu_devices, cpu_kind, device, gpus
+from batch_client.machine import cpu_kind, device, gpus
 from batch_client.server_config import ServerSettings, environment
 from batch_client.server_process import settled
 from batch_client.storage import MemoryStore, open_store
@@ -240,7 +240,7 @@ class _Web:
                 self.end_headers()
                 if self.command == "GET":
                     self.wfile.write(body[:1])
-                    time.sleep(seconds)
+                    time.sleep(seconds if status == 200 else 0)
                     self.wfile.write(body[1:])
 
             do_GET = do_HEAD  # noqa: N815 - names that http.server wants
@@ -288,7 +288,7 @@ async def test_a_web_server_that_has_a_file_gives_it_and_a_damaged_one_is_refuse
 async def test_a_web_server_may_take_longer_than_a_store_has_patience(archive, monkeypatch):
     """It has to send the whole archive in one answer."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    monkeypatch.setattr(storage, "RETRY_SECONDS", 1)
+    monkeypatch.setattr(storage.open_store, "__kwdefaults__", storage.open_store.__kwdefaults__ | {"seconds": 1})
     with _Web(archive, (404, b""), seconds=3) as web:
         async with local_archive(web.url) as fetched:
             assert fetched.read_bytes() == archive.read_bytes()
@@ -311,7 +311,8 @@ async def test_an_archives_name_may_be_escaped_in_its_url(archive, monkeypatch):
     ("s3://data/emb%00.mar", "can't be a file's name"),
     ("s3://data/..", "'..' can't be a file's name"),
     ("s3://data/.", "'.' can't be a file's name"),
-    ("s3://data/", "'data' can't be a file's name"),
+    ("s3://data/", "wanted an object below a bucket or host, such as s3://bucket/model.mar"),
+    ("https://me:secret@[host/emb.mar?secret", "https://…@[host/emb.mar: not a URL"),
     ("s3://[data/emb.mar", "not a URL"),
 ])
 async def test_a_url_that_is_more_than_an_objects_path_is_refused_without_the_rest(url, wanted):
@@ -377,7 +378,15 @@ def test_gpus_are_named_as_their_driver_names_them(tmp_path, listed, visible, na
     environ = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
     assert device(environ) == name
     assert device(environ | {"CUDA_VISIBLE_DEVICES": ""}).startswith("cpu-")
-    if not _has_gpu_devices():
-        assert device({"PATH": "/nowhere", "CUDA_VISIBLE_DEVICES": "0"}).startswith("cpu-")
     assert gpus(environ) == gpus(environ)
     assert (tmp_path / "starts").read_text() == "\n"  # the program is slow
+
+
+def test_a_variable_makes_no_gpu_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "DEVICES", tmp_path)
+    environ = {"PATH": "/nowhere", "CUDA_VISIBLE_DEVICES": "0"}
+    assert device(environ).startswith("cpu-")
+    for name in ("nvidia0", "nvhost-gpu", "kfd"):
+        (tmp_path / name).touch()
+        assert device(environ) == "cuda-GPU"
+        (tmp_path / name).unlink()

@@ -48,11 +48,13 @@ def test_a_verb_that_is_ended_takes_its_server_and_files_with_it(number, ignored
         process.stdin.close()
         process.stdin = None
         deadline = time.monotonic() + 60
-        while not (family := psutil.Process(process.pid).children(recursive=True)) or not any(
-                "java" in one.name() for one in family):
+        family = []
+        while not any("ModelServer" in words_of(one) for one in family):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.05)
+            family = psutil.Process(process.pid).children(recursive=True)
+        assert len(list(short.iterdir())) == 2  # the archive's and the server's
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
@@ -60,6 +62,33 @@ def test_a_verb_that_is_ended_takes_its_server_and_files_with_it(number, ignored
     assert list(short.iterdir()) == []
     psutil.wait_procs(family, timeout=30)
     assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def words_of(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def test_a_server_whose_starter_has_left_serves(toy_archive, clean_environ, tmp_path):
+    """`serve … | head -0`: nobody reads what it prints."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = command("serve", toy_archive, "--workers", "1", "--online-workers", "0", "--token-out", tmp_path / "token",
+                    "--log-dir", tmp_path / "log")
+    with subprocess.Popen(words, env=clean_environ, stdout=writing, stderr=subprocess.PIPE, text=True) as process:
+        os.close(writing)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "token").exists():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (0, "")
 
 
 def test_a_file_that_is_merely_there_names_no_program(clean_environ, tmp_path):
@@ -70,6 +99,7 @@ def test_a_file_that_is_merely_there_names_no_program(clean_environ, tmp_path):
     done = run_cli(words, clean_environ, cwd=tmp_path, stdin=b"[[0]]")
     assert done.returncode == 64
     assert b"must not name: say --config" in done.stderr
+    assert run_cli(["status", "nothing"], clean_environ, cwd=tmp_path).returncode == 78  # which would not start it
     assert not (tmp_path / "ran").exists()
     # Whoever names the file has read it: there the program is started, and gives no token.
     done = run_cli(["--config", settings, *words], clean_environ, cwd=tmp_path, stdin=b"[[0]]")

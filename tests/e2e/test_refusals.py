@@ -81,7 +81,7 @@ SERVERS = [
     (["--endpoint", "127.0.0.1:9", "--model", "toy"], 64, "wanted a URL such as http://host:8080"),
     (["--endpoint", "http://me:secret@host", "--model", "toy"], 64, "--endpoint has a user name or password"),
     (["--endpoint", "http://host:8080?key=secret", "--model", "toy"], 64, "--endpoint has a query or a fragment"),
-    (["--endpoint", "http://[::1:8080", "--model", "toy"], 64, "http://[::1:8080: not a URL (Invalid IPv6 URL)"),
+    (["--endpoint", "http://[::1:8080", "--model", "toy"], 64, "http://[::1:8080: not a URL: wanted one such as"),
     (["--archive", "https://[x/m.mar"], 64, "not a URL"),
     ([], 64, "--endpoint URL (repeatable) or --archive MODEL.mar"),
     (["--archive", "missing.mar"], 69, "no such file; make one with batch-client pack"),

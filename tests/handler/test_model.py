@@ -162,7 +162,8 @@ def test_a_signature_file():
 
 
 @pytest.mark.parametrize(("text", "found"), [
-    ("1/255", 1 / 255), (" 2 / 4 ", 0.5), ("0.00392156862745098", 1 / 255), ("3.9e-3", 0.0039), ("-1", -1.0), (2, 2.0)])
+    ("1/255", 1 / 255), (" 2 / 4 ", 0.5), ("0.00392156862745098", 1 / 255),
+    ("3.9e-3", 0.0039), ("1E+2", 100.0), ("+1", 1.0), ("-1", -1.0), (2, 2.0)])
 def test_a_number_may_be_text(text, found):
     assert number(text, "scale", "image") == pytest.approx(found)
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -143,7 +144,7 @@ async def test_a_token_file_that_can_not_be_written_for_a_while_ends_nothing(run
     folder, moved, said = tmp_path / "secrets", tmp_path / "moved", []
     folder.mkdir()
     with _secret(folder / "token") as write:
-        watching = asyncio.create_task(_watch(running, write, said.append))
+        watching = asyncio.create_task(_watch(running, write, None, said.append))
         await until((folder / "token").exists)
         folder.rename(moved)
         due(running)
@@ -153,24 +154,34 @@ async def test_a_token_file_that_can_not_be_written_for_a_while_ends_nothing(run
         assert sum("it is tried again" in line for line in said) == 1
         moved.rename(folder)
         await until(lambda: (folder / "token").read_text() == "inference-1")
+        await until(lambda: said[-1] == "--token-out holds the current token again")
         watching.cancel()
         await asyncio.wait([watching])
 
 
 async def test_a_log_that_somebody_deletes_ends_nothing(running, monkeypatch):
     monkeypatch.setattr(server_foreground, "WATCH_SECONDS", 0.001)
-    monkeypatch.setattr(server_foreground, "MOST_LOG_BYTES", 1)
-    running.log_path.unlink()
-    running.log_path.write_text("a log " * 100)
-    rounds = []
-    watching = asyncio.create_task(_watch(running, print, rounds.append))
-    await until(lambda: len(rounds) > 3)
-    running.log_path.unlink()
-    seen = len(rounds)
-    await until(lambda: len(rounds) > seen + 3)
-    watching.cancel()
-    await asyncio.wait([watching])
+    monkeypatch.setattr(server_foreground, "MOST_LOG_BYTES", 100)
+    told = []
+    with running.log_path.open("a") as server:  # as TorchServe has it
+        watching = asyncio.create_task(_watch(running, unwritten, told.append, told.append))
+        await until(lambda: len(told) > 3)
+        running.log_path.unlink()
+        for number in range(3):
+            server.write(f"line {number} {'x' * 200}\n")
+            server.flush()
+            await until(lambda number=number: f"line {number} " in "".join(told))
+            seen = len(told)
+            await until(lambda seen=seen: len(told) > seen + 3)
+            assert os.fstat(server.fileno()).st_size < 100  # its place on the disk is free again
+        watching.cancel()
+        await asyncio.wait([watching])
     assert watching.cancelled()
+    assert [line.split()[1] for line in "".join(told).splitlines() if line.startswith("line")] == ["0", "1", "2"]
+
+
+def unwritten(_):
+    """Where no token file is wanted."""
 
 
 async def until(condition):
@@ -207,7 +218,7 @@ async def test_the_watch_goes_on_through_a_slow_moment_and_notices_the_end(runni
     monkeypatch.setattr(server_foreground, "WORKERS_SECONDS", 0.01)
     token_file = tmp_path / "token"
     stack = contextlib.ExitStack()
-    watching = asyncio.create_task(_watch(running, stack.enter_context(_secret(token_file)), lambda _: None))
+    watching = asyncio.create_task(_watch(running, stack.enter_context(_secret(token_file)), None, print))
     management.how = "slow"
     await asyncio.sleep(3 * SLOW)
     assert not watching.done()
@@ -236,7 +247,7 @@ async def test_workers_that_are_ready_are_seldom_looked_at(running, management, 
         if rounds == 200:
             enough.set()
 
-    watching = asyncio.create_task(_watch(running, print, count))
+    watching = asyncio.create_task(_watch(running, unwritten, count, print))
     async with asyncio.timeout(60):
         await enough.wait()
     watching.cancel()
@@ -250,7 +261,7 @@ async def test_a_server_that_never_answers_is_hopeless_in_the_end(running, manag
     monkeypatch.setattr(server_foreground, "HOPELESS_SECONDS", 2 * SLOW)
     management.how = "refuses"
     with pytest.raises(ServingError, match="no worker has been ready for"):
-        await _watch(running, print, lambda _: None)
+        await _watch(running, unwritten, None, print)
 
 
 async def test_a_token_file_of_somebody_else_stays_when_the_start_fails(tmp_path):

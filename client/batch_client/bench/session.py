@@ -189,9 +189,8 @@ class _Session:
         contract = contract_of(self._spec.archive, json.dumps(self._model["metadata"]).encode())
         self._reply_bytes = reply_bytes_of(contract.outputs)
         if self._source is not None:
-            plan = make_plan(run, geometry_for(self._source, contract), contract.input_dtype, contract.outputs,
-                             contract.micro_batch)
-            self._plan = plan
+            self._plan = make_plan(run, geometry_for(self._source, contract), contract.input_dtype, contract.outputs,
+                                   contract.micro_batch)
 
     async def _require_storage(self, run: RunSpec) -> None:
         """Raises what reading the first records and writing an object raise: not after minutes of measuring."""

@@ -18,7 +18,7 @@ __all__ = ["Found", "Measured", "Opener", "Trial", "find_best"]
 # Loading takes longer when the machine is busy with the best way's windows too.
 LOAD_SLACK = 1.5
 LEAST_WINDOW, MOST_WINDOW = 0.25, 1.5
-MOST_LOADING = 600.0  # seconds, for a way that is known to load
+MOST_LOADING = 600.0  # seconds, where the search must not end for it
 
 
 class Trial(Protocol):
@@ -115,8 +115,7 @@ class _Search:
                 return False
             self._say(f"model alone: {way} (best {number(found.records_per_s)} records/s, {left:.0f} s left)")
             try:
-                async with asyncio.timeout(left):
-                    await self._try(way, left)
+                await self._try(way, left)
             except TimeoutError:
                 found.tried.append(Measured(way, 0.0, 0.0, "the time was over"))
                 return False
@@ -128,10 +127,12 @@ class _Search:
         return True
 
     async def _try(self, way: Way, seconds: float) -> None:
+        """Raises _BrokenWayError, or TimeoutError when it is not measured within `seconds`."""
         async with AsyncExitStack() as rival:
             try:
-                trial = await rival.enter_async_context(self._opened(way, seconds))
-                best, other = await _in_turn(self._held, trial, self._window)
+                async with asyncio.timeout(seconds):  # of measuring: a winner is taken over whole
+                    trial = await rival.enter_async_context(self._opened(way, seconds))
+                    best, other = await _in_turn(self._held, trial, self._window)
             except ServingError as error:
                 raise _BrokenWayError(str(error)) from error
             self._rates += best
@@ -143,13 +144,19 @@ class _Search:
 
     async def compare_with_start(self) -> None:
         """What the best way gains over the beginning, from windows of their own: of several that won, and are taken
-        together, some may have won by chance. Without a gain the beginning stays.
+        together, some may have won by chance. Without a gain the beginning stays; where the two can't be loaded side by
+        side, the best stays, with what the medians say.
         """
-        found = self.found
-        async with self._opened(self._start, MOST_LOADING) as start:
-            before, best = await _in_turn(start, self._held, self._window)
+        found, first = self.found, self.found.tried[0].records_per_s
+        try:
+            async with self._opened(self._start, MOST_LOADING) as start:
+                before, best = await _in_turn(start, self._held, self._window)
+        except ServingError as error:
+            self._say(f"model alone: the best could not be compared with the beginning once more: {error}")
+            found.gain = found.records_per_s / first
+            return
         if wins(before, best):
-            found.gain = ratio(before, best)
+            found.gain, found.records_per_s = ratio(before, best), statistics.median(best)
         else:
             found.best, found.records_per_s = self._start, statistics.median(before)
 

@@ -7,7 +7,7 @@ import os
 import sys
 import tomllib
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,8 @@ def batch_client(context: click.Context, config: Path | None) -> None:
     Settings come from flags, then BATCH_CLIENT_* variables, then the TOML file, then defaults.
     """
     context.default_map = _settings(config)
+    if config is None and context.invoked_subcommand is not None:
+        _require_named(context.default_map, context.invoked_subcommand)
 
 
 def _settings(config: Path | None) -> dict[str, Any]:
@@ -76,12 +78,16 @@ def _settings(config: Path | None) -> dict[str, Any]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: can't be read as TOML: {error}") from error
-    settings = {verb: _defaults(path, verb, table) for verb, table in tables.items()}
-    if config is None and any("token_command" in table for table in settings.values()):
-        # It may be anybody's: the folder came with somebody's data.
-        raise UsageError(f"{path}: token-command is a program to start, which a file that is merely in the working "
-                         "folder must not name: say --config, or set BATCH_CLIENT_TOKEN_COMMAND")
-    return settings
+    return {verb: _defaults(path, verb, table) for verb, table in tables.items()}
+
+
+def _require_named(settings: Mapping[str, Any], verb: str) -> None:
+    """Raises UsageError where a settings file that nobody named would have this verb start a program: the folder may
+    have come with somebody's data. (Archive and endpoints are what a command is about, and are taken from it.)
+    """
+    if "token_command" in settings.get(verb, {}):
+        raise UsageError(f"{CONFIG}: [{verb}] has token-command, a program to start, which a file that is merely in "
+                         f"the working folder must not name: say --config {CONFIG}, or --token-command")
 
 
 def _defaults(path: Path, verb: str, table: Any) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +44,19 @@ def command(archive: str, token_file: Path | None, log_dir: Path | None, **serve
     from batch_client.server_foreground import serve_forever
 
     def announce(server: EmbeddedServer) -> None:
-        click.echo(f"serving {server.model_name} at {server.url}")
+        lines = [f"serving {server.model_name} at {server.url}"]
         if len(server.lanes) > 1:
             online, bulk = server.lanes
-            click.echo(f"workers: {online.workers} for online queries, {bulk.workers} for bulk runs ({bulk.name})")
-        click.echo(f"metrics at {server.metrics_url}")
-        click.echo(f"token in {token_file}" if token_file else "requests need a token: start with --token-out PATH")
+            lines.append(f"workers: {online.workers} for online queries, {bulk.workers} for bulk runs ({bulk.name})")
+        lines += [f"metrics at {server.metrics_url}",
+                  f"token in {token_file}" if token_file else "requests need a token: start with --token-out PATH"]
+        try:
+            click.echo("\n".join(lines))
+        except OSError:  # who started it has stopped reading: that is no reason not to serve
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     if "://" in archive:
-        raise UsageError(f"{archive}: serve takes a file on this machine: fetch it first")
+        raise UsageError(f"{archive}: wanted a path: fetch the archive first")
     settings = ServerSettings(archive=Path(archive), log_dir=log_dir, **server)
     # Whoever reads the log may stop reading: that must not stop the loop that renews tokens.
     stream = PatientStream()
@@ -58,7 +64,11 @@ def command(archive: str, token_file: Path | None, log_dir: Path | None, **serve
     def echo(text: str) -> None:
         stream.write(text)
 
+    def warn(line: str) -> None:
+        stream.write(f"batch-client: {line}\n")
+
     try:
-        asyncio.run(serve_forever(settings, announce, token_file=token_file, echo=None if log_dir else echo))
+        asyncio.run(serve_forever(settings, announce, token_file=token_file, echo=None if log_dir else echo,
+                                  warn=warn))
     finally:
         stream.close()

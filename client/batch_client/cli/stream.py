@@ -7,6 +7,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from typing import TextIO
 
 __all__ = ["PatientStream", "say"]
@@ -45,9 +46,10 @@ class PatientStream:
 
     def close(self) -> None:
         """Wait a moment for what is still queued."""
+        end = time.monotonic() + CLOSE_SECONDS
         with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=CLOSE_SECONDS)
-        self._thread.join(CLOSE_SECONDS)
+        self._thread.join(max(0.0, end - time.monotonic()))
 
     def _drain(self) -> None:
         while (text := self._queue.get()) is not None:

@@ -65,8 +65,8 @@ class ServerCounts:
 class ReportData:
     """All that a page needs. `ending` says why a run is not published, "" for one that is. `records` are those of the
     whole run, `done` those proven before it began, `stored` those of the chunks written by it. Seconds are from the
-    first read to the last event; `latency` is of answered requests, in seconds; `scores` are the highest value of the
-    output `score_name` of evenly spaced records that have one.
+    first read to the last event, and to the last prediction; `latency` is of answered requests, in seconds; `scores`
+    are the highest value of the output `score_name` of evenly spaced records that have one.
     """
 
     input: str
@@ -74,6 +74,7 @@ class ReportData:
     published: Published | None
     ending: str
     seconds: float
+    last_prediction: float
     stored: int
     held: int
     requests: int
@@ -100,7 +101,7 @@ class Report:
         self._timesheet = Timesheet(clock, cpu)
         self._started: RunStarted | None = None
         self._published: Published | None = None
-        self._began = 0.0
+        self._began = self._last_prediction = 0.0
         self._counts: Counter[str] = Counter()
         self._timeline = Timeline()
         self._latency = LogHistogram()
@@ -148,6 +149,7 @@ class Report:
             published=self._published,
             ending=ending,
             seconds=totals.seconds,
+            last_prediction=self._last_prediction,
             stored=self._counts["stored"],
             held=self._counts["held"],
             requests=self._counts["requests"],
@@ -188,7 +190,8 @@ class Report:
 
     def _scored(self, event: RecordsScored) -> None:
         count = len(event.status)
-        self._timeline.add(self._clock() - self._began, SCORED, count)
+        self._last_prediction = self._clock() - self._began
+        self._timeline.add(self._last_prediction, SCORED, count)
         self._statuses += np.bincount(event.status, minlength=256)
         if self._score_name is None:
             self._score_name = _score_output(event.outputs)

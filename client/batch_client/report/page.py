@@ -148,10 +148,10 @@ def _throughput(data: ReportData) -> str:
 
 
 def _rates(data: ReportData) -> tuple[float, list[float]]:
-    """Seconds of a column, and records/s in each; the run ends within the last one, whose rate is until then."""
+    """Seconds of a column, and records/s in each; the last prediction is in the last one, whose rate is until then."""
     most = min(_MOST_COLUMNS, max(_LEAST_COLUMNS, data.requests // _REQUESTS_A_COLUMN))
     amounts, width = _merged(data.timeline.amounts(SCORED), data.timeline.width, most)
-    last = data.seconds - width * (len(amounts) - 1)
+    last = data.last_prediction - width * (len(amounts) - 1)
     if len(amounts) > 1 and last < width / 2:  # too short for a rate of its own
         amounts[-2:] = [amounts[-2] + amounts[-1]]
         last += width
