@@ -36,7 +36,14 @@ def short():
         yield Path(folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGHUP])
+def number(request):
+    """A signal that what is started now does not ignore, though this process may (`nohup make test`)."""
+    before = signal.signal(request.param, signal.SIG_DFL)
+    yield request.param
+    signal.signal(request.param, before)
+
+
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_verb_that_is_ended_takes_its_server_and_files_with_it(number, ignored, toy_archive, clean_environ, short):
     """Also where Ctrl-C is ignored, as in jobs that a shell has in the background."""
