@@ -144,14 +144,15 @@ async def test_one_wrong_request_and_fifteen_good_ones_in_one_server_batch(toy_a
 
         async def burst():
             async with asyncio.TaskGroup() as tasks:
-                # The only worker is busy with this one while the others queue up behind it.
-                tasks.create_task(infer([1000, 12, 12], toy_images))
+                # The only worker is busy with this one while the others queue up behind it. They have to be sent
+                # meanwhile, and the machine may be busy with something else: so it is large, and tried again.
+                tasks.create_task(infer([1500, 12, 12], np.tile(toy_images, (2, 1, 1))[:1500]))
                 await asyncio.sleep(0.05)
                 answers = [tasks.create_task(infer([1, 12, 12], toy_images[index])) for index in range(15)]
                 wrong = tasks.create_task(infer([1, 12, 11], toy_images[0][:, :11]))
             return wrong.result(), [task.result() for task in answers]
 
-        for _ in range(5):
+        for _ in range(10):
             (status, said), answers = await burst()
             assert status == 400
             assert "wanted" in said["error"]
