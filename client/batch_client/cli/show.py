@@ -200,9 +200,10 @@ class _Range:
             raise UsageError(f"{where}: found {dtype} of shape {shape}, wanted one whole number a record")
         firsts = {self.whole: self.start, self.scored: self.start - self.origin, self.stop - self.start: 0}
         if shape[0] not in firsts:
-            raise UsageError(f"{where}: found {shape[0]:,} labels, wanted {self.stop - self.start:,} (one for each "
-                             f"record of {self.start}:{self.stop}), {self.scored:,} (of the output) or "
-                             f"{self.whole:,} (of the source)")
+            named = {self.whole: "of the source", self.scored: "of the output",
+                     self.stop - self.start: f"of {self.start}:{self.stop}"}
+            wanted = " or ".join(f"{count:,} (one for each record {which})" for count, which in sorted(named.items()))
+            raise UsageError(f"{where}: found {shape[0]:,} labels, wanted {wanted}")
         return firsts[shape[0]]
 
 
