@@ -122,8 +122,9 @@ async def _has_ready_workers(server: EmbeddedServer) -> bool:
 
 def _check_place(path: Path) -> None:
     """Raises UsageError for a token file that could not be written when the server is ready."""
-    if os.path.isdir(path) or not os.path.isdir(path.parent):  # noqa: PTH112 - which raise nothing where no right is
-        found = "is a folder" if os.path.isdir(path) else f"there is no folder {path.parent}"  # noqa: PTH112
+    taken = os.path.isdir(path)  # noqa: PTH112 - which raises nothing where no right is
+    if taken or not os.path.isdir(path.parent):  # noqa: PTH112 - nor does this
+        found = "is a folder" if taken else f"there is no folder {path.parent}"
         raise UsageError(f"--token-out {path}: {found}: wanted a file in a folder that exists")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UsageError(f"--token-out {path}: no right to write in {path.parent}")
