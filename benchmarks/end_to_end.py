@@ -31,7 +31,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 from ceiling import better, rate
-from measure import cpu_seconds, heading, interval, java_and_workers, stamped, unwind_when_terminated
+from measure import (
+    cpu_seconds,
+    heading,
+    interval,
+    java_and_workers,
+    seconds_without_core,
+    stamped,
+    unwind_when_terminated,
+)
 from workload import HEAVY, SMALL, command, given_images, summary_of, workload_flags
 
 from batch_client.demo.objectstore import SeaweedServer
@@ -99,14 +107,16 @@ def arguments() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Cpu:
-    """CPU seconds by what used them."""
+    """CPU seconds by what used them, and seconds that the workers waited for a core."""
 
     client: float
     java: float
     workers: float
+    displaced: float
 
     def __sub__(self, other: Cpu) -> Cpu:
-        return Cpu(self.client - other.client, self.java - other.java, self.workers - other.workers)
+        return Cpu(self.client - other.client, self.java - other.java, self.workers - other.workers,
+                   self.displaced - other.displaced)
 
     @property
     def total(self) -> float:
@@ -133,6 +143,11 @@ class Run:
     def idle(self) -> float:
         """The share of the machine's cores that the workers left: they are one thread a core together."""
         return 1 - self.cpu.workers / self.seconds / cores()
+
+    @property
+    def displaced(self) -> float:
+        """The part of `idle` in which a worker had work and another process its core."""
+        return self.cpu.displaced / self.seconds / cores()
 
 
 @dataclass(frozen=True)
@@ -174,7 +189,8 @@ class Server:
     workers: list[psutil.Process]
 
     def cpu(self, client: psutil.Process) -> Cpu:
-        return Cpu(cpu_seconds([client]), cpu_seconds(self.java), cpu_seconds(self.workers))
+        return Cpu(cpu_seconds([client]), cpu_seconds(self.java), cpu_seconds(self.workers),
+                   seconds_without_core(self.workers))
 
 
 @contextmanager
@@ -234,6 +250,8 @@ def report(pairs: list[Pair], what: str, records: int) -> None:
               f"{statistics.median(pair.ceiling_idle for pair in pairs):.1%}"))
     print("\nCPU s per million: client {:.2f}, Java {:.2f}, workers {:.1f}".format(*per_million))
     print(f"client at 25,000 records/s: {per_million[0] * 0.025:.1%} of a core")
+    print(f"of the workers' idle share, others had the core: {statistics.median(one.displaced for one in runs):.1%}; "
+          f"without work: {statistics.median(one.idle - one.displaced for one in runs):.1%}")
     fast = [pair.ours.rate / pair.fast.rate for pair in pairs if pair.fast]
     if fast:
         print(f"exact / --fast: {interval(fast)}")

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import psutil
 
 __all__ = ["ALLOCATOR", "Interval", "PeakMemory", "cpu_seconds", "family", "heading", "interval",
-           "java_and_workers", "machine", "row", "stamped", "today", "unwind_when_terminated"]
+           "java_and_workers", "machine", "row", "seconds_without_core", "stamped", "today", "unwind_when_terminated"]
 
 # What the embedded server sets for its workers (batch_client/server_config.py): every tuned contender has it.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_ARENA_MAX": "1"}
@@ -110,6 +110,17 @@ def java_and_workers(pid: int) -> tuple[list[psutil.Process], list[psutil.Proces
 def cpu_seconds(processes: Sequence[psutil.Process]) -> float:
     """User and system seconds so far, those of ended children included; to 10 ms a process (Linux's clock tick)."""
     return sum(sum(process.cpu_times()[:4]) for process in processes)
+
+
+def seconds_without_core(processes: Sequence[psutil.Process]) -> float:
+    """Seconds so far that running threads of these processes could have run and had no core (Linux: run delay of
+    Documentation/scheduler/sched-stats.rst; elsewhere 0)."""
+    waited = 0
+    for process in processes:
+        for stat in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError):  # a thread that ended just now
+                waited += int(stat.read_text("ascii").split()[1])
+    return waited / 1e9
 
 
 @dataclass

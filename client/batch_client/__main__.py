@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 import sys
+from typing import NoReturn
 
 from batch_client.cli import main
 
@@ -47,11 +48,22 @@ def end_like_ctrl_c() -> None:
             signal.signal(number, end)
 
 
-def entry_point() -> None:
+def end_process(code: int) -> NoReturn:
+    """End without taking the interpreter apart. A thread of the store's library that answers meanwhile, to a read that
+    nobody waits for any more, finds no interpreter and aborts the process, whatever its exit code was to be:
+    https://github.com/python/cpython/issues/87135.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it, and what could be said of that was said
+            stream.flush()
+    os._exit(code)
+
+
+def entry_point() -> NoReturn:
     have_standard_streams()
     end_like_ctrl_c()
     keep_memory()
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from batch_client.plan import OutputGeometry
 from batch_client.regions import usable_folder
 from batch_client.retry import full_jitter
 from batch_client.serving import Servers
-from batch_client.tokens import authorization
+from batch_client.tokens import NoTokens, authorization
 from batch_client.transport import HttpReply, Transport, TransportError
 from batch_handler.oip import ModelMetadata, OipError
 
@@ -94,8 +94,11 @@ async def fetch_contract(servers: Servers, url: str) -> ModelContract:
         if verdict.outcome not in (Outcome.NO_MODEL, Outcome.TOKEN):
             break
     if verdict.outcome is Outcome.TOKEN:
+        if isinstance(servers.tokens, NoTokens):
+            raise CredentialsError(f"{url}: the server wants a token ({verdict.reason}): "
+                                   "give one with --token-file or --token-command")
         raise CredentialsError(f"{url}: the server refuses the token ({verdict.reason}): "
-                               "give a valid one with --token-file")
+                               "give a valid one with --token-file or --token-command")
     if verdict.outcome is Outcome.NO_MODEL:
         raise ServingError(f"{url}: has no model {model!r} ({verdict.reason}): check --model and the server's models")
     raise ServingError(f"{url}: can't describe model {model!r}: {verdict.outcome.value} ({verdict.reason})")

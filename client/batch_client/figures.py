@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-__all__ = ["axis_labels", "number", "percent", "significant"]
+__all__ = ["axis_labels", "counted", "number", "percent", "significant"]
 
 
 def number(value: float) -> str:
@@ -14,6 +14,11 @@ def number(value: float) -> str:
     if value == 0 or 1e-3 <= abs(value) < 1e15:
         return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 999.5 else f"{value:.3g}"
     return f"{value:.0e}"
+
+
+def counted(count: int, one: str, more: str | None = None) -> str:
+    """A count and its noun: 1 record, 2,000 records, 0 retries."""
+    return f"{count:,} {one if count == 1 else more or one + 's'}"
 
 
 def axis_labels(ticks: Sequence[float]) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_client.figures import axis_labels, number, percent, significant
+from batch_client.figures import axis_labels, counted, number, percent, significant
 from batch_client.report.charts import nice_ticks
 
 
@@ -46,3 +46,11 @@ def test_a_rate_keeps_its_digits_however_small(rate):
     assert significant(rate) == pytest.approx(rate, rel=1e-5)
     assert significant(rate) > 0
     assert math.isfinite(significant(rate))
+
+
+@pytest.mark.parametrize(("count", "words", "said"), [
+    (0, ("chunk",), "0 chunks"), (1, ("chunk",), "1 chunk"), (2_000, ("chunk",), "2,000 chunks"),
+    (1, ("retry", "retries"), "1 retry"), (0, ("retry", "retries"), "0 retries"),
+])
+def test_a_count_has_its_noun(count, words, said):
+    assert counted(count, *words) == said

@@ -127,7 +127,7 @@ async def test_a_missing_chunk_is_no_data_unless_the_user_says_so():
     assert not [key for key in output.objects if key.endswith("zarr.json")]
     summary = await execute(spec(allow_missing=True), services(SimulatedServer(), source))
     assert (summary.records, summary.missing_chunks) == (40, 1)
-    assert " 1 missing input chunks taken as the fill value, " in _sentence(summary)
+    assert " 1 missing input chunk taken as the fill value, " in _sentence(summary)
 
 
 async def test_a_run_that_met_a_missing_chunk_goes_on_with_the_fill_value():

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +29,28 @@ def test_a_closed_standard_stream_is_no_reason_to_abort(closed, clean_environ, t
                               capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == code, done.stderr
         assert "2>" in closed or done.stderr.count("\n") == 1
+
+
+ENDS = """
+import os, sys
+from batch_client import __main__ as program
+
+class Late:
+    def __del__(self, write=os.write):
+        write(2, b"taken apart")
+
+late = Late()
+program.main = lambda words: print("said", end="") or 65
+sys.exit(program.main([])) if sys.argv[1:] else program.entry_point()
+"""
+
+
+def test_a_process_ends_before_its_interpreter_is_taken_apart(clean_environ):
+    """While it is, a thread of the store's library with a late answer would abort the process: exit -6 for any."""
+    for words, left in (([], ""), (["without"], "taken apart")):
+        done = subprocess.run([sys.executable, "-c", ENDS, *words], env=clean_environ, capture_output=True, text=True,
+                              timeout=60, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (65, "said", left)
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ SERVERS = [
     (["--archive", "ARCHIVE", "--workers", "100000"], 64, "give 1024 at most"),
     (["--endpoint", "URL", "--model", "toy", "--patience", "nan"], 64, "wanted a finite number"),
     (["--endpoint", "URL", "--model", "nobody", "--token-file", "TOKEN"], 69, "has no model 'nobody'"),
-    (["--endpoint", "URL", "--model", "toy"], 77, "refuses the token"),
+    (["--endpoint", "URL", "--model", "toy"], 77, "wants a token ("),
     (["--endpoint", "URL", "--model", "toy", "--token-file", "nofile"], 77, "--token-file nofile: can't be read"),
 ]
 

@@ -143,19 +143,19 @@ def _stop_on_signals(stop: asyncio.Event) -> None:
 
 
 def _sentence(summary: RunSummary) -> str:
-    from batch_client.figures import number
+    from batch_client.figures import counted, number
 
     if summary.already_published:
-        return f"{summary.output} was published already: {summary.records:,} records, root {summary.root}"
-    scored = f"{summary.scored:,} records in {summary.seconds:.1f} s"
+        return f"{summary.output} was published already: {counted(summary.records, 'record')}, root {summary.root}"
+    scored = f"{counted(summary.scored, 'record')} in {summary.seconds:.1f} s"
     if not summary.published:
         return (f"{scored}: this part is done, {summary.output} is published when all parts are"
                 f"{_limited_by(summary)}")
     not_finite = f"{summary.not_finite:,} not finite, " if summary.not_finite else ""
-    missing = (f"{summary.missing_chunks:,} missing input chunks taken as the fill value, "
+    missing = (f"{counted(summary.missing_chunks, 'missing input chunk')} taken as the fill value, "
                if summary.missing_chunks else "")
     return (f"{scored}, {number(summary.records_per_s)} records/s, {summary.failed:,} failed, {not_finite}{missing}"
-            f"{summary.retries:,} retries → {summary.output}{_limited_by(summary)}")
+            f"{counted(summary.retries, 'retry', 'retries')} → {summary.output}{_limited_by(summary)}")
 
 
 def _limited_by(summary: RunSummary) -> str:

@@ -350,9 +350,9 @@ def _figures(url: str, output: _Output, answers: _Answers) -> dict[str, Any]:
 
 
 def _sentence(figures: dict[str, Any]) -> str:
-    from batch_client.figures import percent
+    from batch_client.figures import counted, percent
 
-    text = f"{figures['records']:,} records"
+    text = counted(figures["records"], "record")
     if figures["right"] is not None:
         text = f"{figures['right']:,} of {text} right, {percent(figures['accuracy'])}"
     if figures["without_score"]:

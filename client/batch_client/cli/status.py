@@ -43,7 +43,7 @@ async def _status(store: Store, *, as_json: bool) -> str:
 
 
 def _lines(progress: Progress) -> str:
-    from batch_client.figures import number, percent
+    from batch_client.figures import counted, number, percent
 
     lines = [
         f"{progress.output}: {'published, ' + str(progress.root) if progress.published else 'not published'}",
@@ -57,18 +57,19 @@ def _lines(progress: Progress) -> str:
         lines.append(f"rate     {number(progress.rate)} records/s, {progress.eta:,.0f} s left at that rate")
     for writer in progress.writers:
         when = datetime.fromtimestamp(writer.last_wrote, UTC).isoformat(timespec="seconds")
-        lines.append(f"writer   {writer.name}: {writer.segments} ledger segments, the last at {when}")
+        lines.append(f"writer   {writer.name}: {counted(writer.segments, 'ledger segment')}, the last at {when}")
     return "\n".join(lines)
 
 
 async def _clean(store: Store, *, yes: bool) -> str:
+    from batch_client.figures import counted
     from batch_client.removal import contents_of, remove_output, require_unpublished
 
     await require_unpublished(store)
     found = await contents_of(store)
     if not found.objects:
         raise MismatchError(f"{store.url}: nothing is there")
-    size = f"{found.objects:,} objects, {found.nbytes:,} bytes"
+    size = f"{counted(found.objects, 'object')}, {counted(found.nbytes, 'byte')}"
     if not yes:
         shown = "\n".join(f"  {meta.key}  {meta.size:,}" for meta in found.first)
         more = "\n  …" if found.objects > len(found.first) else ""

@@ -31,6 +31,7 @@ def command(output_url: str, *, deep: bool, replays: int | None, as_json: bool, 
     Exit code 0 if it is; 65 names what is missing or altered.
     """
     from batch_client.api import run_until_complete
+    from batch_client.figures import counted
 
     # Variables and settings say what to score with where something is scored; typed it is a mistake.
     if replays is None and (typed := typed_flags(*SERVER_OPTIONS)):
@@ -39,14 +40,16 @@ def command(output_url: str, *, deep: bool, replays: int | None, as_json: bool, 
     if as_json:
         click.echo(json.dumps(asdict(verification) | ({} if replayed is None else {"replayed": asdict(replayed)})))
         return
-    missing = (f", {verification.missing_chunks:,} missing input chunks taken as the fill value"
+    missing = (f", {counted(verification.missing_chunks, 'missing input chunk')} taken as the fill value"
                if verification.missing_chunks else "")
-    click.echo(f"{verification.output}: {verification.records:,} records in {verification.objects:,} objects "
-               f"({verification.nbytes:,} bytes) are what the manifest says{', every byte' if deep else ''}; "
+    click.echo(f"{verification.output}: {counted(verification.records, 'record')} in "
+               f"{counted(verification.objects, 'object')} ({counted(verification.nbytes, 'byte')}) as the manifest "
+               f"says{', every byte' if deep else ''}; "
                f"{verification.failed:,} failed, {verification.not_finite:,} not finite{missing}; "
                f"root {verification.root}")
     if replayed is not None:
-        click.echo(f"scored again: {replayed.records:,} records in {len(replayed.chunks)} chunks, all bits equal")
+        click.echo(f"scored again: {counted(replayed.records, 'record')} in "
+                   f"{counted(len(replayed.chunks), 'chunk')}, all bits equal")
 
 
 async def _verify(output_url: str, deep: bool, replays: int | None,  # noqa: FBT001 - called once, right above

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from batch_client.bottleneck import Bottleneck, Limit
-from batch_client.figures import axis_labels, number
+from batch_client.figures import axis_labels, counted, number
 from batch_client.report.charts import columns, nice_ticks, shares_bar, text_of
 from batch_client.report.collect import SCORED, ReportData, Sample
 from batch_client.report.sketches import LogHistogram
@@ -79,8 +79,8 @@ def _heading(data: ReportData) -> str:
     if data.started is None:
         return f"{name}: published before this run"
     if data.published is None:
-        return f"{name}: {data.stored:,} records scored, not published"
-    return f"{name}: {data.stored:,} records scored in {_seconds(data.seconds)}"
+        return f"{name}: {counted(data.stored, 'record')} scored, not published"
+    return f"{name}: {counted(data.stored, 'record')} scored in {_seconds(data.seconds)}"
 
 
 def _ending(data: ReportData) -> str:
