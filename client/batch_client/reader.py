@@ -173,8 +173,17 @@ async def open_source(store: Store, array: str | None) -> Source:
     dtype = np.dtype(node.dtype)
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise DataError(f"{where}: dtype {dtype} can't be scored; wanted bool, integers or floats up to 64 bits")
+    zarr_store.blosc = _outermost(node) == "blosc"
     keys = sorted(key for key in record.etags if key.endswith(("zarr.json", ".zarray")))
     return Source(store, array or "", node, keys, await _documents(store, keys))
+
+
+def _outermost(node: AsyncArray[Any]) -> str | None:
+    """The name of the codec that chunk objects are written by in the end."""
+    described = node.metadata.to_dict()
+    *_, last = [*(described.get("filters") or []), *filter(None, [described.get("compressor")]),
+                *described.get("codecs", [])] or [{}]
+    return str(last.get("id", last.get("name"))).removeprefix("numcodecs.")
 
 
 # Of Zarr's two formats: https://zarr-specs.readthedocs.io, core v3.0 "Array metadata", and v2 "Metadata".

@@ -1,14 +1,16 @@
 """What a source gives is what zarr gives, in every layout; and decoded chunks are not copied."""
 
+import numcodecs
 import numpy as np
 import pytest
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
-from zarr.codecs import TransposeCodec
+from zarr.codecs import BloscCodec, BytesCodec, ShardingCodec, TransposeCodec
 from zarr.core.buffer.cpu import NDBuffer
 
 from batch_client import zarrstore
+from batch_client.errors import DataError
 from batch_client.reader import open_source
 from batch_client.storage import Blob, MemoryStore, open_store
 from batch_client.zarrstore import LEAST_KEPT_BYTES, PieceBuffer
@@ -49,6 +51,39 @@ async def test_records_are_what_zarr_gives_in_every_layout(layout, least, tmp_pa
             assert piece.dtype == np.dtype(np.float32)
             assert piece.flags.c_contiguous
             assert piece.flags.aligned
+
+
+BLOSC = {
+    "Zarr 2": {"zarr_format": 2, "compressors": numcodecs.Blosc()},
+    "Zarr 2, as a filter": {"zarr_format": 2, "compressors": None, "filters": [numcodecs.Blosc()]},
+    "Zarr 3": {"compressors": BloscCodec()},
+    "shards": {"compressors": BloscCodec(), "shards": (100, 28)},
+    "a part of a shard, index first": {
+        "compressors": None, "filters": [], "chunks": (100, 28),
+        "serializer": ShardingCodec(chunk_shape=(50, 28), codecs=(BytesCodec(), BloscCodec()), index_location="start")},
+}
+
+
+@pytest.mark.parametrize("layout", BLOSC.values(), ids=BLOSC)
+async def test_no_part_of_a_blosc_chunk_is_taken_for_all_of_it(layout, tmp_path):
+    """Images often do not get smaller; Blosc keeps those as they are, and reads past the end of what was cut off."""
+    images = np.random.default_rng(0).integers(0, 256, (300, 28), np.uint8)
+    array = zarr.create_array(tmp_path / "in.zarr", **{"chunks": (50, 28), "shape": (300, 28), "dtype": "u1", **layout})
+    array[:] = images
+    source = await open_source(open_store(str(tmp_path / "in.zarr")), None)
+    np.testing.assert_array_equal((await source.read(0, 300)).records.joined(), images)
+    chunk = next(path for path in (tmp_path / "in.zarr").rglob("*0") if path.is_file())
+    whole = chunk.read_bytes()
+    step = 50 if "serializer" in layout else 300
+    for kept in (len(whole) - 1, len(whole) - 100, len(whole) // 2, 17, 8, 1):
+        chunk.write_bytes(whole[:kept])
+        with pytest.raises(DataError, match="can't be decoded"):
+            await read_in_steps(source, step)
+
+
+async def read_in_steps(source, step):
+    for start in range(0, source.geometry.count, step):
+        await source.read(start, start + step)
 
 
 async def stored_memory(store: MemoryStore, key: str) -> np.ndarray:
