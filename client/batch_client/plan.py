@@ -50,6 +50,8 @@ OUTPUT_BYTES = 64 * MIB
 # Every source object of a chunk is named in its ledger row; and a chunk is assembled and encoded in memory.
 MOST_SOURCE_OBJECTS = 200_000
 LARGEST_CHUNK_BYTES_OUT = 1 << 30
+# Eight bytes of memory each (ledger.py): 400 MB, and more objects than anybody would wait for.
+MOST_UNITS = 50_000_000
 # The most empty places, a record, that a smaller chunk may have in its last micro-batch: they are computed like others.
 MAX_EMPTY_PLACES = 0.01
 # The server's own bound on one body, either way (serve_config/config.properties), leaves room for the header.
@@ -275,6 +277,9 @@ def make_plan(
         nearest = max(1, round(grid / source.chunk_records)) * source.chunk_records
         raise UsageError(f"--chunk-records {grid}: wanted a multiple of the source's {source.chunk_records} records a "
                          f"chunk, such as {nearest}")
+    if (units := -(-(stop - start) // grid)) > MOST_UNITS:
+        raise UsageError(f"records {start:,} to {stop - 1:,} in output chunks of {grid:,} are {units:,} chunks, the most "
+                         f"is {MOST_UNITS:,}: raise --chunk-records, or take fewer with --records")
     chunk = min(grid, stop - start)
     _require_bearable(chunk, source, outputs)
     wire_bytes = max(1, math.prod(source.record_shape) * wire_dtype.itemsize)

@@ -36,6 +36,8 @@ __all__ = ["UNREADABLE", "ETags", "Rows", "Source", "open_source"]
 UNREADABLE = (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, NotImplementedError, EOFError,
                OSError, MemoryError, SystemError, zlib.error, lzma.LZMAError)
 
+SHOWN = 20  # names of a group's arrays
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -166,10 +168,12 @@ async def open_source(store: Store, array: str | None) -> Source:
             raise DataError(await _nothing_there(zarr_store, where, array)) from error
         except BatchClientError:
             raise
-        except UNREADABLE as error:
+        except (*UNREADABLE, AttributeError) as error:  # the latter for a document that is no object
             raise DataError(f"{where}: its Zarr metadata can't be read ({in_one_line(error)})") from error
     if not node.shape:
         raise DataError(f"{where}: a single value; wanted an array with records along axis 0")
+    if not all(piece for size, piece in zip(node.shape, node.shards or node.chunks, strict=True) if size):
+        raise DataError(f"{where}: has chunks of length 0 in its Zarr metadata; wanted at least 1")
     dtype = np.dtype(node.dtype)
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise DataError(f"{where}: dtype {dtype} can't be scored; wanted bool, integers or floats up to 64 bits")
@@ -218,13 +222,15 @@ def _digest(documents: list[bytes]) -> str:
 async def _nothing_there(store: SourceStore, where: str, array: str | None) -> str:
     try:
         group: AsyncGroup = await zarr_async.open_group(store=store, mode="r")
-        names = sorted([name async for name, _ in group.arrays()])[:20]
+        names = sorted([name async for name, node in group.members(max_depth=None) if isinstance(node, AsyncArray)])
     except BatchClientError:
         raise
-    except (FileNotFoundError, GroupNotFoundError, *UNREADABLE):
-        names = []
+    except (FileNotFoundError, GroupNotFoundError, *UNREADABLE, AttributeError):
+        names = None
+    if names == []:
+        return f"{where}: this is a group without arrays: name the place of an array"
     if names:
-        found = f"the group has {', '.join(names)}"
+        found = f"the group has {', '.join(names[:SHOWN])}"
         return f"{where}: no such array; {found}: name one with --array" if array else (
             f"{where}: this is a group; {found}: name one with --array")
     return f"{where}: no Zarr array there (no zarr.json and no .zarray): name the place of an array or of a group"

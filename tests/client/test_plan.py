@@ -194,6 +194,7 @@ def test_a_billion_records_are_planned_without_listing_them():
     ({"request_records": 64 * 10_000}, "the most is"),
     ({"count": 10**9, "chunk": 1000, "chunk_records": 10**8}, "4,000,000,000 bytes, the most is 1,073,741,824: lower"),
     ({"count": 10**6, "chunk": 1, "chunk_records": 300_000}, "read from 300,000 objects, the most is 200,000: lower"),
+    ({"count": 10**17}, "chunks, the most is 50,000,000: raise --chunk-records, or take fewer with --records"),
     ({"records": Records(5, 5)}, "0 <= A < B <= 1000"),
     ({"records": Records(0, 1001)}, "0 <= A < B <= 1000"),
 ])

@@ -66,12 +66,29 @@ async def test_sources_that_can_not_be_scored_are_refused_before_anything_is_wri
 async def test_a_group_names_its_arrays():
     store = ZarrMemory()
     group = await zarr.api.asynchronous.open_group(store=store, mode="w")
+    await (await group.create_group("test")).create_array(name="images", shape=(4, 3), chunks=(2, 3), dtype="uint8")
     await group.create_array(name="images", shape=(4, 3), chunks=(2, 3), dtype="uint8")
+    await group.create_group("empty")
     source = MemoryStore("memory://source")
     async for key in store.list():
         source.objects[key] = (await store.get(key, zarr.core.buffer.default_buffer_prototype())).to_bytes()
-    await refused(DataError, "the group has images: name one with --array", source)
-    await refused(DataError, "no such array; the group has images", source, array="pictures")
+    await refused(DataError, "the group has images, test/images: name one with --array", source)
+    await refused(DataError, "no such array; the group has images, test/images", source, array="pictures")
+    alone = MemoryStore("memory://source")
+    alone.objects["zarr.json"] = source.objects["empty/zarr.json"]
+    await refused(DataError, "this is a group without arrays: name the place of an array", alone)
+
+
+@pytest.mark.parametrize(("name", "document", "said"), [
+    ("zarr.json", "[]", "its Zarr metadata can't be read ("),
+    ("zarr.json", "null", "its Zarr metadata can't be read ("),
+    (".zarray", '{"zarr_format": 2, "shape": [8, 4], "chunks": [0, 4], "dtype": "|u1", "order": "C", "compressor": null, '
+                '"filters": null, "fill_value": 0}', "has chunks of length 0"),
+])
+async def test_metadata_that_no_array_has_is_the_sources_fault(name, document, said):
+    source = MemoryStore("memory://source")
+    source.objects[name] = document.encode()
+    await refused(DataError, said, source)
 
 
 @pytest.mark.parametrize(("chunks", "damaged", "named"), [
