@@ -22,7 +22,7 @@ from zarr.storage import MemoryStore
 from batch_client.plan import OutputGeometry, Plan
 
 __all__ = ["FAILED_PREFIX", "GENERATION_KEY", "LEDGER_PREFIX", "MANIFEST_KEY", "MANIFEST_PREFIX", "REMOVING_KEY",
-           "SPEC_KEY", "SUCCESS_KEY", "OutputLayout"]
+           "SPEC_KEY", "STATUS", "SUCCESS_KEY", "OutputLayout"]
 
 SPEC_KEY = "_run/spec.json"
 GENERATION_KEY = "_run/generation"

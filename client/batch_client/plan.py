@@ -278,8 +278,8 @@ def make_plan(
         raise UsageError(f"--chunk-records {grid}: wanted a multiple of the source's {source.chunk_records} records a "
                          f"chunk, such as {nearest}")
     if (units := -(-(stop - start) // grid)) > MOST_UNITS:
-        raise UsageError(f"records {start:,} to {stop - 1:,} in output chunks of {grid:,} are {units:,} chunks, the most "
-                         f"is {MOST_UNITS:,}: raise --chunk-records, or take fewer with --records")
+        raise UsageError(f"records {start:,} to {stop - 1:,} in output chunks of {grid:,} are {units:,} chunks, the "
+                         f"most is {MOST_UNITS:,}: raise --chunk-records, or take fewer with --records")
     chunk = min(grid, stop - start)
     _require_bearable(chunk, source, outputs)
     wire_bytes = max(1, math.prod(source.record_shape) * wire_dtype.itemsize)

@@ -81,9 +81,10 @@ async def prepare(spec: RunSpec, services: Services) -> Prepared:
             raise UsageError(f"{name} {store.url} is in OUTPUT {services.output_store.url}: the output needs a place "
                              "of its own")
     source = await open_source(services.source_store, spec.array)
-    if is_inside(services.output_store.url, source.url):
-        raise UsageError(f"OUTPUT {services.output_store.url} is in INPUT {source.url}: the output needs a place of "
-                         "its own")
+    for name, place in (("INPUT", source.url), ("--reuse", services.reuse_store and services.reuse_store.url)):
+        if place and is_inside(services.output_store.url, place):
+            raise UsageError(f"OUTPUT {services.output_store.url} is in {name} {place}: the output needs a place of "
+                             "its own")
     pool = Pool(services.servers.urls, spec.in_flight, services.clock, services.rng)
     begun = await _stored_run(services.output_store)
     wanted = None if spec.overwrite else _model_of(begun, services.output_store, exact=spec.exact)

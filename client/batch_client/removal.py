@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from batch_client.errors import MismatchError, StorageError, UsageError, one_error
-from batch_client.layout import GENERATION_KEY, LEDGER_PREFIX, REMOVING_KEY, SPEC_KEY, SUCCESS_KEY
+from batch_client.jsontext import parse_json
+from batch_client.layout import GENERATION_KEY, LEDGER_PREFIX, REMOVING_KEY, SPEC_KEY, STATUS, SUCCESS_KEY
 from batch_client.storage import Blob, Meta, Store
 
 __all__ = ["Contents", "contents_of", "remove_output", "require_unpublished"]
@@ -36,20 +39,36 @@ class Contents:
 async def contents_of(store: Store) -> Contents:
     """What an output consists of; zero objects if the place is empty. The listing is not held.
 
-    Raises MismatchError for a place that is not an output of ours.
+    Raises MismatchError for a place that is not an output of ours, or holds something else too.
     """
     first: list[Meta] = []
     objects = nbytes = 0
     ours = False
+    arrays = await _arrays(store)
+    other: str | None = None
     async for meta in store.list(""):
         objects, nbytes = objects + 1, nbytes + meta.size
         ours = ours or meta.key in (SPEC_KEY, REMOVING_KEY)
+        if other is None and not arrays.fullmatch(meta.key):
+            other = meta.key
         if len(first) < SHOWN:
             first.append(meta)
     if objects and not ours:
         raise MismatchError(f"{store.url} is not empty ({first[0].key}) and is no output of batch-client: "
                             "nothing was deleted; do that with the store's own tools")
+    if other is not None:
+        raise MismatchError(f"{store.url} holds {other} too, which is not of this output: nothing was deleted; move "
+                            "what is not of it away first")
     return Contents(objects, nbytes, tuple(first))
+
+
+async def _arrays(store: Store) -> re.Pattern[str]:
+    """What the keys of an output's objects look like; where it is not known what its arrays are called, with any."""
+    blob, names = await store.get(SPEC_KEY), "[^/]+"
+    with suppress(ValueError, LookupError, TypeError):  # of another version
+        outputs = [] if blob is None else parse_json(blob.data)["outputs"]
+        names = "|".join(re.escape(name) for name, *_ in (*outputs, (STATUS.name,))) if outputs else names
+    return re.compile(rf"_run/.+|{SUCCESS_KEY}|zarr\.json|({names})/(zarr\.json|c/.+)", re.DOTALL)
 
 
 async def remove_output(store: Store, *, published: bool = True) -> None:

@@ -234,7 +234,9 @@ def _resolved(url: str) -> str:
     if url.startswith("file:"):
         with suppress(OSError, RuntimeError):  # links that lead in a circle
             url = Path(unquote(split_url(url).path)).resolve().as_uri()
-    return re.sub("^s3a:", "s3:", url).rstrip("/")
+    # obstore takes a URL's escapes for what they stand for.
+    scheme, _, path = url.partition("://")
+    return f"{re.sub('^s3a$', 's3', scheme.lower())}://{unquote(path)}".rstrip("/")
 
 
 def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] = os.environ,
@@ -251,6 +253,8 @@ def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] 
     require_path_alone(url)
     if len(scheme) <= 1 or scheme == "file":
         return _local_store(url)
+    if {".", ".."} & {*unquote(split_url(url).path).split("/")}:
+        raise UsageError(f"{url}: has '.' or '..' in its path: wanted a path without")
     config: dict[str, Any] = {}
     if scheme in ("s3", "s3a"):
         config = _s3_config(environ, anonymous=anonymous)

@@ -123,11 +123,13 @@ async def _sizes(store: Store, manifest: Manifest, problems: _Problems) -> tuple
     """Every object is there with its size, and no chunk beside them; how many chunks there are, and their bytes."""
     stored, wanted = StringSet(), StringSet()
     chunks_stored = objects = nbytes = 0
+    arrays = [proof.key.removesuffix("zarr.json") for proof in manifest.metadata if "/" in proof.key]
+    chunks = tuple(f"{array}c/" for array in arrays)
     async for meta in store.list(""):
         stored.add(f"{meta.key} {meta.size}")
-        chunks_stored += _is_chunk(meta.key)
+        chunks_stored += meta.key.startswith(chunks)
     async for proof in _proofs(store, manifest):
-        if _is_chunk(proof.key):
+        if proof.key.startswith(chunks):
             objects, nbytes = objects + 1, nbytes + proof.size
             wanted.add(proof.key)
         if f"{proof.key} {proof.size}" not in stored:
@@ -136,13 +138,9 @@ async def _sizes(store: Store, manifest: Manifest, problems: _Problems) -> tuple
                          "bytes")
     if problems.count or chunks_stored != objects:
         async for meta in store.list(""):
-            if _is_chunk(meta.key) and meta.key not in wanted:
+            if meta.key.startswith(chunks) and meta.key not in wanted:
                 problems.add(f"{meta.key} is no chunk of this run")
     return objects, nbytes
-
-
-def _is_chunk(key: str) -> bool:
-    return "/c/" in key
 
 
 async def _proofs(store: Store, manifest: Manifest) -> AsyncIterator[ChunkProof]:

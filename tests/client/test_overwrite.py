@@ -14,9 +14,10 @@ from batch_client.layout import GENERATION_KEY, MANIFEST_KEY, REMOVING_KEY, SUCC
 from batch_client.pipeline import execute
 from batch_client.place import begin
 from batch_client.prepare import prepare
-from batch_client.removal import remove_output
+from batch_client.removal import contents_of, remove_output
 from batch_client.storage import MemoryStore, is_inside, open_store
 from batch_client.transport import HttpReply
+from batch_client.verify import verify_output
 from batch_handler.oip import decode_request
 from support.faulty import Life, calm
 from support.simulated import SimulatedServer
@@ -242,7 +243,8 @@ def test_a_chunk_that_was_held_back_here_and_proven_without_failures_elsewhere_i
 @pytest.mark.parametrize(("inner", "outer", "wanted"), [
     ("s3://b/out", "s3://b/out", True), ("s3://b/out/in", "s3://b/out", True), ("s3a://b/out/in", "s3://b/out/", True),
     ("s3://b/out", "s3://b", True), ("s3://b/output", "s3://b/out", False), ("s3://b/out", "s3://b/out/in", False),
-    ("s3://c/out/in", "s3://b/out", False),
+    ("s3://c/out/in", "s3://b/out", False), ("s3://b/old%20x/in", "s3://b/old x", True),
+    ("S3://b/out", "s3://b/out", True), ("s3://b/old%2520x", "s3://b/old x", False),
 ])
 def test_a_place_is_inside_another_by_its_folders(inner, outer, wanted):
     assert is_inside(inner, outer) == wanted
@@ -253,6 +255,45 @@ def test_links_lead_to_the_same_place(tmp_path):
     (tmp_path / "link").symlink_to("out")
     for name in ("out", "link/in", "out/../link"):
         assert is_inside(open_store(str(tmp_path / name)).url, open_store(str(tmp_path / "out")).url)
+
+
+@pytest.mark.parametrize("path", ["a/../out", "a/%2e%2e/out", "./out", "out/.."])
+def test_a_path_of_a_bucket_has_no_dots(path):
+    """A store's library resolves them; so they would be another place than they are compared as."""
+    with pytest.raises(UsageError, match=r"has '\.' or '\.\.' in its path"):
+        open_store(f"s3://bucket/{path}", environ={})
+
+
+@pytest.mark.parametrize("name", [
+    "notes.txt", "v2/_run/spec.json", "v2/zarr.json", "other/c/0/0", "y/c.txt", "y/d/c/0"])
+def test_an_overwrite_deletes_nothing_where_there_is_something_else(name):
+    world = World(1)
+
+    async def run():
+        await world.live(calm())
+        assert (await contents_of(world.output)).objects == len(world.output.objects)
+        world.output.objects[name] = b"precious"
+        before = dict(world.output.objects)
+        with pytest.raises(MismatchError, match=f"memory://out holds {name} too, which is not of this output"):
+            await world.live(calm(), overwrite=True, codec="zstd")
+        assert world.output.objects == before
+
+    run_virtually(run())
+
+
+def test_an_output_below_another_one_is_no_part_of_it():
+    world = World(1)
+
+    async def run():
+        await world.live(calm())
+        for key, data in list(world.output.objects.items()):
+            world.output.objects[f"v2/{key}"] = data
+        await verify_output(world.output, deep=True)
+        world.output.objects["y/c/99/0"] = b""
+        with pytest.raises(DataError, match="y/c/99/0 is no chunk of this run"):
+            await verify_output(world.output)
+
+    run_virtually(run())
 
 
 def test_an_overwrite_does_not_delete_what_it_would_read():
@@ -318,10 +359,14 @@ def test_an_overwrite_takes_the_chunk_size_only_of_what_it_goes_on_with(monkeypa
     run_virtually(run())
 
 
-def test_an_output_is_in_no_array_that_it_is_scored_from():
+def test_an_output_is_in_no_place_that_it_is_made_from():
     world = World(1)
 
     async def run():
+        services = replace(world.services(calm(), Life()), output_store=MemoryStore("memory://old/new"),
+                           reuse_store=MemoryStore("memory://old"))
+        with pytest.raises(UsageError, match="OUTPUT memory://old/new is in --reuse memory://old"):
+            await execute(world.spec(), services)
         for url in ("memory://source/scores", "memory://source/c/9/0"):
             services = replace(world.services(calm(), Life()), output_store=MemoryStore(url))
             with pytest.raises(UsageError, match=f"OUTPUT {url} is in INPUT memory://source"):

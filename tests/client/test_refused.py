@@ -79,11 +79,14 @@ async def test_a_group_names_its_arrays():
     await refused(DataError, "this is a group without arrays: name the place of an array", alone)
 
 
+NO_CHUNK = """{"zarr_format": 2, "shape": [8, 4], "chunks": [0, 4], "dtype": "|u1", "order": "C", "compressor": null,
+               "filters": null, "fill_value": 0}"""
+
+
 @pytest.mark.parametrize(("name", "document", "said"), [
     ("zarr.json", "[]", "its Zarr metadata can't be read ("),
     ("zarr.json", "null", "its Zarr metadata can't be read ("),
-    (".zarray", '{"zarr_format": 2, "shape": [8, 4], "chunks": [0, 4], "dtype": "|u1", "order": "C", "compressor": null, '
-                '"filters": null, "fill_value": 0}', "has chunks of length 0"),
+    (".zarray", NO_CHUNK, "has chunks of length 0"),
 ])
 async def test_metadata_that_no_array_has_is_the_sources_fault(name, document, said):
     source = MemoryStore("memory://source")
