@@ -8,6 +8,7 @@ compares.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from batch_client.layout import FAILED_PREFIX, LEDGER_PREFIX
 from batch_client.place import require_generation
 from batch_client.storage import Blob, Store, child_url, put_same
 
-__all__ = ["ChunkProof", "Ledger", "LedgerView", "Row", "rows_from_json"]
+__all__ = ["ChunkProof", "Ledger", "LedgerView", "Row", "rows_from_json", "segment_of"]
 
 FLUSH_ROWS = 64
 FLUSH_SECONDS = 10.0
@@ -78,6 +79,23 @@ class Row(NamedTuple):
 def rows_from_json(data: bytes | memoryview) -> list[Row]:
     """Rows of a ledger segment or of a part of the manifest. Raises ValueError, KeyError or TypeError."""
     return [Row.from_value(value) for value in parse_json(data)["rows"]]
+
+
+def segment_of(rows: Sequence[Row]) -> bytes:
+    """The bytes of a ledger segment: its rows, and what shows that they are still those that were written."""
+    text = canonical_json({"rows": [row.to_value() for row in rows]})[:-1]
+    return text + _seal(text)
+
+
+def _seal(text: bytes | memoryview) -> bytes:
+    """The end of a segment that begins with `text`."""
+    return b',"sha256":"%b"}' % hashlib.sha256(text).hexdigest().encode()
+
+
+def _require_sealed(segment: memoryview) -> None:
+    length = len(_seal(b""))
+    if segment[-length:] != _seal(segment[:-length]):
+        raise ValueError("its SHA-256 is that of other bytes")
 
 
 class LedgerView:
@@ -168,6 +186,11 @@ class LedgerView:
                                        "run the same command again, and what is missing is proven again")
                 yield found[unit]
 
+    async def segments_of(self, unit: int) -> list[str]:
+        """The keys of the segments that prove a unit."""
+        block = {key: self._segments[key] for key in sorted(self._blocks.get(unit // BLOCK_UNITS, ()))}
+        return [key async for key, rows in _read_segments(self._store, block) if any(row.unit == unit for row in rows)]
+
 
 class Ledger:
     """One client's own segments of an output's ledger; `writer` is a name that no other client has."""
@@ -199,7 +222,7 @@ class Ledger:
             self._flushed_at = self._clock()
             while rows := self._next_segment():
                 await require_generation(self._store, self._generation)
-                body = canonical_json({"rows": [row.to_value() for row in rows]})
+                body = segment_of(rows)
                 # Only this writer writes under its name. Other bytes there are an earlier flush whose answer was lost.
                 while not await put_same(self._store, f"{self._prefix}{self._seq:06d}.json", body):
                     self._seq += 1
@@ -248,8 +271,11 @@ def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 
 def _rows_of(store: Store, key: str, blob: Blob | None) -> list[Row]:
+    if blob is None:
+        return []
     try:
-        return [] if blob is None else rows_from_json(blob.data)
+        _require_sealed(blob.data)
+        return rows_from_json(blob.data)
     except (ValueError, KeyError, TypeError) as error:
         raise MismatchError(f"{child_url(store.url, key)}: this ledger segment can't be read ({error}); "
                             "remove it, and its chunks are scored and compared again") from error

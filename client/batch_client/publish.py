@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 
-from batch_client.errors import BrokenPromiseError, MismatchError
+from batch_client.errors import BrokenPromiseError, DataError, MismatchError
 from batch_client.layout import MANIFEST_KEY, SUCCESS_KEY, OutputLayout
 from batch_client.ledger import ChunkProof, LedgerView
 from batch_client.manifest import ManifestBuilder, read_manifest
 from batch_client.plan import Plan
 from batch_client.spec import RunIdentity
 from batch_client.storage import Store, child_url, put_same
+from batch_client.stringset import StringSet
 
 __all__ = ["publish", "published_root"]
 
@@ -29,8 +30,8 @@ async def published_root(store: Store) -> str | None:
 async def publish(store: Store, layout: OutputLayout, plan: Plan, identity: RunIdentity, proven: LedgerView) -> str:
     """Make a complete output visible and return its root hash. `proven` has seen all segments.
 
-    Raises BrokenPromiseError when it is not complete, MismatchError when something else was published here, or it was
-    removed meanwhile.
+    Raises BrokenPromiseError when it is not complete, DataError when something that was proven is not there any more,
+    MismatchError when something else was published here, or it was removed meanwhile.
     """
     if len(proven) != plan.unit_count:
         raise BrokenPromiseError(f"{len(proven)} of {plan.unit_count} output chunks are proven: not publishing")
@@ -57,17 +58,35 @@ async def publish(store: Store, layout: OutputLayout, plan: Plan, identity: RunI
 
 
 async def _write_parts(store: Store, plan: Plan, proven: LedgerView) -> ManifestBuilder:
-    manifest = ManifestBuilder()
+    manifest, stored = ManifestBuilder(), StringSet()
+    async for meta in store.list(""):
+        stored.add(f"{meta.key} {meta.size}")
     async for row in proven.rows():
         count = plan.unit(row.unit).count
         if row.records != count:
             raise BrokenPromiseError(f"output chunk {row.unit} is proven with {row.records} records of {count}: "
                                      "not publishing")
+        for proof in row.chunks:
+            if f"{proof.key} {proof.size}" not in stored:
+                await _require_stored(store, proof, row.unit, proven)
         if (part := manifest.add(row)) is not None:
             await _create_same(store, *part)
     if (part := manifest.close()) is not None:
         await _create_same(store, *part)
     return manifest
+
+
+async def _require_stored(store: Store, proof: ChunkProof, unit: int, proven: LedgerView) -> None:
+    """Raises DataError for an object that the listing does not have and the store neither: somebody deleted it, or a
+    rule of the bucket did.
+    """
+    found = await store.head(proof.key)
+    if found is None or found.size != proof.size:
+        now = "is gone" if found is None else f"has {found.size} bytes"
+        segments = " and ".join(await proven.segments_of(unit))
+        raise DataError(f"{child_url(store.url, proof.key)} {now}, {proof.size} were written: remove "
+                        f"{f'it and {segments}' if found else segments} and run the same command again, which scores "
+                        "and compares what was proven there")
 
 
 async def _create_same(store: Store, key: str, data: bytes) -> None:

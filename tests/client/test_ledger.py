@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from batch_client import ledger
 from batch_client.errors import MismatchError, StorageError
 from batch_client.layout import GENERATION_KEY, LEDGER_PREFIX
-from batch_client.ledger import ChunkProof, Ledger, LedgerView, Row, rows_from_json
+from batch_client.ledger import ChunkProof, Ledger, LedgerView, Row, rows_from_json, segment_of
 from batch_client.place import begin
 from batch_client.removal import remove_output
 from batch_client.storage import MemoryStore
@@ -45,10 +45,6 @@ def begun():
     return store
 
 
-def segment(rows):
-    return json.dumps({"rows": [row.to_value() for row in rows]}).encode()
-
-
 @st.composite
 def ledgers(draw, shas=("a",)):
     """Segments of several writers, in the order in which they appear: rows in any order, some of them twice."""
@@ -72,7 +68,7 @@ def test_a_view_says_what_a_dict_of_all_rows_says(segments, halfway, own):
         for number, (key, rows) in enumerate(segments):
             if number == halfway:
                 await view.refresh()
-            store.objects[key] = segment(rows)
+            store.objects[key] = segment_of(rows)
         for place in own:
             if place < len(everything):
                 view.add(everything[place])
@@ -100,7 +96,7 @@ def test_two_writers_who_proved_different_bytes_are_noticed_in_any_order(segment
         store = begun()
         view = LedgerView(store, UNITS, GENERATION)
         for key, rows in segments[::-1] if backwards else segments:
-            store.objects[key] = segment(rows)
+            store.objects[key] = segment_of(rows)
             await view.refresh()
 
     if not contradictory:
@@ -121,13 +117,17 @@ def test_a_row_that_is_gone_or_altered_when_it_is_read_again_is_noticed():
         store = begun()
         keys = [f"{LEDGER_PREFIX}{GENERATION}/w/{seq:06d}.json" for seq in range(4)]
         for seq, key in enumerate(keys):
-            store.objects[key] = segment([row_of(unit) for unit in range(seq * 10, seq * 10 + 10)])
+            store.objects[key] = segment_of([row_of(unit) for unit in range(seq * 10, seq * 10 + 10)])
         view = LedgerView(store, UNITS, GENERATION)
         await view.refresh()
         good = store.objects.pop(keys[2])
         with pytest.raises(StorageError, match="row of output chunk 20 is not found again: run the same command"):
             [row async for row in view.rows()]
         store.objects[keys[2]] = good.replace(b'"a"', b'"d"')
+        with pytest.raises(MismatchError, match=r"can't be read \(its SHA-256 is that of other bytes\); remove it"):
+            [row async for row in view.rows()]
+        other = json.loads(good.replace(b'"a"', b'"d"'))["rows"]
+        store.objects[keys[2]] = segment_of([Row.from_value(row) for row in other])
         with pytest.raises(MismatchError, match="different bytes for output chunk 20"):
             [row async for row in view.rows()]
 
@@ -156,7 +156,7 @@ def test_a_view_of_a_hundred_thousand_chunks_takes_less_than_five_megabytes(monk
     monkeypatch.setattr(ledger, "BLOCK_UNITS", 1024)
     store = begun()
     for seq, low in enumerate(range(0, MANY, 64)):
-        store.objects[f"{LEDGER_PREFIX}{GENERATION}/d48e7e7adbeeb904/{seq:06d}.json"] = segment(
+        store.objects[f"{LEDGER_PREFIX}{GENERATION}/d48e7e7adbeeb904/{seq:06d}.json"] = segment_of(
             [long_row(unit) for unit in range(low, min(low + 64, MANY))])
 
     async def run():
@@ -211,7 +211,7 @@ def test_what_was_proven_before_a_removal_proves_nothing_of_the_output_that_foll
                 await view.refresh()
             follower = await ledger_of(store, identity_of(model="other"), B)
         # A segment that it wrote at the last moment, or whose PUT lands late.
-        store.objects[f"{LEDGER_PREFIX}{A}/{A}/000000.json"] = segment([row_of(1)])
+        store.objects[f"{LEDGER_PREFIX}{A}/{A}/000000.json"] = segment_of([row_of(1)])
         await follower.add(row_of(2, failed=0))
         await follower.flush()
         found = LedgerView(store, UNITS, B)

@@ -13,7 +13,7 @@ from batch_client import manifest
 from batch_client.errors import BrokenPromiseError, DataError, MismatchError
 from batch_client.jsontext import canonical_json
 from batch_client.layout import GENERATION_KEY, LEDGER_PREFIX, MANIFEST_KEY, MANIFEST_PREFIX, OutputLayout
-from batch_client.ledger import ChunkProof, LedgerView, Row
+from batch_client.ledger import ChunkProof, LedgerView, Row, segment_of
 from batch_client.manifest import ManifestBuilder, manifest_rows, read_manifest
 from batch_client.publish import publish
 from batch_client.reader import ETags
@@ -156,8 +156,8 @@ def test_what_is_not_complete_is_not_published(rows, words):
     plan = plan_of(250, 100, chunk_records=100)
     store = MemoryStore()
     store.objects[GENERATION_KEY] = b"a" * 16
-    store.objects[f"{LEDGER_PREFIX}{'a' * 16}/w/000000.json"] = json.dumps(
-        {"rows": [Row(unit, (), {}, ok, 0, 0).to_value() for unit, ok in rows]}).encode()
+    store.objects[f"{LEDGER_PREFIX}{'a' * 16}/w/000000.json"] = segment_of(
+        [Row(unit, (), {}, ok, 0, 0) for unit, ok in rows])
 
     async def run():
         view = LedgerView(store, plan.unit_count, "a" * 16)
@@ -165,6 +165,33 @@ def test_what_is_not_complete_is_not_published(rows, words):
         with pytest.raises(BrokenPromiseError, match=words):
             await publish(store, await OutputLayout.open(plan, "none"), plan, Identity(), view)
         assert len(store.objects) == 2
+
+    run_virtually(run())
+
+
+@pytest.mark.parametrize(("key", "left", "said"), [
+    ("y/c/1/0", None, "y/c/1/0 is gone, [0-9]+ were written: remove _run"),
+    ("record_status/c/1", b"short", "record_status/c/1 has 5 bytes, 12 were written: remove it and _run"),
+])
+def test_what_is_gone_since_it_was_proven_is_not_published_until_it_is_there_again(key, left, said):
+    """A run may take days, and a bucket have a rule that deletes what is old."""
+    root, world = undisturbed()[0], World(1)
+
+    async def run():
+        await world.live(Fate(random.Random(0), faults=0), part=(1, 2))
+        objects = world.output.objects
+        del objects[key]
+        if left is not None:
+            objects[key] = left
+        with pytest.raises(DataError, match=said) as error:
+            await world.live(Fate(random.Random(0), faults=0))
+        assert not [name for name in objects if name.endswith("zarr.json")]
+        segments = re.findall(r"_run/ledger/\S+\.json", str(error.value))
+        assert len(segments) == 1
+        for name in segments + [key] * (left is not None):
+            del objects[name]
+        assert (await world.live(Fate(random.Random(0), faults=0))).scored == len(world.records) // 2
+        await world.check(root)
 
     run_virtually(run())
 
