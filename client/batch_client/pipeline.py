@@ -37,7 +37,7 @@ from batch_client.pieces import Pieces
 from batch_client.place import Begun, begin, check_place, generation_of
 from batch_client.plan import Plan, Span, Unit
 from batch_client.prepare import Prepared, Services, prepare
-from batch_client.publish import publish, published_root
+from batch_client.publish import publish, published_manifest
 from batch_client.removal import contents_of, remove_output
 from batch_client.reuse import copy_chunks, reusable_rows
 from batch_client.scorer import Scorer
@@ -112,7 +112,8 @@ async def _found(spec: RunSpec, output: Store, prepared: Prepared) -> tuple[bool
     if spec.overwrite and await _replaces(spec, output, prepared):
         return True, None
     await check_place(output, prepared.identity)
-    return False, await published_root(output)
+    manifest = await published_manifest(output)
+    return False, None if manifest is None else manifest.root
 
 
 async def _reusable(spec: RunSpec, services: Services, prepared: Prepared) -> AsyncIterator[Row] | None:

@@ -10,7 +10,7 @@ from batch_client.jsontext import parse_json
 from batch_client.layout import FAILED_PREFIX, LEDGER_PREFIX, REMOVING_KEY, SPEC_KEY
 from batch_client.ledger import LedgerView
 from batch_client.place import generation_of
-from batch_client.publish import published_root
+from batch_client.publish import published_manifest
 from batch_client.storage import Meta, Store, child_url
 
 __all__ = ["Progress", "Writer", "progress_of"]
@@ -70,29 +70,32 @@ async def progress_of(store: Store) -> Progress:
                             f"of {a_chunk}")
     chunks = -(-records // a_chunk)
     generation = await generation_of(store)
+    # What is published says itself what it has, whatever has become of its ledger.
+    manifest = await published_manifest(store)
     view = LedgerView(store, chunks, generation or "")
     writers: tuple[Writer, ...] = ()
     segments: list[Meta] = []
     if generation is not None:
-        await view.refresh()
+        if manifest is None:
+            await view.refresh()
         writers, segments = await _writers(store, generation)
-    rate = _rate([(meta.modified, meta.size) for meta in segments], view.records)
-    root = await published_root(store)
+    proven = manifest or view
+    rate = _rate([(meta.modified, meta.size) for meta in segments], proven.records)
     return Progress(
         output=store.url,
-        published=root is not None,
+        published=manifest is not None,
         removing=await store.head(REMOVING_KEY) is not None,
-        root=root,
+        root=None if manifest is None else manifest.root,
         records=records,
-        done=view.records,
-        failed=view.failed,
-        not_finite=view.not_finite,
+        done=proven.records,
+        failed=proven.failed,
+        not_finite=proven.not_finite,
         chunks=chunks,
-        chunks_done=len(view),
+        chunks_done=len(view) if manifest is None else chunks,
         # By chunk: one that several clients, or one of them again, took apart has several files.
         dead_letters=len({meta.key.partition("-")[0] async for meta in store.list(FAILED_PREFIX)}),
         rate=rate,
-        eta=(records - view.records) / rate if rate and root is None else None,
+        eta=(records - view.records) / rate if rate and manifest is None else None,
         writers=writers,
     )
 

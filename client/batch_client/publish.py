@@ -10,21 +10,21 @@ import hashlib
 from batch_client.errors import BrokenPromiseError, DataError, MismatchError
 from batch_client.layout import MANIFEST_KEY, SUCCESS_KEY, OutputLayout
 from batch_client.ledger import ChunkProof, LedgerView
-from batch_client.manifest import ManifestBuilder, read_manifest
+from batch_client.manifest import Manifest, ManifestBuilder, read_manifest
 from batch_client.plan import Plan
 from batch_client.spec import RunIdentity
 from batch_client.storage import Store, child_url, put_same
 from batch_client.stringset import StringSet
 
-__all__ = ["publish", "published_root"]
+__all__ = ["publish", "published_manifest"]
 
 
-async def published_root(store: Store) -> str | None:
-    """The root hash of a published output, None while it is not published.
+async def published_manifest(store: Store) -> Manifest | None:
+    """What a published output has, None while it is not published.
 
     Raises MismatchError for a place that says it is published and has no manifest.
     """
-    return None if await store.head(SUCCESS_KEY) is None else (await read_manifest(store)).root
+    return None if await store.head(SUCCESS_KEY) is None else await read_manifest(store)
 
 
 async def publish(store: Store, layout: OutputLayout, plan: Plan, identity: RunIdentity, proven: LedgerView) -> str:

@@ -23,7 +23,7 @@ import obstore
 from obstore import exceptions as foreign
 from obstore import store as obstores
 
-from batch_client.errors import BatchClientError, CredentialsError, StorageError, UsageError
+from batch_client.errors import BatchClientError, CredentialsError, DataError, StorageError, UsageError
 from batch_client.urls import require_path_alone, split_url
 
 __all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "is_inside", "open_store", "put_same"]
@@ -297,7 +297,9 @@ def _local_store(url: str) -> Store:
     if ".." in path.relative_to(root).parts:
         raise UsageError(f"{url}: has '..' after what is no folder: wanted a path without")
     prefix = path.relative_to(root).as_posix()
-    return ObjectStore(path.as_uri(), obstores.LocalStore(prefix=root), "" if prefix == "." else prefix + "/")
+    # With its last object a folder goes too, as on an object store.
+    inner = obstores.LocalStore(prefix=root, automatic_cleanup=True)
+    return ObjectStore(path.as_uri(), inner, "" if prefix == "." else prefix + "/")
 
 
 def _plain_http(environ: Mapping[str, str]) -> bool:
@@ -354,6 +356,7 @@ _BAD_KEY = re.compile(
 _METADATA_SERVICE = re.compile(r"169\.254\.169\.254|/latest/api/token")
 _NO_CREDENTIALS = re.compile(r"instance metadata|credential|MissingCredentials", re.IGNORECASE)
 _NO_BUCKET = re.compile(r"NoSuchBucket|bucket.{0,40}not (found|exist)", re.IGNORECASE)
+_ODD_NAME = re.compile(r'invalid path: Error parsing Path "(.*?)": ', re.DOTALL)
 _LOST = re.compile(r"^HTTP error: ")
 _CUT_PAGE = re.compile(r"list response body")
 
@@ -370,10 +373,12 @@ def _translate(error: Exception, doing: str) -> BatchClientError:
     if isinstance(error, foreign.PermissionDeniedError | foreign.UnauthenticatedError) or _BAD_KEY.search(said):
         return CredentialsError(f"{doing}: the store refused the credentials ({_code_of(said)}): check the keys "
                                 "and their rights to this place; --anonymous sends none, and is for public places")
-    if isinstance(error, PermissionError):
-        return StorageError(f"{doing}: permission denied")
+    if odd := _ODD_NAME.search(str(error)):
+        return DataError(f"{doing}: no key can be as the name of the file {odd[1].strip('/')!r}: rename or remove it, "
+                         "and run the same command again")
+    what = "permission denied" if isinstance(error, PermissionError) else _first_line(error)
     todo = ": check the network and, where one is set, AWS_ENDPOINT_URL" if _LOST.search(said) else ""
-    return StorageError(f"{doing}: {_first_line(error)}{todo}")
+    return StorageError(f"{doing}: {what}{todo}")
 
 
 def _said(error: Exception) -> str:

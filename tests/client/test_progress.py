@@ -1,8 +1,13 @@
 """The speed that `status` tells is of a stretch that is long enough to have one."""
 
+from dataclasses import replace
+
 import pytest
 
-from batch_client.progress import _rate
+from batch_client.progress import _rate, progress_of
+from support.faulty import calm
+from support.virtual import run_virtually
+from support.world import World
 
 
 @pytest.mark.parametrize(("times", "wanted"), [
@@ -19,3 +24,19 @@ def test_the_rate_is_of_records_and_not_of_segments():
     """A thousand chunks were copied in large segments, and are scored one by one since."""
     copied, scored = [(10.0 + at / 10, 64_000) for at in range(15)], [(1000.0 + 10 * at, 1000) for at in range(41)]
     assert _rate(copied + scored, 100 * (15 * 64 + 41)) == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("gone", ["_run/ledger/", "_run/generation"])
+def test_what_is_published_is_told_by_its_manifest_whatever_became_of_its_ledger(gone):
+    world = World(1)
+
+    async def run():
+        await world.live(calm())
+        before = await progress_of(world.output)
+        for key in [key for key in world.output.objects if key.startswith(gone)]:
+            del world.output.objects[key]
+        now = await progress_of(world.output)
+        assert (now.done, now.chunks_done, now.published) == (len(world.records), now.chunks, True)
+        assert replace(now, rate=None, writers=()) == replace(before, rate=None, writers=())
+
+    run_virtually(run())

@@ -13,7 +13,7 @@ from batch_client.cli.options import SERVER_OPTIONS, server_options
 from batch_client.cli.run import _sentence
 from batch_client.errors import DataError, MismatchError, UsageError
 from batch_client.pipeline import execute, plan_run
-from batch_client.publish import published_root
+from batch_client.publish import published_manifest
 from batch_client.replay import replay
 from batch_client.spec import Records
 from batch_client.storage import MemoryStore
@@ -165,7 +165,7 @@ async def test_a_run_that_met_a_missing_chunk_goes_on_with_the_fill_value():
         await execute(spec(chunk_records=10), services(SimulatedServer(), source, output))
     await execute(spec(allow_missing=True, chunk_records=10), services(SimulatedServer(), source, output))
     assert output.objects["y/c/30/0"] == whole.objects["y/c/30/0"]
-    assert summary.root == (await published_root(whole))
+    assert summary.root == (await published_manifest(whole)).root
     source.objects["c/30/0"] = missing
     with pytest.raises(MismatchError, match="c/30/0 is another one than was scored"):
         await replay(spec(chunk_records=10), services(SimulatedServer(), source, output), 40)

@@ -1,11 +1,12 @@
 """Taking an output away: the order in which it goes, and what a removal that is cut off leaves."""
 
+import asyncio
 
 import pytest
 
-from batch_client.errors import StoppedError, StorageError
-from batch_client.removal import remove_output
-from batch_client.storage import MemoryStore
+from batch_client.errors import DataError, StoppedError, StorageError
+from batch_client.removal import contents_of, remove_output
+from batch_client.storage import MemoryStore, open_store
 from support.faulty import calm
 from support.virtual import run_virtually
 from support.world import World
@@ -81,3 +82,24 @@ def test_removal_of_objects_that_stay_is_no_endless_loop():
             await remove_output(store)
 
     run_virtually(run())
+
+
+def test_a_removal_of_files_leaves_no_folders(tmp_path):
+    world = World(1)
+    run_virtually(world.live(calm()))
+
+    async def run():
+        store = open_store(str(tmp_path / "runs" / "out"))
+        for key, data in world.output.objects.items():
+            await store.create(key, data)
+        (tmp_path / "notes.txt").write_text("precious")
+        await remove_output(store)
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+    asyncio.run(run())
+
+
+async def test_a_file_with_a_name_that_no_key_has_is_said_to_be_in_the_way(tmp_path):
+    (tmp_path / "Icon\r").touch()
+    with pytest.raises(DataError, match=r"the name of the file 'Icon\\r': rename or remove it, and run"):
+        await contents_of(open_store(str(tmp_path)))
