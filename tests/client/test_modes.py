@@ -14,7 +14,7 @@ from batch_client.prepare import Services
 from batch_client.progress import progress_of
 from batch_client.replay import replay
 from batch_client.serving import Servers
-from batch_client.spec import RunSpec
+from batch_client.spec import Records, RunSpec
 from batch_client.storage import MemoryStore
 from batch_client.tokens import NoTokens
 from batch_client.transport import HttpReply
@@ -309,20 +309,33 @@ def test_status_tells_how_far_a_run_is_and_who_wrote():
     run_virtually(run())
 
 
+class Small(SimulatedServer):
+    """Takes a micro-batch and no more."""
+
+    def answer(self, body, header_length):
+        if len(body) - header_length > 4 * 3:
+            return HttpReply(413, {}, b"")
+        return super().answer(body, header_length)
+
+
 def test_too_large_a_request_is_split_between_micro_batches(root):
-    class Small(SimulatedServer):
-        def answer(self, body, header_length):
-            from batch_client.transport import HttpReply
-
-            if len(body) - header_length > 4 * 3:
-                return HttpReply(413, {}, b"")
-            return super().answer(body, header_length)
-
     world = World(1, server=Small())
 
     async def run():
         summary = await world.live(calm(), request_records=8)
         assert summary.root == root
+
+    run_virtually(run())
+
+
+def test_both_halves_of_a_request_that_begins_within_a_micro_batch_keep_their_places():
+    world = World(1, server=Small(), request_records=8)
+
+    async def run():
+        assert (await world.live(calm(), records=Records.parse("3:91"))).published
+        found = (await opened(world.output))["y"]
+        wanted = world.server.expected(world.records[3:91], CHUNK, start=3)
+        np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
 
     run_virtually(run())
 

@@ -355,6 +355,22 @@ async def test_a_model_that_changes_under_the_run_is_never_mixed_in():
     assert not [key for key in output.objects if key.endswith("zarr.json")]
 
 
+async def test_numerics_that_change_under_the_run_are_never_mixed_in():
+    source = await source_of(records_of(80), (10, 3))
+
+    class Moved(SimulatedServer):
+        """The same model on another kind of machine."""
+
+        def answer(self, body, header_length):
+            if self.requests == 3:
+                self.fingerprint = "other numerics"
+            return super().answer(body, header_length)
+
+    output = await refused(MismatchError, "with numerics other numerics, this run's is", source, Moved(),
+                           chunk_records=10, in_flight=1)
+    assert not [key for key in output.objects if key.endswith("zarr.json")]
+
+
 @pytest.mark.parametrize("chunk", [10, 30, 100])
 async def test_what_plan_says_is_written_is_what_verify_counts_but_for_the_checksums(chunk):
     source, output = await source_of(records_of(100), (10, 3)), MemoryStore("memory://out")

@@ -171,6 +171,14 @@ def test_nan_is_no_failure_unless_it_is_said_to_be():
     assert letters(output) == {7: {"index": 7, "reason": "the prediction is not finite", "attempts": 1}}
 
 
+def test_a_record_that_is_not_finite_is_said_so_beside_one_that_fails():
+    source, _ = world_of(64, {5: "raise", 40: "nan", 41: "nan"}, chunk=64)
+    summary, output = score(source, PoisonedServer(), max_failed=1, chunk_records=64)
+    assert (summary.failed, summary.not_finite) == (1, 2)
+    status = run_virtually(opened(output))["record_status"]
+    assert {place: status[place] for place in np.flatnonzero(status)} == {5: 1, 40: 2, 41: 2}
+
+
 def test_a_server_that_fails_on_anything_convicts_nobody():
     server = PoisonedServer()
     server.fails_on_zeros = True
