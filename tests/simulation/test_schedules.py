@@ -4,17 +4,22 @@ A failing seed is reproduced by `pytest tests/simulation/test_schedules.py -k 's
 """
 
 import asyncio
+import hashlib
 import os
 import random
 
 import pytest
 
+from batch_client import ledger
+from batch_client.ledger import LedgerView
+from batch_client.place import generation_of
 from support.faulty import Fate, Life
 from support.virtual import run_virtually
-from support.world import World, undisturbed
+from support.world import CHUNK, RECORDS, World, undisturbed
 
 GROUPS = 20
 A_GROUP = 25
+CHUNKS, REQUESTS_A_CHUNK = RECORDS // CHUNK, 2
 
 
 def seeds():
@@ -66,42 +71,48 @@ def test_every_schedule_ends_in_the_same_root(group, calm):
         assert len(seen) >= 10, "the schedules have hardly any variety"
 
 
-
 @pytest.mark.parametrize("when", ["crash before", "crash after"])
 def test_a_kill_at_every_io_step_is_resumed_to_the_same_root(when, calm):
-    root, steps, source = calm
+    killed = sum(run_virtually(resumed(point, when, calm)) is not None for point in range(1, calm[1] + 1))
+    assert killed >= calm[1] // 3, "hardly any step was a crash point"
 
-    class At(Fate):
-        """Dies at one step, whatever it is."""
 
-        def __init__(self, point):
-            super().__init__(random.Random(point), faults=0)
-            self.point = point
+def test_a_resumed_run_scores_nothing_again_that_is_proven(calm, monkeypatch):
+    monkeypatch.setattr(ledger, "FLUSH_ROWS", 1)  # each chunk is proven at once
+    found = {run_virtually(resumed(point, "crash before", calm)) for point in range(1, calm[1] + 1, 5)}
+    assert max(found - {None}) > CHUNKS // 2, "every client died before much was proven"
 
-        def next(self, kinds):
-            self.step += 1
-            if self.step == self.point and when in kinds:
-                self.injected.append(when)
-                return when
-            return None
 
-    async def run(point):
-        world = World(point, source=source)
-        fate = At(point)
-        first = await world.live(fate, Life())
-        if first is None:
-            written = [key for key in world.output.objects if "/y/c/" in f"/{key}"]
-            proven = sum(b'"unit"' in data for key, data in world.output.objects.items() if "ledger" in key)
-            before = world.server.requests
-            await world.until_published(fate)
-            # At most what was in flight or not yet in a flushed segment is done again: never more than everything.
-            assert world.server.requests - before <= 2 * 12
-            assert proven <= len(written)
-        await world.check(root)
-        return bool(fate.injected)
+async def resumed(point, when, calm):
+    """A client dies at one I/O step, whatever it is, and the next one ends its run: how many chunks were proven between
+    their lives. None for a step at which no client can die.
+    """
+    root, _, source = calm
+    world = World(point, source=source)
+    fate = Fate(random.Random(point), faults=0, kinds=(when,))
+    fate.at = {point}
+    done = None
+    if await world.live(fate, Life()) is None:
+        done = await proven(world.output)
+        before = world.server.requests
+        await world.until_published(fate, most=1)
+        assert world.server.requests - before == REQUESTS_A_CHUNK * (CHUNKS - done)
+    await world.check(root)
+    return done
 
-    injected = sum(run_virtually(run(point)) for point in range(1, steps + 1))
-    assert injected >= steps // 3, "hardly any step was a crash point"
+
+async def proven(output):
+    """How many chunks the ledger proves, each of which is there as it says."""
+    generation = await generation_of(output)
+    if generation is None:
+        return 0
+    view = LedgerView(output, CHUNKS, generation)
+    await view.refresh()
+    async for row in view.rows():
+        for key, size, sha256 in row.chunks:
+            assert len(output.objects[key]) == size
+            assert hashlib.sha256(output.objects[key]).hexdigest() == sha256
+    return len(view)
 
 
 def test_calm_worlds_agree_whatever_the_requests():
@@ -133,5 +144,3 @@ def make_copy(store):
     copy = type(store)(store.url)
     copy.objects = dict(store.objects)
     return copy
-
-
