@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -33,6 +35,19 @@ def rewrite(directory, change):
     path.write_text(json.dumps(value))
 
 
+@contextmanager
+def golden_scores(directory):
+    """The golden records' scores, to be altered: the description agrees with them afterwards."""
+    path = directory / "golden.npz"
+    with np.load(path) as golden:
+        arrays = dict(golden)
+    yield arrays["output.scores"]
+    np.savez(path, **arrays)
+    content = path.read_bytes()
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    rewrite(directory, lambda value: value["files"].update({"golden.npz": entry}))
+
+
 def test_a_flipped_bit_in_the_weights_is_found_before_they_are_loaded(copied):
     path = copied / "weights.pt"
     content = bytearray(path.read_bytes())
@@ -55,22 +70,17 @@ def test_a_cut_or_missing_file_is_named_with_both_sizes(copied):
 
 
 def test_golden_outputs_that_differ_keep_the_worker_from_serving(copied):
-    path = copied / "golden.npz"
-    with np.load(path) as golden:
-        arrays = dict(golden)
-    arrays["output.scores"] = arrays["output.scores"] + np.float32(0.25)
-    np.savez(path, **arrays)
-    import hashlib
-
-    def change(value):
-        content = path.read_bytes()
-        value["files"]["golden.npz"] = {
-            "bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
-        }
-
-    rewrite(copied, change)
+    with golden_scores(copied) as scores:
+        scores[:] += np.float32(0.25)
     with pytest.raises(ModelLoadError, match=r"scores differs by 0\.25, wanted at most 1e-05"):
+        Model.open(copied)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_golden_outputs_that_are_finite_on_one_side_only_differ(copied, value):
+    with golden_scores(copied) as scores:
+        scores[0, 0] = value
+    with pytest.raises(ModelLoadError, match="output scores differs by inf"):
         Model.open(copied)
 
 

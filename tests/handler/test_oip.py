@@ -254,6 +254,32 @@ def test_too_many_bytes_are_413_and_bools_are_0_or_1():
         oip.decode_request(message.join()[:-1] + b"\x02", message.header_length, max_tensor_bytes=99)
 
 
+def in_shared_memory(name, size):
+    return {"name": name, "datatype": "UINT8", "shape": [size],
+            "parameters": {"shared_memory_region": "r", "shared_memory_byte_size": size}}
+
+
+def test_a_reply_with_outputs_in_shared_memory_has_to_have_their_checksum():
+    body = json.dumps({"id": "1", "outputs": [in_shared_memory("y", 4)]}).encode()
+    with pytest.raises(OipError, match="CRC-32C"):
+        oip.decode_reply(body, None, max_tensor_bytes=LIMIT, shared=lambda region, offset, size: bytes(size))
+
+
+def test_all_that_a_message_has_in_shared_memory_is_bounded_together():
+    body = json.dumps({"id": "1", "inputs": [in_shared_memory(name, 60) for name in "ab"]}).encode()
+    asked = []
+
+    def read(region, offset, size):
+        asked.append(size)
+        return bytes(size)
+
+    assert len(oip.decode_request(body, None, max_tensor_bytes=120, shared=read).inputs) == 2
+    asked.clear()
+    with pytest.raises(OipError, match="120 bytes are said to be in shared memory, wanted at most 119"):
+        oip.decode_request(body, None, max_tensor_bytes=119, shared=read)
+    assert asked == [60]
+
+
 @given(st.binary(max_size=200), st.none() | st.integers(0, 200))
 def test_no_bytes_raise_anything_else(body, length):
     for decode in (
