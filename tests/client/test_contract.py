@@ -7,7 +7,8 @@ import pytest
 
 from batch_client import contract
 from batch_client.contract import contract_of, fetch_contract
-from batch_client.errors import ServingError
+from batch_client.errors import CredentialsError, ServingError
+from batch_client.serving import Servers
 from batch_client.transport import HttpReply
 from support.simulated import URL, SimulatedServer
 from support.virtual import run_virtually
@@ -67,6 +68,33 @@ def test_a_server_without_room_at_the_first_question_is_asked_again():
     assert run_virtually(fetch_contract(Full(8).servers(), URL)).name == "toy"
     with pytest.raises(ServingError, match="can't describe model 'toy': the server has no room"):
         run_virtually(fetch_contract(Full(10_000).servers(), URL))
+
+
+class Guarded(SimulatedServer):
+    """A server that has had enough of the old token."""
+
+    async def send(self, method, url, headers, parts, deadline):
+        if headers.get("Authorization") != "Bearer new":
+            return HttpReply(401, {}, b"")
+        return await super().send(method, url, headers, parts, deadline)
+
+
+class Tokens:
+    """Gives what it has until that is refused."""
+
+    def __init__(self, *tokens):
+        self.tokens = list(tokens)
+
+    async def token(self, refused=None):
+        if refused == self.tokens[0] and len(self.tokens) > 1:
+            del self.tokens[0]
+        return self.tokens[0]
+
+
+async def test_a_token_that_is_refused_at_the_first_question_is_asked_for_anew():
+    assert (await fetch_contract(Servers(Guarded(), Tokens("old", "new"), (URL,), "toy"), URL)).name == "toy"
+    with pytest.raises(CredentialsError, match="the server refuses the token"):
+        await fetch_contract(Servers(Guarded(), Tokens("old"), (URL,), "toy"), URL)
 
 
 def test_memory_is_shared_with_our_own_handler_only(tmp_path, monkeypatch):

@@ -30,6 +30,13 @@ def test_successes_pay_for_retries():
     assert bucket.delay(0.0) == 1
 
 
+def test_old_successes_pay_for_no_more_than_the_reserve():
+    bucket = RetryBucket(reserve=3)
+    for _ in range(1000):
+        bucket.succeeded()
+    assert [bucket.delay(0.0) for _ in range(6)] == [0, 0, 0, 0, 1, 2]  # the reserve's three, then a probe a second
+
+
 @given(st.integers(0, 10_000), st.integers())
 def test_jitter_is_bounded(attempt, seed):
     assert 0 <= full_jitter(attempt, random.Random(seed)) <= 10

@@ -1,8 +1,26 @@
-"""Requests over real connections: what a proxy on the way may make of them."""
+"""Requests over real connections: what a server, or a proxy on the way, may make of them."""
 
+from contextlib import asynccontextmanager
+
+import pytest
 from aiohttp import web
 
-from batch_client.transport import HttpTransport
+from batch_client import transport
+from batch_client.transport import HttpTransport, TransportError
+
+
+@asynccontextmanager
+async def serving(*routes):
+    """The URL of a server with these routes."""
+    app = web.Application()
+    app.add_routes(routes)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield "http://{}:{}".format(*runner.addresses[0])
+    finally:
+        await runner.cleanup()
 
 
 async def test_replies_come_as_they_are_also_through_a_proxy_that_compresses_for_those_who_ask():
@@ -11,16 +29,39 @@ async def test_replies_come_as_they_are_also_through_a_proxy_that_compresses_for
         reply.enable_compression()  # as the request's Accept-Encoding says
         return reply
 
-    app = web.Application()
-    app.router.add_get("/", compressing)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        async with HttpTransport() as transport:
-            url = "http://{}:{}/".format(*runner.addresses[0])
-            assert (await transport.send("GET", url, {}, (), 10)).body == b"x" * 5000
-            asked = await transport.send("GET", url, {"Accept-Encoding": "gzip"}, (), 10)
-            assert asked.body != b"x" * 5000, "nothing here compresses"
-    finally:
-        await runner.cleanup()
+    async with serving(web.get("/", compressing)) as url, HttpTransport() as client:
+        assert (await client.send("GET", url, {}, (), 10)).body == b"x" * 5000
+        asked = await client.send("GET", url, {"Accept-Encoding": "gzip"}, (), 10)
+        assert asked.body != b"x" * 5000, "nothing here compresses"
+
+
+async def test_a_redirect_is_an_answer_and_what_was_sent_goes_nowhere_else():
+    seen = []
+
+    async def here(request):
+        raise web.HTTPTemporaryRedirect("/elsewhere")
+
+    async def elsewhere(request):
+        seen.append(request.headers.get("Authorization"))
+        return web.Response(text="{}")
+
+    async with serving(web.post("/", here), web.post("/elsewhere", elsewhere)) as url, HttpTransport() as client:
+        reply = await client.send("POST", url, {"Authorization": "Bearer secret"}, (b"records",), 10)
+    assert reply.status == 307
+    assert seen == []
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["of a length", "chunked"])
+async def test_a_reply_over_the_bound_is_not_held(chunked, monkeypatch):
+    monkeypatch.setattr(transport, "LARGEST_REPLY", 4999)
+
+    async def large(request):
+        reply = web.Response(body=b"x" * int(request.query["bytes"]))
+        if chunked:
+            reply.enable_chunked_encoding()
+        return reply
+
+    async with serving(web.get("/", large)) as url, HttpTransport() as client:
+        assert len((await client.send("GET", f"{url}/?bytes=4999", {}, (), 10)).body) == 4999
+        with pytest.raises(TransportError, match="5000 bytes or more, the most is 4999"):
+            await client.send("GET", f"{url}/?bytes=5000", {}, (), 10)

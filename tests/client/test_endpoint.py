@@ -1,0 +1,63 @@
+"""The pool of servers: who is ejected and for how long, and what it is to be alone there."""
+
+import asyncio
+import random
+
+import pytest
+
+from batch_client.endpoint import EJECT_AFTER, EJECT_MOST_SECONDS, Pool
+
+
+class Clock:
+    """Stands still unless it is set."""
+
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def pool(clock):
+    return Pool(("http://a", "http://b"), 4, clock, random.Random(1))
+
+
+def test_a_success_ends_a_row_of_breaks(pool, clock):
+    endpoint = pool.endpoints[0]
+    for _ in range(3):
+        for _ in range(EJECT_AFTER - 1):
+            pool.broke(endpoint, clock.now)
+        pool.answered(endpoint, clock.now, 1, 0.0, 0.0)
+    assert endpoint.ejections == 0
+    endpoint.in_flight = 1
+    assert endpoint.has_room(clock.now)
+
+
+def test_an_ejection_doubles_up_to_half_a_minute(pool, clock):
+    endpoint, pauses = pool.endpoints[0], []
+    for _ in range(EJECT_AFTER + 7):
+        pool.broke(endpoint, clock.now)
+        pauses.append(max(endpoint.rests_until - clock.now, 0.0))
+        clock.now += pauses[-1]
+    assert pauses == [0, 0, 1, 2, 4, 8, 16, *[EJECT_MOST_SECONDS] * 3]
+
+
+async def test_who_is_alone_waits_for_those_who_were_there_before(pool):
+    entered = asyncio.Event()
+
+    async def alone():
+        async with pool.alone() as room, room():
+            entered.set()
+
+    async with pool.room():
+        task = asyncio.create_task(alone())
+        for _ in range(5):  # as often as it can go on before it waits
+            await asyncio.sleep(0)
+        assert not entered.is_set()
+    await asyncio.wait_for(task, 10)
+    assert entered.is_set()
