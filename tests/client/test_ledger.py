@@ -144,6 +144,31 @@ def test_segments_are_read_a_bounded_number_of_bytes_at_a_time(sizes):
         assert len(batch) == 1 or (len(batch) <= 3 and sum(sizes[key] for key in batch) <= 50)
 
 
+def test_a_segment_over_the_bound_is_refused_before_it_is_read(monkeypatch):
+    class Listed(MemoryStore):
+        """Says what is there, and is not asked for it."""
+
+        async def get(self, key, start=None, stop=None):
+            assert not key.startswith(LEDGER_PREFIX)
+            return await super().get(key, start, stop)
+
+    async def run():
+        store, key = begun(), f"{LEDGER_PREFIX}{GENERATION}/w/000000.json"
+        store.objects[key] = segment([row_of(1)])
+        size = len(store.objects[key])
+        monkeypatch.setattr(ledger, "LARGEST_SEGMENT", size)
+        view = LedgerView(store, UNITS, GENERATION)
+        await view.refresh()
+        assert 1 in view
+        monkeypatch.setattr(ledger, "LARGEST_SEGMENT", size - 1)
+        listed = Listed(store.url)
+        listed.objects = store.objects
+        with pytest.raises(MismatchError, match=f"{size} bytes, no ledger segment is that large: remove it"):
+            await LedgerView(listed, UNITS, GENERATION).refresh()
+
+    run_virtually(run())
+
+
 def long_row(unit):
     """As long as a row of a run of images."""
     chunks = (ChunkProof(f"scores/c/{unit}/0", 40_004, f"{unit:064x}"),

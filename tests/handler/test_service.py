@@ -7,6 +7,7 @@ import json
 import math
 import os
 import runpy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from batch_handler.exchange import Exchange
 from batch_handler.model import Model, ModelLoadError, Tuning
 from batch_handler.oip import InferRequest, ModelMetadata, RequestedOutput, Tensor
 from batch_handler.service import METRICS, Service
+from batch_handler.signature import InputSpec
 
 BINARY = {"exact": True, "first_row": 0, "binary_data_output": True}
 
@@ -197,6 +199,28 @@ def test_a_reply_that_could_not_be_sent_is_refused_before_anything_is_computed(a
     assert tiny.micro_batches == before
     assert b"send fewer at a time" in body
     assert (b"ask for binary data" in body) is not binary
+
+
+def test_online_requests_of_the_protocol_share_a_micro_batch_and_bulk_requests_do_not(ask, tiny, images):
+    for parameters, micro_batches in (({"binary_data_output": True}, 1), (BINARY, 2)):
+        before = tiny.micro_batches
+        for answer in ask(infer(images[:1], parameters), infer(images[1:2], parameters)):
+            assert len(reply_of(answer).outputs[0].data) == 1
+        assert tiny.micro_batches - before == micro_batches
+
+
+def test_inputs_with_different_numbers_of_records_are_refused():
+    def model_of(*names):
+        """All that reading a request takes of a model: its signature."""
+        inputs = tuple(InputSpec(name, np.dtype("f4"), (2,), (2,)) for name in names)
+        return SimpleNamespace(description=SimpleNamespace(inputs=inputs, outputs=()))
+
+    message = oip.encode_request(InferRequest("id-1", tuple(
+        Tensor(name, np.zeros((count, 2), "f4")) for name, count in (("a", 3), ("b", 2)))))
+    headers = {oip.HEADER_LENGTH.lower(): str(message.header_length)}
+    reply = Exchange(model_of("a", "b")).read(exchange.Request(message.join(), headers))
+    assert reply.status == 400
+    assert json.loads(reply.body)["error"] == "inputs a, b have [3, 2] records, wanted equally many"
 
 
 def test_a_reply_that_came_out_too_large_is_refused(ask, tiny, images, monkeypatch):
