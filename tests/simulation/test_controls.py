@@ -1,5 +1,7 @@
 """Planted bugs: each breaks one promise, and the checks that the other tests rely on must notice it."""
 
+import asyncio
+import contextlib
 import random
 
 import numpy as np
@@ -14,12 +16,15 @@ from batch_client.scorer import Scorer
 from batch_client.storage import MemoryStore
 from batch_client.transport import HttpReply
 from batch_handler.oip import OipError, decode_reply, decode_request
-from support.faulty import Fate
+from support.faulty import CrashError, Fate
 from support.simulated import SimulatedServer
 from support.virtual import run_virtually
 from support.world import World, undisturbed
 
 SEEDS = range(40)
+# What a bug is noticed by: its own consequence, and no other one.
+OTHER_ROOT, OTHER_BYTES, MISSING = "the root is", "has SHA-256", "is missing, wanted"
+CRASHES = ("crash before", "crash after")
 # A planted bug replaces one step of the product: there is no other way to have it wrong on purpose.
 
 
@@ -28,8 +33,8 @@ def calm():
     return (*undisturbed(), World(0).source)
 
 
-def caught(calm, server=None, faults=10, kinds=None, steps=None):
-    """How many of the seeds notice that something is wrong."""
+def caught(calm, words="", server=None, faults=10, kinds=None, steps=None):
+    """How many of the seeds notice that something is wrong, and say it in these words."""
     count = 0
     for seed in SEEDS:
         world = World(seed, source=calm[2], server=server() if server else None)
@@ -42,8 +47,8 @@ def caught(calm, server=None, faults=10, kinds=None, steps=None):
 
         try:
             run_virtually(run())
-        except (AssertionError, BatchClientError):
-            count += 1
+        except (AssertionError, BatchClientError) as error:
+            count += words in str(error)
     return count
 
 
@@ -59,27 +64,30 @@ def test_publishing_early_is_caught(calm, monkeypatch):
         return "sha256:early"
 
     monkeypatch.setattr(pipeline, "publish", early)
-    assert caught(calm) == len(SEEDS)
+    assert caught(calm, "there is none") == len(SEEDS)
 
 
 def test_proving_before_writing_is_caught(calm, monkeypatch):
-    original = Ledger.add
+    add, put = Ledger.add, writer.ChunkWriter._put
+    writes = []
 
-    async def hasty(self, row):
-        await original(self, row)
+    async def at_once(self, row):
+        await add(self, row)
         await self.flush()
 
-    async def unwritten(self, unit, source):
-        row = (await put(self, unit, source))[0]
-        return row, False
+    async def unawaited(self, key, data):
+        async def later():
+            await asyncio.sleep(10)
+            with contextlib.suppress(CrashError):  # its client is gone
+                await put(self, key, data)
 
-    async def put(self, unit, source):
-        chunks = [await writer.proof_of(key, data) async for key, data in writer.encode_unit(self._layout, unit)]
-        return writer.Row(unit.unit.index, tuple(chunks), source, unit.unit.count, 0, 0), False
+        writes.append(asyncio.create_task(later()))
 
-    monkeypatch.setattr(Ledger, "add", hasty)
-    monkeypatch.setattr(writer.ChunkWriter, "write", unwritten)
-    assert caught(calm) == len(SEEDS)
+    monkeypatch.setattr(Ledger, "add", at_once)
+    late = {"kinds": CRASHES, "faults": 4, "steps": 130}  # a crash matters between a proof and its write
+    assert caught(calm, **late) == 0
+    monkeypatch.setattr(writer.ChunkWriter, "_put", unawaited)
+    assert caught(calm, MISSING, **late) > len(SEEDS) * 3 // 4
 
 
 def test_believing_that_what_exists_is_right_is_caught(calm, monkeypatch):
@@ -92,8 +100,10 @@ def test_believing_that_what_exists_is_right_is_caught(calm, monkeypatch):
         def predict(self, records, first_row):
             return super().predict(records, first_row) + np.float32(self.requests)
 
+    # Where a crash leaves a chunk unproven, the next client computes another one.
+    assert caught(calm, "holds other bytes", Unsteady, kinds=CRASHES) > len(SEEDS) // 3
     monkeypatch.setattr(writer.ChunkWriter, "_put", trusting)
-    assert caught(calm, Unsteady) == len(SEEDS)
+    assert caught(calm, OTHER_BYTES, Unsteady, kinds=CRASHES) > len(SEEDS) // 3
 
 
 def test_taking_any_reply_is_caught(calm, monkeypatch):
@@ -102,7 +112,7 @@ def test_taking_any_reply_is_caught(calm, monkeypatch):
         return Prediction({"y": tensors["y"]}, tensors["record_status"])
 
     monkeypatch.setattr(Exchange, "_check", gullible)
-    assert caught(calm, kinds=("swapped", "stale"), faults=20, steps=60) > len(SEEDS) // 2
+    assert caught(calm, OTHER_ROOT, kinds=("swapped", "stale"), faults=20, steps=60) > len(SEEDS) // 2
 
 
 def test_not_checking_the_replys_checksum_is_caught(calm, monkeypatch):
@@ -118,7 +128,7 @@ def test_not_checking_the_replys_checksum_is_caught(calm, monkeypatch):
 
     monkeypatch.setattr(exchange, "_decode", trusting)
     # Most flips fall into bytes that are checked in another way too.
-    assert caught(calm, kinds=("flipped",), faults=20, steps=60) > len(SEEDS) // 8
+    assert caught(calm, OTHER_ROOT, kinds=("flipped",), faults=20, steps=60) > len(SEEDS) // 8
 
 
 def test_retrying_a_refused_request_for_ever_is_caught(calm, monkeypatch):
@@ -135,8 +145,9 @@ def test_retrying_a_refused_request_for_ever_is_caught(calm, monkeypatch):
                 return answer
 
     monkeypatch.setattr(Scorer, "score", stubborn)
-    with pytest.raises(BaseExceptionGroup):
+    with pytest.raises(BaseExceptionGroup) as noticed:
         run_virtually(World(1, source=calm[2], server=Refusing()).until_published(Fate(random.Random(1), faults=0)))
+    assert noticed.group_contains(AssertionError, match="asked again and again")
 
 
 class Mixing(SimulatedServer):
@@ -152,7 +163,7 @@ class Mixing(SimulatedServer):
 
 
 def test_a_handler_that_mixes_requests_is_caught(calm):
-    assert caught(calm, Mixing) == len(SEEDS)
+    assert caught(calm, OTHER_ROOT, Mixing) == len(SEEDS)
     roots = set()
     for flight in (1, 4):
         world = World(0, source=calm[2], server=Mixing(seconds=0.01), in_flight=flight)

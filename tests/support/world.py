@@ -103,7 +103,7 @@ class World:
         verification = await verify_output(self.output, deep=True)
         assert verification.records == len(self.records)
         if root is not None:
-            assert verification.root == root
+            assert verification.root == root, f"the root is {verification.root}, wanted {root}"
         found = await opened(self.output)
         np.testing.assert_array_equal(found["y"].view(np.uint32),
                                       self.server.expected(self.records, CHUNK).view(np.uint32))
