@@ -80,7 +80,7 @@ def forward_of(description: Any, folder: Path, threads: int) -> Callable[[Any], 
         return lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
     from batch_handler.runtimes.eager import load_module
 
-    module, _ = load_module(description.weights, folder, torch.device("cpu"))
+    module, _ = load_module(description, folder, torch.device("cpu"))
     if description.runtime == "torchscript":
         example = torch.zeros(description.micro_batch, *description.inputs[0].model_shape)
         traced = torch.jit.trace(  # type: ignore[no-untyped-call] # torch ships no types for it

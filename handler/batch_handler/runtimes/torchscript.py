@@ -32,7 +32,7 @@ def open_torchscript(description: ModelDescription, directory: Path, device: Dev
         script = load_script(directory / description.weights.file, where)
         layout, fixed, traced = "contiguous", None, False
     else:
-        module, layout = load_module(description.weights, directory, where)
+        module, layout = load_module(description, directory, where, precision)
         fixed, traced = fixed_records(module), True
         # Of what a module may give, a trace can hold a tuple of tensors.
         ordered = OutputsInOrder(module, description.outputs)
