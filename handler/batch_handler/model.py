@@ -192,6 +192,30 @@ class Model:
                     f"output {spec.name} differs by {worst:.3g}, wanted at most {tolerance:.3g}"
                 )
             self.golden_difference = max(self.golden_difference, worst)
+        self._check_rows(inputs, scored, tolerance)
+
+    def _check_rows(self, inputs: Sequence[Array], scored: Sequence[Array], tolerance: float) -> None:
+        """Raise `ModelLoadError` if a record's outputs depend on the records beside it.
+
+        The golden records were scored together, beside zeros. Here each half of them fills a micro-batch, over and
+        over: in other company, without zeros, and at every place. A shared maximum is in one half, and moves the
+        other. Records are taken as they are, since a number that no record holds may be no index of a table. They are
+        compared within the tolerance and not bit by bit, since a place alone may change the last bits.
+        """
+        together = min(self.description.golden.records, self.micro_batch)
+        if self.micro_batch == 1:
+            return
+        for half in np.array_split(np.arange(together), min(2, together)):
+            rows = np.resize(half, self.micro_batch)
+            found = self.score_bulk([array[rows] for array in inputs])
+            for spec, outputs, wanted in zip(self.description.outputs, found, scored, strict=True):
+                worst = _difference(outputs, wanted[rows])
+                if not worst <= tolerance:
+                    raise ModelLoadError(
+                        f"the model's rows influence each other: output {spec.name} of the same golden records differs "
+                        f"by {worst:.3g} beside other ones, wanted at most {tolerance:.3g}: a model that scores each "
+                        "record by itself"
+                    )
 
     def _timed(self, inputs: Sequence[Array]) -> tuple[Array, ...]:
         """Score records, a few times where that is quick: clients choose the size of their requests by what a
