@@ -16,7 +16,7 @@ from batch_client.bench import ceilings
 from batch_client.bench.ceilings import read_alone, wire_alone, write_alone
 from batch_client.bench.search import Space, Way, decided, next_way, ratio, shares, space_of, wins
 from batch_client.bench.session import BenchSpec
-from batch_client.bench.tuner import find_best
+from batch_client.bench.tuner import Found, Measured, find_best
 from batch_client.bench.verdict import Ceilings
 from batch_client.bottleneck import Limit
 from batch_client.cli.options import AMOUNT
@@ -337,3 +337,14 @@ def test_the_lowest_ceiling_limits_until_the_whole_is_far_below_it():
     assert "input chunks" in Ceilings(rates, 8_800.0).advice
     assert "in flight" in Ceilings(rates, 4_000.0).advice
     assert Ceilings(rates, 4_500.0).lines()[0] == "limited by: reading; the whole reaches 50% of this ceiling"
+
+
+@pytest.mark.parametrize(("first", "best", "noted"), [
+    ("eager", "torchscript", True), ("eager", "eager", False), ("torchscript", "torchscript", False),
+    ("torchscript", "eager", False),
+])
+def test_a_best_runtime_that_may_lose_nan_is_noted_unless_the_archive_has_it(first, best, noted):
+    tried = [Measured(replace(START, runtime=runtime), 1.0, 1.0) for runtime in (first, best)]
+    note = import_module("batch_client.cli.bench").note_of(Found(tried[-1].way, tried=tried))
+    assert (note is not None) == noted
+    assert note is None or "NaN" in note

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batch_client.cli import main
 from batch_handler.archive import ArchiveError, pack, read_description
 from batch_handler.model import Model, ModelLoadError, Tuning
 from batch_handler.modelfile import ModelFileError, detect_kind
@@ -235,6 +236,17 @@ def test_a_compiled_package_runs_like_the_module(compiled, tiny_module, unpack, 
         Model.open(directory, Tuning(micro_batch=4))
     with pytest.raises(ModelLoadError, match="precision is bfloat16, which runtime aot does not offer"):
         Model.open(directory, Tuning(precision="bfloat16"))
+
+
+def test_who_packs_for_a_runtime_that_may_lose_nan_is_told_so(compiled, tiny_module, unpack, tmp_path, capfd):
+    record = ["--input", "image:uint8:6x6", "--model-shape", "1x6x6", "--micro-batch", "8",
+              "-o", str(tmp_path / "x.mar")]
+    assert main(["pack", str(unpack(compiled) / "model.pt2"), "--trust-pickle", *record]) == 0
+    assert "note: compiled code may turn NaN into a number, which then has status 0\n" in capfd.readouterr().err
+    torch.save(tiny_module, tmp_path / "tiny.pt")
+    for runtime, noted in (("torchscript", True), ("eager", False)):
+        assert main(["pack", str(tmp_path / "tiny.pt"), "--trust-pickle", *record, "--runtime", runtime]) == 0
+        assert ("may turn NaN into 0" in capfd.readouterr().err) == noted
 
 
 def test_a_foreign_package_is_native_code_and_says_for_what_it_was_compiled(compiled, pack_request, tmp_path, unpack):

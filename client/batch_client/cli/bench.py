@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batch_client.cli.options import AMOUNT, bytes_option, missing_option
+from batch_client.cli.pack import LOSES_NAN
 from batch_client.errors import StoppedError
 
 if TYPE_CHECKING:
     from batch_client.bench.session import BenchReport, BenchSpec
+    from batch_client.bench.tuner import Found
 
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 NOTES = {
@@ -54,8 +56,16 @@ def command(input_url: str | None, *, as_json: bool, **options: Any) -> None:
     else:
         for line in _lines(report, local=options["output"] is None):
             click.echo(line)
+    if note := note_of(report.found):
+        click.echo(f"note: {note}", err=True)
     if report.unsaved is not None:
         raise report.unsaved
+
+
+def note_of(found: Found) -> str | None:
+    """What is lost with the best runtime that the archive's own may keep."""
+    best = found.best.runtime
+    return None if best == found.tried[0].way.runtime else LOSES_NAN.get(best)
 
 
 async def _bench(spec: BenchSpec) -> BenchReport:

@@ -14,9 +14,14 @@ if TYPE_CHECKING:
     from batch_handler.signature import SignatureDraft
 
 FILE = click.Path(path_type=Path)
-_NOTES = {
+# What runtimes do that fuse a convolution with its ReLU.
+LOSES_NAN = {
     "torchscript": "optimised TorchScript may turn NaN into 0, which then has status 0",
-    "aot": "compiled for CPUs like this one, and for this version of torch",
+    "aot": "compiled code may turn NaN into a number, which then has status 0",
+}
+_NOTES = {
+    "torchscript": [LOSES_NAN["torchscript"]],
+    "aot": ["compiled for CPUs like this one, and for this version of torch", LOSES_NAN["aot"]],
 }
 
 
@@ -79,7 +84,7 @@ def command(model: Path, **options: Any) -> None:
         description = archive.read_description(path)
     except (SignatureError, archive.ArchiveError) as error:
         raise DataError(str(error)) from error
-    if note := _NOTES.get(description.runtime):
+    for note in _NOTES.get(description.runtime, ()):
         click.echo(f"note: {note}", err=True)
     for spec in description.inputs:
         click.echo(f"takes {spec.name}: {spec.dtype} {spec.shape}", err=True)
