@@ -95,10 +95,9 @@ def model_of(archive: Path) -> Model:
         name, version = str(model["modelName"]), str(model.get("modelVersion", "1.0"))
     except FileNotFoundError:
         raise ServingError(f"there is no archive {archive}: `batch-client pack` makes one") from None
-    except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError,
-            KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ServingError(f"{archive} is not a model archive ({MANIFEST}: {error}): `batch-client pack` makes one"
-                           ) from error
+    except Exception as error:  # any damage: each way to compress has errors of its own
+        raise ServingError(f"{archive} is not a model archive ({MANIFEST}: {str(error) or type(error).__name__}): "
+                           "`batch-client pack` makes one") from error
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ServingError(f"{archive} calls its model {name!r}: wanted letters, digits, '.', '_' and '-'")
     return Model(name, version)

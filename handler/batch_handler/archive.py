@@ -30,6 +30,7 @@ from batch_handler.modelfile import ModelFileError, check_trusted, detect_kind, 
 from batch_handler.oip import Array
 from batch_handler.runtimes.aot import compile_package
 from batch_handler.runtimes.device import DeviceError
+from batch_handler.runtimes.eager import said
 from batch_handler.runtimes.onnx_export import export_graph
 from batch_handler.runtimes.transform import ModelError, OutputsInOrder
 from batch_handler.signature import (
@@ -131,10 +132,10 @@ def pack(request: PackRequest) -> Path:
     except ModelFileError as error:
         raise ArchiveError(str(error)) from error
     except (SignatureError, ModelError, DeviceError, ModelLoadError) as error:
-        said: BaseException = error
+        shown: BaseException = error
         if isinstance(error, ModelLoadError) and isinstance(error.__cause__, SignatureError | ModelError | DeviceError):
-            said = error.__cause__  # without the folder that it was loaded from, which nobody knows
-        raise ArchiveError(f"{request.model.name}: {_as_given(str(said), request.arch)}") from error
+            shown = error.__cause__  # without the folder that it was loaded from, which nobody knows
+        raise ArchiveError(f"{request.model.name}: {_as_given(str(shown), request.arch)}") from error
     except OSError as error:
         raise ArchiveError(f"{error.filename or request.model}: {error.strerror or error}") from error
 
@@ -151,6 +152,8 @@ def read_description(archive: Path) -> ModelDescription:
         raise ArchiveError(f"{archive}: {error}") from error
     except OSError as error:
         raise ArchiveError(f"{archive} can't be read: {error.strerror or error}") from error
+    except Exception as error:  # each way to compress has errors of its own
+        raise ArchiveError(f"{archive} is damaged, wanted it as pack wrote it: {said(error)}") from error
 
 
 def _stage(request: PackRequest, directory: Path) -> ModelDescription:
@@ -234,11 +237,11 @@ def _stage_arch(arch: str | None, directory: Path) -> tuple[str | None, str | No
     return f"{file}:{name}", file
 
 
-def _as_given(said: str, arch: str | None) -> str:
+def _as_given(text: str, arch: str | None) -> str:
     """An error, with the code that builds the module named as it was given and not as its copy is."""
     given = arch or ""
     module = Path(given.rpartition(":")[0]).stem
-    return _ARCH_COPY.sub(lambda found: given if found[1] else module, said)
+    return _ARCH_COPY.sub(lambda found: given if found[1] else module, text)
 
 
 def _entry(path: Path) -> FileEntry:

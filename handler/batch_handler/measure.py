@@ -27,6 +27,7 @@ import torch
 
 from batch_handler.model import DESCRIPTION_FILE, Model, ModelLoadError, read_description, read_golden
 from batch_handler.oip import Array, ModelMetadata
+from batch_handler.runtimes.eager import said
 from batch_handler.runtimes.transform import ModelError
 from batch_handler.service import tuning_from
 from batch_handler.signature import FileEntry, Golden, ModelDescription, SignatureError, Weights, runtimes_for
@@ -46,16 +47,21 @@ def prepare(archive: Path, folder: Path) -> dict[str, Any]:
     """Unpack an archive to FOLDER/model, make FOLDER/noop.mar of it, and say what bench needs to know.
 
     The second archive takes and gives the same tensors and runs no model; its golden outputs are zeros, so its digest
-    is another. Raises `ModelLoadError`, `SignatureError`, OSError or BadZipFile.
+    is another. Raises `ModelLoadError`, `SignatureError` or OSError.
     """
     directory = folder / "model"
     directory.mkdir()
-    with zipfile.ZipFile(archive) as mar:
-        mar.extract(DESCRIPTION_FILE, directory)
-        described = read_description(directory)
-        for name in described.files:
-            mar.extract(name, directory)
-        frame = {name: mar.read(name) for name in _MEMBERS}
+    try:
+        with zipfile.ZipFile(archive) as mar:
+            mar.extract(DESCRIPTION_FILE, directory)
+            described = read_description(directory)
+            for name in described.files:
+                mar.extract(name, directory)
+            frame = {name: mar.read(name) for name in _MEMBERS}
+    except (ModelLoadError, SignatureError, OSError, MemoryError):
+        raise
+    except Exception as error:  # each way to compress has errors of its own
+        raise ModelLoadError(f"{archive} is damaged, wanted it as pack wrote it: {said(error)}") from error
     _write_noop(described, directory, frame, folder / "noop.mar")
     return {
         "name": described.name,
@@ -125,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
             case _:
                 answer({"error": f"asked for {' '.join(argv)[:100]!r}, wanted prepare or score"})
                 return 1
-    except (ModelLoadError, ModelError, SignatureError, OSError, KeyError, zipfile.BadZipFile, MemoryError) as error:
+    except (ModelLoadError, ModelError, SignatureError, OSError, MemoryError) as error:
         answer({"error": " ".join(str(error).split())[:500] or type(error).__name__})
         return 1
     return 0

@@ -105,9 +105,12 @@ def _kind_of_zip(path: Path) -> str | None:
     """What torch wrote, by the members of its zip; None for `torch.save` and what is no zip."""
     if not zipfile.is_zipfile(path):
         return None
-    with zipfile.ZipFile(path) as archive:
-        # All are below one folder, but in the exports of torch 2.7 and before.
-        names = [f"/{name}" for name in archive.namelist()]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # All are below one folder, but in the exports of torch 2.7 and before.
+            names = [f"/{name}" for name in archive.namelist()]
+    except Exception as error:  # any damage of its list of members
+        raise ModelFileError(f"{path.name} is a damaged zip, wanted it as torch wrote it: {said(error)}") from error
     if any("/data/aotinductor/" in name for name in names):
         return "compiled"
     if any(name.endswith(("/models/model.json", "/serialized_exported_program.json")) for name in names):

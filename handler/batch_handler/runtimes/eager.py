@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def load_module(
     if any(isinstance(part, torch.nn.Conv2d) for part in module.modules()) or (
         exported and any(weight.dim() == 4 for weight in module.parameters())
     ):
-        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch: no such stub
+        with _own_code("laid out as channels_last"):
+            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch: no such stub
         # Of the archive alone, so that every worker finds the same; two records have all the strides that more have.
         records = fixed_records(module) or min(2, description.micro_batch)
         if _runs(module, example_inputs(description.inputs, records, device), precision):
@@ -64,8 +66,9 @@ def load_module(
 
 
 def _on_device(weights: Weights, directory: Path, device: torch.device) -> torch.nn.Module:
-    module = build_module(weights, directory).to(device)
-    return module.requires_grad_(requires_grad=False)
+    module = build_module(weights, directory)
+    with _own_code(f"put on {device.type}"):
+        return module.to(device).requires_grad_(requires_grad=False)
 
 
 def _runs(module: torch.nn.Module, examples: Sequence[torch.Tensor], precision: str) -> bool:
@@ -75,7 +78,7 @@ def _runs(module: torch.nn.Module, examples: Sequence[torch.Tensor], precision: 
             module(*examples)
     except MemoryError:
         raise
-    except Exception as error:  # the module's own code
+    except (Exception, SystemExit) as error:  # the module's own code
         mapped = classify(error)
         if isinstance(mapped, DeviceError):
             raise mapped from error
@@ -89,7 +92,7 @@ def build_module(weights: Weights, directory: Path) -> torch.nn.Module:
     if weights.kind == "exported":
         return _load_exported(path)
     if weights.kind == "pickle":
-        return _unpickle(path).eval()
+        return _evaluated(_unpickle(path))
     module = _call_arch(weights.arch or "", directory)
     try:
         if weights.kind == "safetensors":
@@ -97,10 +100,10 @@ def build_module(weights: Weights, directory: Path) -> torch.nn.Module:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         module.load_state_dict(state)
-    except Exception as error:  # the module's own code, and files of every kind of damage
+    except (Exception, SystemExit) as error:  # the module's own code, and files of every kind of damage
         lines = str(error).splitlines() or [type(error).__name__]
         raise ModelError(f"{weights.file} does not fit {weights.arch}: {' '.join(lines)[:300]}") from error
-    return module.eval()
+    return _evaluated(module)
 
 
 def fixed_records(module: torch.nn.Module) -> int | None:
@@ -117,6 +120,25 @@ def said(error: BaseException) -> str:
     """An error of foreign code in one line: its type and the first line of its text."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
+
+
+def _evaluated(module: torch.nn.Module) -> torch.nn.Module:
+    with _own_code("set to eval mode"):
+        return module.eval()
+
+
+@contextmanager
+def _own_code(what: str) -> Iterator[None]:
+    """What a module raises from methods that it may have of its own; raises `ModelError` or `DeviceError`."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as error:
+        mapped = classify(error)
+        if isinstance(mapped, DeviceError):
+            raise mapped from error
+        raise ModelError(f"the module can't be {what}: {said(error)}") from error
 
 
 def _load_exported(path: Path) -> torch.nn.Module:

@@ -32,7 +32,7 @@ def export_program(
     try:
         with torch.no_grad(), quiet():
             return torch.export.export(module, examples, dynamic_shapes=dynamic_shapes)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"the module can't be exported, wanted another runtime: {said(error)}") from error
 
 

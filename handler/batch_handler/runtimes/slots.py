@@ -182,7 +182,7 @@ class SlotRuntime:
         """The slot of a stack that failed half-way is free again only when its upload is done."""
         try:
             yield
-        except Exception:
+        except (Exception, SystemExit):
             self._device.settle()
             raise
 
@@ -219,7 +219,7 @@ def _mapped() -> Iterator[None]:
         yield
     except (DeviceError, ModelError, MemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a model that ends the process ends its record alone
         mapped = classify(error)
         if mapped is error:
             first = (str(error).splitlines() or [""])[0]

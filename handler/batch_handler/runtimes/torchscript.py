@@ -71,7 +71,7 @@ def _trace(module: Any, inputs: Sequence[InputSpec], records: int, device: torch
             return torch.jit.trace(  # type: ignore[no-untyped-call] # torch ships no types for it
                 module, examples, check_trace=False
             )
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         why = str(error) if isinstance(error, ModelError) else said(error)
         raise ModelError(f"the module can't be traced, wanted one that can or runtime eager: {why}") from error
 
