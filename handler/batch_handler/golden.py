@@ -99,10 +99,17 @@ def golden_outputs(
         lines = str(error).splitlines() or [""]
         wanted = ", ".join(f"{spec.name} {list(spec.model_shape)}" for spec in inputs)
         raise ModelError(
-            f"the model raised {type(error).__name__} on records of {wanted}: {lines[-1][:200]}"
+            f"the model raised {type(error).__name__} on records of {wanted}: {lines[-1][:200]}{_hint(inputs)}"
         ) from error
     specs = _output_specs(raw, drafts, count)
     return tuple(tensor.numpy() for tensor in collect(raw, specs, count)), specs
+
+
+def _hint(inputs: Sequence[InputSpec]) -> str:
+    """What to do where the model may have wanted integers, such as indices of words, and was given floats."""
+    plain = [spec for spec in inputs if (spec.scale, spec.mean, spec.std) == (None, None, None)]
+    cast = sorted({spec.dtype.name for spec in plain if spec.cast and spec.dtype.kind in "iu"})
+    return f"; records become float32; cast = false in a --signature file keeps {' and '.join(cast)}" if cast else ""
 
 
 def _output_specs(raw: Any, drafts: Sequence[OutputDraft], records: int) -> tuple[OutputSpec, ...]:

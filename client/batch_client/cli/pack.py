@@ -87,7 +87,8 @@ def command(model: Path, **options: Any) -> None:
     for note in _NOTES.get(description.runtime, ()):
         click.echo(f"note: {note}", err=True)
     for spec in description.inputs:
-        click.echo(f"takes {spec.name}: {spec.dtype} {spec.shape}", err=True)
+        becomes = "" if spec.model_dtype == spec.dtype else f" (as {spec.model_dtype} in the model)"
+        click.echo(f"takes {spec.name}: {spec.dtype} {spec.shape}{becomes}", err=True)
     for output in description.outputs:
         click.echo(f"gives {output.name}: {output.dtype} {output.shape}", err=True)
     click.echo(f"{path}  {description.name} {description.version}  {description.digest}")
