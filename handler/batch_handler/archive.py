@@ -15,9 +15,11 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,7 +124,7 @@ def pack(request: PackRequest) -> Path:
     """Write the archive of `request` and return its path; raises `ArchiveError`."""
     try:
         check_name(request.name, request.version)
-        with tempfile.TemporaryDirectory(prefix="batch-pack-") as temporary:
+        with _without_working_folder(), tempfile.TemporaryDirectory(prefix="batch-pack-") as temporary:
             directory = Path(temporary)
             description = _stage(request, directory)
             text = json.dumps(description.to_json(), indent=1, ensure_ascii=False).encode()
@@ -154,6 +156,22 @@ def read_description(archive: Path) -> ModelDescription:
         raise ArchiveError(f"{archive} can't be read: {error.strerror or error}") from error
     except Exception as error:  # each way to compress has errors of its own
         raise ArchiveError(f"{archive} is damaged, wanted it as pack wrote it: {said(error)}") from error
+
+
+@contextmanager
+def _without_working_folder() -> Iterator[None]:
+    """Import as a worker does, which is started elsewhere: what only the working folder has is missing here too.
+
+    `python -m` and `python -c` put that folder first. Where it is on the path for another reason, such as PYTHONPATH,
+    it stays. For the whole process, which packs one model at a time.
+    """
+    whole = list(sys.path)
+    first = 1 if whole[:1] == [os.getcwd()] else 0  # noqa: PTH109 - a string, as it is on the path
+    sys.path[:] = [place for place in whole[first:] if place]
+    try:
+        yield
+    finally:
+        sys.path[:] = whole
 
 
 def _stage(request: PackRequest, directory: Path) -> ModelDescription:

@@ -168,6 +168,11 @@ def _call_arch(arch: str, directory: Path) -> torch.nn.Module:
     source, _, name = arch.partition(":")
     try:
         maker = getattr(_import(source, directory), name)
+    except ImportError as error:
+        raise ModelError(
+            f"arch {arch} can't be imported, wanted the code that it imports installed, here and where it is served: "
+            f"{said(error)}"
+        ) from error
     except (Exception, SystemExit) as error:  # a training script may end itself when it is imported
         raise ModelError(f"arch {arch} can't be imported: {said(error)}") from error
     try:
