@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def build_module(weights: Weights, directory: Path) -> torch.nn.Module:
     module = _call_arch(weights.arch or "", directory)
     try:
         if weights.kind == "safetensors":
-            state = load_file(path, device="cpu")
+            state = _with_tied(load_file(path, device="cpu"), module.state_dict())
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         module.load_state_dict(state)
@@ -104,6 +104,26 @@ def build_module(weights: Weights, directory: Path) -> torch.nn.Module:
         lines = str(error).splitlines() or [type(error).__name__]
         raise ModelError(f"{weights.file} does not fit {weights.arch}: {' '.join(lines)[:300]}") from error
     return _evaluated(module)
+
+
+def _with_tied(state: Mapping[str, torch.Tensor], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What a safetensors file holds, and what it leaves out since another name of the same memory is in it.
+
+    `safetensors.torch.save_model` writes such memory once. What is left out is a module's own tensor here: copied on
+    itself it changes nothing, and it has its value as soon as the other name has.
+    """
+    # Where each tensor of the module begins and ends in memory.
+    spans = {
+        name: (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+        for name, tensor in own.items()
+        if isinstance(tensor, torch.Tensor) and tensor.nbytes and tensor.is_contiguous()
+    }
+    held = [spans[name] for name in state if name in spans]
+    left_out = [name for name in spans if name not in state]
+    tied = [
+        name for name in left_out if any(begin <= spans[name][0] and spans[name][1] <= end for begin, end in held)
+    ]
+    return {**state, **{name: own[name] for name in tied}}
 
 
 def fixed_records(module: torch.nn.Module) -> int | None:
