@@ -145,6 +145,20 @@ def test_outputs_that_nobody_wants_are_not_looked_at(packed_difference, unpack):
     np.testing.assert_array_equal(less, first - second)
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [(2, "u1"), (4, "u2"), (12, "u4"), (13, "u8"), (6, "i4"), (7, "i8")])
+def test_a_graph_may_give_integers_of_any_kind(kind, dtype, pack_request, tmp_path, unpack):
+    path = tmp_path / "integers.onnx"
+    path.write_bytes(model([node("Cast", ["x"], ["y"], to=kind)], [value_info("x", ["n", 8], INT64)],
+                           [value_info("y", ["n", 8], kind)]))
+    packed = pack(repacked(pack_request, path, tmp_path, outputs=(), inputs=(
+        InputSpec("x", np.dtype("i8"), (8,), (8,), cast=False),)))
+    assert read_description(packed).outputs[0].dtype == np.dtype(dtype)
+    records = np.random.default_rng(3).integers(0, min(np.iinfo(dtype).max, 2**62), (50, 8), np.int64)
+    (given_,) = Model.open(unpack(packed)).score_bulk([records])
+    assert given_.dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(given_, records)
+
+
 @pytest.mark.parametrize(("inputs", "outputs", "words"), [
     ("bx", ["less"], "the graph takes inputs ['a', 'b'], the signature names ['b', 'x'], wanted all"),
     ("abx", ["less"], "the graph takes inputs ['a', 'b'], the signature names ['a', 'b', 'x'], wanted all"),

@@ -100,7 +100,9 @@ class OnnxGraph:
     def _first(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run once through the host, which says what the outputs are."""
         feeds = {name: tensor.cpu().numpy() for name, tensor in zip(self._inputs, inputs, strict=True)}
-        results = [torch.from_numpy(np.asarray(array)) for array in self._session.run(self._names, feeds)]
+        arrays = [np.asarray(array) for array in self._session.run(self._names, feeds)]
+        # By its name: the dtype that ONNX Runtime gives uint64 is numpy's second of that size, which torch lacks.
+        results = [torch.from_numpy(array.view(array.dtype.name)) for array in arrays]
         self._shapes = [(result.dtype, tuple(result.shape[1:])) for result in results]
         return results
 
