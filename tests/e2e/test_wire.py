@@ -77,6 +77,7 @@ def oip(shape, name="image", datatype="UINT8", data=0):
 
 
 NPY, JSON, BINARY = "application/x-npy", "application/json", "application/octet-stream"
+FORM = "application/x-www-form-urlencoded"
 PREDICT, INFER = "/predictions/toy", "/v2/models/toy/infer"
 TENSOR = [0] * 144
 WRONG = {
@@ -89,6 +90,9 @@ WRONG = {
     "json value": (PREDICT, {"Content-Type": JSON}, json.dumps([[[256] * 12] * 12]).encode(), 400, "256"),
     "json shape": (PREDICT, {"Content-Type": JSON}, json.dumps([[[1] * 11] * 12]).encode(), 400, "12"),
     "content type": (PREDICT, {"Content-Type": "application/pdf"}, b"%PDF", 415, "application/x-npy"),
+    # As curl sends what it is not told the type of: the server decodes it, here into no field and into one.
+    "form": (PREDICT, {"Content-Type": FORM}, b"[[1, 2]]", 415, FORM),
+    "form field": (PREDICT, {"Content-Type": FORM}, b"data=[[1, 2]]", 415, FORM),
     "image": (PREDICT, {"Content-Type": "image/png"}, b"\x89PNG no picture", 400, "picture"),
     "encoding": (PREDICT, {"Content-Type": NPY, "Content-Encoding": "br"}, npy(np.zeros((1, 12, 12), np.uint8)), 415,
                  "br"),
