@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+from collections.abc import Iterable
 
 from batch_client.calibrate import Calibration
 from batch_client.calibrate import calibrate as calibrate_run
-from batch_client.errors import StoppedError
+from batch_client.errors import StoppedError, UsageError
 from batch_client.eventloop import run_until_complete
 from batch_client.events import Observer
 from batch_client.pipeline import execute, plan_run
@@ -30,7 +32,12 @@ async def run_async(spec: RunSpec, observers: tuple[Observer, ...] = (),
 
     Raises the errors of `batch_client.errors`; each says what to do, and has the command line's exit code.
     """
-    stop = stop or asyncio.Event()
+    observers = _checked(spec, observers)
+    if stop is None:
+        stop = asyncio.Event()
+    elif not isinstance(stop, asyncio.Event):
+        raise UsageError(f"stop is a {type(stop).__module__}.{_kind(stop)}: wanted an asyncio.Event, which a loop can "
+                         "wait for")
     work = asyncio.ensure_future(_serve_and_execute(spec, observers, stop))
     watcher = asyncio.ensure_future(stop.wait())
     try:
@@ -46,6 +53,30 @@ async def run_async(spec: RunSpec, observers: tuple[Observer, ...] = (),
     return work.result()
 
 
+def _checked(spec: RunSpec, observers: Iterable[Observer]) -> tuple[Observer, ...]:
+    """The observers. Raises UsageError for what would fail at the first event, after the output was begun."""
+    if not isinstance(spec, RunSpec):
+        raise UsageError(f"spec is a {_kind(spec)}: wanted a RunSpec, such as RunSpec(input=…, output=…, archive=…)")
+    if not isinstance(observers, Iterable):
+        raise UsageError(f"observers is a {_kind(observers)}: wanted a tuple of them, such as (observer,)")
+    chosen = tuple(observers)
+    for observer in chosen:
+        if not callable(observer):
+            raise UsageError(f"an observer is a {_kind(observer)}: wanted what can be called with an event")
+        if inspect.iscoroutinefunction(observer) or inspect.iscoroutinefunction(observer.__call__):
+            raise UsageError(f"observer {_name(observer)} is a coroutine function, which nobody would await: wanted a "
+                             "plain function that is quick")
+    return chosen
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def _name(observer: Observer) -> str:
+    return getattr(observer, "__name__", _kind(observer))
+
+
 async def _serve_and_execute(spec: RunSpec, observers: tuple[Observer, ...], stop: asyncio.Event) -> RunSummary:
     async with serving(spec) as services:
         return await execute(spec, services, observers, stop)
@@ -53,6 +84,9 @@ async def _serve_and_execute(spec: RunSpec, observers: tuple[Observer, ...], sto
 
 def run(spec: RunSpec, observers: tuple[Observer, ...] = ()) -> RunSummary:
     """`run_async` for programs without an event loop of their own."""
+    _checked(spec, observers)
+    if asyncio._get_running_loop() is not None:  # noqa: SLF001 - documented, and get_running_loop raises instead
+        raise UsageError("run() can't be called where an event loop runs, as in a notebook: await run_async(spec)")
     return run_until_complete(run_async(spec, observers))
 
 

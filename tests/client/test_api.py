@@ -1,0 +1,47 @@
+"""What the Python API refuses before a run begins."""
+
+import asyncio
+import functools
+import threading
+
+import pytest
+
+from batch_client import RunSpec, run, run_async
+from batch_client.errors import UsageError
+
+SPEC = RunSpec(input="in", output="out", archive="model.mar")
+
+
+async def awaited(event):
+    """No observer: nobody awaits it."""
+
+
+class Awaited:
+    async def __call__(self, event):
+        """As above."""
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), [
+    (("digits.zarr",), "spec is a str: wanted a RunSpec"),
+    ((SPEC, 7), "observers is a int: wanted a tuple"),
+    ((SPEC, print), "wanted a tuple of them, such as"),
+    ((SPEC, (print, "print")), "an observer is a str: wanted what can be called"),
+    ((SPEC, (awaited,)), "observer awaited is a coroutine function"),
+    ((SPEC, (functools.partial(awaited),)), "observer partial is a coroutine function"),
+    ((SPEC, [Awaited()]), "observer Awaited is a coroutine function"),
+])
+def test_what_is_no_spec_and_no_observer_is_refused_at_once(arguments, wanted):
+    for go in (run, lambda *given: asyncio.run(run_async(*given))):
+        with pytest.raises(UsageError) as error:
+            go(*arguments)
+        assert wanted in str(error.value)
+
+
+async def test_a_stop_that_no_loop_can_wait_for_is_refused():
+    with pytest.raises(UsageError, match=r"stop is a threading\.Event: wanted an asyncio\.Event"):
+        await run_async(SPEC, stop=threading.Event())
+
+
+async def test_run_in_a_loop_says_what_to_call_instead():
+    with pytest.raises(UsageError, match=r"await run_async\(spec\)"):
+        run(SPEC)
