@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from batch_client.errors import MismatchError, UsageError
 from batch_client.jsontext import canonical_json, parse_json
+from batch_client.kinds import Place, keep_kinds
 from batch_client.urls import split_url
 
 __all__ = ["CODECS", "MIB", "Records", "RunIdentity", "RunSpec", "ServerSpec"]
@@ -29,6 +30,9 @@ class Records:
 
     start: int | None = None
     stop: int | None = None
+
+    def __post_init__(self) -> None:
+        keep_kinds(self)
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -61,15 +65,16 @@ class ServerSpec:
     """
 
     endpoints: tuple[str, ...] = ()
-    archive: str | None = None
+    archive: Place | None = None
     model: str | None = None
-    token_file: str | None = None
+    token_file: Place | None = None
     token_command: str | None = None
     workers: int | None = None
     threads: int | None = None
     anonymous: bool = False
 
     def __post_init__(self) -> None:
+        keep_kinds(self, Records)
         if bool(self.endpoints) == bool(self.archive):
             raise UsageError("name what scores the records: --endpoint URL (repeatable) or --archive MODEL.mar, "
                              f"{'not both' if self.archive else 'found neither'}")
@@ -119,8 +124,8 @@ class RunSpec(ServerSpec):
         it is now.
     """
 
-    input: str
-    output: str
+    input: Place
+    output: Place
     array: str | None = None
     records: Records = Records()
     chunk_records: int | None = None
@@ -134,7 +139,7 @@ class RunSpec(ServerSpec):
     max_failed: int = 0
     require_finite: bool = False
     part: tuple[int, int] | None = None
-    reuse: str | None = None
+    reuse: Place | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import random
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,6 +89,52 @@ def test_other_servers_answers_go_by_status(status, body, wanted):
 def test_specs_that_can_not_work_are_refused_when_made(options):
     with pytest.raises(UsageError):
         RunSpec(**{"input": "in", "output": "out", **options})
+
+
+@pytest.mark.parametrize(("field", "value", "wanted"), [
+    ("chunk_records", "100", "chunk_records '100': wanted a whole number"),
+    ("chunk_records", 100.0, "chunk_records 100.0: wanted a whole number"),
+    ("in_flight", "4", "in_flight '4': wanted a whole number"),
+    ("in_flight", None, "in_flight None: wanted a whole number"),
+    ("workers", True, "workers True: wanted a whole number"),
+    ("max_bytes_in_flight", "64M", "max_bytes_in_flight '64M': wanted a whole number"),
+    ("max_failed", None, "max_failed None: wanted a whole number"),
+    ("patience", "x", "patience 'x': wanted a number"),
+    ("patience", None, "patience None: wanted a number"),
+    ("patience", True, "patience True: wanted a number"),
+    ("part", "1/2", "part '1/2': wanted two whole numbers, such as (1, 8)"),
+    ("part", (1,), "part (1,): wanted two whole numbers, such as (1, 8)"),
+    ("part", (1, 2.0), "part (1, 2.0): wanted two whole numbers, such as (1, 8)"),
+    ("input", None, "input None: wanted a URL or a path"),
+    ("output", Path, "output <class 'pathlib"),
+    ("reuse", b"old", "reuse b'old': wanted a URL or a path"),
+    ("model", 7, "model 7: wanted text"),
+    ("records", (0, 10), "records (0, 10): wanted Records(…)"),
+    ("records", None, "records None: wanted Records(…)"),
+    ("exact", "no", "exact 'no': wanted True or False"),
+    ("endpoints", "http://me:secret@host:8080", "endpoints is a str: wanted a tuple of texts"),
+    ("endpoints", (7,), "endpoints (7,): wanted a tuple of texts"),
+    ("endpoints", None, "endpoints None: wanted a tuple of texts"),
+])
+def test_a_field_of_another_kind_is_refused_when_the_spec_is_made(field, value, wanted):
+    with pytest.raises(UsageError) as error:
+        RunSpec(**{"input": "in", "output": "out", "archive": "m", field: value})
+    assert str(error.value).startswith(wanted)
+
+
+@pytest.mark.parametrize("ends", [(1.0, 2), (0, "2"), (False, 2)])
+def test_ends_of_a_range_that_are_no_whole_numbers_are_refused_when_it_is_made(ends):
+    with pytest.raises(UsageError, match=r"(start|stop) .*: wanted a whole number"):
+        Records(*ends)
+
+
+def test_paths_and_numbers_of_other_libraries_are_kept_as_plain_ones():
+    spec = RunSpec(input=Path("in"), output=Path("out"), archive=Path("m"), reuse=Path("old"), in_flight=np.int64(4),
+                   part=[np.uint8(1), 2], patience=np.float32(2), records=Records(np.int32(1), 9))
+    kept = (spec.input, spec.output, spec.archive, spec.reuse, spec.in_flight, spec.part, spec.patience)
+    assert kept == ("in", "out", "m", "old", 4, (1, 2), 2.0)
+    assert {type(value) for value in (spec.in_flight, *spec.part, spec.records.start)} == {int}
+    assert RunSpec(input="in", output="out", endpoints=["http://h"], model="m", token_file=Path("t")).token_file == "t"
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("3:7", (3, 7)), (":7", (0, 7)), ("3:", (3, 9)), (":", (0, 9))])
