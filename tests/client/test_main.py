@@ -1,4 +1,4 @@
-"""What the command line ends with when something below it ends the process."""
+"""What the command line ends with: settings that can't be, something below it that ends the process."""
 
 import click
 import pytest
@@ -15,3 +15,35 @@ def test_code_that_ends_the_process_is_a_bug(code, monkeypatch, capfd):
     monkeypatch.setattr(cli, "batch_client", ending)
     assert cli.main([]) == 70
     assert f"a bug in batch-client, please report it with the lines above: SystemExit: {code}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("verb", "line", "wanted"), [
+    ("run", "in-flight = 1.5", "in-flight is 1.5: wanted a whole number"),
+    ("run", "chunk_records = 100.9", "chunk_records is 100.9: wanted a whole number"),
+    ("plan", "max-failed = true", "max-failed is True: wanted a whole number"),
+    ("serve", "port = [8080]", "port is [8080]: wanted a whole number"),
+    ("verify", "replay = 2.5", "replay is 2.5: wanted a whole number"),
+    ("pack", "micro-batch = 128.0", "micro-batch is 128.0: wanted a whole number"),
+    ("run", "patience = true", "patience is True: wanted a number"),
+    ("bench", "budget = 2026-01-01", "budget is 2026-01-01: wanted a number"),
+])
+def test_a_number_of_a_settings_file_is_what_the_flag_takes(verb, line, wanted, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "batch-client.toml").write_text(f"[{verb}]\n{line}\n")
+    assert cli.main([verb]) == 64
+    assert capfd.readouterr().err == f"batch-client: batch-client.toml: [{verb}] {wanted}\n"
+
+
+def test_a_size_of_a_settings_file_is_no_truth_value(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "batch-client.toml").write_text("[run]\nmax-bytes-in-flight = true\n")
+    assert cli.main(["run", "in", "out"]) == 64
+    assert "True: wanted a number of bytes such as 64M" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", '"0"'])
+def test_a_whole_number_of_a_settings_file_is_taken_with_and_without_quotes(value, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "batch-client.toml").write_text(f"[run]\nin-flight = {value}\n")
+    assert cli.main(["run", "in", "out", "--archive", "model.mar"]) == 64
+    assert "--in-flight 0: wanted at least 1" in capfd.readouterr().err

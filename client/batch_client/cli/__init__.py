@@ -34,6 +34,12 @@ VERBS = {
 }
 CONFIG = "batch-client.toml"
 ENVIRONMENT = "BATCH_CLIENT"
+# What click would cut off, take as 1 or raise TypeErrors of: a flag's type → what TOML may give for it. Numbers may be
+# in quotes, as on the command line.
+TOML_KINDS: dict[type[click.ParamType[Any]], tuple[type, ...]] = {
+    click.types.IntParamType: (int, str),
+    click.types.FloatParamType: (int, float, str),
+}
 
 
 class _Verbs(click.Group):
@@ -101,6 +107,10 @@ def _defaults(path: Path, verb: str, table: Any) -> dict[str, Any]:
         option = flags.get(name.replace("_", "-"))
         if option is None:
             raise UsageError(f"{path}: [{verb}] has no setting {name!r}; wanted {', '.join(sorted(flags))}")
+        for kind, taken in TOML_KINDS.items():
+            if isinstance(option.type, kind) and (isinstance(value, bool) or not isinstance(value, taken)):
+                wanted = "a number" if float in taken else "a whole number"
+                raise UsageError(f"{path}: [{verb}] {name} is {str(value)[:100]}: wanted {wanted}")
         defaults[str(option.name)] = value
     return defaults
 
