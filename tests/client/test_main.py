@@ -1,9 +1,15 @@
 """What the command line ends with: settings that can't be, something below it that ends the process."""
 
+import errno
+import os
+import subprocess
+from pathlib import Path
+
 import click
 import pytest
 
 from batch_client import cli
+from support.cli import command
 
 
 @pytest.mark.parametrize("code", [0, 1, "usage: train.py DATA"])
@@ -47,3 +53,24 @@ def test_a_whole_number_of_a_settings_file_is_taken_with_and_without_quotes(valu
     (tmp_path / "batch-client.toml").write_text(f"[run]\nin-flight = {value}\n")
     assert cli.main(["run", "in", "out", "--archive", "model.mar"]) == 64
     assert "--in-flight 0: wanted at least 1" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that Linux has")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["run", "--help"]])
+def test_a_full_disk_behind_standard_output_is_said(words, unbuffered, clean_environ):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command(*words), stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+                              env={**clean_environ, "PYTHONUNBUFFERED": unbuffered})
+    assert done.returncode == 74
+    assert done.stderr == "batch-client: standard output can't be written: No space left on device\n"
+
+
+def test_a_full_disk_elsewhere_is_not_called_standard_output(monkeypatch, capfd):
+    @click.command()
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cli, "batch_client", full)
+    assert cli.main([]) == 70
+    assert "standard output" not in capfd.readouterr().err

@@ -16,7 +16,7 @@ import click
 
 from batch_client import __version__
 from batch_client.cli.stream import say
-from batch_client.errors import BatchClientError, StoppedError, UsageError
+from batch_client.errors import BatchClientError, StoppedError, StorageError, UsageError
 
 __all__ = ["main"]
 
@@ -152,8 +152,18 @@ def _report(error: BaseException) -> int:
             message, code = f"{error.format_message()} (see batch-client --help)", UsageError.exit_code
         case click.Abort() | KeyboardInterrupt() | asyncio.CancelledError():
             message, code = "stopped; the same command goes on from here", StoppedError.exit_code
+        case OSError() if _is_of_echo(error):
+            message, code = f"standard output can't be written: {error.strerror}", StorageError.exit_code
         case _:
             traceback.print_exception(error)
             message = f"a bug in batch-client, please report it with the lines above: {type(error).__name__}: {error}"
     say(f"batch-client: {' '.join(message.split())}")
     return code
+
+
+def _is_of_echo(error: OSError) -> bool:
+    """Whether it was raised where click, which prints all results and help, writes to its stream: that tells a full
+    disk there from any other.
+    """
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return innermost.f_code is click.echo.__code__
