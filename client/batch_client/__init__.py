@@ -9,7 +9,6 @@ Names are imported when they are first used, so that the command line's help doe
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
     from batch_client.events import Event, Observer
     from batch_client.spec import Records, RunSpec
     from batch_client.summary import RunSummary
+
+    __version__: str
 
 __all__ = [
     "BatchClientError",
@@ -42,13 +43,21 @@ _HOME = {
     "run_async": "api",
 }
 
-try:
-    __version__ = version("batch-client")
-except PackageNotFoundError:  # a source tree on the path, not installed
-    __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"batch_client.{_HOME[name]}"), name)
+
+
+def _version() -> str:
+    # Half of what a command imports before it can answer Ctrl-C.
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - as said
+
+    try:
+        return version("batch-client")
+    except PackageNotFoundError:  # a source tree on the path, not installed
+        return "0+unknown"

@@ -1,4 +1,7 @@
-"""`batch-client` and `python -m batch_client`."""
+"""`batch-client` and `python -m batch_client`.
+
+Rule: what takes long to import is imported where Ctrl-C is answered already.
+"""
 
 import contextlib
 import ctypes
@@ -7,13 +10,12 @@ import signal
 import sys
 from typing import NoReturn
 
-from batch_client.cli import main
-
 # malloc.h. Chunks and requests come and go in equal sizes: memory above a threshold would come from the kernel and go
 # back to it each time, and each thread that decodes would have its own. New pages were a tenth of a run's CPU.
 # 32 MiB is the most that every glibc takes, and the first: one that refuses it keeps its own rules for all.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 ALLOCATOR = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 256 << 20, M_ARENA_MAX: 1}
+STOPPED = 75  # StoppedError's code, before its module is there
 LEAST_OTHER = 3  # the first descriptor that is no standard stream
 
 
@@ -60,10 +62,18 @@ def end_process(code: int) -> NoReturn:
 
 
 def entry_point() -> NoReturn:
-    have_standard_streams()
-    end_like_ctrl_c()
-    keep_memory()
-    end_process(main(sys.argv[1:]))
+    try:
+        have_standard_streams()
+        end_like_ctrl_c()
+        keep_memory()
+        from batch_client.cli import main  # noqa: PLC0415 - see the rule
+
+        code = main(sys.argv[1:])
+    except KeyboardInterrupt:  # between two instructions of these; main answers its own
+        code = STOPPED
+        with contextlib.suppress(OSError):
+            os.write(2, b"batch-client: stopped\n")
+    end_process(code)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import zarr
 
+from batch_client.cli import main
 from support.cli import command, run_cli
 from support.served import free_port
 
@@ -33,15 +34,15 @@ def test_a_closed_standard_stream_is_no_reason_to_abort(closed, clean_environ, t
 
 ENDS = """
 import os, sys
-from batch_client import __main__ as program
+from batch_client import __main__ as program, cli
 
 class Late:
     def __del__(self, write=os.write):
         write(2, b"taken apart")
 
 late = Late()
-program.main = lambda words: print("said", end="") or 65
-sys.exit(program.main([])) if sys.argv[1:] else program.entry_point()
+cli.main = lambda words: print("said", end="") or 65
+sys.exit(cli.main([])) if sys.argv[1:] else program.entry_point()
 """
 
 
@@ -51,6 +52,34 @@ def test_a_process_ends_before_its_interpreter_is_taken_apart(clean_environ):
         done = subprocess.run([sys.executable, "-c", ENDS, *words], env=clean_environ, capture_output=True, text=True,
                               timeout=60, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (65, "said", left)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("module", ["click", "uvloop", "numpy"])
+def test_a_stop_while_modules_are_imported_is_one_line(module, number, clean_environ, tmp_path):
+    """The first is imported before the arguments are looked at, the others by the verb."""
+    (tmp_path / module).mkdir()
+    (tmp_path / module / "__init__.py").write_text(f"import signal\nsignal.raise_signal({int(number)})\n")
+    environ = {**clean_environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), clean_environ.get("PYTHONPATH", "")])}
+    words = command("predict", "one.npy", "--endpoint", "http://127.0.0.1:9", "--model", "m")
+    (tmp_path / "one.npy").write_bytes(b"")
+    script = [sys.executable, "-c", "from batch_client.__main__ import entry_point; entry_point()"]
+    for line in (words, [*script, *words[3:]]):
+        done = subprocess.run(line, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 75, done.stderr
+        assert done.stderr.split() == ["batch-client:", "stopped"]
+
+
+@pytest.mark.parametrize(("verb", "wanted"), [
+    (["run", "in", "out"], "batch-client: stopped; the same command goes on from here"),
+    (["plan", "in", "out"], "batch-client: stopped"), (["predict", "one.npy"], "batch-client: stopped")])
+def test_only_a_run_goes_on_where_it_was_stopped(verb, wanted, monkeypatch, capfd):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("batch_client.api.run_until_complete", lambda main: main.close() or stopped())
+    assert main([*verb, "--endpoint", "http://127.0.0.1:9", "--model", "m"]) == 75
+    assert capfd.readouterr().err.strip() == wanted
 
 
 @pytest.fixture

@@ -151,7 +151,7 @@ def _report(error: BaseException) -> int:
         case click.ClickException():
             message, code = f"{error.format_message()} (see batch-client --help)", UsageError.exit_code
         case click.Abort() | KeyboardInterrupt() | asyncio.CancelledError():
-            message, code = "stopped; the same command goes on from here", StoppedError.exit_code
+            message, code = "stopped", StoppedError.exit_code
         case OSError() if _is_of_echo(error):
             message, code = f"standard output can't be written: {error.strerror}", StorageError.exit_code
         case _:

@@ -16,7 +16,7 @@ import click
 
 from batch_client.cli.options import run_options, spec_of
 from batch_client.cli.stream import say
-from batch_client.errors import StorageError, UsageError
+from batch_client.errors import StoppedError, StorageError, UsageError
 from batch_client.files import replace_file
 
 if TYPE_CHECKING:
@@ -45,7 +45,10 @@ def command(input_url: str, output_url: str, *, as_json: bool, log: str, page: P
 
     spec = spec_of(input_url, output_url, options)
     with _page_about(spec, page) as observers:
-        summary = run_until_complete(_run(spec, log, observers))
+        try:
+            summary = run_until_complete(_run(spec, log, observers))
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            raise StoppedError("stopped; the same command goes on from here") from None
         if as_json:
             click.echo(json.dumps(summary.to_value()))
         else:
