@@ -52,9 +52,14 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
 
 def _shown(value: Any) -> str:
     if isinstance(value, list):
-        middle, low, high = (f"{number:,.2f}" if number < 100 else f"{number:,.0f}" for number in value)
+        middle, low, high = map(_rounded, value)
         return f"{middle}  (95 %: {low} to {high})"
     return f"{value:,}" if isinstance(value, int | float) else "unknown: too few answers" if value is None else value
+
+
+def _rounded(number: float) -> str:
+    """With two decimals, or the two digits that mean something of what is below 1, such as the cost of a short run."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:,.2f}" if number >= 1 else f"{number:.2g}"
 
 
 def _forecast(found: Calibration) -> dict[str, Any]:
@@ -74,19 +79,21 @@ def _forecast(found: Calibration) -> dict[str, Any]:
 
 
 def _cost(plan: Plan, prices: Prices | None, found: Calibration | None, spec: RunSpec) -> dict[str, Any]:
+    from batch_client.figures import significant
     from batch_client.forecast import cost_of
 
     if prices is None:
         return {}
     cost = cost_of(plan, prices, None if found is None else found.forecast, 1 if spec.part is None else spec.part[1])
     if found is None:
-        return {"cost_of_requests": round(cost.total, 4)}
+        return {"cost_of_requests": significant(cost.total)}
     if found.forecast is None:
         return {"cost": None}
-    return {"cost": [round(value, 4) for value in (cost.total, cost.low, cost.high)]}
+    return {"cost": [significant(value) for value in (cost.total, cost.low, cost.high)]}
 
 
 def _figures(plan: Plan) -> dict[str, Any]:
+    largest = min(plan.request_records, plan.chunk_records)  # no request goes beyond its output chunk
     return {
         "records": plan.count,
         "range": f"{plan.start}:{plan.stop}",
@@ -97,11 +104,11 @@ def _figures(plan: Plan) -> dict[str, Any]:
         "objects_read": plan.objects_read,
         "objects_written": plan.objects_written,
         "requests": plan.request_count,
-        "records_a_request": plan.request_records,
-        "records_a_request_at_the_end": plan.tail_request_records,
-        "bytes_a_request": plan.request_records * plan.wire_record_bytes,
+        "records_a_request": largest,
+        "records_a_request_at_the_end": min(plan.tail_request_records, plan.chunk_records),
+        "bytes_a_request": largest * plan.wire_record_bytes,
         "micro_batch": plan.micro_batch,
-        "bytes_to_read": plan.count * plan.source.record_bytes,
+        "decoded_bytes_to_read": plan.count * plan.source.record_bytes,
         "bytes_to_send": plan.count * plan.wire_record_bytes,
         "bytes_to_write": plan.unit_count * plan.unit_bytes_out,  # the last chunk is stored as full as the others
         "memory_for_records": plan.max_bytes_in_flight,
