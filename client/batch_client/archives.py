@@ -31,10 +31,12 @@ WEB_SECONDS = 3600.0  # for an archive in one piece
 def _existing(location: str) -> Path:
     try:
         path = Path(location).expanduser().absolute()
-        found = path.is_file()
+        found, folder = path.is_file(), path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a home that nobody has
         raise ServingError(f"--archive {location}: can't be read ({error}); name a file made by batch-client "
                            "pack") from error
+    if folder:
+        raise ServingError(f"--archive {location}: this is a folder; wanted a file made by batch-client pack")
     if not found:
         raise ServingError(f"--archive {location}: there is no such file; make one with batch-client pack")
     return path

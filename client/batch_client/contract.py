@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from batch_client.dialect import Outcome, Verdict, read_reply
-from batch_client.errors import CredentialsError, ServingError
+from batch_client.errors import ServingError
 from batch_client.jsontext import parse_json
 from batch_client.plan import OutputGeometry
 from batch_client.regions import usable_folder
 from batch_client.retry import full_jitter
-from batch_client.serving import Servers
-from batch_client.tokens import NoTokens, authorization
+from batch_client.serving import Servers, turned_away, unreachable
+from batch_client.tokens import authorization
 from batch_client.transport import HttpReply, Transport, TransportError
 from batch_handler.oip import ModelMetadata, OipError
 
@@ -93,14 +93,8 @@ async def fetch_contract(servers: Servers, url: str) -> ModelContract:
         # A proxy may refuse the first path for reasons of its own; what counts is what the handler's answers.
         if verdict.outcome not in (Outcome.NO_MODEL, Outcome.TOKEN):
             break
-    if verdict.outcome is Outcome.TOKEN:
-        if isinstance(servers.tokens, NoTokens):
-            raise CredentialsError(f"{url}: the server wants a token ({verdict.reason}): "
-                                   "give one with --token-file or --token-command")
-        raise CredentialsError(f"{url}: the server refuses the token ({verdict.reason}): "
-                               "give a valid one with --token-file or --token-command")
-    if verdict.outcome is Outcome.NO_MODEL:
-        raise ServingError(f"{url}: has no model {model!r} ({verdict.reason}): check --model and the server's models")
+    if (refusal := turned_away(servers, url, verdict)) is not None:
+        raise refusal
     raise ServingError(f"{url}: can't describe model {model!r}: {verdict.outcome.value} ({verdict.reason})")
 
 
@@ -130,7 +124,7 @@ async def _get(transport: Transport, url: str, path: str, token: str | None) -> 
     try:
         return await transport.send("GET", url.rstrip("/") + path, authorization(token), (), METADATA_SECONDS)
     except TransportError as error:
-        raise ServingError(f"{url}: can't be reached ({error}): check --endpoint and that the server runs") from error
+        raise unreachable(url, error) from error
 
 
 def contract_of(url: str, body: bytes) -> ModelContract:

@@ -7,12 +7,14 @@ from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from batch_client.dialect import Outcome, Verdict
+from batch_client.errors import BatchClientError, CredentialsError, ServingError
 from batch_client.regions import Regions
 from batch_client.spec import ServerSpec
 from batch_client.tokens import CommandTokens, FileTokens, NoTokens, TokenSource
-from batch_client.transport import HttpTransport, Transport
+from batch_client.transport import HttpTransport, Transport, TransportError
 
-__all__ = ["Servers", "open_servers"]
+__all__ = ["Servers", "open_servers", "turned_away", "unreachable"]
 
 
 @dataclass(frozen=True)
@@ -57,3 +59,22 @@ def _tokens_of(spec: ServerSpec) -> TokenSource:
     if spec.token_file is not None:
         return FileTokens(Path(spec.token_file))
     return NoTokens() if spec.token_command is None else CommandTokens(spec.token_command)
+
+
+def unreachable(url: str, error: TransportError) -> ServingError:
+    """What to say of a server that gives no answer."""
+    return ServingError(f"{url}: can't be reached ({error}): check --endpoint and that the server runs")
+
+
+def turned_away(servers: Servers, url: str, verdict: Verdict) -> BatchClientError | None:
+    """What to say of a server that lets nobody in, or not to this model; None of any other verdict."""
+    if verdict.outcome is Outcome.TOKEN:
+        if isinstance(servers.tokens, NoTokens):
+            return CredentialsError(f"{url}: the server wants a token ({verdict.reason}): "
+                                    "give one with --token-file or --token-command")
+        return CredentialsError(f"{url}: the server refuses the token ({verdict.reason}): "
+                                "give a valid one with --token-file or --token-command")
+    if verdict.outcome is Outcome.NO_MODEL:
+        return ServingError(f"{url}: has no model {servers.model!r} ({verdict.reason}): check --model and the server's "
+                            "models")
+    return None

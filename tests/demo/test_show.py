@@ -109,6 +109,7 @@ def test_a_source_that_moved_is_named(published, capsys):
         (["--labels", "cut.npy"], 64, "not a .npy file"),
         (["--labels", "huge.npy"], 64, "not a .npy file"),
         (["--labels", "zip.npy"], 64, "not a .npy file"),
+        (["--labels", "five.png"], 64, "five.png: this is a file of another kind; wanted a .npy file or a Zarr array"),
         (["--records", f"0:{'9' * 5000}"], 64, "wanted A:B"),
         (["--source", "s3://[abc/x"], 64, "s3://[abc/x: not a URL"),
         (["--source", "short.zarr"], 64, "wanted at least 340"),
@@ -125,6 +126,7 @@ def test_what_can_not_be_shown_is_refused_in_one_line(published, capsys, monkeyp
     (published / "cut.npy").write_bytes(whole.replace(b"}", b"(")[:200])
     (published / "huge.npy").write_bytes(whole.replace(b"(500,)", b"(9" + b"9" * 17 + b",)"))
     (published / "zip.npy").write_bytes(b"PK\x03\x04 and no more")
+    (published / "five.png").touch()
     zarr.create_array(published / "short.zarr", data=np.zeros((339, 12, 12), np.uint8))
     assert show(published, *flags) == code
     err = capsys.readouterr().err

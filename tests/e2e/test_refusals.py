@@ -26,6 +26,9 @@ def place(tmp_path_factory, toy_images):
     (folder / "other").mkdir()
     (folder / "other" / "notes.txt").write_text("mine")
     (folder / "bad.mar").write_text("not a zip")
+    (folder / "one.json").write_text("[[0]]")
+    (folder / "zero").touch()
+    (folder / "zero.npy").touch()
     (folder / "bad.toml").write_text("[run\n")
     return folder
 
@@ -84,6 +87,7 @@ SERVERS = [
     (["--endpoint", "http://[::1:8080", "--model", "toy"], 64, "http://[::1:8080: not a URL: wanted one such as"),
     (["--archive", "https://[x/m.mar"], 64, "not a URL"),
     ([], 64, "--endpoint URL (repeatable) or --archive MODEL.mar"),
+    (["--archive", "other"], 69, "this is a folder; wanted a file made by batch-client pack"),
     (["--archive", "missing.mar"], 69, "no such file; make one with batch-client pack"),
     (["--archive", "~nobody-has-this-home/m.mar"], 69, "can't be read (Could not determine home"),
     (["--archive", "bad.mar"], 69, "bad.mar"),
@@ -215,12 +219,27 @@ def test_settings_come_from_flags_then_environment_then_file(place, toy_server, 
 
 @pytest.mark.parametrize(("words", "code", "wanted"), [
     (["missing.png"], 64, "No such file"), (["."], 64, "a folder; for records of a Zarr array add --records"),
-    (["bad.mar"], 64, "none of npy, JSON"), (["in.zarr", "--records", "0:200"], 64, "0 <= A < B <= 100"),
+    (["bad.mar"], 64, "bad.mar: begins with b'not a zi'; wanted npy, JSON, PNG"),
+    (["zero"], 64, "zero: is empty; wanted npy, JSON"), (["zero.npy"], 64, "zero.npy: is empty; wanted npy, JSON"),
+    (["bad.mar", "--records", "0:1"], 64, "bad.mar: this is a file; --records are of a Zarr array: leave it out"),
+    (["in.zarr", "--records", "0:200"], 64, "0 <= A < B <= 100"),
     (["wide.zarr", "--records", "0:1"], 65, "a record has shape (14, 14), model toy takes (12, 12)"),
     (["holes.zarr", "--records", "1:3"], 65, "missing from the store: restore it or choose other records"),
 ])
 def test_bad_queries_are_one_line(words, code, wanted, place, toy_server, clean_environ):
     check(run_cli(["predict", *words, *toy_server.flags], clean_environ, cwd=place), code, wanted)
+
+
+@pytest.mark.parametrize(("flags", "code", "wanted"), [
+    (["--endpoint", "http://127.0.0.1:9", "--model", "toy"], 69, "): check --endpoint and that the server runs"),
+    (["--endpoint", "URL", "--model", "toy"], 77, "): give one with --token-file or --token-command"),
+    (["--endpoint", "URL", "--model", "toy", "--token-command", "echo wrong"], 77, "): give a valid one with"),
+    (["--endpoint", "URL", "--model", "nobody", "--token-file", "TOKEN"], 69, "): check --model and the server's"),
+])
+def test_a_query_that_nobody_answers_is_told_what_to_do(flags, code, wanted, place, toy_server, clean_environ):
+    words = {"URL": toy_server.url, "TOKEN": str(toy_server.token_file)}
+    flags = [words.get(flag, flag) for flag in flags]
+    check(run_cli(["predict", "one.json", *flags], clean_environ, cwd=place), code, wanted)
 
 
 def test_a_public_bucket_needs_no_credentials(s3, toy_images, toy_server, clean_environ, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batch_client.cli.options import array_options, server_options
-from batch_client.errors import BatchClientError, CredentialsError, DataError, ServingError, UsageError
+from batch_client.errors import BatchClientError, DataError, ServingError, UsageError
 from batch_client.jsontext import parse_json
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ IMAGES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".we
           ".gif": "image/gif", ".tif": "image/tiff", ".tiff": "image/tiff"}
 NPY, JSON = "application/x-npy", "application/json"
 SECONDS = 120.0
+
+KINDS = "npy, JSON, PNG, JPEG, GIF or BMP"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ def command(query: str, **options: Any) -> None:
     text, array = options.pop("records"), options.pop("array")
     spec = ServerSpec(**options)
     records = Records.parse(text) if text else None
+    if records is not None and os.path.isfile(query):  # noqa: PTH113 - which raises nothing for what is no path
+        raise UsageError(f"{query}: this is a file; --records are of a Zarr array: leave it out to score the file")
     click.echo(run_until_complete(_predict(query, records, array, spec)))
 
 
@@ -66,9 +71,10 @@ async def _predict(query: str, records: Records | None, array: str | None, spec:
 
 def _read_query(query: str) -> _Query:
     if query == "-":
+        name, content_type = "standard input", ""
         body = sys.stdin.buffer.read(MOST_BYTES + 1)
-        content_type = _sniff(body)
     else:
+        name = query
         path = Path(query)
         content_type = IMAGES.get(path.suffix.lower()) or {".npy": NPY, ".json": JSON}.get(path.suffix.lower(), "")
         try:
@@ -79,14 +85,16 @@ def _read_query(query: str) -> _Query:
         except OSError as error:
             hint = "; for records of a Zarr array add --records A:B" if "://" in query else ""
             raise UsageError(f"{query[:200]}: {error.strerror}{hint}") from error
-        content_type = content_type or _sniff(body)
+    if not body:
+        raise UsageError(f"{name}: is empty; wanted {KINDS}")
+    content_type = content_type or _sniff(name, body)
     if len(body) > MOST_BYTES:
-        raise UsageError(f"{query}: more than {MOST_BYTES:,} bytes; score it with batch-client run")
+        raise UsageError(f"{name}: more than {MOST_BYTES:,} bytes; score it with batch-client run")
     return _Query(content_type, body)
 
 
-def _sniff(body: bytes) -> str:
-    """The content type of a body without a name, by its first bytes."""
+def _sniff(name: str, body: bytes) -> str:
+    """The content type of a body whose name says none, by its first bytes."""
     signatures = ((b"\x93NUMPY", NPY), (b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"),
                   (b"GIF8", "image/gif"), (b"BM", "image/bmp"))
     for start, content_type in signatures:
@@ -94,7 +102,7 @@ def _sniff(body: bytes) -> str:
             return content_type
     if body.lstrip()[:1] in (b"[", b"{"):
         return JSON
-    raise UsageError("the query is none of npy, JSON, PNG, JPEG, GIF or BMP")
+    raise UsageError(f"{name}: begins with {body[:8]!r}; wanted {KINDS}")
 
 
 async def _read_records(url: str, records: Records, array: str | None, *, anonymous: bool) -> tuple[Source, Rows]:
@@ -129,6 +137,7 @@ async def _as_query(servers: Servers, source: Source, rows: Rows) -> _Query:
 
 async def _send(servers: Servers, query: _Query) -> str:
     from batch_client.dialect import Outcome, read_reply
+    from batch_client.serving import turned_away, unreachable
     from batch_client.tokens import authorization
     from batch_client.transport import TransportError
 
@@ -141,16 +150,17 @@ async def _send(servers: Servers, query: _Query) -> str:
             reply = await servers.transport.send("POST", f"{url}/predictions/{servers.model}",
                                                  {**headers, **authorization(token)}, (query.body,), SECONDS)
         except TransportError as error:
-            raise ServingError(f"{url}: can't be reached ({error})") from error
+            raise unreachable(url, error) from error
         verdict = read_reply(reply.status, reply.body)
         if verdict.outcome is not Outcome.TOKEN:
             break
         refused = token
     if verdict.outcome is Outcome.RESULT:
         return _pretty(reply.body)
+    if (refusal := turned_away(servers, url, verdict)) is not None:
+        raise refusal
     blame: dict[Outcome, type[BatchClientError]] = {
-        Outcome.REFUSED: DataError, Outcome.RAISED: DataError, Outcome.TOO_LARGE: DataError,
-        Outcome.TOKEN: CredentialsError}
+        Outcome.REFUSED: DataError, Outcome.RAISED: DataError, Outcome.TOO_LARGE: DataError}
     raise blame.get(verdict.outcome, ServingError)(f"{url}: {verdict.outcome.value}: {verdict.reason}")
 
 

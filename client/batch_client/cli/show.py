@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import tokenize
 import zipfile
 from dataclasses import dataclass
@@ -51,6 +52,9 @@ def command(output_url: str, *, picture: Path | None, as_json: bool, **options: 
     """
     from batch_client.api import run_until_complete
 
+    labels = options["labels"] or ""
+    if os.path.isfile(labels) and not labels.endswith(".npy"):  # noqa: PTH113 - which raises nothing for what is no path
+        raise UsageError(f"--labels {labels}: this is a file of another kind; wanted a .npy file or a Zarr array")
     path = picture or Path(PurePosixPath(split_url(output_url).path).stem + ".png")
     png, figures, sentence = run_until_complete(_show(output_url, **options))
     try:
