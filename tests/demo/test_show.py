@@ -221,7 +221,12 @@ def add_outputs(folder, names):
     group = zarr.open_group(folder / "out.zarr")
     for name, shape in (("logits", (COUNT, 4)), ("age", (COUNT,)), ("map", (COUNT, 2, 2))):
         group.create_array(name, data=np.ones(shape, np.float32), chunks=(50, *shape[1:]))
-    add_spec(folder, json.dumps({"outputs": [[name, "<f4", [4]] for name in names]}))
+    add_spec(folder, spec_of(names))
+
+
+def spec_of(names):
+    return json.dumps({"outputs": [[name, "<f4", [4]] for name in names], "source_shape": [400, 12, 12],
+                       "source_dtype": "uint8"})
 
 
 @pytest.mark.parametrize(("names", "shown"), [
@@ -245,6 +250,35 @@ def test_a_damaged_spec_is_said(published, capsys):
     add_spec(published, "{}")
     assert show(published) == 78
     assert "_run/spec.json can't be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [
+    ((400, 12, 13), "uint8"), ((400, 12, 12), "int8"), ((400, 144), "uint8"), ((401, 12, 12), "uint8"),
+    ((399, 12, 12), "uint8")])
+def test_a_source_that_is_another_array_than_was_scored_is_refused(published, capsys, shape, dtype):
+    add_spec(published, spec_of(["scores"]))
+    zarr.create_array(published / "other.zarr", data=np.zeros(shape, dtype))
+    assert show(published, "--source", str(published / "other.zarr")) == 64
+    err = capsys.readouterr().err
+    assert f"found {dtype} of shape {shape}, wanted uint8 of shape (400, 12, 12), which was scored" in err
+    assert err.count("\n") == 1
+
+
+def test_a_source_that_has_grown_since_is_still_what_was_scored(published):
+    add_spec(published, spec_of(["scores"]))
+    zarr.open_array(published / "in.zarr").resize((410, 12, 12))
+    assert show(published) == 0
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b", "#"])
+def test_a_picture_has_its_outputs_name_whatever_is_in_it(published, monkeypatch, name):
+    headings = []
+    monkeypatch.setattr("batch_client.picture.draw", lambda heading, _: headings.append(heading) or b"")
+    monkeypatch.chdir(published)
+    (published / "out.zarr").rename(published / f"{name}.zarr")
+    assert main(["show", f"{name}.zarr"]) == 0
+    assert (published / f"{name}.png").exists()
+    assert headings == [f"{name}.zarr: 300 records, 1 without a score"]
 
 
 def test_everything_may_be_in_s3(published, capsys, monkeypatch):

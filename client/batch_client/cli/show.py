@@ -55,7 +55,7 @@ def command(output_url: str, *, picture: Path | None, as_json: bool, **options: 
     labels = options["labels"] or ""
     if os.path.isfile(labels) and not labels.endswith(".npy"):  # noqa: PTH113 - which raises nothing for what is no path
         raise UsageError(f"--labels {labels}: this is a file of another kind; wanted a .npy file or a Zarr array")
-    path = picture or Path(PurePosixPath(split_url(output_url).path).stem + ".png")
+    path = picture or Path(_place(output_url).stem + ".png")
     png, figures, sentence = run_until_complete(_show(output_url, **options))
     try:
         path.write_bytes(png)
@@ -68,19 +68,46 @@ def command(output_url: str, *, picture: Path | None, as_json: bool, **options: 
     click.echo(f"picture: {path}")
 
 
+def _place(url: str) -> PurePosixPath:
+    """The path of a URL, or the path that it is: there a '#' or a '?' is a part of a name."""
+    return PurePosixPath(split_url(url).path if "://" in url else url)
+
+
 @dataclass(frozen=True)
 class _Output:
-    """What is shown of an output: the array `name` with the scores, `alone` if there is no other, and its status."""
+    """What is shown of an output: the array `name` with the scores, `alone` if there is no other, and its status;
+    `scored` is what it was made of.
+    """
 
     name: str
     alone: bool
     scores: Source
     status: Source | None
     attributes: dict[str, Any]
+    scored: _Scored | None
 
     @property
     def has_classes(self) -> bool:
         return math.prod(self.scores.geometry.record_shape) > 1
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What a run says of itself: the model's outputs in its own order, shape and dtype of the source array."""
+
+    outputs: list[str]
+    shape: tuple[int, ...]
+    dtype: str
+
+    def require(self, place: str, inputs: Source, *, whole: bool) -> None:
+        """Raises UsageError for another array than was scored; unless `whole` it may have grown since."""
+        geometry = inputs.geometry
+        found = (geometry.shape, str(geometry.dtype))
+        if not whole and geometry.count > self.shape[0]:
+            found = ((self.shape[0], *geometry.record_shape), found[1])
+        if found != (self.shape, self.dtype):
+            raise UsageError(f"{place}: found {geometry.dtype} of shape {geometry.shape}, wanted {self.dtype} of shape "
+                             f"{self.shape}, which was scored: name its place with --source URL")
 
 
 @dataclass(frozen=True)
@@ -130,6 +157,8 @@ async def _show(output_url: str, *, labels: str | None, records: str | None, sou
     if not place:
         raise UsageError(f"{output_url}: it does not say what was scored; name it with --source URL")
     inputs = await open_source(open_store(place, anonymous=anonymous), attributes.get("source_array") or None)
+    if output.scored is not None:
+        output.scored.require(place, inputs, whole=source is not None)
     if inputs.geometry.count < stop:
         raise UsageError(f"{place}: found {inputs.geometry.count:,} records, wanted at least {stop:,}; "
                          "is it the array that was scored?")
@@ -139,7 +168,7 @@ async def _show(output_url: str, *, labels: str | None, records: str | None, sou
     panels = [await _panel(title, picks, inputs, scores, origin, answers) for title, picks in _choose(answers)]
     figures = _figures(output_url, output, answers)
     sentence = _sentence(figures) if output.alone else f"{output.name}: {_sentence(figures)}"
-    return draw(f"{PurePosixPath(split_url(output_url).path).name}: {sentence}", panels), figures, sentence
+    return draw(f"{_place(output_url).name}: {sentence}", panels), figures, sentence
 
 
 async def _open_output(url: str, *, anonymous: bool) -> _Output:
@@ -165,23 +194,28 @@ async def _open_output(url: str, *, anonymous: bool) -> _Output:
     except UNREADABLE as error:
         raise DataError(f"{url}: its Zarr metadata can't be read ({in_one_line(error)})") from error
     status = await open_source(store, "record_status") if shapes.pop("record_status", None) is not None else None
-    outputs = await _names(store)
+    scored = await _scored(store)
+    outputs = [] if scored is None else scored.outputs
     names = [name for name in outputs or sorted(shapes) if len(shapes.get(name, (0, 0, 0))) <= 2]
     if not names:
         kind = DataError if outputs else MismatchError
         raise kind(f"{url}: found arrays {shapes}, wanted one with a row of scores for each record")
     name = next((name for name in names if math.prod(shapes[name][1:]) > 1), names[0])
-    return _Output(name, len(shapes) == 1, await open_source(store, name), status, dict(group.attrs))
+    return _Output(name, len(shapes) == 1, await open_source(store, name), status, dict(group.attrs), scored)
 
 
-async def _names(store: Store) -> list[str]:
-    """The model's outputs in its own order; none where the run is not told."""
+async def _scored(store: Store) -> _Scored | None:
+    """What the run says of itself; None where it is not told."""
     from batch_client.layout import SPEC_KEY
     from batch_client.storage import child_url
 
     spec = await store.get(SPEC_KEY)
+    if spec is None:
+        return None
     try:
-        return [] if spec is None else [str(name) for name, _, _ in parse_json(spec.data)["outputs"]]
+        said = parse_json(spec.data)
+        return _Scored([str(name) for name, _, _ in said["outputs"]], tuple(map(int, said["source_shape"])),
+                       str(said["source_dtype"]))
     except (ValueError, KeyError, TypeError) as error:
         raise MismatchError(f"{child_url(store.url, SPEC_KEY)} can't be read ({error})") from error
 
