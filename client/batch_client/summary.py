@@ -28,9 +28,9 @@ STATUS = Path("/proc/self/status")
 class RunSummary:
     """A finished run. `records` is the size of the output, `scored` what this run computed of it, `failed` and
     `not_finite` its records without a prediction and with one that is NaN or infinite, `missing_chunks` source chunks
-    that were taken as the fill value for it; seconds are from the first read to publication, `in_flight` is the limit
-    that was found for each endpoint, bytes are of records read from and chunks written to storage, peak memory is that
-    of this process, its imports included.
+    that were taken as the fill value for it; seconds are from the first read to publication (0 where it was published
+    before), `in_flight` is the limit that was found for each endpoint, bytes are of records read from and chunks
+    written to storage, peak memory is that of this process, its imports included.
 
     `limited_by` is a value of `bottleneck.Limit` and `advice` the next thing to turn, `time_shares` the run's time by
     what was waited for; None and empty where nothing was scored. `ceiling_records_per_s` is what the model alone was
@@ -94,8 +94,7 @@ class Tally:
     def __init__(self, clock: Callable[[], float], cpu: Callable[[], float]) -> None:
         self._clock = clock
         self._timesheet = Timesheet(clock, cpu)
-        self._started = clock()
-        self._sample = Sample(self._started)
+        self._sample = Sample(clock())
         self._scored = self._requests = self._retries = self._read = self._written = 0
         self._published = Published("", "")
 
@@ -103,8 +102,7 @@ class Tally:
         self._timesheet(event)
         match event:
             case RunStarted():
-                self._started = self._clock()
-                self._sample = Sample(self._started)
+                self._sample = Sample(self._clock())
             case RequestDone():
                 self._requests += 1
             case RecordsScored():
@@ -121,10 +119,11 @@ class Tally:
     def summary(self, spec: RunSpec, prepared: Prepared, counted: LedgerView | Manifest) -> RunSummary:
         """The figures so far; `counted` is the whole output, whoever scored it."""
         contract = prepared.contract
-        seconds = self._clock() - self._started
+        totals = self._timesheet.totals()
+        seconds = totals.seconds  # up to the last event, as in a report
         rate = self._scored / seconds if seconds > 0 else 0.0
         ceiling = contract.ceiling
-        found = find_bottleneck(self._timesheet.totals(), None if ceiling is None else rate / ceiling)
+        found = find_bottleneck(totals, None if ceiling is None else rate / ceiling)
         expected = forecast(self._sample.answers, self._scored) if self._sample.enough(self._clock()) else None
         return RunSummary(
             records=prepared.plan.count,
