@@ -10,6 +10,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -158,7 +159,19 @@ def _check_records(records: int, max_records: int) -> None:
         raise OipError(f"the request has {records} records, wanted at most {max_records}", 413)
 
 
+def _is_nested(value: Any, shape: Sequence[int]) -> bool:
+    """Whether lists of `value` are as long and as deep as `shape` says, and no deeper."""
+    flat = [value]
+    for size in shape:
+        if not all(isinstance(row, list) and len(row) == size for row in flat):
+            return False
+        flat = list(chain.from_iterable(flat))
+    return not any(isinstance(leaf, list | Mapping) for leaf in flat)
+
+
 def _json_column(records: list[Any], spec: TensorSpec, *, alone: bool) -> Array:
+    if alone and records and spec.shape and _is_nested(records, spec.shape):
+        raise OipError("found one record, wanted a list of records: put it into [ ]")
     column = []
     for record in records:
         if isinstance(record, Mapping):

@@ -79,6 +79,8 @@ def test_json_records():
     assert two[1].tolist() == [3]
     assert content.decode_json([5, 6], [SCALAR], MAX)[0].tolist() == [5, 6]
     assert content.decode_json([], [FLOATS], MAX)[0].shape == (0, 2, 3)
+    square = TensorSpec("x", np.dtype("f4"), (2, 2))  # as many records as a record has rows, and as many rows as values
+    assert content.decode_json([[[1, 2], [3, 4]]] * 2, [square], MAX)[0].shape == (2, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,10 @@ def test_json_records():
         ({"x": []}, [FLOATS], "wanted a list"),
         ([1] * 11, [SCALAR], "11 records, wanted at most 10"),
         ([1, 2, 3, 4, 5, 6], [FLOATS], "is not a list, wanted shape [2, 3]"),
+        ([[1, 2, None], [4, 5, 6]], [FLOATS], "found one record, wanted a list of records"),
+        ({"instances": [[1, 2, 3], [4, 5, 6]]}, [FLOATS], "found one record, wanted a list of records"),
+        ([1, 2], [TensorSpec("x", np.dtype("f4"), (2,))], "found one record, wanted a list of records"),
+        ([[1, 2, 3], [4, 5]], [FLOATS], "not nested by its shape"),
         ([[[1, 2], [3, 4]]], [FLOATS], "not nested by its shape"),
         ([[1, 2, 3, 4, 5, 6]], [FLOATS], "not nested by its shape"),
         ([[["a", 2, 3], [4, 5, 6]]], [FLOATS], "wanted values of float32"),
