@@ -154,7 +154,7 @@ def test_a_segment_over_the_bound_is_refused_before_it_is_read(monkeypatch):
 
     async def run():
         store, key = begun(), f"{LEDGER_PREFIX}{GENERATION}/w/000000.json"
-        store.objects[key] = segment([row_of(1)])
+        store.objects[key] = segment_of([row_of(1)])
         size = len(store.objects[key])
         monkeypatch.setattr(ledger, "LARGEST_SEGMENT", size)
         view = LedgerView(store, UNITS, GENERATION)
