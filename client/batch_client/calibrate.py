@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
 from batch_client.errors import DataError, StoppedError
@@ -13,7 +14,7 @@ from batch_client.pipeline import execute, plan_run
 from batch_client.plan import Plan
 from batch_client.prepare import Services
 from batch_client.spec import RunSpec
-from batch_client.storage import MemoryStore
+from batch_client.storage import MemoryStore, Meta
 from batch_client.summary import peak_memory
 
 __all__ = ["Calibration", "calibrate"]
@@ -64,10 +65,21 @@ class _Watcher:
 
 
 class _Forgetful(MemoryStore):
-    """Takes chunks and drops their bytes: nobody will read them, and a run does not hold them either."""
+    """Takes chunks and drops their bytes: nobody will read them, and a run does not hold them either. What is listed is
+    what was taken.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._sizes: dict[str, int] = {}
 
     async def create(self, key: str, data: bytes | memoryview) -> bool:
+        self._sizes.setdefault(key, len(data))
         return await super().create(key, b"" if CHUNK in key else data)
+
+    async def list(self, prefix: str) -> AsyncIterator[Meta]:
+        async for meta in super().list(prefix):
+            yield replace(meta, size=self._sizes[meta.key])
 
 
 async def calibrate(spec: RunSpec, services: Services) -> Calibration:
