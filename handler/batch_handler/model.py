@@ -197,19 +197,20 @@ class Model:
     def _check_rows(self, inputs: Sequence[Array], scored: Sequence[Array], tolerance: float) -> None:
         """Raise `ModelLoadError` if a record's outputs depend on the records beside it.
 
-        The golden records were scored together, beside zeros. Here each half of them fills a micro-batch, over and
-        over: in other company, without zeros, and at every place. A shared maximum is in one half, and moves the
-        other. Records are taken as they are, since a number that no record holds may be no index of a table. They are
-        compared within the tolerance and not bit by bit, since a place alone may change the last bits.
+        The golden records were scored together, beside zeros. Here each half of them is scored at the same places and
+        fills all others, over and over: in other company, and without zeros. A maximum that all records share is in
+        one half, and moves the other. Records are taken as they are, since a number that none of them holds may be no
+        index of a table. What is beyond the tolerance is wrong scores; less may be the order of a GPU's sums.
         """
         together = min(self.description.golden.records, self.micro_batch)
         if self.micro_batch == 1:
             return
         for half in np.array_split(np.arange(together), min(2, together)):
             rows = np.resize(half, self.micro_batch)
+            rows[half] = half
             found = self.score_bulk([array[rows] for array in inputs])
             for spec, outputs, wanted in zip(self.description.outputs, found, scored, strict=True):
-                worst = _difference(outputs, wanted[rows])
+                worst = _difference(outputs[half], wanted[half])
                 if not worst <= tolerance:
                     raise ModelLoadError(
                         f"the model's rows influence each other: output {spec.name} of the same golden records differs "

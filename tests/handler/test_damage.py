@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 import zipfile
 
@@ -10,17 +11,19 @@ import numpy as np
 import pytest
 import torch
 
+from batch_client.cli import main
 from batch_client.errors import ServingError
 from batch_client.server_config import MANIFEST, model_of
 from batch_client.tuning import Tuning, read_tuning, write_tuning
 from batch_handler import measure
 from batch_handler.archive import ArchiveError, pack, read_description
+from batch_handler.golden import golden_records
 from batch_handler.model import ModelLoadError
 from batch_handler.modelfile import ModelFileError, detect_kind
 from batch_handler.runtimes.device import CpuDevice
 from batch_handler.runtimes.slots import SlotRuntime
 from batch_handler.scoring import Failure, Query, Score, Scorer
-from batch_handler.signature import InputSpec, OutputSpec
+from batch_handler.signature import InputSpec, OutputSpec, SignatureError
 
 METHODS = {"deflated": zipfile.ZIP_DEFLATED, "lzma": zipfile.ZIP_LZMA, "bzip2": zipfile.ZIP_BZIP2}
 
@@ -83,6 +86,22 @@ def test_a_golden_array_without_records_is_refused(shape, pack_request, tmp_path
     request = dataclasses.replace(pack_request, golden=tmp_path / "golden.npy", inputs=(spec,))
     with pytest.raises(ArchiveError, match=r"golden records of x are uint8 \[\], wanted uint8 \['n'"):
         pack(request)
+
+
+# numpy leaves the file open that it fails on.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_golden_records_in_a_damaged_zip_end_in_one_line(tmp_path, capfd):
+    path = tmp_path / "golden.npz"
+    torch.save({"w": torch.zeros(3)}, tmp_path / "w.pt")
+    np.savez(path, x=np.zeros(3))
+    path.write_bytes(path.read_bytes().replace(b"PK\x01\x02", b"PK\x09\x09"))
+    assert main(["pack", str(tmp_path / "w.pt"), "--arch", "torch.nn:Identity", "--golden", str(path)]) == 64
+    said = capfd.readouterr().err
+    assert said.startswith(f"batch-client: --golden {path}: can't be read as .npy: ")
+    assert said.count("\n") == 1
+    with pytest.raises(SignatureError, match=r"golden\.npz is neither \.npy nor \.npz: Bad magic number"):
+        golden_records(path, [InputSpec("x", np.dtype("f8"), (), ())])
+    gc.collect()
 
 
 STUBBORN = """

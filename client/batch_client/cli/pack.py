@@ -170,8 +170,8 @@ def _input_of(options: dict[str, Any]) -> tuple[str, str, list[int]]:
 
     try:
         array = np.load(golden, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UsageError(f"--golden {golden}: can't be read as .npy: {error}") from error
+    except Exception as error:  # any damage: numpy's reader has no error of its own
+        raise UsageError(f"--golden {golden}: can't be read as .npy: {str(error) or type(error).__name__}") from error
     if not isinstance(array, np.ndarray):
         raise UsageError(f"--golden {golden}: an .npz does not say which array is the input, add --input")
     return "input", array.dtype.name, list(array.shape[1:])
