@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,16 @@ def test_a_process_ends_before_its_interpreter_is_taken_apart(clean_environ):
         assert (done.returncode, done.stdout, done.stderr) == (65, "said", left)
 
 
+@contextmanager
+def heeded(number):
+    """Whatever is started meanwhile does not ignore this signal, though this process may (`nohup make test &`)."""
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("module", ["click", "uvloop", "numpy"])
 def test_a_stop_while_modules_are_imported_is_one_line(module, number, clean_environ, tmp_path):
@@ -65,7 +76,9 @@ def test_a_stop_while_modules_are_imported_is_one_line(module, number, clean_env
     (tmp_path / "one.npy").write_bytes(b"")
     script = [sys.executable, "-c", "from batch_client.__main__ import entry_point; entry_point()"]
     for line in (words, [*script, *words[3:]]):
-        done = subprocess.run(line, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        with heeded(number):
+            done = subprocess.run(line, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                                  check=False)
         assert done.returncode == 75, done.stderr
         assert done.stderr.split() == ["batch-client:", "stopped"]
 
@@ -91,10 +104,8 @@ def short():
 
 @pytest.fixture(params=[signal.SIGTERM, signal.SIGHUP])
 def number(request):
-    """A signal that what is started now does not ignore, though this process may (`nohup make test`)."""
-    before = signal.signal(request.param, signal.SIG_DFL)
-    yield request.param
-    signal.signal(request.param, before)
+    with heeded(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("ignored", [False, True])
