@@ -23,7 +23,7 @@ from support.world import World, undisturbed
 
 SEEDS = range(40)
 # What a bug is noticed by: its own consequence, and no other one.
-OTHER_ROOT, OTHER_BYTES, MISSING = "the root is", "has SHA-256", "is missing, wanted"
+OTHER_ROOT, OTHER_BYTES, GONE = "the root is", "has SHA-256", " is gone, "
 CRASHES = ("crash before", "crash after")
 # A planted bug replaces one step of the product: there is no other way to have it wrong on purpose.
 
@@ -87,7 +87,7 @@ def test_proving_before_writing_is_caught(calm, monkeypatch):
     late = {"kinds": CRASHES, "faults": 4, "steps": 130}  # a crash matters between a proof and its write
     assert caught(calm, **late) == 0
     monkeypatch.setattr(writer.ChunkWriter, "_put", unawaited)
-    assert caught(calm, MISSING, **late) > len(SEEDS) * 3 // 4
+    assert caught(calm, GONE, **late) > len(SEEDS) * 3 // 4
 
 
 def test_believing_that_what_exists_is_right_is_caught(calm, monkeypatch):
