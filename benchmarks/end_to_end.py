@@ -107,7 +107,7 @@ def arguments() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Cpu:
-    """CPU seconds by what used them, and seconds that the workers waited for a core."""
+    """CPU seconds by what used them, and seconds that workers waited for a core."""
 
     client: float
     java: float
@@ -146,7 +146,7 @@ class Run:
 
     @property
     def displaced(self) -> float:
-        """The part of `idle` in which a worker had work and another process its core."""
+        """The share of the cores' time in which a worker with work waited for a core; mostly a part of `idle`."""
         return self.cpu.displaced / self.seconds / cores()
 
 
@@ -250,8 +250,7 @@ def report(pairs: list[Pair], what: str, records: int) -> None:
               f"{statistics.median(pair.ceiling_idle for pair in pairs):.1%}"))
     print("\nCPU s per million: client {:.2f}, Java {:.2f}, workers {:.1f}".format(*per_million))
     print(f"client at 25,000 records/s: {per_million[0] * 0.025:.1%} of a core")
-    print(f"of the workers' idle share, others had the core: {statistics.median(one.displaced for one in runs):.1%}; "
-          f"without work: {statistics.median(one.idle - one.displaced for one in runs):.1%}")
+    print(f"workers with work and without a core: {statistics.median(one.displaced for one in runs):.1%} of the cores")
     fast = [pair.ours.rate / pair.fast.rate for pair in pairs if pair.fast]
     if fast:
         print(f"exact / --fast: {interval(fast)}")

@@ -113,8 +113,9 @@ def cpu_seconds(processes: Sequence[psutil.Process]) -> float:
 
 
 def seconds_without_core(processes: Sequence[psutil.Process]) -> float:
-    """Seconds so far that running threads of these processes could have run and had no core (Linux: run delay of
-    Documentation/scheduler/sched-stats.rst; elsewhere 0)."""
+    """Seconds so far that threads of these processes could have run and waited for a core, whoever had it (Linux: run
+    delay of Documentation/scheduler/sched-stats.rst; elsewhere 0). Of threads that have not ended.
+    """
     waited = 0
     for process in processes:
         for stat in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):

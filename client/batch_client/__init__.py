@@ -44,7 +44,6 @@ _HOME = {
 }
 
 
-
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()

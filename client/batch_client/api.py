@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Iterable
+from contextlib import suppress
 
 from batch_client.calibrate import Calibration
 from batch_client.calibrate import calibrate as calibrate_run
@@ -84,8 +85,9 @@ async def _serve_and_execute(spec: RunSpec, observers: tuple[Observer, ...], sto
 
 def run(spec: RunSpec, observers: tuple[Observer, ...] = ()) -> RunSummary:
     """`run_async` for programs without an event loop of their own."""
-    _checked(spec, observers)
-    if asyncio._get_running_loop() is not None:  # noqa: SLF001 - documented, and get_running_loop raises instead
+    observers = _checked(spec, observers)
+    with suppress(RuntimeError):  # there is none
+        asyncio.get_running_loop()
         raise UsageError("run() can't be called where an event loop runs, as in a notebook: await run_async(spec)")
     return run_until_complete(run_async(spec, observers))
 

@@ -19,7 +19,7 @@ Place: TypeAlias = str
 
 def keep_kinds(made: Any, *classes: type) -> None:
     """Have each field of a frozen dataclass, whose annotations are texts, hold its kind: for `__post_init__`.
-    `classes` are kinds beside the common ones.
+    `classes` are kinds beside the common ones. A field of any other kind, as a subclass may have, is left alone.
 
     Whole numbers of numpy become ints, lists tuples. Raises UsageError for what is no such value, such as "4".
     """
@@ -27,7 +27,7 @@ def keep_kinds(made: Any, *classes: type) -> None:
     for field in fields(made):
         value = getattr(made, field.name)
         kind = str(field.type).removesuffix(" | None")
-        if value is not None or kind == field.type:
+        if kind in kinds and (value is not None or kind == field.type):
             object.__setattr__(made, field.name, _kept(field.name, value, *kinds[kind]))
 
 
@@ -36,7 +36,7 @@ def _kept(name: str, value: Any, keep: Callable[[Any], Any], wanted: str) -> Any
         return keep(value)
     except (TypeError, ValueError, OverflowError):
         found = " ".join(repr(value).split())
-        if "://" in found:  # a URL may have a password
+        if "://" in found or name.startswith("token"):  # a URL may have a password, a command's words a secret
             found = f"is a {type(value).__name__}"
         raise UsageError(f"{name} {found[:100]}: wanted {wanted}") from None
 

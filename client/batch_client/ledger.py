@@ -186,10 +186,11 @@ class LedgerView:
                                        "run the same command again, and what is missing is proven again")
                 yield found[unit]
 
-    async def segments_of(self, unit: int) -> list[str]:
-        """The keys of the segments that prove a unit."""
+    async def segments_of(self, unit: int) -> dict[str, list[Row]]:
+        """The segments that prove a unit, by their keys, with all their rows."""
         block = {key: self._segments[key] for key in sorted(self._blocks.get(unit // BLOCK_UNITS, ()))}
-        return [key async for key, rows in _read_segments(self._store, block) if any(row.unit == unit for row in rows)]
+        return {key: rows async for key, rows in _read_segments(self._store, block)
+                if any(row.unit == unit for row in rows)}
 
 
 class Ledger:

@@ -32,7 +32,7 @@ from batch_client.events import (
 from batch_client.exchange import Exchange
 from batch_client.layout import FAILED_PREFIX, SPEC_KEY, SUCCESS_KEY, OutputLayout
 from batch_client.ledger import FLUSH_SECONDS, Ledger, LedgerView, Row
-from batch_client.manifest import read_manifest
+from batch_client.manifest import Manifest, read_manifest
 from batch_client.pieces import Pieces
 from batch_client.place import Begun, begin, check_place, generation_of
 from batch_client.plan import Plan, Span, Unit
@@ -85,10 +85,10 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     stop = stop or asyncio.Event()
     prepared = await prepare(spec, services)
     output = services.output_store
-    replaces, root = await _found(spec, output, prepared)
-    if root is not None:  # whatever has become of what it reused
-        emit(Published(spec.output, root, already=True))
-        return tally.summary(spec, prepared, await read_manifest(output))
+    replaces, manifest = await _found(spec, output, prepared)
+    if manifest is not None:  # whatever has become of what it reused
+        emit(Published(spec.output, manifest.root, already=True))
+        return tally.summary(spec, prepared, manifest)
     reusable = await _reusable(spec, services, prepared)
     if replaces:
         await remove_output(output)
@@ -104,16 +104,15 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     return tally.summary(spec, prepared, run.counted)
 
 
-async def _found(spec: RunSpec, output: Store, prepared: Prepared) -> tuple[bool, str | None]:
-    """Whether this run replaces what is at its output, and else the root of an output that is published already.
+async def _found(spec: RunSpec, output: Store, prepared: Prepared) -> tuple[bool, Manifest | None]:
+    """Whether this run replaces what is at its output, and else the manifest of one that is published already.
 
     Raises MismatchError for what it may neither replace nor go on with.
     """
     if spec.overwrite and await _replaces(spec, output, prepared):
         return True, None
     await check_place(output, prepared.identity)
-    manifest = await published_manifest(output)
-    return False, None if manifest is None else manifest.root
+    return False, await published_manifest(output)
 
 
 async def _reusable(spec: RunSpec, services: Services, prepared: Prepared) -> AsyncIterator[Row] | None:

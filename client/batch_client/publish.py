@@ -83,10 +83,12 @@ async def _require_stored(store: Store, proof: ChunkProof, unit: int, proven: Le
     found = await store.head(proof.key)
     if found is None or found.size != proof.size:
         now = "is gone" if found is None else f"has {found.size} bytes"
-        segments = " and ".join(await proven.segments_of(unit))
-        raise DataError(f"{child_url(store.url, proof.key)} {now}, {proof.size} were written: remove "
-                        f"{f'it and {segments}' if found else segments} and run the same command again, which scores "
-                        "and compares what was proven there")
+        segments = await proven.segments_of(unit)
+        names = " and ".join([*(["it"] if found else []), *segments])
+        todo = f"remove {names} and run the same command again, which scores and compares what was proven there"
+        if any(row.failed for rows in segments.values() for row in rows):
+            todo = "run again with --overwrite, since records that failed once may not fail again"
+        raise DataError(f"{child_url(store.url, proof.key)} {now}, {proof.size} were written: {todo}")
 
 
 async def _create_same(store: Store, key: str, data: bytes) -> None:

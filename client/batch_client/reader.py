@@ -177,17 +177,22 @@ async def open_source(store: Store, array: str | None) -> Source:
     dtype = np.dtype(node.dtype)
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise DataError(f"{where}: dtype {dtype} can't be scored; wanted bool, integers or floats up to 64 bits")
-    zarr_store.blosc = _outermost(node) == "blosc"
+    outermost = _outermost(node)
+    zarr_store.blosc = outermost["name"] in ("blosc", "numcodecs.blosc")
+    if node.shards and outermost.get("configuration", {}).get("index_location") == "start":
+        pairs = zip(node.shards, node.chunks, strict=True)
+        zarr_store.leading_index = math.prod(shard // chunk for shard, chunk in pairs)
     keys = sorted(key for key in record.etags if key.endswith(("zarr.json", ".zarray")))
     return Source(store, array or "", node, keys, await _documents(store, keys))
 
 
-def _outermost(node: AsyncArray[Any]) -> str | None:
-    """The name of the codec that chunk objects are written by in the end."""
+def _outermost(node: AsyncArray[Any]) -> dict[str, Any]:
+    """The codec that chunk objects are written by in the end, as Zarr v3's metadata has it; "" where v2 has none."""
     described = node.metadata.to_dict()
-    *_, last = [*(described.get("filters") or []), *filter(None, [described.get("compressor")]),
-                *described.get("codecs", [])] or [{}]
-    return str(last.get("id", last.get("name"))).removeprefix("numcodecs.")
+    if "codecs" in described:
+        return dict(described["codecs"][-1])
+    codecs = [codec for codec in (*(described["filters"] or ()), described["compressor"]) if codec]
+    return {"name": codecs[-1]["id"] if codecs else ""}
 
 
 # Of Zarr's two formats: https://zarr-specs.readthedocs.io, core v3.0 "Array metadata", and v2 "Metadata".

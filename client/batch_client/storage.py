@@ -55,7 +55,9 @@ class Meta:
 
 
 class Store(Protocol):
-    """A place for objects. Keys are relative to `url`. Every method may raise StorageError or CredentialsError."""
+    """A place for objects. Keys are relative to `url`. Every method may raise StorageError or CredentialsError,
+    UsageError where there is no such bucket, and DataError for a name that no key can have.
+    """
 
     url: str
 
@@ -297,7 +299,7 @@ def _local_store(url: str) -> Store:
     if ".." in path.relative_to(root).parts:
         raise UsageError(f"{url}: has '..' after what is no folder: wanted a path without")
     prefix = path.relative_to(root).as_posix()
-    # With its last object a folder goes too, as on an object store.
+    # Below the root a folder goes with its last object, as on an object store.
     inner = obstores.LocalStore(prefix=root, automatic_cleanup=True)
     return ObjectStore(path.as_uri(), inner, "" if prefix == "." else prefix + "/")
 
@@ -374,8 +376,8 @@ def _translate(error: Exception, doing: str) -> BatchClientError:
         return CredentialsError(f"{doing}: the store refused the credentials ({_code_of(said)}): check the keys "
                                 "and their rights to this place; --anonymous sends none, and is for public places")
     if odd := _ODD_NAME.search(str(error)):
-        return DataError(f"{doing}: no key can be as the name of the file {odd[1].strip('/')!r}: rename or remove it, "
-                         "and run the same command again")
+        return DataError(f"{doing}: the file {odd[1].strip('/')!r} has a name that no key can have: rename or remove "
+                         "it, and run the same command again")
     what = "permission denied" if isinstance(error, PermissionError) else _first_line(error)
     todo = ": check the network and, where one is set, AWS_ENDPOINT_URL" if _LOST.search(said) else ""
     return StorageError(f"{doing}: {what}{todo}")

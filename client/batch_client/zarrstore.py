@@ -33,6 +33,7 @@ __all__ = ["PieceBuffer", "ReadRecord", "SourceStore", "recording"]
 # Where a Blosc chunk says how many bytes it has (README_CHUNK_FORMAT.rst of c-blosc, "Header"). Its decoder does not
 # compare that with what it is given: of a chunk that was cut off it reads on in whatever memory is behind.
 BLOSC_SIZE = slice(12, 16)
+ABSENT = 2**64 - 1  # of a shard's index: Zarr v3 sharding codec 1.0, "Binary shard format"
 
 # A piece costs its request a write, some microseconds (perf of a run); copying so many bytes costs more.
 LEAST_KEPT_BYTES = 64 << 10
@@ -98,13 +99,14 @@ class PieceBuffer(cpu.NDBuffer):
 class SourceStore(ZarrStore):
     """A read-only zarr store over a `Store`.
 
-    blosc: whether Blosc is the outermost codec of the objects that are read from now on.
+    blosc: whether Blosc is the outermost codec of the objects that are read from now on; leading_index: of how many
+    chunks such an object begins with an index. They say how many bytes an object has, which not all decoders check.
     """
 
     def __init__(self, store: Store) -> None:
         super().__init__(read_only=True)
         self.store = store
-        self.blosc = False
+        self.blosc, self.leading_index = False, 0
 
     def __eq__(self, value: object) -> bool:
         return isinstance(value, SourceStore) and value.store is self.store
@@ -128,9 +130,19 @@ class SourceStore(ZarrStore):
             raise ValueError(f"{key} has 0 bytes")  # which no codec writes, and Blosc's decoder dies of
         if isinstance(byte_range, RangeByteRequest):
             _require_whole(key, blob.data.nbytes, byte_range.end - byte_range.start)
-        elif self.blosc and byte_range is None:
-            _require_whole(key, blob.data.nbytes, int.from_bytes(blob.data[BLOSC_SIZE], "little"))
+        elif byte_range is None:
+            _require_whole(key, blob.data.nbytes, self._said_bytes(blob.data))
         return prototype.buffer.from_array_like(np.frombuffer(blob.data, np.uint8))
+
+    def _said_bytes(self, data: memoryview) -> int:
+        """How many bytes an object has to have by what it says at its beginning; 0 where it says nothing."""
+        if self.blosc:
+            return max(BLOSC_SIZE.stop, int.from_bytes(data[BLOSC_SIZE], "little"))
+        said = 16 * self.leading_index
+        if not said or data.nbytes < said:
+            return said
+        places = np.frombuffer(data[:said], "<u8").reshape(-1, 2)  # offset and length of each chunk
+        return int(places[places[:, 0] != ABSENT].sum(axis=1).max(initial=0))
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]

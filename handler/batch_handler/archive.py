@@ -154,6 +154,8 @@ def read_description(archive: Path) -> ModelDescription:
         raise ArchiveError(f"{archive}: {error}") from error
     except OSError as error:
         raise ArchiveError(f"{archive} can't be read: {error.strerror or error}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # each way to compress has errors of its own
         raise ArchiveError(f"{archive} is damaged, wanted it as pack wrote it: {said(error)}") from error
 
@@ -163,15 +165,22 @@ def _without_working_folder() -> Iterator[None]:
     """Import as a worker does, which is started elsewhere: what only the working folder has is missing here too.
 
     `python -m` and `python -c` put that folder first. Where it is on the path for another reason, such as PYTHONPATH,
-    it stays. For the whole process, which packs one model at a time.
+    it stays, and so does the folder of a script. For the whole process, which packs one model at a time.
     """
     whole = list(sys.path)
-    first = 1 if whole[:1] == [os.getcwd()] else 0  # noqa: PTH109 - a string, as it is on the path
+    first = 1 if whole and not sys.flags.safe_path and _is_working_folder(whole[0]) else 0
     sys.path[:] = [place for place in whole[first:] if place]
     try:
         yield
     finally:
         sys.path[:] = whole
+
+
+def _is_working_folder(place: str) -> bool:
+    try:
+        return place == str(Path.cwd())
+    except OSError:  # it is gone
+        return False
 
 
 def _stage(request: PackRequest, directory: Path) -> ModelDescription:

@@ -32,6 +32,7 @@ _MAX_BODY_BYTES = 63 << 20
 _NUMBER_BYTES = 20
 RECORD_STATUS = "record_status"
 _JSON = "application/json"
+_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 _NPY = "application/x-npy"
 
 _log = logging.getLogger(__name__)
@@ -112,8 +113,9 @@ class Exchange:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == oip.CONTENT_TYPE:
             kind = ""  # what clients say who know no better: look at the body instead
-        # A request with a type has a body: of a form the server may find no field, and so leave nothing of it here.
-        if not kind and not request.body:
+        # Of a form without fields TorchServe leaves no body; without one any other type is a question.
+        absent = request.body is None and kind not in _FORMS
+        if absent or (not kind and not request.body):
             return Reply(json.dumps(self._metadata().to_json(), separators=(",", ":")).encode())
         return self._read_simple(request, kind or _sniff(request.body))
 

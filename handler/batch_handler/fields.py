@@ -93,9 +93,9 @@ def shape_of(value: Any, field: str, where: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def count(value: Any, field: str) -> int:
-    if type(value) is not int or value < 0:
-        raise SignatureError(f"{field} is {value!r}, wanted an integer of at least 0")
+def count(value: Any, field: str, least: int = 0) -> int:
+    if type(value) is not int or value < least:
+        raise SignatureError(f"{field} is {value!r}, wanted an integer of at least {least}")
     return value
 
 

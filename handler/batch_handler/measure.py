@@ -47,7 +47,7 @@ def prepare(archive: Path, folder: Path) -> dict[str, Any]:
     """Unpack an archive to FOLDER/model, make FOLDER/noop.mar of it, and say what bench needs to know.
 
     The second archive takes and gives the same tensors and runs no model; its golden outputs are zeros, so its digest
-    is another. Raises `ModelLoadError`, `SignatureError` or OSError.
+    is another. Raises `ModelLoadError`, `SignatureError`, OSError or MemoryError.
     """
     directory = folder / "model"
     directory.mkdir()

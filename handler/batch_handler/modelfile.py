@@ -109,6 +109,8 @@ def _kind_of_zip(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             # All are below one folder, but in the exports of torch 2.7 and before.
             names = [f"/{name}" for name in archive.namelist()]
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # any damage of its list of members
         raise ModelFileError(f"{path.name} is a damaged zip, wanted it as torch wrote it: {said(error)}") from error
     if any("/data/aotinductor/" in name for name in names):

@@ -320,7 +320,7 @@ class ModelDescription:
             outputs=tuple(OutputSpec.from_json(item) for item in list_of(fields, "outputs")),
             golden=Golden(
                 file_name(golden, "golden"),
-                count(golden.get("records"), "records of golden"),
+                count(golden.get("records"), "records of golden", 1),
                 number(golden.get("tolerance"), "tolerance", "golden"),
             ),
             micro_batch=count(fields["micro_batch"], "micro_batch"),

@@ -63,7 +63,7 @@ def test_a_full_disk_behind_standard_output_is_said(words, unbuffered, clean_env
         done = subprocess.run(command(*words), stdout=full, stderr=subprocess.PIPE, text=True, check=False,
                               env={**clean_environ, "PYTHONUNBUFFERED": unbuffered})
     assert done.returncode == 74
-    assert done.stderr == "batch-client: standard output can't be written: No space left on device\n"
+    assert done.stderr == "batch-client: standard output or error can't be written: No space left on device\n"
 
 
 def test_a_full_disk_elsewhere_is_not_called_standard_output(monkeypatch, capfd):

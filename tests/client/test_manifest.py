@@ -196,6 +196,23 @@ def test_what_is_gone_since_it_was_proven_is_not_published_until_it_is_there_aga
     run_virtually(run())
 
 
+def test_what_is_gone_beside_records_that_failed_is_not_scored_again_alone():
+    """They may not fail again, and then their chunks, which are there, are others."""
+    plan, store = plan_of(250, 100, chunk_records=100), MemoryStore()
+    store.objects[GENERATION_KEY] = b"a" * 16
+    store.objects[f"{LEDGER_PREFIX}{'a' * 16}/w/000000.json"] = segment_of([
+        Row(0, (ChunkProof("y/c/0/0", 10, "0" * 64),), {}, 100, 0, 0), Row(1, (), {}, 99, 1, 0),
+        Row(2, (), {}, 50, 0, 0)])
+
+    async def run():
+        view = LedgerView(store, plan.unit_count, "a" * 16)
+        await view.refresh()
+        with pytest.raises(DataError, match="y/c/0/0 is gone, 10 were written: run again with --overwrite, since"):
+            await publish(store, await OutputLayout.open(plan, "none"), plan, Identity(), view)
+
+    run_virtually(run())
+
+
 @pytest.mark.parametrize("when", ["crash before", "crash after"])
 def test_a_kill_at_every_step_of_publishing_is_resumed_to_the_same_root(when, calm):
     root, steps, source = calm

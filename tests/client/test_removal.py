@@ -84,7 +84,7 @@ def test_removal_of_objects_that_stay_is_no_endless_loop():
     run_virtually(run())
 
 
-def test_a_removal_of_files_leaves_no_folders(tmp_path):
+def test_a_removal_of_files_leaves_no_folders_below_the_output(tmp_path):
     world = World(1)
     run_virtually(world.live(calm()))
 
@@ -93,13 +93,14 @@ def test_a_removal_of_files_leaves_no_folders(tmp_path):
         for key, data in world.output.objects.items():
             await store.create(key, data)
         (tmp_path / "notes.txt").write_text("precious")
-        await remove_output(store)
-        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+        await remove_output(open_store(str(tmp_path / "runs" / "out")))
+        assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
+            "notes.txt", "runs", "runs/out"]
 
     asyncio.run(run())
 
 
 async def test_a_file_with_a_name_that_no_key_has_is_said_to_be_in_the_way(tmp_path):
     (tmp_path / "Icon\r").touch()
-    with pytest.raises(DataError, match=r"the name of the file 'Icon\\r': rename or remove it, and run"):
+    with pytest.raises(DataError, match=r"the file 'Icon\\r' has a name that no key can have: rename or remove it"):
         await contents_of(open_store(str(tmp_path)))

@@ -253,14 +253,13 @@ def test_a_damaged_spec_is_said(published, capsys):
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [
-    ((400, 12, 13), "uint8"), ((400, 12, 12), "int8"), ((400, 144), "uint8"), ((401, 12, 12), "uint8"),
-    ((399, 12, 12), "uint8")])
+    ((400, 12, 13), "uint8"), ((400, 12, 12), "int8"), ((400, 144), "uint8"), ((399, 12, 12), "uint8")])
 def test_a_source_that_is_another_array_than_was_scored_is_refused(published, capsys, shape, dtype):
     add_spec(published, spec_of(["scores"]))
     zarr.create_array(published / "other.zarr", data=np.zeros(shape, dtype))
     assert show(published, "--source", str(published / "other.zarr")) == 64
     err = capsys.readouterr().err
-    assert f"found {dtype} of shape {shape}, wanted uint8 of shape (400, 12, 12), which was scored" in err
+    assert f"found {dtype} of shape {shape}, wanted uint8 of shape (400, 12, 12): is it the array that was scored?" in err
     assert err.count("\n") == 1
 
 
@@ -268,6 +267,8 @@ def test_a_source_that_has_grown_since_is_still_what_was_scored(published):
     add_spec(published, spec_of(["scores"]))
     zarr.open_array(published / "in.zarr").resize((410, 12, 12))
     assert show(published) == 0
+    (published / "in.zarr").rename(published / "moved.zarr")
+    assert show(published, "--source", str(published / "moved.zarr")) == 0
 
 
 @pytest.mark.parametrize("name", ["a#b", "a?b", "#"])

@@ -136,7 +136,7 @@ def leaving(values: torch.Tensor) -> torch.Tensor:
     return values * 2
 
 
-def test_a_model_that_ends_the_process_costs_one_record(pack_request, tmp_path):
+def test_a_model_that_ends_the_process_costs_its_own_request(pack_request, tmp_path):
     spec = InputSpec("x", np.dtype("i2"), (16,), (16,))
     output = OutputSpec("y", np.dtype("f4"), (16,))
     scorer = Scorer(SlotRuntime(leaving, CpuDevice(), [spec], [output], numerics={}), [output], 4)

@@ -275,7 +275,7 @@ class _Session:
             for key in [meta.key async for meta in store.list("")]:
                 await store.delete(key)
             place = split_url(store.url)
-            if place.scheme == "file":  # where folders stay when what was in them is gone
+            if place.scheme == "file":  # where what a write that was cut off leaves is in no listing
                 await asyncio.to_thread(shutil.rmtree, unquote(place.path), ignore_errors=True)
 
     async def _storage(self, run: RunSpec, servers: Servers, output: Store) -> dict[Limit, float]:

@@ -153,7 +153,7 @@ def _report(error: BaseException) -> int:
         case click.Abort() | KeyboardInterrupt() | asyncio.CancelledError():
             message, code = "stopped", StoppedError.exit_code
         case OSError() if _is_of_echo(error):
-            message, code = f"standard output can't be written: {error.strerror}", StorageError.exit_code
+            message, code = f"standard output or error can't be written: {error.strerror}", StorageError.exit_code
         case _:
             traceback.print_exception(error)
             message = f"a bug in batch-client, please report it with the lines above: {type(error).__name__}: {error}"

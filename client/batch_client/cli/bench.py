@@ -12,6 +12,7 @@ import click
 
 from batch_client.cli.options import AMOUNT, bytes_option, missing_option
 from batch_client.cli.pack import LOSES_NAN
+from batch_client.cli.stream import say
 from batch_client.errors import StoppedError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def command(input_url: str | None, *, as_json: bool, **options: Any) -> None:
         for line in _lines(report, local=options["output"] is None):
             click.echo(line)
     if note := note_of(report.found):
-        click.echo(f"note: {note}", err=True)
+        say(f"note: {note}")
     if report.unsaved is not None:
         raise report.unsaved
 

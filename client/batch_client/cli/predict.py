@@ -27,7 +27,6 @@ IMAGES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".we
           ".gif": "image/gif", ".tif": "image/tiff", ".tiff": "image/tiff"}
 NPY, JSON = "application/x-npy", "application/json"
 SECONDS = 120.0
-
 KINDS = "npy, JSON, PNG, JPEG, GIF or BMP"
 
 

@@ -99,15 +99,13 @@ class _Scored:
     shape: tuple[int, ...]
     dtype: str
 
-    def require(self, place: str, inputs: Source, *, whole: bool) -> None:
-        """Raises UsageError for another array than was scored; unless `whole` it may have grown since."""
+    def require(self, place: str, inputs: Source) -> None:
+        """Raises UsageError for another array than was scored; it may have grown since."""
         geometry = inputs.geometry
-        found = (geometry.shape, str(geometry.dtype))
-        if not whole and geometry.count > self.shape[0]:
-            found = ((self.shape[0], *geometry.record_shape), found[1])
-        if found != (self.shape, self.dtype):
+        known = (min(geometry.count, self.shape[0]), *geometry.record_shape)
+        if (known, str(geometry.dtype)) != (self.shape, self.dtype):
             raise UsageError(f"{place}: found {geometry.dtype} of shape {geometry.shape}, wanted {self.dtype} of shape "
-                             f"{self.shape}, which was scored: name its place with --source URL")
+                             f"{self.shape}: is it the array that was scored?")
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ async def _show(output_url: str, *, labels: str | None, records: str | None, sou
         raise UsageError(f"{output_url}: it does not say what was scored; name it with --source URL")
     inputs = await open_source(open_store(place, anonymous=anonymous), attributes.get("source_array") or None)
     if output.scored is not None:
-        output.scored.require(place, inputs, whole=source is not None)
+        output.scored.require(place, inputs)
     if inputs.geometry.count < stop:
         raise UsageError(f"{place}: found {inputs.geometry.count:,} records, wanted at least {stop:,}; "
                          "is it the array that was scored?")

@@ -54,15 +54,20 @@ def load_module(
     if any(isinstance(part, torch.nn.Conv2d) for part in module.modules()) or (
         exported and any(weight.dim() == 4 for weight in module.parameters())
     ):
-        with _own_code("laid out as channels_last"):
-            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch: no such stub
         # Of the archive alone, so that every worker finds the same; two records have all the strides that more have.
-        records = fixed_records(module) or min(2, description.micro_batch)
-        if _runs(module, example_inputs(description.inputs, records, device), precision):
-            return module, "channels_last"
-        # Anew: a kernel of 1 by 1 has both layouts at once, and does not turn back.
+        examples = example_inputs(description.inputs, fixed_records(module) or 2, device)
+        runs = _runs(_channels_last(module), examples, precision)
+        # Anew, and one at a time: a forward may keep what it saw, and a kernel of 1 by 1 does not turn back.
+        del module
         module = _on_device(weights, directory, device)
+        if runs:
+            return _channels_last(module), "channels_last"
     return module, "contiguous"
+
+
+def _channels_last(module: torch.nn.Module) -> torch.nn.Module:
+    with _own_code("laid out as channels_last"):
+        return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return] # torch: no such stub
 
 
 def _on_device(weights: Weights, directory: Path, device: torch.device) -> torch.nn.Module:
@@ -79,9 +84,9 @@ def _runs(module: torch.nn.Module, examples: Sequence[torch.Tensor], precision: 
     except MemoryError:
         raise
     except (Exception, SystemExit) as error:  # the module's own code
-        mapped = classify(error)
-        if isinstance(mapped, DeviceError):
-            raise mapped from error
+        # No local has it: with the error's own traceback that would keep the module in memory.
+        if isinstance(classify(error), DeviceError):
+            raise classify(error) from error
         return False
     return True
 

@@ -219,7 +219,7 @@ def _mapped() -> Iterator[None]:
         yield
     except (DeviceError, ModelError, MemoryError):
         raise
-    except (Exception, SystemExit) as error:  # a model that ends the process ends its record alone
+    except (Exception, SystemExit) as error:  # a model that ends the process fails its request, and the worker stays
         mapped = classify(error)
         if mapped is error:
             first = (str(error).splitlines() or [""])[0]
