@@ -179,11 +179,15 @@ async def open_source(store: Store, array: str | None) -> Source:
         raise DataError(f"{where}: dtype {dtype} can't be scored; wanted bool, integers or floats up to 64 bits")
     outermost = _outermost(node)
     zarr_store.blosc = outermost["name"] in ("blosc", "numcodecs.blosc")
-    if node.shards and outermost.get("configuration", {}).get("index_location") == "start":
+    layout = outermost.get("configuration", {})
+    if node.shards and layout.get("index_location") == "start" and layout["index_codecs"][0] == _USUAL_INDEX:
         pairs = zip(node.shards, node.chunks, strict=True)
         zarr_store.leading_index = math.prod(shard // chunk for shard, chunk in pairs)
     keys = sorted(key for key in record.etags if key.endswith(("zarr.json", ".zarray")))
     return Source(store, array or "", node, keys, await _documents(store, keys))
+
+
+_USUAL_INDEX = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
 def _outermost(node: AsyncArray[Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
-from zarr.codecs import BloscCodec, BytesCodec, ShardingCodec, TransposeCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, TransposeCodec
 from zarr.core.buffer.cpu import NDBuffer
 
 from batch_client import zarrstore
@@ -27,6 +27,10 @@ LAYOUTS = {
     "a shard a chunk": {"shards": (10, 6)},
     "transposed": {"filters": [TRANSPOSED]},
     "transposed in shards": {"filters": [TRANSPOSED], "shards": (40, 6)},
+    "shards, a big-endian index first": {
+        "filters": [], "compressors": None, "chunks": (40, 6),
+        "serializer": ShardingCodec(chunk_shape=(10, 6), codecs=(BytesCodec(),), index_location="start",
+                                    index_codecs=(BytesCodec(endian="big"), Crc32cCodec()))},
     "two chunks a record": {"chunks": (CHUNK, 3)},
     "fill value": {"fill_value": 3.5},
     "Zarr 2": {"zarr_format": 2},
