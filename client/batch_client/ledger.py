@@ -11,18 +11,19 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from batch_client.errors import MismatchError, StorageError, one_error
 from batch_client.events import RecordFailed
-from batch_client.jsontext import canonical_json, parse_json
+from batch_client.jsontext import canonical_json
 from batch_client.layout import FAILED_PREFIX, LEDGER_PREFIX
 from batch_client.place import require_generation
 from batch_client.storage import Blob, Store, child_url, put_same
 
-__all__ = ["ChunkProof", "Ledger", "LedgerView", "Row", "rows_from_json", "segment_of"]
+__all__ = ["ChunkProof", "Ledger", "LedgerView", "Row", "row_json", "rows_from_json", "segment_of"]
 
 FLUSH_ROWS = 64
 FLUSH_SECONDS = 10.0
@@ -44,14 +45,14 @@ class ChunkProof(NamedTuple):
     sha256: str
 
 
-class Row(NamedTuple):
+class Row(msgspec.Struct, frozen=True):
     """What is proven of one unit: its objects, the ETags of the source chunks it was read from ("" where the store
     gives none, None for an absent chunk), its records by status.
     """
 
     unit: int
     chunks: tuple[ChunkProof, ...]
-    source: Mapping[str, str | None]
+    source: dict[str, str | None]
     ok: int
     failed: int
     not_finite: int
@@ -65,25 +66,32 @@ class Row(NamedTuple):
         """Source chunks that were not there and were taken as the fill value."""
         return list(self.source.values()).count(None)
 
-    def to_value(self) -> dict[str, Any]:
-        return self._asdict()
 
-    @classmethod
-    def from_value(cls, value: Any) -> Row:
-        """Raises ValueError, KeyError or TypeError for what `to_value` would not have made."""
-        chunks = tuple([ChunkProof(str(key), int(size), str(sha256)) for key, size, sha256 in value["chunks"]])
-        return cls(int(value["unit"]), chunks, dict(value["source"]), int(value["ok"]), int(value["failed"]),
-                   int(value["not_finite"]))
+class _Rows(msgspec.Struct):
+    rows: Sequence[Row]
 
 
-def rows_from_json(data: bytes | memoryview) -> list[Row]:
-    """Rows of a ledger segment or of a part of the manifest. Raises ValueError, KeyError or TypeError."""
-    return [Row.from_value(value) for value in parse_json(data)["rows"]]
+# Five times as quick to read as json with checks of types in Python, twelve times as quick to write.
+_DECODER = msgspec.json.Decoder(_Rows)
+_ENCODER = msgspec.json.Encoder(order="sorted")
+
+
+def row_json(row: Row) -> bytes:
+    """As `canonical_json` would spell it."""
+    return _ENCODER.encode(row)
+
+
+def rows_from_json(data: bytes | memoryview) -> Sequence[Row]:
+    """Rows of a ledger segment or of a part of the manifest. Raises ValueError."""
+    try:
+        return _DECODER.decode(data).rows
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
 
 
 def segment_of(rows: Sequence[Row]) -> bytes:
     """The bytes of a ledger segment: its rows, and what shows that they are still those that were written."""
-    text = canonical_json({"rows": [row.to_value() for row in rows]})[:-1]
+    text = _ENCODER.encode(_Rows(rows))[:-1]
     return text + _seal(text)
 
 
@@ -186,7 +194,7 @@ class LedgerView:
                                        "run the same command again, and what is missing is proven again")
                 yield found[unit]
 
-    async def segments_of(self, unit: int) -> dict[str, list[Row]]:
+    async def segments_of(self, unit: int) -> dict[str, Sequence[Row]]:
         """The segments that prove a unit, by their keys, with all their rows."""
         block = {key: self._segments[key] for key in sorted(self._blocks.get(unit // BLOCK_UNITS, ()))}
         return {key: rows async for key, rows in _read_segments(self._store, block)
@@ -248,7 +256,7 @@ class Ledger:
         await self._store.create(f"{FAILED_PREFIX}{unit:08d}-{self._writer}.json", body)
 
 
-async def _read_segments(store: Store, sizes: Mapping[str, int]) -> AsyncIterator[tuple[str, list[Row]]]:
+async def _read_segments(store: Store, sizes: Mapping[str, int]) -> AsyncIterator[tuple[str, Sequence[Row]]]:
     """Each segment's key and rows, in the order of `sizes`, whose values are bytes."""
     for keys in _batches(sizes):
         with one_error():
@@ -271,12 +279,12 @@ def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
         yield batch
 
 
-def _rows_of(store: Store, key: str, blob: Blob | None) -> list[Row]:
+def _rows_of(store: Store, key: str, blob: Blob | None) -> Sequence[Row]:
     if blob is None:
         return []
     try:
         _require_sealed(blob.data)
         return rows_from_json(blob.data)
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise MismatchError(f"{child_url(store.url, key)}: this ledger segment can't be read ({error}); "
                             "remove it, and its chunks are scored and compared again") from error

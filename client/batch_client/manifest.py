@@ -14,7 +14,7 @@ from typing import Any
 from batch_client.errors import DataError, MismatchError
 from batch_client.jsontext import canonical_json, parse_json
 from batch_client.layout import MANIFEST_KEY, MANIFEST_PREFIX
-from batch_client.ledger import ChunkProof, Row, rows_from_json
+from batch_client.ledger import ChunkProof, Row, row_json, rows_from_json
 from batch_client.spec import RunIdentity
 from batch_client.storage import Store, child_url
 
@@ -79,7 +79,7 @@ class ManifestBuilder:
         for name in self._counts:
             self._counts[name] += getattr(row, name)
         self._missing_chunks += row.missing_chunks
-        self._rows.append(canonical_json(row.to_value()))
+        self._rows.append(row_json(row))
         self._nbytes += len(self._rows[-1])
         return self.close() if self._nbytes >= PART_BYTES else None
 
@@ -145,7 +145,7 @@ async def manifest_rows(store: Store, manifest: Manifest) -> AsyncIterator[Row]:
             raise DataError(f"{where} is not what was published: it has SHA-256 {found}, wanted {part.sha256}")
         try:
             rows = rows_from_json(blob.data)
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{where} can't be read ({type(error).__name__}: {error})") from error
+        except ValueError as error:
+            raise DataError(f"{where} can't be read ({error})") from error
         for row in rows:
             yield row

@@ -10,7 +10,6 @@ from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.errors import MismatchError
 from batch_client.jsontext import canonical_json, parse_json
 from batch_client.layout import MANIFEST_KEY, SPEC_KEY
-from batch_client.ledger import rows_from_json
 from batch_client.manifest import read_manifest
 from batch_client.prepare import _stored_run
 from batch_client.progress import progress_of
@@ -22,8 +21,6 @@ DEEP = b"[" * 1_000_000
 def test_text_that_nests_too_deeply_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="nested too deeply"):
         parse_json(DEEP)
-    with pytest.raises(ValueError, match="nested too deeply"):
-        rows_from_json(DEEP)
     assert parse_json(memoryview(b"[[1]]")) == [[1]]
 
 

@@ -1,17 +1,17 @@
 """The view of a ledger says what a dict of all its rows would say, in a few bytes a chunk."""
 
 import asyncio
-import json
 import tracemalloc
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from batch_client import ledger
 from batch_client.errors import MismatchError, StorageError
 from batch_client.layout import GENERATION_KEY, LEDGER_PREFIX
-from batch_client.ledger import ChunkProof, Ledger, LedgerView, Row, rows_from_json, segment_of
+from batch_client.ledger import ChunkProof, Ledger, LedgerView, Row, row_json, rows_from_json, segment_of
 from batch_client.place import begin
 from batch_client.removal import remove_output
 from batch_client.storage import MemoryStore
@@ -126,8 +126,7 @@ def test_a_row_that_is_gone_or_altered_when_it_is_read_again_is_noticed():
         store.objects[keys[2]] = good.replace(b'"a"', b'"d"')
         with pytest.raises(MismatchError, match=r"can't be read \(its SHA-256 is that of other bytes\); remove it"):
             [row async for row in view.rows()]
-        other = json.loads(good.replace(b'"a"', b'"d"'))["rows"]
-        store.objects[keys[2]] = segment_of([Row.from_value(row) for row in other])
+        store.objects[keys[2]] = segment_of(rows_from_json(good.replace(b'"a"', b'"d"')))
         with pytest.raises(MismatchError, match="different bytes for output chunk 20"):
             [row async for row in view.rows()]
 
@@ -142,6 +141,18 @@ def test_segments_are_read_a_bounded_number_of_bytes_at_a_time(sizes):
     assert [key for batch in batches for key in batch] == list(range(len(sizes)))
     for batch in batches:
         assert len(batch) == 1 or (len(batch) <= 3 and sum(sizes[key] for key in batch) <= 50)
+
+
+@pytest.mark.parametrize("wrong", [
+    b"[]", b"{}", b'{"rows":{}}', b'{"rows":[1]}', b'{"rows":[{"unit":1}]}', b'{"rows":[' * 200_000,
+    b'{"rows":[%b]}' % row_json(row_of(1)).replace(b'"ok":6', b'"ok":"6"'),
+    b'{"rows":[%b]}' % row_json(row_of(1)).replace(b'"y/c/1/0",', b""),
+    b'{"rows":[%b]}' % row_json(row_of(1)).replace(b'"c/1":', b'"c/1":1,"c":'),
+])
+def test_rows_of_another_form_are_refused(wrong):
+    assert len(rows_from_json(b'{"rows":[%b]}' % row_json(row_of(1)))) == 1
+    with pytest.raises(ValueError, match=r"JSON|Expected|required|recursion"):
+        rows_from_json(wrong)
 
 
 def test_a_segment_over_the_bound_is_refused_before_it_is_read(monkeypatch):
@@ -252,7 +263,7 @@ def test_segments_are_written_before_they_are_larger_than_any_that_is_read():
         written = await ledger_of(store, identity_of(), A)
         many = {f"c/{chunk}": None for chunk in range(ledger.FLUSH_SOURCE_CHUNKS // 2)}
         for unit in range(6):
-            await written.add(row_of(unit, failed=0)._replace(source=many))
+            await written.add(replace(row_of(unit, failed=0), source=many))
         assert sum(key.startswith(LEDGER_PREFIX) for key in store.objects) == 3
         # A record that failed may not fail again: its chunk is proven at once.
         await written.add(row_of(7, failed=1))
@@ -273,7 +284,7 @@ def test_rows_that_gathered_during_a_flush_are_written_in_segments_that_can_be_r
         many = {f"c/{chunk}": None for chunk in range(ledger.FLUSH_SOURCE_CHUNKS // 2)}
         async with asyncio.TaskGroup() as tasks:
             for unit in range(9):
-                tasks.create_task(written.add(row_of(unit, failed=0)._replace(source=many)))
+                tasks.create_task(written.add(replace(row_of(unit, failed=0), source=many)))
         await written.flush()
         segments = [data for key, data in store.objects.items() if key.startswith(LEDGER_PREFIX)]
         assert [len(rows_from_json(data)) for data in segments] == [2, 2, 2, 2, 1]

@@ -8,12 +8,13 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import asdict
 
 from batch_client import manifest
 from batch_client.errors import BrokenPromiseError, DataError, MismatchError
 from batch_client.jsontext import canonical_json
 from batch_client.layout import GENERATION_KEY, LEDGER_PREFIX, MANIFEST_KEY, MANIFEST_PREFIX, OutputLayout
-from batch_client.ledger import ChunkProof, LedgerView, Row, segment_of
+from batch_client.ledger import ChunkProof, LedgerView, Row, row_json, segment_of
 from batch_client.manifest import ManifestBuilder, manifest_rows, read_manifest
 from batch_client.publish import publish
 from batch_client.reader import ETags
@@ -68,7 +69,8 @@ def test_rows_come_out_of_bounded_parts_as_they_went_in(values):
     parts = [part for part in (*map(builder.add, rows), builder.close()) if part is not None]
     store.objects.update(parts)
     store.objects[MANIFEST_KEY] = builder.head(Identity(), [ChunkProof("zarr.json", 1, "f")])
-    longest = max([0, *(len(canonical_json(row.to_value())) for row in rows)])
+    assert list(map(row_json, rows)) == [canonical_json(asdict(row)) for row in rows]
+    longest = max([0, *(len(row_json(row)) for row in rows)])
     assert all(len(body) < PART_BYTES + longest + 30 + len(rows) for _, body in parts)
     assert all(len(body) >= PART_BYTES for _, body in parts[:-1])
 
