@@ -12,6 +12,7 @@ from batch_client.cli import VERBS
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 EXPLANATION = ROOT / "docs" / "explanation"
+DOCKER_FLAGS = {"--cpus", "--cpuset-cpus", "--ipc", "--shm-size"}
 CLI = (ROOT / "docs" / "reference" / "cli.md").read_text()
 
 
@@ -43,6 +44,19 @@ def test_every_flag_of_every_verb_is_in_the_reference(verb):
         if isinstance(option, click.Option):
             for flag in option.opts:
                 assert re.search(rf"`{flag}[ `]", known), flag
+
+
+def test_every_flag_that_a_page_names_exists():
+    known = DOCKER_FLAGS | {"--help", "--version", "--config"}
+    for verb in VERBS:
+        known |= {flag for option in import_module(f"batch_client.cli.{verb}").command.params for flag in option.opts}
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'add_argument\("(--[\w-]+)"', script.read_text()))
+    for page in PAGES:
+        text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for code in re.findall(r"`([^`]+)`", text):
+            for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", code):
+                assert flag in known, f"{page.name}: {flag}"
 
 
 @pytest.mark.parametrize("package", ["client/batch_client", "handler/batch_handler"])

@@ -36,8 +36,8 @@ NOTES = {
               "take them on machines of this kind.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True,
               help="What the model computes in. Others than float32 change its scores: look at them first.")
-@click.option("--output", metavar="URL", help="Write to a folder of its own below this place, and remove it after.  "
-              "[default: a temporary folder on this machine]")
+@click.option("--output", metavar="URL", help="Write to a folder of its own below this place, and remove it after; "
+              "needs INPUT.  [default: a temporary folder on this machine]")
 @click.option("--array", metavar="NAME", help="The array to read, when INPUT is a group.")
 @bytes_option
 @missing_option

@@ -92,7 +92,7 @@ _server_flags = _stack(
     click.option("--token-file", metavar="FILE", help="File with the endpoints' token; read again when refused."),
     click.option("--token-command", metavar="COMMAND", help="Command that prints the token; run again when refused."),
     click.option("--workers", type=WORKERS, callback=split_workers, metavar="W[xT]", help="Worker processes of the "
-                 "embedded server, and threads of each, such as 2x4.  [default: tuned, or GPUs, or cores]"),
+                 "server of --archive, and threads of each, such as 2x4.  [default: tuned, or GPUs, or cores]"),
 )
 
 
@@ -156,7 +156,7 @@ run_options = _stack(
     click.option("--fast", is_flag=True, help="Give up equal bytes: records share micro-batches as they come, and "
                  "servers may differ in numerics."),
     click.option("--max-failed", type=int, default=0, show_default=True, help="Publish with up to this many failed "
-                 "records; others are listed and their chunks held back."),
+                 "records in all; others are listed and their chunks held back."),
     click.option("--require-finite", is_flag=True, help="Let NaN and infinite predictions count against --max-failed, "
                  "too."),
     click.option("--part", metavar="I/N", help="Score the I-th of N parts; whoever completes the run publishes it."),

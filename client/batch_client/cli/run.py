@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("--log", type=click.Choice(["bar", "json", "none"]), default="bar", show_default=True,
               help="What standard error shows: a progress bar, JSON lines, nothing.")
 @click.option("--report", "page", metavar="FILE.html", type=click.Path(path_type=Path),
-              help="Write a page about the run: speed, what limited it, latencies, retries, scores.")
+              help="Write a report of the run, one page: speed, what limited it, latencies, retries, scores.")
 def command(input_url: str, output_url: str, *, as_json: bool, log: str, page: Path | None, **options: Any) -> None:
     """Score every record of INPUT, a Zarr array, into OUTPUT, or go on with a run that was stopped.
 

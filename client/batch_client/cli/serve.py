@@ -22,9 +22,9 @@ __all__ = ["command"]
 
 @click.command(name="serve")
 @click.argument("archive")
-@click.option("--workers", type=WORKERS, callback=split_workers, metavar="W[xT]", help="Processes with the model, and "
+@click.option("--workers", type=WORKERS, callback=split_workers, metavar="W[xT]", help="Worker processes, and "
               "threads of each, such as 2x4. Default: the tuning file's, else one a GPU or a core.")
-@click.option("--online-workers", type=click.IntRange(0), help="Processes of a lane of its own for online queries; "
+@click.option("--online-workers", type=click.IntRange(0), help="Those of a lane of its own for online queries; "
               "bulk runs use the others at low priority. 0: one lane for both. Default: 1, on GPUs 0.")
 @click.option("--micro-batch", type=click.IntRange(1),
               help="Records in one run of the model. Default: the tuning file's, or the archive's.")

@@ -37,7 +37,7 @@ _BLOCK_BYTES = 32 << 20
 @click.command("show")
 @click.argument("output_url", metavar="OUTPUT")
 @click.option("--labels", metavar="FILE.npy", help="The true classes (a .npy file or a Zarr array, path or URL): one "
-                                                   "for each record of the source, or of the range.")
+              "for each record of the source, of the output, or of the range.")
 @click.option("--records", metavar="A:B", help="Only records A to B-1, counted as in the source.")
 @click.option("--source", metavar="URL", help="Where the scored array is now.  [default: where the run read it]")
 @click.option("--anonymous", is_flag=True, help="Use storage without credentials: public buckets.")
