@@ -72,15 +72,16 @@ class ETags:
 class Source:
     """An open source array."""
 
-    def __init__(self, store: Store, path: str, array: AsyncArray[Any], metadata_keys: list[str],
-                 metadata: list[bytes]) -> None:
-        self._metadata_keys = metadata_keys
+    def __init__(self, store: Store, path: str, array: AsyncArray[Any], metadata: Mapping[str, bytes]) -> None:
+        """metadata: the documents that `array` was opened by, by key."""
+        self._metadata_keys = sorted(metadata)
         self.url = child_url(store.url, path)
         self._store = store
         self._prefix = f"{path.strip('/')}/" if path else ""
-        self.metadata_digest = _digest(metadata)
+        documents = [metadata[key] for key in self._metadata_keys]
+        self.metadata_digest = _digest(documents)
         # How chunks are decoded, whatever number of records there is and whatever is noted of them.
-        self.encoding_digest = _digest([_encoding(document) for document in metadata])
+        self.encoding_digest = _digest([_encoding(document) for document in documents])
         self._array = array
         grid = array.shards or array.chunks
         beside = (-(-size // piece) for size, piece in zip(array.shape[1:], grid[1:], strict=True) if size)
@@ -183,8 +184,7 @@ async def open_source(store: Store, array: str | None) -> Source:
     if node.shards and layout.get("index_location") == "start" and layout["index_codecs"][0] == _USUAL_INDEX:
         pairs = zip(node.shards, node.chunks, strict=True)
         zarr_store.leading_index = math.prod(shard // chunk for shard, chunk in pairs)
-    keys = sorted(key for key in record.etags if key.endswith(("zarr.json", ".zarray")))
-    return Source(store, array or "", node, keys, await _documents(store, keys))
+    return Source(store, array or "", node, record.metadata)
 
 
 _USUAL_INDEX = {"name": "bytes", "configuration": {"endian": "little"}}

@@ -35,16 +35,21 @@ __all__ = ["PieceBuffer", "ReadRecord", "SourceStore", "recording"]
 BLOSC_SIZE = slice(12, 16)
 ABSENT = 2**64 - 1  # of a shard's index: Zarr v3 sharding codec 1.0, "Binary shard format"
 
+METADATA = ("zarr.json", ".zarray")  # an array's own, in Zarr v3 and v2
+
 # A piece costs its request a write, some microseconds (perf of a run); copying so many bytes costs more.
 LEAST_KEPT_BYTES = 64 << 10
 
 
 @dataclass
 class ReadRecord:
-    """What one read touched: ETag by key (None where the store gives none), keys that were absent, bytes moved."""
+    """What one read touched: ETag by key (None where the store gives none), keys that were absent, bytes moved;
+    metadata: the documents among it that say how an array is decoded, by key.
+    """
 
     etags: dict[str, str | None] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    metadata: dict[str, bytes] = field(default_factory=dict)
     nbytes: int = 0
 
 
@@ -126,6 +131,8 @@ class SourceStore(ZarrStore):
                 raise MismatchError(f"{child_url(self.store.url, key)}: changed while it was being read: score a "
                                     "source that stays as it is")
             record.nbytes += blob.data.nbytes
+            if key.endswith(METADATA):
+                record.metadata[key] = bytes(blob.data)
         if not blob.data.nbytes:
             raise ValueError(f"{key} has 0 bytes")  # which no codec writes, and Blosc's decoder dies of
         if isinstance(byte_range, RangeByteRequest):

@@ -10,7 +10,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, Tran
 from zarr.core.buffer.cpu import NDBuffer
 
 from batch_client import zarrstore
-from batch_client.errors import DataError
+from batch_client.errors import DataError, MismatchError
 from batch_client.reader import open_source
 from batch_client.storage import Blob, MemoryStore, open_store
 from batch_client.zarrstore import LEAST_KEPT_BYTES, PieceBuffer
@@ -107,6 +107,33 @@ async def test_chunks_of_which_nearly_all_is_wanted_are_not_copied(start, stop, 
               if np.shares_memory(piece, await stored_memory(store, f"c/{chunk}/0"))]
     assert shared == kept
     np.testing.assert_array_equal(records.joined(), records_of(COUNT)[start:stop])
+
+
+class Rewritten(MemoryStore):
+    """Somebody writes other metadata as soon as it was read."""
+
+    async def get(self, key, start=None, stop=None):
+        blob = await super().get(key, start, stop)
+        if key.endswith("zarr.json"):
+            self.objects[key] = self.objects[key].replace(b'"uint8"', b'"int8"')
+        return blob
+
+
+async def nothing_read():
+    for etags in ():
+        yield etags
+
+
+async def test_the_metadata_that_is_pinned_is_what_chunks_are_decoded_by():
+    store = await source_of(records_of(COUNT), (CHUNK, 3))
+    was = (await open_source(store, None)).metadata_digest
+    rewritten = Rewritten()
+    rewritten.objects = store.objects
+    source = await open_source(rewritten, None)
+    assert source.geometry.dtype == np.uint8
+    assert source.metadata_digest == was
+    with pytest.raises(MismatchError, match="its Zarr metadata changed while it was being scored"):
+        await source.require_unchanged(nothing_read())
 
 
 async def test_small_chunks_are_copied_into_one_array():
