@@ -100,7 +100,9 @@ class RequestDone:
 
 @dataclass(frozen=True)
 class RequestRetried:
-    """An attempt of so many seconds did not give a result and will be made again after `delay` seconds."""
+    """An attempt of so many seconds did not give a result and will be made again after `delay` seconds, or later where
+    too few others succeed.
+    """
 
     endpoint: str
     reason: str

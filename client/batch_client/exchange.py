@@ -136,7 +136,8 @@ class Exchange:
         self._clock = clock
         self._rng = rng
         self._emit = emit
-        self._bucket = RetryBucket()
+        self._bucket = RetryBucket(max(1, sum(endpoint.left_out is None for endpoint in pool.endpoints)))
+        self._repeating = asyncio.Lock()
         self._last_success = clock()
         self._refused_token: str | None = None
         self._version: str | None = None
@@ -176,8 +177,15 @@ class Exchange:
 
     async def pause(self, tries: int) -> None:
         """Wait before an attempt that repeats another, paid for by the run's retry bucket."""
+        await self._wait(full_jitter(tries, self._rng))
+
+    async def _wait(self, seconds: float) -> None:
+        """So long, and until the bucket pays for a repetition: first come, first served."""
         with timed(Step.PAUSE, self._emit, self._clock):
-            await asyncio.sleep(max(full_jitter(tries, self._rng), self._bucket.delay(self._clock())))
+            await asyncio.sleep(seconds)
+            async with self._repeating:
+                while again := self._bucket.delay(self._clock()):  # noqa: ASYNC110 - it says when to ask again
+                    await asyncio.sleep(again)
 
     def out_of_patience(self, since: float) -> float | None:
         """Seconds since the last answer, or `since` if that is later, if they are more than the run's patience."""
@@ -309,12 +317,11 @@ class Exchange:
                                f"answer of {endpoint.url}: {verdict.outcome.value}: {verdict.reason}; "
                                "the same command goes on from here")
         # A server without room, or that wants another token, rests for all requests (pool): nothing to wait for here.
-        delay = 0.0
-        if verdict.outcome not in (Outcome.BUSY, Outcome.TOKEN):
-            delay = max(full_jitter(tries.made, self._rng), self._bucket.delay(self._clock()))
+        rests = verdict.outcome in (Outcome.BUSY, Outcome.TOKEN)
+        delay = 0.0 if rests else full_jitter(tries.made, self._rng)
         self._emit(RequestRetried(endpoint.url, f"{verdict.outcome.value}: {verdict.reason}", delay, seconds))
-        with timed(Step.PAUSE, self._emit, self._clock):
-            await asyncio.sleep(delay)
+        if not rests:
+            await self._wait(delay)
 
     def _check(self, reply: InferReply, attempt: _Attempt, count: int) -> Prediction:
         contract = self._contract

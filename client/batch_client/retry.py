@@ -1,8 +1,8 @@
 """Whether and when again. Pure: time and randomness are passed in.
 
-Retries are paid for by successes (a token bucket: `RESERVE` to begin with, `GAIN` earned by each success), so that a
-server in trouble sees little more than its normal load; an empty bucket leaves one probe a second. Waiting times have
-full jitter (Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015).
+Retries are paid for by successes (a token bucket: `RESERVE` a server to begin with, `GAIN` earned by each success), so
+that a server in trouble sees little more than its normal load; an empty bucket leaves one probe a second and server.
+Waiting times have full jitter (Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015).
 """
 
 from __future__ import annotations
@@ -18,27 +18,30 @@ BASE_SECONDS = 0.1
 CAP_SECONDS = 10.0
 
 
-def full_jitter(attempt: int, rng: random.Random, base: float = BASE_SECONDS, cap: float = CAP_SECONDS) -> float:
+def full_jitter(attempt: int, rng: random.Random) -> float:
     """Seconds to wait before try number `attempt` (1 is the first repetition): uniform in [0, min(cap, base·2ⁿ))."""
-    return rng.random() * min(cap, base * 2.0 ** min(attempt, 30))
+    return rng.random() * min(CAP_SECONDS, BASE_SECONDS * 2.0 ** min(attempt, 30))
 
 
 class RetryBucket:
-    """The run's purse for repeated requests."""
+    """The run's purse for repeated requests at so many servers."""
 
-    def __init__(self, reserve: float = RESERVE, gain: float = GAIN) -> None:
-        self._most = reserve
-        self._gain = gain
-        self._tokens = reserve
+    def __init__(self, servers: int = 1) -> None:
+        self._most = self._tokens = RESERVE * servers
+        self._between_probes = PROBE_SECONDS / servers
         self._next_probe = float("-inf")
 
     def succeeded(self) -> None:
-        self._tokens = min(self._most, self._tokens + self._gain)
+        self._tokens = min(self._most, self._tokens + GAIN)
 
     def delay(self, now: float) -> float:
-        """Take leave to repeat one request: seconds to wait until it may go, 0 if at once."""
+        """Take leave to repeat one request: 0 where it is given, else the seconds after which to ask again; successes
+        may have paid by then.
+        """
         if self._tokens >= 1.0:
             self._tokens -= 1.0
             return 0.0
-        self._next_probe = max(now, self._next_probe + PROBE_SECONDS)
+        if now >= self._next_probe:
+            self._next_probe = now + self._between_probes
+            return 0.0
         return self._next_probe - now

@@ -11,32 +11,52 @@ from hypothesis import strategies as st
 
 from batch_client.dialect import Outcome, read_reply
 from batch_client.errors import MismatchError, UsageError
-from batch_client.retry import RetryBucket, full_jitter
+from batch_client.retry import RESERVE, RetryBucket, full_jitter
 from batch_client.spec import Records, RunIdentity, RunSpec
 
 
-def test_an_empty_bucket_leaves_one_probe_a_second():
-    bucket = RetryBucket(reserve=2)
-    assert [bucket.delay(0.0) for _ in range(5)] == [0, 0, 0, 1, 2]
-    assert bucket.delay(10.0) == 0
+def leaves(bucket, count, now=0.0):
+    """When so many requests, one behind the other, have leave to be repeated."""
+    for _ in range(count):
+        while wait := bucket.delay(now):
+            now += wait
+        yield now
+
+
+def emptied(bucket):
+    while not bucket.delay(0.0):
+        pass
+    return bucket
+
+
+@pytest.mark.parametrize("servers", [1, 40])
+def test_an_empty_bucket_leaves_one_probe_a_second(servers):
+    """Of each server."""
+    reserve, times = int(RESERVE) * servers, [*leaves(RetryBucket(servers), 24 * servers)]
+    assert times[:reserve] == [0] * reserve
+    assert times[reserve::servers] == pytest.approx([0, 1, 2, 3])
 
 
 def test_successes_pay_for_retries():
-    bucket = RetryBucket(reserve=20)
-    for _ in range(20):
-        bucket.delay(0.0)
+    bucket = emptied(RetryBucket())
     for _ in range(11):
         bucket.succeeded()
-    assert bucket.delay(0.0) == 0
-    assert bucket.delay(0.0) == 0  # the second's probe
-    assert bucket.delay(0.0) == 1
+    assert [*leaves(bucket, 3)] == [0, 1, 2]  # one was paid for
+
+
+def test_successes_pay_for_those_who_wait_already():
+    bucket = emptied(RetryBucket())
+    assert bucket.delay(0.25) == 0.75
+    for _ in range(50):
+        bucket.succeeded()
+    assert [*leaves(bucket, 4, 0.25)] == [0.25] * 4
 
 
 def test_old_successes_pay_for_no_more_than_the_reserve():
-    bucket = RetryBucket(reserve=3)
+    bucket = RetryBucket()
     for _ in range(1000):
         bucket.succeeded()
-    assert [bucket.delay(0.0) for _ in range(6)] == [0, 0, 0, 0, 1, 2]  # the reserve's three, then a probe a second
+    assert [*leaves(bucket, 24)] == [0] * 21 + [1, 2, 3]  # the reserve's twenty, then a probe a second
 
 
 @given(st.integers(0, 10_000), st.integers())
