@@ -1,8 +1,10 @@
 """What the command line ends with: settings that can't be, something below it that ends the process."""
 
 import errno
+import io
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -47,12 +49,28 @@ def test_a_size_of_a_settings_file_is_no_truth_value(tmp_path, monkeypatch, capf
     assert "True: wanted a number of bytes such as 64M" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("flag", "value"), [
+    ("--max-bytes-in-flight", "9" * 5000), ("--max-bytes-in-flight", "9" * 5000 + "M"), ("--part", "1/" + "9" * 5000),
+    ("--part", "9" * 5000 + "/1"), ("--in-flight", "9" * 5000), ("--records", "0:" + "9" * 5000),
+])
+def test_a_number_of_thousands_of_digits_is_no_number(flag, value, capfd):
+    assert cli.main(["run", "in", "out", "--archive", "model.mar", flag, value]) == 64
+    assert "a bug" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("value", ["0", '"0"'])
 def test_a_whole_number_of_a_settings_file_is_taken_with_and_without_quotes(value, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "batch-client.toml").write_text(f"[run]\nin-flight = {value}\n")
     assert cli.main(["run", "in", "out", "--archive", "model.mar"]) == 64
     assert "--in-flight 0: wanted at least 1" in capfd.readouterr().err
+
+
+def test_a_standard_input_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, capfd):
+    with (tmp_path / "written").open("wb") as written:  # as of a shell's 0>written
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.FileIO(written.fileno(), "rb", closefd=False)))
+        assert cli.main(["predict", "-", "--archive", "model.mar"]) == 64
+    assert capfd.readouterr().err == f"batch-client: standard input: {os.strerror(errno.EBADF)}\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that Linux has")

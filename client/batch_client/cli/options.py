@@ -31,7 +31,7 @@ class ByteSize(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if type(value) is int:  # True, which a settings file may have, is one too
             return value
-        found = re.fullmatch(r"(\d+)\s*([KMG]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
+        found = re.fullmatch(r"(\d{1,18})\s*([KMG]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
         if found is None:
             self.fail(f"{value!r}: wanted a number of bytes such as 64M", param, ctx)
         return int(found[1]) * _UNITS[found[2].upper()]
@@ -176,7 +176,7 @@ def spec_of(input_url: str, output_url: str, options: dict[str, Any]) -> RunSpec
 
 
 def _part_of(text: str) -> tuple[int, int]:
-    part, slash, parts = text.partition("/")
-    if not (slash and part.isdecimal() and parts.isdecimal()):
+    found = re.fullmatch(r"(\d{1,18})/(\d{1,18})", text)
+    if found is None:
         raise UsageError(f"--part {text!r}: wanted I/N with 1 <= I <= N, such as 1/8")
-    return int(part), int(parts)
+    return int(found[1]), int(found[2])

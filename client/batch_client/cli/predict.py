@@ -71,7 +71,10 @@ async def _predict(query: str, records: Records | None, array: str | None, spec:
 def _read_query(query: str) -> _Query:
     if query == "-":
         name, content_type = "standard input", ""
-        body = sys.stdin.buffer.read(MOST_BYTES + 1)
+        try:
+            body = sys.stdin.buffer.read(MOST_BYTES + 1)
+        except OSError as error:
+            raise UsageError(f"{name}: {error.strerror}") from error
     else:
         name = query
         path = Path(query)
