@@ -53,8 +53,8 @@ async def serving(spec: RunSpec) -> AsyncIterator[Services]:
     source_store = open_store(spec.input, anonymous=spec.anonymous)
     output_store = open_store(spec.output, anonymous=spec.anonymous)
     reuse_store = None if spec.reuse is None else open_store(spec.reuse, anonymous=spec.anonymous)
-    # A source that can't be scored should not wait for a server to start.
-    await open_source(source_store, spec.array)
+    # What can't be scored, or written there, should not wait for a server to start.
+    await _open_apart(spec, source_store, output_store, reuse_store)
     async with open_servers(spec) as servers:
         yield Services(servers, source_store, output_store, reuse_store)
 
@@ -76,15 +76,7 @@ async def prepare(spec: RunSpec, services: Services) -> Prepared:
     Raises DataError, ServingError, CredentialsError, UsageError, or MismatchError when the servers have another model
     than the output that is there already.
     """
-    for name, store in (("INPUT", services.source_store), ("--reuse", services.reuse_store)):
-        if store is not None and is_inside(store.url, services.output_store.url):
-            raise UsageError(f"{name} {store.url} is in OUTPUT {services.output_store.url}: the output needs a place "
-                             "of its own")
-    source = await open_source(services.source_store, spec.array)
-    for name, place in (("INPUT", source.url), ("--reuse", services.reuse_store and services.reuse_store.url)):
-        if place and is_inside(services.output_store.url, place):
-            raise UsageError(f"OUTPUT {services.output_store.url} is in {name} {place}: the output needs a place of "
-                             "its own")
+    source = await _open_apart(spec, services.source_store, services.output_store, services.reuse_store)
     pool = Pool(services.servers.urls, spec.in_flight, services.clock, services.rng)
     begun = await _stored_run(services.output_store)
     wanted = None if spec.overwrite else _model_of(begun, services.output_store, exact=spec.exact)
@@ -107,6 +99,19 @@ async def prepare(spec: RunSpec, services: Services) -> Prepared:
             if canonical_json(begun) == prepared.identity.to_json():
                 return prepared
     return sized({} if services.reuse_store is None else await _stored_run(services.reuse_store))
+
+
+async def _open_apart(spec: RunSpec, source_store: Store, output_store: Store, reuse_store: Store | None) -> Source:
+    """The source. Raises what opening it raises, UsageError where the output would be in what is read, or around it."""
+    output = output_store.url
+    for name, store in (("INPUT", source_store), ("--reuse", reuse_store)):
+        if store is not None and is_inside(store.url, output):
+            raise UsageError(f"{name} {store.url} is in OUTPUT {output}: the output needs a place of its own")
+    source = await open_source(source_store, spec.array)
+    for name, place in (("INPUT", source.url), ("--reuse", reuse_store and reuse_store.url)):
+        if place and is_inside(output, place):
+            raise UsageError(f"OUTPUT {output} is in {name} {place}: the output needs a place of its own")
+    return source
 
 
 async def _agree(spec: RunSpec, services: Services, pool: Pool,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import zarr
 
 from batch_client import pipeline, plan
 from batch_client.errors import BrokenPromiseError, DataError, MismatchError, UsageError
@@ -13,8 +14,9 @@ from batch_client.events import ChunkHeld
 from batch_client.layout import GENERATION_KEY, MANIFEST_KEY, REMOVING_KEY, SUCCESS_KEY
 from batch_client.pipeline import execute
 from batch_client.place import begin
-from batch_client.prepare import prepare
+from batch_client.prepare import prepare, serving
 from batch_client.removal import contents_of, remove_output
+from batch_client.spec import RunSpec
 from batch_client.storage import MemoryStore, is_inside, open_store
 from batch_client.transport import HttpReply
 from batch_client.verify import verify_output
@@ -373,6 +375,20 @@ def test_an_output_is_in_no_place_that_it_is_made_from():
                 await execute(world.spec(), services)
 
     run_virtually(run())
+
+
+@pytest.mark.parametrize(("output", "old", "wanted"), [
+    ("in.zarr/scores", None, "OUTPUT .*/in.zarr/scores is in INPUT .*/in.zarr: the output needs a place of its own"),
+    (".", None, "INPUT .*/in.zarr is in OUTPUT"), ("old/new", "old", "OUTPUT .*/old/new is in --reuse .*/old"),
+    ("old", "old/former", "--reuse .*/old/former is in OUTPUT .*/old"),
+])
+async def test_a_place_that_can_not_be_written_is_refused_before_a_server_starts(output, old, wanted, tmp_path):
+    zarr.create_array(tmp_path / "in.zarr", data=np.zeros((8, 3), np.uint8))
+    spec = RunSpec(input=tmp_path / "in.zarr", output=tmp_path / output, reuse=old and tmp_path / old,
+                   archive=tmp_path / "no such model.mar")
+    with pytest.raises(UsageError, match=wanted):
+        async with serving(spec):
+            pass
 
 
 @pytest.mark.parametrize("path", ["~nobody-has-this-home/x", "x" * 300])
