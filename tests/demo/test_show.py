@@ -11,6 +11,7 @@ from obstore.store import S3Store
 from batch_client.cli import main
 from batch_client.cli.show import _Answers, _choose, _sentence
 from batch_client.demo.objectstore import SeaweedServer
+from batch_client.storage import ObjectStore
 
 pytest.importorskip("matplotlib")
 
@@ -173,6 +174,22 @@ def test_labels_are_of_the_source_of_the_output_or_of_the_range(published, capsy
         flags = [] if records is None else ["--records", records]
         assert show(published, "--labels", str(published / name), "--json", *flags) == 0
         assert figures(capsys)["right"] == right
+
+
+def test_of_large_labels_no_more_than_the_range_is_read(published, capsys, monkeypatch):
+    parts, get = [], ObjectStore.get
+
+    async def noted(store, key, start=None, stop=None):
+        if key == "labels.npy":
+            parts.append((start, stop))
+        return await get(store, key, start, stop)
+
+    monkeypatch.setattr(ObjectStore, "get", noted)
+    monkeypatch.setattr("batch_client.cli.show._BLOCK_BYTES", 100)
+    assert show(published, "--labels", str(published / "labels.npy"), "--records", "45:55", "--json") == 0
+    assert figures(capsys)["right"] == 9
+    begin = (published / "labels.npy").stat().st_size - 8 * 400
+    assert parts == [(0, 16 << 10), (begin + 8 * 45, begin + 8 * 55)]
 
 
 def test_a_record_without_a_score_is_not_right_whatever_its_label(published, capsys):
