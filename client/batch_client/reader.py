@@ -21,7 +21,7 @@ from zarr.core.array import AsyncArray
 from zarr.core.group import AsyncGroup
 from zarr.errors import ContainsGroupError, GroupNotFoundError, NodeTypeValidationError
 
-from batch_client.errors import BatchClientError, DataError, MismatchError, StorageError, in_one_line
+from batch_client.errors import DataError, MismatchError, StorageError, in_one_line
 from batch_client.pieces import Pieces
 from batch_client.plan import Geometry
 from batch_client.storage import Store, child_url
@@ -33,8 +33,8 @@ __all__ = ["UNREADABLE", "ETags", "Rows", "Source", "open_source"]
 # What zarr, numcodecs, numpy and the codecs of the standard library raise for metadata or chunks that can't be
 # understood; gzip and bz2 say it by an OSError, zstd by a MemoryError or SystemError where a broken frame claims a size
 # that can't be, and what a store says is mapped before (`storage.py`).
-UNREADABLE = (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, NotImplementedError, EOFError,
-               OSError, MemoryError, SystemError, zlib.error, lzma.LZMAError)
+UNREADABLE = (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, EOFError, OSError, MemoryError,
+              SystemError, zlib.error, lzma.LZMAError)
 
 SHOWN = 20  # names of a group's arrays
 
@@ -97,8 +97,6 @@ class Source:
         with recording() as record:
             try:
                 out = await self._select(start, stop)
-            except BatchClientError:
-                raise
             except UNREADABLE as error:
                 raise await self._undecodable(start, stop, error) from error
         if record.missing and not allow_missing:
@@ -122,8 +120,6 @@ class Source:
             with recording() as record:
                 try:
                     await self._select(low, high)
-                except BatchClientError:
-                    raise
                 except UNREADABLE as again:
                     start, stop, error = low, high, again
                     if len(record.etags) == 1:  # where a record is in several, it is not known which
@@ -167,8 +163,6 @@ async def open_source(store: Store, array: str | None) -> Source:
             node = await zarr_async.open_array(store=zarr_store, path=array or "", mode="r")
         except (FileNotFoundError, GroupNotFoundError, ContainsGroupError, NodeTypeValidationError) as error:
             raise DataError(await _nothing_there(zarr_store, where, array)) from error
-        except BatchClientError:
-            raise
         except (*UNREADABLE, AttributeError) as error:  # the latter for a document that is no object
             raise DataError(f"{where}: its Zarr metadata can't be read ({in_one_line(error)})") from error
     if not node.shape:
@@ -232,9 +226,7 @@ async def _nothing_there(store: SourceStore, where: str, array: str | None) -> s
     try:
         group: AsyncGroup = await zarr_async.open_group(store=store, mode="r")
         names = sorted([name async for name, node in group.members(max_depth=None) if isinstance(node, AsyncArray)])
-    except BatchClientError:
-        raise
-    except (FileNotFoundError, GroupNotFoundError, *UNREADABLE, AttributeError):
+    except (*UNREADABLE, AttributeError):
         names = None
     if names == []:
         return f"{where}: this is a group without arrays: name the place of an array"

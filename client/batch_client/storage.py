@@ -190,8 +190,6 @@ class ObjectStore:
     def _mapped(self, doing: str, key: str) -> Any:
         try:
             yield
-        except BatchClientError:
-            raise
         except (foreign.BaseError, OSError, ValueError) as error:
             raise _translate(error, f"{doing} {child_url(self.url, key)}") from error
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batch_client.errors import BatchClientError, DataError, MismatchError, UsageError, in_one_line
+from batch_client.errors import DataError, MismatchError, UsageError, in_one_line
 from batch_client.jsontext import parse_json
 from batch_client.urls import split_url
 
@@ -187,8 +187,6 @@ async def _open_output(url: str, *, anonymous: bool) -> _Output:
             raise MismatchError(f"{url}: no published output there, nor one that was begun (no {SPEC_KEY})") from error
         raise MismatchError(f"{url}: not published yet: finish it with the same batch-client run; batch-client status "
                             "says how far it is") from error
-    except BatchClientError:
-        raise
     except UNREADABLE as error:
         raise DataError(f"{url}: its Zarr metadata can't be read ({in_one_line(error)})") from error
     status = await open_source(store, "record_status") if shapes.pop("record_status", None) is not None else None
