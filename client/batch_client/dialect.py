@@ -53,7 +53,6 @@ _BY_TYPE = {
     "RequestTimeoutException": Outcome.FAILED,
 }
 _BY_STATUS = {
-    400: Outcome.REFUSED,
     401: Outcome.TOKEN,
     403: Outcome.TOKEN,
     404: Outcome.NO_MODEL,
@@ -61,8 +60,6 @@ _BY_STATUS = {
     408: Outcome.BROKEN,
     410: Outcome.NOT_SHARED,
     413: Outcome.TOO_LARGE,
-    415: Outcome.REFUSED,
-    422: Outcome.REFUSED,
     429: Outcome.BUSY,
     502: Outcome.BROKEN,
     503: Outcome.BUSY,

@@ -13,7 +13,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -106,9 +106,9 @@ class _Attempt:
 
 @dataclass
 class _Tries:
+    began: float = 0.0
     made: int = 0
     broken: int = 0
-    began: float = field(default=0.0)
 
 
 class Exchange:
@@ -152,7 +152,7 @@ class Exchange:
         Raises StoppedError when no server answered anything for longer than patience, CredentialsError for a token
         that stays refused, MismatchError or ServingError when no server is left.
         """
-        tries = _Tries(began=self._clock())
+        tries = _Tries(self._clock())
         while True:
             async with AsyncExitStack() as held:
                 with timed(Step.ROOM, self._emit, self._clock):

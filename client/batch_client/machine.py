@@ -69,17 +69,13 @@ def _gpu_names(environ: Mapping[str, str]) -> list[str]:
     if wanted == []:
         return []
     nvidia_smi = shutil.which("nvidia-smi", path=environ.get("PATH"))
-    if nvidia_smi is None and not _has_gpu_devices():
+    if nvidia_smi is None and not any(True for pattern in GPU_DEVICES for _ in DEVICES.glob(pattern)):
         return []  # whatever a variable says
     listed = () if nvidia_smi is None else _listed_by(nvidia_smi)
     if wanted is None:
         return [name for _, name, _ in listed]
     by_id = {ident: name for index, name, uuid in listed for ident in (index, uuid)}
     return [by_id.get(ident, "GPU") for ident in wanted]
-
-
-def _has_gpu_devices() -> bool:
-    return any(True for pattern in GPU_DEVICES for _ in DEVICES.glob(pattern))
 
 
 @functools.cache

@@ -101,7 +101,7 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     root = await run.to_the_end(reusable)
     if root is not None:
         emit(Published(spec.output, root))
-    return tally.summary(spec, prepared, run.counted)
+    return tally.summary(spec, prepared, run.view)
 
 
 async def _found(spec: RunSpec, output: Store, prepared: Prepared) -> tuple[bool, Manifest | None]:
@@ -188,7 +188,7 @@ class _Run:
         self._writer = ChunkWriter(self._store, layout, exact=spec.exact)
         self._first = begun.first
         self._ledger = Ledger(self._store, begun.generation, name, services.clock)
-        self._view = LedgerView(self._store, prepared.plan.unit_count, begun.generation)
+        self.view = LedgerView(self._store, prepared.plan.unit_count, begun.generation)
         self._refreshed_at = services.clock()
         self._writing: dict[int, int] = {}
         self._held: dict[int, int] = {}
@@ -201,47 +201,42 @@ class _Run:
         self._under_way = asyncio.Event()
 
     @property
-    def counted(self) -> LedgerView:
-        """What is proven by anyone."""
-        return self._view
-
-    @property
     def failed(self) -> int:
         """Failures of everything proven by anyone, being written or held back here."""
         here = self._writing | self._held
-        proven = self._view.failed + (self._view.not_finite if self._spec.require_finite else 0)
-        return proven + sum(here[index] for index in here if index not in self._view)
+        proven = self.view.failed + (self.view.not_finite if self._spec.require_finite else 0)
+        return proven + sum(here[index] for index in here if index not in self.view)
 
     async def to_the_end(self, reusable: AsyncIterator[Row] | None) -> str | None:
         """Score what no ledger row proves, then publish. Returns the root hash, None if other parts are not done."""
-        await self._view.refresh()
+        await self.view.refresh()
         if self._services.reuse_store is not None and reusable is not None:
             await self._reuse(self._services.reuse_store, reusable)
         contract = self._prepared.contract
         servers = sum(endpoint.left_out is None for endpoint in self._prepared.pool.endpoints)
-        self._emit(RunStarted(self._plan, self._spec.output, contract.name, contract.digest, self._view.records,
+        self._emit(RunStarted(self._plan, self._spec.output, contract.name, contract.digest, self.view.records,
                               contract.fingerprint, self._spec.in_flight * servers, contract.ceiling))
         try:
             await self._score_all()
         finally:
             # What is stored is stored, whatever happened since: prove it, so that a resume need not repeat it.
             await self._ledger.flush()
-        await self._view.refresh()
+        await self.view.refresh()
         # Another client may have proven what was held back here.
-        self._held = {index: failed for index, failed in self._held.items() if index not in self._view}
+        self._held = {index: failed for index, failed in self._held.items() if index not in self.view}
         if self._held:
             raise self._too_many()
-        if len(self._view) < self._plan.unit_count and self._spec.part is not None:
+        if len(self.view) < self._plan.unit_count and self._spec.part is not None:
             return None
         # Parts and other clients count for themselves while they run; what is published counts together.
         if self.failed > self._spec.max_failed:
             raise self._too_many()
-        if self._view.missing_chunks and not self._spec.allow_missing:
-            raise DataError(f"{self._view.missing_chunks:,} missing input chunks were taken as the fill value by a "
+        if self.view.missing_chunks and not self._spec.allow_missing:
+            raise DataError(f"{self.view.missing_chunks:,} missing input chunks were taken as the fill value by a "
                             "client with --allow-missing: publish with that flag, or restore them and score again at "
                             "another place")
-        await self._prepared.source.require_unchanged(row.source async for row in self._view.rows())
-        return await publish(self._store, self._layout, self._plan, self._prepared.identity, self._view)
+        await self._prepared.source.require_unchanged(row.source async for row in self.view.rows())
+        return await publish(self._store, self._layout, self._plan, self._prepared.identity, self.view)
 
     async def _reuse(self, old: Store, rows: AsyncIterator[Row]) -> None:
         low, high = self._ends()
@@ -251,9 +246,9 @@ class _Run:
             if not low <= row.unit < high:
                 continue  # another client's part
             await self._look_at_others()
-            if row.unit not in self._view:
+            if row.unit not in self.view:
                 await copy_chunks(old, self._store, row)
-                self._view.add(row)
+                self.view.add(row)
                 await self._ledger.add(row)
 
     async def _score_all(self) -> None:
@@ -281,7 +276,7 @@ class _Run:
                 if self._stop.is_set():
                     return False
                 await self._look_at_others()
-                if unit.index in self._view:
+                if unit.index in self.view:
                     self._places.release()
                     continue
                 tasks.create_task(self._unit_in_its_place(unit, rank))
@@ -304,7 +299,7 @@ class _Run:
         now = self._services.clock()
         if now - self._refreshed_at >= FLUSH_SECONDS:
             self._refreshed_at = now
-            await self._view.refresh()
+            await self.view.refresh()
 
     async def _unit_in_its_place(self, unit: Unit, rank: int) -> None:
         try:
@@ -332,7 +327,7 @@ class _Run:
             return
         with self._timed(Step.WRITE):
             row, adopted = await self._writer.write(assembler, stream.etags)
-            self._view.add(row)
+            self.view.add(row)
             self._writing.pop(unit.index, None)  # the view counts it now
             await self._ledger.add(row)
         self._emit(ChunkWritten(unit.index, unit.count, row.failed, stream.nbytes,
@@ -359,7 +354,7 @@ class _Run:
         failed = assembler.failures(require_finite=self._spec.require_finite)
         if not failed:
             return True
-        if unit.index in self._view:  # another client has proven it, whose failures count already, if it had any
+        if unit.index in self.view:  # another client has proven it, whose failures count already, if it had any
             return False
         if self.failed + failed <= self._spec.max_failed:
             self._writing[unit.index] = failed

@@ -165,11 +165,6 @@ class Plan:
         return -(-self.count // self.chunk_records)
 
     @property
-    def unit_bytes_in(self) -> int:
-        """Bytes of one output chunk's records as they are read, at least 1."""
-        return max(1, self.chunk_records * self.source.record_bytes)
-
-    @property
     def unit_bytes_out(self) -> int:
         """Bytes of one assembled output chunk, its status row included."""
         return self.chunk_records * (1 + sum(output.record_bytes for output in self.outputs))
@@ -179,7 +174,7 @@ class Plan:
         their requests, the budget of bytes and the memory for outputs ask for.
         """
         for_requests = -(-in_flight // -(-self.chunk_records // self.request_records)) + 2
-        for_bytes = self.max_bytes_in_flight // self.unit_bytes_in + 2
+        for_bytes = self.max_bytes_in_flight // max(1, self.chunk_records * self.source.record_bytes) + 2
         least = 2 if self.unit_bytes_out <= OUTPUT_BYTES else 1
         return max(least, min(for_requests, for_bytes, OUTPUT_BYTES // self.unit_bytes_out))
 

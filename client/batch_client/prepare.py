@@ -14,7 +14,7 @@ import numpy as np
 
 from batch_client.contract import ModelContract, fetch_contract
 from batch_client.endpoint import Pool
-from batch_client.errors import BatchClientError, DataError, MismatchError, ServingError, UsageError
+from batch_client.errors import BatchClientError, DataError, MismatchError, UsageError
 from batch_client.jsontext import canonical_json, parse_json
 from batch_client.layout import SPEC_KEY, SUCCESS_KEY
 from batch_client.plan import Geometry, Plan, RequestSize, make_plan
@@ -139,8 +139,7 @@ async def _agree(spec: RunSpec, services: Services, pool: Pool,
         endpoint.shared_memory = found.shared_memory
         agreed.append(found)
     if not agreed:
-        reasons = [endpoint.left_out for endpoint in pool.endpoints if endpoint.left_out is not None]
-        raise reasons[0] if reasons else ServingError("no endpoint was given")
+        raise next(endpoint.left_out for endpoint in pool.endpoints if endpoint.left_out is not None)
     return replace(agreed[0], ceiling=_sum_of([found.ceiling for found in agreed]),
                    shared_memory=_of_all([found.shared_memory for found in agreed]),
                    bulk_lane=_of_all([found.bulk_lane for found in agreed]))

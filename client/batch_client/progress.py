@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from batch_client.errors import MismatchError
 from batch_client.jsontext import parse_json
@@ -50,9 +49,6 @@ class Progress:
     rate: float | None
     eta: float | None
     writers: tuple[Writer, ...]
-
-    def to_value(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 async def progress_of(store: Store) -> Progress:

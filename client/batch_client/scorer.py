@@ -52,8 +52,11 @@ class _Case:
     room: Room
     alone: bool
     outputs: dict[str, np.ndarray] = field(default_factory=dict)
-    status: np.ndarray | None = None
+    status: np.ndarray = field(init=False)
     failures: list[RecordFailed] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.status = np.full(self.span.count, STATUS_FAILED, np.uint8)
 
 
 class _CompanyError(Exception):
@@ -121,7 +124,6 @@ class Scorer:
             case = await self._take_apart(span, rows, error.verdict)
         for failure in case.failures:
             self._emit(failure)
-        assert case.status is not None  # noqa: S101 - the neutral request has filled it
         return Scored(case.outputs, case.status, tuple(case.failures))
 
     async def _take_apart(self, span: Span, rows: np.ndarray, verdict: Verdict) -> _Case:
@@ -144,9 +146,8 @@ class Scorer:
         while True:
             answer = await self._exchange.ask(case.span, Pieces([np.zeros_like(case.rows)]), case.room)
             if isinstance(answer, Prediction):
-                if case.status is None:
+                if not case.outputs:
                     case.outputs = {name: np.zeros_like(array) for name, array in answer.outputs.items()}
-                    case.status = np.full(case.span.count, STATUS_FAILED, np.uint8)
                 return
             tries += 1
             records = f"records {case.span.start} to {case.span.stop - 1}"
@@ -202,8 +203,7 @@ class Scorer:
         if isinstance(answer, Prediction):
             for name, array in case.outputs.items():
                 array[low:high] = answer.outputs[name][low:high]
-            if case.status is not None:
-                case.status[low:high] = answer.status[low:high]
+            case.status[low:high] = answer.status[low:high]
         elif not case.alone and answer.outcome not in _OF_ONE_REQUEST:
             raise _CompanyError(answer, len(case.failures))
         return answer

@@ -30,9 +30,7 @@ __all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "
 
 # obstore repeats 5xx and reads whose connection is lost itself; after this long a run is better stopped and resumed.
 RETRY_SECONDS = 60
-LIST_TRIES = 8
-CONFLICT_TRIES = 8
-LOST_TRIES = 8
+TRIES = 8  # of what obstore does not repeat itself
 AGAIN_SECONDS = 0.05  # before the second try; twice as long before each other one
 
 
@@ -143,7 +141,7 @@ class ObjectStore:
         async def put() -> None:
             await obstore.put_async(self._inner, self._prefix + key, data, mode="create", use_multipart=False)
 
-        for tries in range(CONFLICT_TRIES):
+        for tries in range(TRIES):
             with self._mapped("writing", key):
                 try:
                     await _repeated(put)
@@ -180,7 +178,7 @@ class ObjectStore:
                 except foreign.BaseError as error:
                     # A page cut short is the one thing that obstore does not ask for again itself.
                     tries += 1
-                    if tries >= LIST_TRIES or not _CUT_PAGE.search(str(error)):
+                    if tries >= TRIES or not _CUT_PAGE.search(str(error)):
                         raise
                     await asyncio.sleep(AGAIN_SECONDS * 2**tries)
                 else:
@@ -200,11 +198,11 @@ async def _repeated(call: Callable[[], Awaitable[None]]) -> None:
     A second create finds the first one's object, as it finds another client's.
     """
     end = time.monotonic() + RETRY_SECONDS
-    for tries in range(LOST_TRIES):
+    for tries in range(TRIES):
         try:
             await call()
         except foreign.GenericError as error:
-            if tries + 1 == LOST_TRIES or time.monotonic() >= end or not _LOST.search(_said(error)):
+            if tries + 1 == TRIES or time.monotonic() >= end or not _LOST.search(_said(error)):
                 raise
         else:
             return

@@ -65,13 +65,12 @@ class _Parts(Payload):
 class HttpTransport:
     """Keep-alive connections through aiohttp; use it in an `async with` block."""
 
-    def __init__(self, connections: int = 0) -> None:
-        self._connections = connections
+    def __init__(self) -> None:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=60),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
             # Bodies are read as they come; without the header aiohttp asks for compressed ones.
             auto_decompress=False,

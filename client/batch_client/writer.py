@@ -49,7 +49,7 @@ class ChunkWriter:
         return Row(
             unit=unit.unit.index,
             chunks=tuple(proofs),
-            source=dict(sorted(source.items())),
+            source=dict(source),
             ok=unit.count(STATUS_OK),
             failed=unit.count(STATUS_FAILED),
             not_finite=unit.count(STATUS_NOT_FINITE),

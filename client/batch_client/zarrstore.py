@@ -177,9 +177,8 @@ class SourceStore(ZarrStore):
     async def delete(self, key: str) -> None:
         raise PermissionError(f"{key}: this store is read-only")
 
-    async def list(self) -> AsyncIterator[str]:
-        async for meta in self.store.list(""):
-            yield meta.key
+    def list(self) -> AsyncIterator[str]:
+        return self.list_prefix("")
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         async for meta in self.store.list(prefix):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ async def _status(store: Store, *, as_json: bool) -> str:
     from batch_client.progress import progress_of
 
     progress = await progress_of(store)
-    return json.dumps(progress.to_value()) if as_json else _lines(progress)
+    return json.dumps(asdict(progress)) if as_json else _lines(progress)
 
 
 def _lines(progress: Progress) -> str:
