@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,15 +71,18 @@ class Pool:
         self._changed = asyncio.Event()
 
     @asynccontextmanager
-    async def room(self) -> AsyncIterator[Endpoint]:
-        """Wait for room at a server, first come, first served, and hold it for one attempt.
+    async def room(self, turn: AbstractAsyncContextManager[object] | None = None) -> AsyncIterator[Endpoint]:
+        """Wait for room at a server, first come, first served, and hold it for one attempt; `turn` is for `alone`.
 
         Raises the first server's reason when every server has been left out.
         """
-        async with self._turn:
+        async with turn or self._turn:
             endpoint = await self._enter()
-        with self._leaving(endpoint):
+        try:
             yield endpoint
+        finally:
+            endpoint.in_flight -= 1
+            self._changed.set()
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[Room]:
@@ -91,21 +94,7 @@ class Pool:
             while any(endpoint.in_flight for endpoint in self.endpoints):
                 self._changed.clear()
                 await self._changed.wait()
-            yield self._room_alone
-
-    @asynccontextmanager
-    async def _room_alone(self) -> AsyncIterator[Endpoint]:
-        endpoint = await self._enter()
-        with self._leaving(endpoint):
-            yield endpoint
-
-    @contextmanager
-    def _leaving(self, endpoint: Endpoint) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            endpoint.in_flight -= 1
-            self._changed.set()
+            yield lambda: self.room(nullcontext())
 
     async def _enter(self) -> Endpoint:
         while True:
