@@ -20,16 +20,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-__all__ = ["MOST_RECORDS", "Panel", "draw", "sample_picture"]
+__all__ = ["Panel", "draw"]
 
-MOST_RECORDS = 200
-_IMAGE_COLUMNS, _STACKED_COLUMNS, _BAR_COLUMNS = 8, 6, 4
+_IMAGE_COLUMNS, _BAR_COLUMNS = 8, 4
 _BARS = 5
 _DPI = 110
-# Inches: above the first panel, above a panel's first row, a page that holds a heading.
-_HEADING, _TITLE, _NARROWEST = 0.55, 0.32, 5.0
-# Characters of a class's name that are shown; names longer than the second number get a line to themselves.
-_NAME, _SHORT_NAME = 14, 3
+# Inches: above the first panel, above a panel's first row, above a tile, a page that holds a heading.
+_HEADING, _TITLE, _CAPTION, _NARROWEST = 0.55, 0.32, 0.5, 5.0
 _SMALLEST_IMAGE = 8
 # Blue and vermillion of Okabe and Ito's palette, https://jfly.uni-koeln.de/color/
 _RIGHT, _WRONG, _PLAIN, _QUIET = "#0072B2", "#D55E00", "#333333", "#777777"
@@ -39,60 +36,30 @@ _RIGHT, _WRONG, _PLAIN, _QUIET = "#0072B2", "#D55E00", "#333333", "#777777"
 class Panel:
     """One titled group of records: `records` (n, …), `scores` (n, k), and `labels` (n,) where they are known.
 
-    `numbers` (n,) are the records' places in the source, written above each.
+    Records that are images, (n, H, W), (n, H, W, 3), (n, H, W, 1), (n, 1, H, W) or (n, 3, H, W), uint8 or another
+    dtype, are drawn as such; of any other shape the highest scores are drawn as bars. `numbers` (n,) are the records'
+    places in the source, written above each.
     """
 
     title: str
     records: np.ndarray
     scores: np.ndarray
-    labels: np.ndarray | None = None
-    numbers: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.scores.ndim != 2 or len(self.scores) != len(self.records):
-            raise UsageError(
-                f"scores of shape {self.scores.shape} do not belong to {len(self.records)} records; "
-                f"wanted ({len(self.records)}, number of classes)"
-            )
-        for name, values in (("labels", self.labels), ("numbers", self.numbers)):
-            if values is not None and len(values) != len(self.records):
-                raise UsageError(f"found {len(values)} {name} for {len(self.records)} records; wanted one each")
+    labels: np.ndarray | None
+    numbers: Sequence[int]
 
 
-def sample_picture(
-    records: np.ndarray,
-    scores: np.ndarray,
-    labels: np.ndarray | None = None,
-    names: Sequence[str] | None = None,
-) -> bytes:
-    """PNG of `records` with the predicted class and its score, and with `labels` which are right.
+def draw(heading: str, panels: Sequence[Panel]) -> bytes:
+    """PNG of several panels, each of a record or more, under one heading: each record with the predicted class and its
+    score, and with labels which are right.
 
-    `records` are images (n, H, W), (n, H, W, 3), (n, H, W, 1), (n, 1, H, W) or (n, 3, H, W), uint8 or floating
-    point; for any other shape the highest scores are drawn as bars. `scores` (n, k); `names` are the k classes'
-    names.
-
-    Raises UsageError when lengths disagree, there are more than MOST_RECORDS, or matplotlib is not installed.
+    Raises UsageError where matplotlib is not installed.
     """
-    heading = f"{len(records):,} record{'' if len(records) == 1 else 's'}"
-    panel = Panel("", records, scores, labels, range(len(records)))
-    right = _right(panel)
-    if right is not None:
-        heading += f": {right.sum():,} right, {percent(right.mean())}"
-    return draw(heading, [panel], names)
-
-
-def draw(heading: str, panels: Sequence[Panel], names: Sequence[str] | None = None) -> bytes:
-    """PNG of several panels under one heading; see `sample_picture` for the arrays."""
-    panels = [panel for panel in panels if len(panel.records)]
-    total = sum(len(panel.records) for panel in panels)
-    if not 1 <= total <= MOST_RECORDS:
-        raise UsageError(f"a picture of {total:,} records is not readable; wanted 1 to {MOST_RECORDS}")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - an extra
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise UsageError('pictures need matplotlib: pip install "batch-client[demo]"') from error
-    layout = _layout(panels, names)
+    layout = _layout(panels)
     heights = [layout.height(panel) for panel in panels]
     figure = Figure(figsize=(layout.width, _HEADING + sum(heights)), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
@@ -100,7 +67,7 @@ def draw(heading: str, panels: Sequence[Panel], names: Sequence[str] | None = No
                 parse_math=False)
     parts = figure.subfigures(len(panels) + 1, 1, height_ratios=[_HEADING, *heights], squeeze=False)[1:, 0]
     for part, panel in zip(parts, panels, strict=True):
-        _draw_panel(part, panel, names, layout)
+        _draw_panel(part, panel, layout)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
@@ -108,10 +75,7 @@ def draw(heading: str, panels: Sequence[Panel], names: Sequence[str] | None = No
 
 @dataclass(frozen=True)
 class _Layout:
-    """Sizes in inches; `limits` is the one scale that all bars share, None for images.
-
-    `stacked`: class, score and label each have a line, for names that do not fit beside the score.
-    """
+    """Sizes in inches; `limits` is the one scale that all bars share, None for images."""
 
     columns: int
     tile_width: float
@@ -119,11 +83,6 @@ class _Layout:
     between: float
     left: float
     limits: tuple[float, float] | None
-    stacked: bool = False
-
-    @property
-    def caption(self) -> float:
-        return 0.68 if self.stacked else 0.5
 
     @property
     def width(self) -> float:
@@ -133,17 +92,16 @@ class _Layout:
         return -(-len(panel.records) // self.columns)
 
     def height(self, panel: Panel) -> float:
-        return _TITLE * bool(panel.title) + self.rows(panel) * (self.caption + self.tile_height) + 0.1
+        return _TITLE * bool(panel.title) + self.rows(panel) * (_CAPTION + self.tile_height) + 0.1
 
 
-def _layout(panels: Sequence[Panel], names: Sequence[str] | None) -> _Layout:
+def _layout(panels: Sequence[Panel]) -> _Layout:
     most = max(len(panel.records) for panel in panels)
     images = _as_images(panels[0].records)
-    stacked = names is not None and max(map(len, names), default=0) > _SHORT_NAME
     if images is not None:
-        columns, width = (_STACKED_COLUMNS, 1.6) if stacked else (_IMAGE_COLUMNS, 1.15)
+        width = 1.15
         aspect = min(max(images.shape[1] / images.shape[2], 0.4), 2.0)
-        return _Layout(min(most, columns), width, width * aspect, 0.16, 0.2, None, stacked)
+        return _Layout(min(most, _IMAGE_COLUMNS), width, width * aspect, 0.16, 0.2, None)
     scores = np.concatenate([panel.scores.ravel() for panel in panels])
     scores = scores[np.isfinite(scores)]
     low, high = min(0.0, scores.min(initial=0.0)), max(0.0, scores.max(initial=0.0))
@@ -152,10 +110,10 @@ def _layout(panels: Sequence[Panel], names: Sequence[str] | None) -> _Layout:
     limits = (low - margin * (low < 0), 1.0 if likely else high + margin)
     classes = panels[0].scores.shape[1]
     between, left = (0.3, 0.2) if classes == 1 else (1.15, 1.15)
-    return _Layout(min(most, _BAR_COLUMNS), 1.5, 0.1 + 0.2 * min(classes, _BARS), between, left, limits, stacked)
+    return _Layout(min(most, _BAR_COLUMNS), 1.5, 0.1 + 0.2 * min(classes, _BARS), between, left, limits)
 
 
-def _draw_panel(part: SubFigure, panel: Panel, names: Sequence[str] | None, layout: _Layout) -> None:
+def _draw_panel(part: SubFigure, panel: Panel, layout: _Layout) -> None:
     height, rows, columns = layout.height(panel), layout.rows(panel), layout.columns
     part.set_facecolor("white")
     grid = part.subplots(rows, columns, squeeze=False)
@@ -164,9 +122,9 @@ def _draw_panel(part: SubFigure, panel: Panel, names: Sequence[str] | None, layo
         left=layout.left / layout.width,
         right=right_edge / layout.width,
         bottom=0.1 / height,
-        top=1 - (_TITLE * bool(panel.title) + layout.caption) / height,
+        top=1 - (_TITLE * bool(panel.title) + _CAPTION) / height,
         wspace=layout.between / layout.tile_width,
-        hspace=layout.caption / layout.tile_height,
+        hspace=_CAPTION / layout.tile_height,
     )
     if panel.title:
         part.text(0.2 / layout.width, 1 - 0.2 / height, panel.title, ha="left", va="center", fontsize=11,
@@ -178,12 +136,12 @@ def _draw_panel(part: SubFigure, panel: Panel, names: Sequence[str] | None, layo
             continue
         colour = _PLAIN if right is None else (_RIGHT if right[i] else _WRONG)
         if layout.limits is not None:
-            _bars(axes, panel.scores[i], names, colour, layout.limits)
+            _bars(axes, panel.scores[i], colour, layout.limits)
         elif images is not None:
             axes.imshow(images[i], cmap="gray", interpolation="nearest" if images.shape[1] < 64 else None)
             axes.set_yticks([])
         _frame(axes, colour, wide=right is not None and not right[i])
-        _caption(axes, _lines(panel, i, names, right, stacked=layout.stacked), colour)
+        _caption(axes, _lines(panel, i, right), colour)
 
 
 def _frame(axes: Axes, colour: str, *, wide: bool) -> None:
@@ -193,35 +151,28 @@ def _frame(axes: Axes, colour: str, *, wide: bool) -> None:
         spine.set_linewidth(3.0 if wide else 1.0)
 
 
-def _lines(
-    panel: Panel, i: int, names: Sequence[str] | None, right: np.ndarray | None, *, stacked: bool
-) -> list[str]:
+def _lines(panel: Panel, i: int, right: np.ndarray | None) -> tuple[str, str]:
     """What is written above a tile, the prediction first."""
     scores = panel.scores[i]
     sign = "" if right is None else ("✓ " if right[i] else "✗ ")
-    number = [f"#{panel.numbers[i]}"] if panel.numbers is not None else []
-    label = panel.labels[i] if panel.labels is not None and right is not None and not right[i] else None
-    truth = [f"is {_name(int(label), names)}"] if label is not None else []
+    truth = f"   is {int(panel.labels[i])}" if panel.labels is not None and right is not None and not right[i] else ""
     if not np.isfinite(scores).all():
-        said = ["no score"]
+        said = "no score"
     elif len(scores) == 1:
-        said = [f"{scores[0]:.4g}"]
+        said = f"{scores[0]:.4g}"
     else:
         best = int(scores.argmax())
-        said = [_name(best, names), percent(scores[best]) if _is_probability(scores) else f"{scores[best]:.3g}"]
-    if stacked:
-        return [sign + said[0], "   ".join([*said[1:], *number]), "".join(truth)]
-    return [sign + "  ".join(said), "   ".join([*number, *truth])]
+        said = f"{best}  {percent(scores[best]) if _is_probability(scores) else f'{scores[best]:.3g}'}"
+    return sign + said, f"#{panel.numbers[i]}{truth}"
 
 
 def _caption(axes: Axes, lines: Sequence[str], colour: str) -> None:
     bold = colour == _WRONG
-    below = 4 + 11 * (len(lines) - 2)
     for line, text in enumerate(lines):
         axes.annotate(
             text,
             (0.5, 1),
-            xytext=(0, below + 11 if line == 0 else below - 11 * (line - 1)),
+            xytext=(0, 15 if line == 0 else 4),
             xycoords="axes fraction",
             textcoords="offset points",
             ha="center",
@@ -229,19 +180,16 @@ def _caption(axes: Axes, lines: Sequence[str], colour: str) -> None:
             fontsize=10.5 if line == 0 else 8,
             color=colour if line == 0 or bold else _QUIET,
             fontweight="bold" if bold and line == 0 else "normal",
-            parse_math=False,
         )
 
 
-def _bars(
-    axes: Axes, scores: np.ndarray, names: Sequence[str] | None, colour: str, limits: tuple[float, float]
-) -> None:
+def _bars(axes: Axes, scores: np.ndarray, colour: str, limits: tuple[float, float]) -> None:
     values = np.nan_to_num(scores.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     order = np.argsort(-values, kind="stable")[:_BARS]
     axes.barh(range(len(order)), values[order], height=0.7, color=colour)
     axes.axvline(0, color=_QUIET, linewidth=0.8)
     named = len(scores) > 1 and bool(np.isfinite(scores).all())
-    axes.set_yticks(range(len(order)), [_name(int(k), names) if named else "" for k in order], parse_math=False)
+    axes.set_yticks(range(len(order)), [str(k) if named else "" for k in order])
     axes.tick_params(length=0, labelsize=8)
     axes.set_ylim(len(order) - 0.4, -0.6)
     axes.set_xlim(*(limits if limits[0] < limits[1] else (0.0, 1.0)))
@@ -274,10 +222,3 @@ def _as_images(records: np.ndarray) -> np.ndarray | None:
 
 def _is_probability(scores: np.ndarray) -> bool:
     return bool((scores >= 0).all() and (scores <= 1).all() and abs(float(scores.sum()) - 1) < 1e-2)
-
-
-def _name(index: int, names: Sequence[str] | None) -> str:
-    if names is None or not 0 <= index < len(names):
-        return str(index)
-    name = names[index]
-    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
