@@ -11,7 +11,10 @@ from obstore.store import S3Store
 from batch_client.cli import main
 from batch_client.cli.show import _Answers, _choose, _sentence
 from batch_client.demo.objectstore import SeaweedServer
+from batch_client.layout import MANIFEST_KEY, SUCCESS_KEY
+from batch_client.manifest import ManifestBuilder
 from batch_client.storage import ObjectStore
+from support.identities import identity_of
 
 pytest.importorskip("matplotlib")
 
@@ -31,14 +34,24 @@ def published(tmp_path):
     status = np.zeros(COUNT, np.uint8)
     status[70 - ORIGIN] = 1
     zarr.create_array(tmp_path / "in.zarr", data=images, chunks=(30, 12, 12))
-    group = zarr.create_group(
-        tmp_path / "out.zarr", attributes={"source": (tmp_path / "in.zarr").as_uri(), "origin": ORIGIN}
-    )
+    group = zarr.create_group(tmp_path / "out.zarr")
     every = {"write_empty_chunks": True}
     group.create_array("scores", data=scores, chunks=(50, 4), config=every)
     group.create_array("record_status", data=status, chunks=(50,), config=every)
+    publish(tmp_path, {"scores": (4,)})
     np.save(tmp_path / "labels.npy", labels)
     return tmp_path
+
+
+def publish(folder, outputs, start=ORIGIN, stop=ORIGIN + COUNT):
+    """What a run writes last: that the output is published, and what it is, a model's outputs in its order."""
+    run = identity_of(source=(folder / "in.zarr").as_uri(), source_array="", source_shape=(400, 12, 12),
+                      source_dtype="uint8", start=start, stop=stop,
+                      outputs=tuple((name, "float32", shape) for name, shape in outputs.items()))
+    output = folder / "out.zarr"
+    (output / MANIFEST_KEY).parent.mkdir(exist_ok=True)
+    (output / MANIFEST_KEY).write_bytes(ManifestBuilder().head(run, ()))
+    (output / SUCCESS_KEY).touch()
 
 
 def figures(capsys):
@@ -113,7 +126,7 @@ def test_a_source_that_moved_is_named(published, capsys):
         (["--labels", "five.png"], 64, "five.png: this is a file of another kind; wanted a .npy file or a Zarr array"),
         (["--records", f"0:{'9' * 5000}"], 64, "wanted A:B"),
         (["--source", "s3://[abc/x"], 64, "s3://[abc/x: not a URL"),
-        (["--source", "short.zarr"], 64, "wanted at least 340"),
+        (["--source", "short.zarr"], 64, "found uint8 of shape (339, 12, 12), wanted uint8 of shape (400, 12, 12): is"),
         (["-o", "no/such/folder.png"], 64, "can't write the picture"),
     ],
 )
@@ -139,22 +152,21 @@ def test_what_can_not_be_shown_is_refused_in_one_line(published, capsys, monkeyp
     ("in.zarr", "no published output there, nor one that was begun"),
     ("empty", "no published output there, nor one that was begun"),
     ("absent", "no published output there, nor one that was begun"),
-    ("images.zarr", "wanted one with a row of scores"),
     ("begun", "not published yet: finish it with the same batch-client run"),
 ])
 def test_a_place_without_a_published_output_is_refused(published, capsys, where, said):
     (published / "empty").mkdir()
     (published / "begun" / "_run").mkdir(parents=True)
     (published / "begun" / "_run" / "spec.json").write_text("{}")
-    group = zarr.create_group(published / "images.zarr")
-    group.create_array("images", data=np.zeros((4, 12, 12), np.uint8))
     assert main(["show", str(published / where)]) == 78
     assert said in capsys.readouterr().err
 
 
 def test_a_single_number_a_record_is_drawn_and_not_judged(published, capsys):
-    group = zarr.create_group(published / "out.zarr", overwrite=True, attributes={"source": str(published / "in.zarr")})
+    group = zarr.create_group(published / "out.zarr", overwrite=True)
     group.create_array("value", data=np.linspace(-1, 1, 400, dtype=np.float32), chunks=(50,))
+    group.create_array("record_status", data=np.zeros(400, np.uint8), chunks=(50,), config={"write_empty_chunks": True})
+    publish(published, {"value": ()}, 0, 400)
     assert show(published, "--json") == 0
     assert figures(capsys)["accuracy"] is None
     assert show(published, "--labels", str(published / "labels.npy")) == 64
@@ -209,14 +221,7 @@ def test_records_without_a_score_do_not_hide_those_that_the_model_was_least_sure
     assert titles["16 of 20 without a score"] == list(range(16))
 
 
-def test_an_origin_that_is_no_number_of_a_record_is_said(published, capsys):
-    zarr.create_group(published / "out.zarr", overwrite=True, attributes={"origin": [0.0, 0.0]}).create_array(
-        "scores", data=np.ones((400, 4), np.float32))
-    assert show(published) == 78
-    assert "its attribute origin is [0.0, 0.0]" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("key", ["zarr.json", "scores/zarr.json"])
+@pytest.mark.parametrize("key", ["scores/zarr.json", "record_status/zarr.json"])
 def test_metadata_that_can_not_be_read_is_said(published, capsys, key):
     (published / "out.zarr" / key).write_text("{")
     assert show(published) == 65
@@ -225,25 +230,7 @@ def test_metadata_that_can_not_be_read_is_said(published, capsys, key):
     assert err.count("\n") == 1
 
 
-def add_spec(folder, text):
-    """As a run leaves it: with the arrays' metadata inline, so that readers need not list."""
-    with pytest.warns(match="Consolidated metadata"):
-        zarr.consolidate_metadata(folder / "out.zarr")
-    (folder / "out.zarr" / "_run").mkdir()
-    (folder / "out.zarr" / "_run" / "spec.json").write_text(text)
-
-
-def add_outputs(folder, names):
-    """Outputs of a model that gives `names` in that order."""
-    group = zarr.open_group(folder / "out.zarr")
-    for name, shape in (("logits", (COUNT, 4)), ("age", (COUNT,)), ("map", (COUNT, 2, 2))):
-        group.create_array(name, data=np.ones(shape, np.float32), chunks=(50, *shape[1:]))
-    add_spec(folder, spec_of(names))
-
-
-def spec_of(names):
-    return json.dumps({"outputs": [[name, "<f4", [4]] for name in names], "source_shape": [400, 12, 12],
-                       "source_dtype": "uint8"})
+SHAPES = {"scores": (4,), "logits": (4,), "age": (), "map": (2, 2)}
 
 
 @pytest.mark.parametrize(("names", "shown"), [
@@ -255,7 +242,10 @@ def test_of_several_outputs_the_models_first_with_classes_is_shown_and_named(
 ):
     headings = []
     monkeypatch.setattr("batch_client.picture.draw", lambda heading, _: headings.append(heading) or b"")
-    add_outputs(published, names)
+    group = zarr.open_group(published / "out.zarr")
+    for name in ("logits", "age", "map"):
+        group.create_array(name, data=np.ones((COUNT, *SHAPES[name]), np.float32), chunks=(50, *SHAPES[name]))
+    publish(published, {name: SHAPES[name] for name in names})
     assert show(published, "--json") == 0
     assert figures(capsys)["array"] == shown
     assert show(published) == 0
@@ -263,16 +253,31 @@ def test_of_several_outputs_the_models_first_with_classes_is_shown_and_named(
     assert headings[-1].startswith(f"out.zarr: {shown}: 300 records")
 
 
-def test_a_damaged_spec_is_said(published, capsys):
-    add_spec(published, "{}")
+def test_predictions_of_other_shapes_are_not_drawn(published, capsys):
+    publish(published, {"map": (2, 2)})
+    assert show(published) == 65
+    assert "its predictions have shapes {'map': (2, 2)}, wanted a row of scores" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("written", "altered", "said"), [
+    ('"format":3', '"format":99', "has format 99, wanted 3: use the version of batch-client that published it"),
+    ('"source_dtype":"uint8"', '"source_dtype":8', "_run/manifest.json can't be read (Expected `str`, got `int`"),
+    ('"outputs"', '"names"', "_run/manifest.json can't be read (Object missing required field `outputs`)"),
+    ('"stop"', '"end"', "_run/manifest.json can't be read (KeyError: 'stop')"),
+])
+def test_a_manifest_that_can_not_be_read_is_said(published, capsys, written, altered, said):
+    head = published / "out.zarr" / MANIFEST_KEY
+    assert written in head.read_text()
+    head.write_text(head.read_text().replace(written, altered))
     assert show(published) == 78
-    assert "_run/spec.json can't be read" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [
     ((400, 12, 13), "uint8"), ((400, 12, 12), "int8"), ((400, 144), "uint8"), ((399, 12, 12), "uint8")])
 def test_a_source_that_is_another_array_than_was_scored_is_refused(published, capsys, shape, dtype):
-    add_spec(published, spec_of(["scores"]))
     zarr.create_array(published / "other.zarr", data=np.zeros(shape, dtype))
     assert show(published, "--source", str(published / "other.zarr")) == 64
     err = capsys.readouterr().err
@@ -281,7 +286,6 @@ def test_a_source_that_is_another_array_than_was_scored_is_refused(published, ca
 
 
 def test_a_source_that_has_grown_since_is_still_what_was_scored(published):
-    add_spec(published, spec_of(["scores"]))
     zarr.open_array(published / "in.zarr").resize((410, 12, 12))
     assert show(published) == 0
     (published / "in.zarr").rename(published / "moved.zarr")

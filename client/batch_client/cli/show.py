@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batch_client.errors import DataError, MismatchError, UsageError, in_one_line
-from batch_client.jsontext import parse_json
 from batch_client.urls import split_url
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from batch_client.picture import Panel
     from batch_client.reader import Source
-    from batch_client.storage import Store
+    from batch_client.spec import RunIdentity
 
 __all__ = ["command"]
 
@@ -75,37 +74,17 @@ def _place(url: str) -> PurePosixPath:
 
 @dataclass(frozen=True)
 class _Output:
-    """What is shown of an output: the array `name` with the scores, `alone` if there is no other, and its status;
-    `scored` is what it was made of.
-    """
+    """What is shown of an output: the array `name` with the scores, `alone` if there is no other, and its status."""
 
+    run: RunIdentity
     name: str
     alone: bool
     scores: Source
-    status: Source | None
-    attributes: dict[str, Any]
-    scored: _Scored | None
+    status: Source
 
     @property
     def has_classes(self) -> bool:
         return math.prod(self.scores.geometry.record_shape) > 1
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """What a run says of itself: the model's outputs in its own order, shape and dtype of the source array."""
-
-    outputs: list[str]
-    shape: tuple[int, ...]
-    dtype: str
-
-    def require(self, place: str, inputs: Source) -> None:
-        """Raises UsageError for another array than was scored; it may have grown since."""
-        geometry = inputs.geometry
-        known = (min(geometry.count, self.shape[0]), *geometry.record_shape)
-        if (known, str(geometry.dtype)) != (self.shape, self.dtype):
-            raise UsageError(f"{place}: found {geometry.dtype} of shape {geometry.shape}, wanted {self.dtype} of shape "
-                             f"{self.shape}: is it the array that was scored?")
 
 
 @dataclass(frozen=True)
@@ -142,24 +121,14 @@ async def _show(output_url: str, *, labels: str | None, records: str | None, sou
     from batch_client.storage import open_store
 
     output = await _open_output(output_url, anonymous=anonymous)
-    scores, attributes = output.scores, output.attributes
-    origin = attributes.get("origin", 0)
-    if not isinstance(origin, int):
-        raise MismatchError(f"{output_url}: no output of batch-client: its attribute origin is {str(origin)[:100]}, "
-                            "wanted the number of its first record in the source")
+    run, scores, origin = output.run, output.scores, output.run.start
     start, stop = _range(Records.parse(records) if records else Records(), origin, scores.geometry.count)
     if labels is not None and not output.has_classes:
         raise UsageError(f"--labels: output {output.name} has one number a record and no score for each class: there "
                          "is nothing to count as right")
-    place = source or attributes.get("source")
-    if not place:
-        raise UsageError(f"{output_url}: it does not say what was scored; name it with --source URL")
-    inputs = await open_source(open_store(place, anonymous=anonymous), attributes.get("source_array") or None)
-    if output.scored is not None:
-        output.scored.require(place, inputs)
-    if inputs.geometry.count < stop:
-        raise UsageError(f"{place}: found {inputs.geometry.count:,} records, wanted at least {stop:,}; "
-                         "is it the array that was scored?")
+    place = source or run.source
+    inputs = await open_source(open_store(place, anonymous=anonymous), run.source_array or None)
+    _require_scored(place, inputs, run)
     span = _Range(start, stop, origin, scores.geometry.count, inputs.geometry.count)
     truth = None if labels is None else await _labels(labels, span, anonymous=anonymous)
     answers = await _answers(scores, output.status, origin, start, stop, truth)
@@ -170,50 +139,39 @@ async def _show(output_url: str, *, labels: str | None, records: str | None, sou
 
 
 async def _open_output(url: str, *, anonymous: bool) -> _Output:
-    from zarr.api import asynchronous as zarr_async
-    from zarr.errors import ContainsArrayError, GroupNotFoundError
+    import msgspec
 
-    from batch_client.layout import SPEC_KEY
-    from batch_client.reader import UNREADABLE, open_source
-    from batch_client.storage import open_store
-    from batch_client.zarrstore import SourceStore
+    from batch_client.layout import MANIFEST_KEY, SPEC_KEY, STATUS
+    from batch_client.publish import published_manifest
+    from batch_client.reader import open_source
+    from batch_client.spec import RunIdentity
+    from batch_client.storage import child_url, open_store
 
     store = open_store(url, anonymous=anonymous)
-    try:
-        group = await zarr_async.open_group(SourceStore(store), mode="r")
-        shapes = {name: array.shape async for name, array in group.arrays()}
-    except (FileNotFoundError, GroupNotFoundError, ContainsArrayError) as error:
+    manifest = await published_manifest(store)
+    if manifest is None:
         if await store.head(SPEC_KEY) is None:
-            raise MismatchError(f"{url}: no published output there, nor one that was begun (no {SPEC_KEY})") from error
+            raise MismatchError(f"{url}: no published output there, nor one that was begun (no {SPEC_KEY})")
         raise MismatchError(f"{url}: not published yet: finish it with the same batch-client run; batch-client status "
-                            "says how far it is") from error
-    except UNREADABLE as error:
-        raise DataError(f"{url}: its Zarr metadata can't be read ({in_one_line(error)})") from error
-    status = await open_source(store, "record_status") if shapes.pop("record_status", None) is not None else None
-    scored = await _scored(store)
-    outputs = [] if scored is None else scored.outputs
-    names = [name for name in outputs or sorted(shapes) if len(shapes.get(name, (0, 0, 0))) <= 2]
-    if not names:
-        kind = DataError if outputs else MismatchError
-        raise kind(f"{url}: found arrays {shapes}, wanted one with a row of scores for each record")
-    name = next((name for name in names if math.prod(shapes[name][1:]) > 1), names[0])
-    return _Output(name, len(shapes) == 1, await open_source(store, name), status, dict(group.attrs), scored)
-
-
-async def _scored(store: Store) -> _Scored | None:
-    """What the run says of itself; None where it is not told."""
-    from batch_client.layout import SPEC_KEY
-    from batch_client.storage import child_url
-
-    spec = await store.get(SPEC_KEY)
-    if spec is None:
-        return None
+                            "says how far it is")
     try:
-        said = parse_json(spec.data)
-        return _Scored([str(name) for name, _, _ in said["outputs"]], tuple(map(int, said["source_shape"])),
-                       str(said["source_dtype"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise MismatchError(f"{child_url(store.url, SPEC_KEY)} can't be read ({error})") from error
+        run = msgspec.convert(manifest.run, RunIdentity)
+    except msgspec.ValidationError as error:
+        raise MismatchError(f"{child_url(store.url, MANIFEST_KEY)} can't be read ({error})") from error
+    shapes = {name: shape for name, _, shape in run.outputs}
+    names = [name for name, shape in shapes.items() if len(shape) <= 1]
+    if not names:
+        raise DataError(f"{url}: its predictions have shapes {shapes}, wanted a row of scores for each record")
+    name = next((name for name in names if math.prod(shapes[name]) > 1), names[0])
+    return _Output(run, name, len(shapes) == 1, await open_source(store, name), await open_source(store, STATUS.name))
+
+
+def _require_scored(place: str, inputs: Source, run: RunIdentity) -> None:
+    """Raises UsageError for another array than was scored; it may have grown since."""
+    found, shape = inputs.geometry, run.source_shape
+    if ((min(found.count, shape[0]), *found.record_shape), str(found.dtype)) != (shape, run.source_dtype):
+        raise UsageError(f"{place}: found {found.dtype} of shape {found.shape}, wanted {run.source_dtype} of shape "
+                         f"{shape}: is it the array that was scored?")
 
 
 @dataclass(frozen=True)
@@ -298,7 +256,7 @@ async def _npy(where: str, span: _Range, *, anonymous: bool) -> np.ndarray:
     return np.frombuffer(await part(start, start + (span.stop - span.start) * dtype.itemsize), dtype)
 
 
-async def _answers(scores: Source, status: Source | None, origin: int, start: int, stop: int,
+async def _answers(scores: Source, status: Source, origin: int, start: int, stop: int,
                    labels: np.ndarray | None) -> _Answers:
     """Reduce the scores of a range block by block."""
     import numpy as np
@@ -311,9 +269,8 @@ async def _answers(scores: Source, status: Source | None, origin: int, start: in
     for first in range(start, stop, step):
         last = min(first + step, stop)
         values = _rows((await scores.read(first - origin, last - origin)).records.joined())
-        unusable = ~np.isfinite(values).all(axis=1)
-        if status is not None:
-            unusable |= (await status.read(first - origin, last - origin)).records.joined() != 0
+        unusable = (await status.read(first - origin, last - origin)).records.joined() != 0
+        unusable |= ~np.isfinite(values).all(axis=1)
         chosen = np.where(unusable[:, None], 0, values).argmax(axis=1)
         part = slice(first - start, last - start)
         classes[part] = np.where(unusable, -1, chosen)
