@@ -136,7 +136,7 @@ class Exchange:
         self._clock = clock
         self._rng = rng
         self._emit = emit
-        self._bucket = RetryBucket(max(1, sum(endpoint.left_out is None for endpoint in pool.endpoints)))
+        self._bucket = RetryBucket(sum(endpoint.left_out is None for endpoint in pool.endpoints))
         self._repeating = asyncio.Lock()
         self._last_success = clock()
         self._refused_token: str | None = None
