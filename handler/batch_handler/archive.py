@@ -32,7 +32,7 @@ from batch_handler.modelfile import ModelFileError, check_trusted, detect_kind, 
 from batch_handler.oip import Array
 from batch_handler.runtimes.aot import compile_package
 from batch_handler.runtimes.device import DeviceError
-from batch_handler.runtimes.eager import said
+from batch_handler.runtimes.foreign import classify, said
 from batch_handler.runtimes.onnx_export import export_graph
 from batch_handler.runtimes.transform import ModelError, OutputsInOrder
 from batch_handler.signature import (
@@ -138,6 +138,8 @@ def pack(request: PackRequest) -> Path:
         if isinstance(error, ModelLoadError) and isinstance(error.__cause__, SignatureError | ModelError | DeviceError):
             shown = error.__cause__  # without the folder that it was loaded from, which nobody knows
         raise ArchiveError(f"{request.model.name}: {_as_given(str(shown), request.arch)}") from error
+    except MemoryError as error:
+        raise ArchiveError(f"{request.model.name}: {classify(error)}") from error
     except OSError as error:
         raise ArchiveError(f"{error.filename or request.model}: {error.strerror or error}") from error
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from batch_handler.oip import Array, OipError, datatype_of
-from batch_handler.runtimes.eager import said
+from batch_handler.runtimes.foreign import raise_if_device, said
 from batch_handler.runtimes.transform import ModelError, Preprocess, collect
 from batch_handler.signature import InputSpec, OutputDraft, OutputSpec, SignatureError
 
@@ -96,6 +96,7 @@ def golden_outputs(
             ]
             raw = forward(*prepared)
     except (Exception, SystemExit) as error:  # its own code, which may end the process
+        raise_if_device(error)
         lines = str(error).splitlines() or [""]
         wanted = ", ".join(f"{spec.name} {list(spec.model_shape)}" for spec in inputs)
         raise ModelError(

@@ -27,7 +27,7 @@ import torch
 
 from batch_handler.model import DESCRIPTION_FILE, Model, ModelLoadError, read_description, read_golden
 from batch_handler.oip import Array, ModelMetadata
-from batch_handler.runtimes.eager import said
+from batch_handler.runtimes.foreign import said
 from batch_handler.runtimes.transform import ModelError
 from batch_handler.service import tuning_from
 from batch_handler.signature import FileEntry, Golden, ModelDescription, SignatureError, Weights, runtimes_for

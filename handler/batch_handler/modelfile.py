@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from batch_handler.runtimes.aot import open_package
-from batch_handler.runtimes.eager import build_module, fixed_records, said
+from batch_handler.runtimes.eager import build_module, fixed_records
+from batch_handler.runtimes.foreign import raise_if_device, said
 from batch_handler.runtimes.onnx import open_graph
 from batch_handler.runtimes.torchscript import load_script
 from batch_handler.signature import InputSpec, Weights
@@ -127,6 +128,7 @@ def _kind_of_pickle(path: Path) -> str:
     except Exception as error:  # torch's reader takes any bytes for a pickle's until it stumbles
         if isinstance(error, pickle.UnpicklingError) and _is_pickle(path):
             return "pickle"
+        raise_if_device(error)
         raise ModelFileError(f"{path.name} is not a model file that torch can read: {said(error)}") from error
     if isinstance(value, Mapping) and value and all(isinstance(v, torch.Tensor) for v in value.values()):
         return "state_dict"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_handler.runtimes import device as devices
-from batch_handler.runtimes.device import CapacityError, CpuDevice, LostDeviceError, classify, open_device
+from batch_handler.runtimes.device import CapacityError, CpuDevice, LostDeviceError, open_device
 from batch_handler.runtimes.scripted import ScriptedDevice, ScriptedEvent
 from batch_handler.runtimes.slots import SlotRuntime, most_stacked
 from batch_handler.runtimes.transform import ModelError, Preprocess, collect
@@ -259,30 +259,6 @@ def test_a_lost_context_ends_the_worker_at_once():
     with pytest.raises(LostDeviceError):
         scorer.score([Query((records(3, 1),))])
     assert isinstance(seen[0], LostDeviceError)
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (torch.OutOfMemoryError("x"), CapacityError),
-        (RuntimeError("CUDA error: out of memory"), CapacityError),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), CapacityError),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), CapacityError),
-        (RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel"), LostDeviceError),
-        (
-            RuntimeError(
-                "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Gemm node. "
-                "Status Message: CUDA failure 700: an illegal memory access was encountered ; GPU=0"
-            ),
-            LostDeviceError,
-        ),
-        (RuntimeError("shape mismatch"), RuntimeError),
-        (ValueError("CUDA error"), ValueError),
-    ],
-)
-def test_errors_are_told_apart(error, kind):
-    assert type(classify(error)) is kind
-    assert "\n" not in str(classify(error))
 
 
 def test_the_cpu_copies_nothing():

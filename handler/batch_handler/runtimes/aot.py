@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from batch_handler.runtimes.device import Device
-from batch_handler.runtimes.eager import said
+from batch_handler.runtimes.foreign import foreign, raise_if_device, said
 from batch_handler.runtimes.program import export_program
 from batch_handler.runtimes.slots import SlotRuntime
 from batch_handler.runtimes.transform import ModelError
@@ -82,15 +82,11 @@ def open_package(path: Path, device: torch.device, records: int) -> Package:
     # Otherwise compiled code reads beyond the end of a tensor that is smaller than it was compiled for.
     os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"
     loader: Any = torch._C._aoti.AOTIModelPackageLoader  # noqa: SLF001 - its public way compiles programs
-    try:
+    with foreign(f"{path.name} can't be loaded as a compiled package:"):
         metadata: Mapping[str, str] = loader.load_metadata_from_package(str(path), "model")
         _check(metadata, device)
         loaded = loader(str(path), "model", False, 1, device.index or 0 if device.type == "cuda" else -1)
         return Package(loaded, int(metadata.get(_RECORDS, records)))
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{path.name} can't be loaded as a compiled package: {said(error)}") from error
 
 
 def compile_package(module: torch.nn.Module, inputs: Sequence[InputSpec], micro_batch: int, path: Path) -> None:
@@ -126,6 +122,7 @@ def compile_package(module: torch.nn.Module, inputs: Sequence[InputSpec], micro_
                 raise ModelError(
                     "compiling needs a C++ compiler and none was found, wanted g++ (or CXX=…), or another runtime"
                 ) from error
+            raise_if_device(error)
             raise ModelError(f"the module can't be compiled, wanted another runtime: {said(error)}") from error
 
 

@@ -29,7 +29,6 @@ __all__ = [
     "DeviceError",
     "Event",
     "LostDeviceError",
-    "classify",
     "open_device",
 ]
 
@@ -41,19 +40,6 @@ PRECISIONS: Mapping[str, torch.dtype | None] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-# How the engines say that memory is full where they have no class for it.
-_MEMORY_TEXTS = (
-    "out of memory",
-    "not enough memory",
-    "can't allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",
-    "Failed to allocate memory",
-    "bad_alloc",
-)
-# And that the context is poisoned: torch begins with it, ONNX Runtime has it behind its own words.
-_TORCH_LOST, _ONNX_LOST = "CUDA error", "CUDA failure"
 
 # What cuBLAS needs to give equal bits from one run to the next:
 # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
@@ -255,22 +241,6 @@ def open_device(gpu_id: int | None, *, threads: int = 1, precision: str = "float
     return CudaDevice(gpu_id, threads=threads, precision=precision)
 
 
-def classify(error: BaseException) -> BaseException:
-    """Map an engine's error to `CapacityError` or `LostDeviceError`; any other is the model's and stays."""
-    if not isinstance(error, RuntimeError):
-        return error
-    message = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or any(text in message for text in _MEMORY_TEXTS):
-        return CapacityError(f"the device's memory is full: {_first_line(error)}")
-    # AcceleratorError is what newer versions raise for errors that CUDA calls sticky; older ones raise
-    # RuntimeError with the text alone.
-    sticky = getattr(torch, "AcceleratorError", None)
-    said = message.startswith(_TORCH_LOST) or _ONNX_LOST in message
-    if said or (sticky is not None and isinstance(error, sticky)):
-        return LostDeviceError(f"the device's context is lost: {_first_line(error)}")
-    return error
-
-
 def _processor() -> str:
     """Who made the processor, and which it is: the engines choose code paths and block sizes by that too."""
     try:
@@ -280,10 +250,6 @@ def _processor() -> str:
     said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
     known = [said[name] for name in ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part") if name in said]
     return " ".join(known) or platform.machine()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _set_exact(precision: str) -> None:

@@ -9,20 +9,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from batch_handler.runtimes.device import Device, DeviceError, classify
+from batch_handler.runtimes.device import Device
+from batch_handler.runtimes.foreign import foreign, raise_if_device, said
 from batch_handler.runtimes.slots import SlotRuntime, autocast
 from batch_handler.runtimes.transform import ModelError, example_inputs
 from batch_handler.signature import ModelDescription, Weights
 
-__all__ = ["build_module", "fixed_records", "load_module", "open_eager", "said"]
+__all__ = ["build_module", "fixed_records", "load_module", "open_eager"]
 
 
 def open_eager(description: ModelDescription, directory: Path, device: Device, precision: str) -> SlotRuntime:
@@ -66,27 +66,22 @@ def load_module(
 
 
 def _channels_last(module: torch.nn.Module) -> torch.nn.Module:
-    with _own_code("laid out as channels_last"):
+    with foreign("the module can't be laid out as channels_last:"):
         return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return] # torch: no such stub
 
 
 def _on_device(weights: Weights, directory: Path, device: torch.device) -> torch.nn.Module:
     module = build_module(weights, directory)
-    with _own_code(f"put on {device.type}"):
+    with foreign(f"the module can't be put on {device.type}:"):
         return module.to(device).requires_grad_(requires_grad=False)
 
 
 def _runs(module: torch.nn.Module, examples: Sequence[torch.Tensor], precision: str) -> bool:
     """Whether a module takes the examples; raises `DeviceError`, which says nothing of the module."""
     try:
-        with torch.inference_mode(), autocast(precision, examples[0].device):
+        with foreign(""), torch.inference_mode(), autocast(precision, examples[0].device):
             module(*examples)
-    except MemoryError:
-        raise
-    except (Exception, SystemExit) as error:  # the module's own code
-        # No local has it: with the error's own traceback that would keep the module in memory.
-        if isinstance(classify(error), DeviceError):
-            raise classify(error) from error
+    except ModelError:  # no local has it: with its own traceback that would keep the module in memory
         return False
     return True
 
@@ -106,6 +101,7 @@ def build_module(weights: Weights, directory: Path) -> torch.nn.Module:
             state = torch.load(path, map_location="cpu", weights_only=True)
         module.load_state_dict(state)
     except (Exception, SystemExit) as error:  # the module's own code, and files of every kind of damage
+        raise_if_device(error)
         lines = str(error).splitlines() or [type(error).__name__]
         raise ModelError(f"{weights.file} does not fit {weights.arch}: {' '.join(lines)[:300]}") from error
     return _evaluated(module)
@@ -141,49 +137,27 @@ def fixed_records(module: torch.nn.Module) -> int | None:
     return next((size for size in sizes if isinstance(size, int)), None)
 
 
-def said(error: BaseException) -> str:
-    """An error of foreign code in one line: its type and the first line of its text."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
-
-
 def _evaluated(module: torch.nn.Module) -> torch.nn.Module:
-    with _own_code("set to eval mode"):
+    with foreign("the module can't be set to eval mode:"):
         return module.eval()
 
 
-@contextmanager
-def _own_code(what: str) -> Iterator[None]:
-    """What a module raises from methods that it may have of its own; raises `ModelError` or `DeviceError`."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except (Exception, SystemExit) as error:
-        mapped = classify(error)
-        if isinstance(mapped, DeviceError):
-            raise mapped from error
-        raise ModelError(f"the module can't be {what}: {said(error)}") from error
-
-
 def _load_exported(path: Path) -> torch.nn.Module:
-    try:
+    with foreign(f"{path.name} can't be loaded as an exported program:"):  # it unpickles, so it runs any code
         module: torch.nn.Module = torch.export.load(path).module()
-    except (Exception, SystemExit) as error:  # it unpickles, so it runs any code
-        raise ModelError(f"{path.name} can't be loaded as an exported program: {said(error)}") from error
     return module
 
 
 def _unpickle(path: Path) -> torch.nn.Module:
-    try:
-        module = torch.load(path, map_location="cpu", weights_only=False)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(
-            f"{path.name} can't be unpickled, wanted the code of its classes where Python finds it, here and where it "
-            f"is served, or the module's state_dict packed with --arch: {said(error)}"
-        ) from error
-    except (Exception, SystemExit) as error:  # unpickling runs any code, such as a training script that ends itself
-        raise ModelError(f"{path.name} can't be unpickled: {said(error)}") from error
+    # Unpickling runs any code, such as a training script that ends itself.
+    with foreign(f"{path.name} can't be unpickled:"):
+        try:
+            module = torch.load(path, map_location="cpu", weights_only=False)
+        except (ImportError, AttributeError) as error:
+            raise ModelError(
+                f"{path.name} can't be unpickled, wanted the code of its classes where Python finds it, here and where "
+                f"it is served, or the module's state_dict packed with --arch: {said(error)}"
+            ) from error
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"{path.name} holds {type(module).__name__}, wanted a torch.nn.Module")
     return module
@@ -191,19 +165,16 @@ def _unpickle(path: Path) -> torch.nn.Module:
 
 def _call_arch(arch: str, directory: Path) -> torch.nn.Module:
     source, _, name = arch.partition(":")
-    try:
-        maker = getattr(_import(source, directory), name)
-    except ImportError as error:
-        raise ModelError(
-            f"arch {arch} can't be imported, wanted the code that it imports installed, here and where it is served: "
-            f"{said(error)}"
-        ) from error
-    except (Exception, SystemExit) as error:  # a training script may end itself when it is imported
-        raise ModelError(f"arch {arch} can't be imported: {said(error)}") from error
-    try:
+    with foreign(f"arch {arch} can't be imported:"):
+        try:
+            maker = getattr(_import(source, directory), name)
+        except ImportError as error:
+            raise ModelError(
+                f"arch {arch} can't be imported, wanted the code that it imports installed, here and where it is "
+                f"served: {said(error)}"
+            ) from error
+    with foreign(f"arch {arch} can't be called without arguments:"):
         module = maker()
-    except (Exception, SystemExit) as error:
-        raise ModelError(f"arch {arch} can't be called without arguments: {said(error)}") from error
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"arch {arch} returned {type(module).__name__}, wanted a torch.nn.Module")
     return module

@@ -17,7 +17,8 @@ import torch
 
 from batch_handler.fields import SignatureError
 from batch_handler.oip import DATATYPES
-from batch_handler.runtimes.device import Device, classify
+from batch_handler.runtimes.device import Device
+from batch_handler.runtimes.foreign import classify
 from batch_handler.runtimes.protobuf import fields_of
 from batch_handler.runtimes.slots import SlotRuntime
 from batch_handler.runtimes.transform import ModelError, torch_dtype

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from batch_handler.runtimes.eager import said
+from batch_handler.runtimes.foreign import raise_if_device, said
 from batch_handler.runtimes.onnx import MAX_BYTES
 from batch_handler.runtimes.program import export_program, quiet
 from batch_handler.runtimes.transform import ModelError, OutputsInOrder
@@ -44,10 +44,9 @@ def export_graph(
         try:
             graph: Any = torch.onnx.export(program, output_names=[spec.name for spec in outputs], verbose=False)
         except Exception as error:
-            # The first line of torch's own is the same for all of them.
-            raise ModelError(
-                f"the module can't be exported as ONNX, wanted another runtime: {said(_root(error))}"
-            ) from error
+            root = _root(error)  # the first line of torch's own is the same for all of them
+            raise_if_device(root)
+            raise ModelError(f"the module can't be exported as ONNX, wanted another runtime: {said(root)}") from error
     # torch keeps the stack of each operation: somebody's paths, and other ones for each copy of a file of code.
     passes.ClearMetadataAndDocStringPass()(graph.model)
     # Outputs were named after names had been made unique.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from batch_handler.runtimes.eager import said
+from batch_handler.runtimes.foreign import raise_if_device, said
 from batch_handler.runtimes.transform import ModelError, example_inputs
 from batch_handler.signature import InputSpec
 
@@ -33,6 +33,7 @@ def export_program(
         with torch.no_grad(), quiet():
             return torch.export.export(module, examples, dynamic_shapes=dynamic_shapes)
     except (Exception, SystemExit) as error:
+        raise_if_device(error)
         raise ModelError(f"the module can't be exported, wanted another runtime: {said(error)}") from error
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from batch_handler.oip import Array
-from batch_handler.runtimes.device import PRECISIONS, Device, DeviceError, Event, classify
+from batch_handler.runtimes.device import PRECISIONS, Device, Event
+from batch_handler.runtimes.foreign import foreign
 from batch_handler.runtimes.transform import (
     ModelError,
     Preprocess,
@@ -37,6 +38,7 @@ _ALIGNMENT = 64  # of what torch allocates on a CPU
 # TorchScript's profiling executor watches the first runs and changes the graph after them; so do cuDNN's and
 # oneDNN's caches. A worker that is ready has left that behind.
 _WARM_UP_RUNS = 3
+_RAISED = "the model raised"
 
 
 class Slot:
@@ -62,7 +64,7 @@ class Slot:
         """Block until what was issued is done; the outputs, (size, *shape) each, until the next `run`."""
         event, self.event = self.event, None
         if event is not None:
-            with _mapped():
+            with foreign(_RAISED):
                 event.wait()
         return tuple(result.numpy() for result in self.results)
 
@@ -117,7 +119,7 @@ class SlotRuntime:
         # Joining outputs is an operation that autocast has its own rules for: no stacks there.
         stack_bytes = self._device.stack_bytes if PRECISIONS[self._precision] is None else 0
         places = micro_batch * most_stacked(self._inputs, self._outputs, micro_batch, stack_bytes)
-        with _mapped():
+        with foreign(_RAISED):
             self._device.settle()
             slots = tuple(Slot(self._device, self._inputs, self._outputs, places) for _ in range(_SLOTS))
         with self.session():
@@ -138,7 +140,7 @@ class SlotRuntime:
         """Issue the first `size` places of a slot that was waited for: up to a micro-batch, or whole ones."""
         if not torch.is_inference_mode_enabled():
             raise RuntimeError("run() outside of session() would compute in another precision")
-        with _mapped(), self._settled_on_error():
+        with foreign(_RAISED), self._settled_on_error():
             rows = max(size, self._fixed or 0)
             for array in slot.inputs:
                 array[size:rows] = 0
@@ -210,18 +212,3 @@ def autocast(
     if dtype is None:
         return nullcontext()
     return torch.autocast(device.type, dtype, cache_enabled=cache)
-
-
-@contextmanager
-def _mapped() -> Iterator[None]:
-    """Errors of the engine become ours here, once: the device's, or the model's."""
-    try:
-        yield
-    except (DeviceError, ModelError, MemoryError):
-        raise
-    except (Exception, SystemExit) as error:  # a model that ends the process fails its request, and the worker stays
-        mapped = classify(error)
-        if mapped is error:
-            first = (str(error).splitlines() or [""])[0]
-            mapped = ModelError(f"the model raised {type(error).__name__}: {first}")
-        raise mapped from error

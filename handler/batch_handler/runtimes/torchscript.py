@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from batch_handler.runtimes.device import Device
-from batch_handler.runtimes.eager import fixed_records, load_module, said
+from batch_handler.runtimes.eager import fixed_records, load_module
+from batch_handler.runtimes.foreign import foreign, raise_if_device, said
 from batch_handler.runtimes.slots import SlotRuntime, autocast
 from batch_handler.runtimes.transform import ModelError, OutputsInOrder, example_inputs
 from batch_handler.signature import InputSpec, ModelDescription
@@ -53,12 +54,8 @@ def open_torchscript(description: ModelDescription, directory: Path, device: Dev
 
 def load_script(path: Path, device: torch.device) -> Any:
     """A saved TorchScript module; raises `ModelError` where the file is another thing."""
-    try:
-        with _deprecated_but_served():
-            return torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call] # torch ships none
-    except (RuntimeError, ValueError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{path.name} is not TorchScript: {first}") from error
+    with foreign(f"{path.name} is not TorchScript:"), _deprecated_but_served():
+        return torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call] # torch ships none
 
 
 def _trace(module: Any, inputs: Sequence[InputSpec], records: int, device: torch.device, precision: str) -> Any:
@@ -72,6 +69,7 @@ def _trace(module: Any, inputs: Sequence[InputSpec], records: int, device: torch
                 module, examples, check_trace=False
             )
     except (Exception, SystemExit) as error:
+        raise_if_device(error)
         why = str(error) if isinstance(error, ModelError) else said(error)
         raise ModelError(f"the module can't be traced, wanted one that can or runtime eager: {why}") from error
 
@@ -87,7 +85,8 @@ def _optimise(script: Any) -> tuple[Any, str]:
             with _deprecated_but_served():
                 script = step(script)
         except RuntimeError as error:
-            _log.warning("TorchScript stays %s: %s", reached, (str(error).splitlines() or [""])[0])
+            raise_if_device(error)
+            _log.warning("TorchScript stays %s: %s", reached, said(error))
             return script, reached
         reached = name
     return script, reached

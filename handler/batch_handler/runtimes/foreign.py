@@ -1,0 +1,76 @@
+"""Errors of code that is not ours, an engine's or a model's own, as ours.
+
+Rule: what memory or the device is to blame for is no model's fault; and what an error says is one bounded line, since
+it goes into logs and replies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from batch_handler.runtimes.device import CapacityError, DeviceError, LostDeviceError
+from batch_handler.runtimes.transform import ModelError
+
+__all__ = ["classify", "foreign", "raise_if_device", "said"]
+
+_MOST_SAID = 300  # characters
+# How the engines say that memory is full where they have no class for it.
+_MEMORY_TEXTS = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "Failed to allocate memory",
+    "bad_alloc",
+)
+# And that the context is poisoned: torch begins with it, ONNX Runtime has it behind its own words.
+_TORCH_LOST, _ONNX_LOST = "CUDA error", "CUDA failure"
+
+
+def said(error: BaseException) -> str:
+    """An error in one line: its type and the first line of its text, 300 characters of it at most."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:_MOST_SAID]}" if first else type(error).__name__
+
+
+def classify(error: BaseException) -> BaseException:
+    """Map an engine's error to `CapacityError` or `LostDeviceError`; any other is the model's and stays."""
+    if isinstance(error, DeviceError | ModelError):
+        return error
+    if isinstance(error, MemoryError):
+        return CapacityError(f"memory is full: {said(error)}")
+    if not isinstance(error, RuntimeError):
+        return error
+    message = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or any(text in message for text in _MEMORY_TEXTS):
+        return CapacityError(f"memory is full: {said(error)}")
+    # AcceleratorError is what newer versions raise for errors that CUDA calls sticky; older ones raise
+    # RuntimeError with the text alone.
+    sticky = getattr(torch, "AcceleratorError", None)
+    lost = message.startswith(_TORCH_LOST) or _ONNX_LOST in message
+    if lost or (sticky is not None and isinstance(error, sticky)):
+        return LostDeviceError(f"the device's context is lost: {said(error)}")
+    return error
+
+
+def raise_if_device(error: BaseException) -> None:
+    """Raise the `DeviceError` that a foreign error is; return where it is the model's."""
+    # No local has it: with the error's own traceback that would keep the frames, and the module, in memory.
+    if isinstance(classify(error), DeviceError):
+        raise classify(error) from error
+
+
+@contextmanager
+def foreign(what: str) -> Iterator[None]:
+    """Run code that is not ours: what it raises becomes `DeviceError`, or `ModelError` with `what` in front."""
+    try:
+        yield
+    except (DeviceError, ModelError):
+        raise
+    except (Exception, SystemExit) as error:  # a model that ends the process fails its request, and the worker stays
+        raise_if_device(error)
+        raise ModelError(f"{what} {said(error)}") from error
