@@ -109,8 +109,8 @@ class Keeps(Supple):
 
     def forward(self, x):
         self.records = self.records or len(x)
-        if len(x) != self.records:
-            raise ValueError("another number of records")
+        if self.records != 8 and len(x) == 8:
+            raise ValueError("another number of records at first")
         return super().forward(x)
 """)
     namespace = {"__name__": "nets"}

@@ -1,0 +1,86 @@
+"""A graph that is bound to its micro-batch would fail each query: it is refused, and no other model is."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+
+import pytest
+import torch
+
+from batch_handler import model as models
+from batch_handler.archive import ArchiveError, pack
+from batch_handler.model import Model, ModelLoadError, Tuning
+from batch_handler.scoring import Query, Score
+
+ARCH = """
+import torch
+
+
+class Net(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(36, 3)
+
+    def forward(self, x):
+        return super().forward(x.reshape({records}, -1))
+"""
+REFUSED = re.escape(
+    "the model takes 8 records at a time and fails on a query of 4, wanted runtime eager, or a module that takes any "
+    "number: a trace keeps len(x), and not x.shape[0]: the model raised RuntimeError: "
+)
+
+
+@pytest.fixture
+def packing(tmp_path, pack_request):
+    torch.manual_seed(3)
+    torch.save(torch.nn.Linear(36, 3).state_dict(), tmp_path / "w.pt")
+
+    def request(records, **change):
+        (tmp_path / "net.py").write_text(ARCH.format(records=records))
+        change = {"model": tmp_path / "w.pt", "arch": f"{tmp_path}/net.py:Net", "outputs": (), **change}
+        return dataclasses.replace(pack_request, output=tmp_path / "x.mar", **change)
+
+    return request
+
+
+def test_a_trace_that_is_bound_to_its_micro_batch_is_refused(packing, unpack, monkeypatch):
+    with pytest.raises(ArchiveError, match=rf"^w\.pt: {REFUSED}"):
+        pack(packing("len(x)", runtime="torchscript"))
+    # What is served under another runtime than it was packed for, and what was packed before.
+    directory = unpack(pack(packing("len(x)")))
+    with pytest.raises(ModelLoadError, match=REFUSED):
+        Model.open(directory, Tuning(runtime="torchscript"))
+    Model.open(directory)
+    monkeypatch.setattr(models, "_ROWS_SECONDS", 0.0)  # it is slower
+    Model.open(directory, Tuning(runtime="torchscript"))
+
+
+@pytest.mark.parametrize("records", ["x.shape[0]", "x.size(0)"])
+def test_a_trace_that_takes_any_number_is_served(records, packing, unpack, images):
+    opened = Model.open(unpack(pack(packing(records, runtime="torchscript"))))
+    for count in (1, 3, 4, 8, 9):
+        (score,) = opened.score([Query((images[:count],))])
+        assert isinstance(score, Score)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 20])
+def test_so_is_one_with_as_many_golden_records_as_somebody_has(count, packing, images):
+    assert pack(packing("x.shape[0]", runtime="torchscript", golden={"image": images[:count]})).is_file()
+
+
+@pytest.mark.parametrize("micro_batch", [2, 3, 8])
+def test_so_is_one_that_takes_no_record_alone(micro_batch, packing, images):
+    """Such as one that squeezes what it gives: queries of several are answered."""
+    golden = {"image": images[:2]}
+    assert pack(packing("len(x) if len(x) > 1 else 7", micro_batch=micro_batch, golden=golden)).is_file()
+
+
+def test_a_graph_that_somebody_bound_is_served_to_bulk_requests_as_before(packing, images, tmp_path):
+    """Its golden records are as many as it takes, so nobody packed it for queries."""
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3), torch.nn.Unflatten(0, (8, 1)),
+                                 torch.nn.Flatten())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own: TorchScript is deprecated
+        torch.jit.save(torch.jit.trace(module, torch.zeros(8, 1, 6, 6)), tmp_path / "m.ts")
+    assert pack(packing("len(x)", model=tmp_path / "m.ts", arch=None, golden={"image": images[:8]})).is_file()
