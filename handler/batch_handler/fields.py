@@ -105,13 +105,13 @@ _NUMBER = re.compile(r"([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(?:/\s*([0-9.]+))?")
 def number(value: Any, field: str, where: str) -> float:
     """A finite number, or the text of one or of a fraction such as "1/255" (which says what it means)."""
     found: float | None = None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        found = float(value)
-    elif isinstance(value, str) and (match := _NUMBER.fullmatch(value.strip())):
-        try:
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found = float(value)
+        elif isinstance(value, str) and (match := _NUMBER.fullmatch(value.strip())):
             found = float(match[1]) / float(match[2] or 1)
-        except (ValueError, ZeroDivisionError):
-            found = None
+    except (ValueError, ZeroDivisionError, OverflowError):  # of these an integer of over 308 digits
+        found = None
     if found is None or not math.isfinite(found):
         raise SignatureError(f'{field} of {where} is {value!r}, wanted a number or a fraction as "1/255"')
     return found

@@ -67,12 +67,15 @@ def _random_records(inputs: Sequence[InputSpec]) -> tuple[Array, ...]:
     arrays: list[Array] = []
     for spec in inputs:
         shape = (_RECORDS, *spec.shape)
-        if spec.dtype.kind == "f":
-            arrays.append(rng.random(shape).astype(spec.dtype))
-        else:
-            # Bytes are mostly pixels; other integers may be indices of short tables.
-            top = 256 if spec.dtype == np.uint8 and spec.cast else 2
-            arrays.append(rng.integers(0, top, shape).astype(spec.dtype))
+        # Bytes are mostly pixels; other integers may be indices of short tables.
+        top = 256 if spec.dtype == np.uint8 and spec.cast else 2
+        try:
+            array = rng.random(shape) if spec.dtype.kind == "f" else rng.integers(0, top, shape)
+            arrays.append(array.astype(spec.dtype))
+        except (ValueError, OverflowError, MemoryError) as error:
+            raise SignatureError(
+                f"{_RECORDS} records of {spec.name}, {spec.dtype} {list(spec.shape)}, can't be made: {said(error)}"
+            ) from error
     return tuple(arrays)
 
 

@@ -25,7 +25,7 @@ from batch_handler.runtimes.device import Device, DeviceError, open_device
 from batch_handler.runtimes.foreign import classify
 from batch_handler.runtimes.transform import ModelError
 from batch_handler.scoring import Failure, Query, Score, Scorer, exit_process
-from batch_handler.signature import FileEntry, ModelDescription, SignatureError, canonical_json
+from batch_handler.signature import FileEntry, ModelDescription, SignatureError, canonical_json, check_micro_batch
 
 __all__ = [
     "DESCRIPTION_FILE",
@@ -132,6 +132,7 @@ class Model:
         on_lost: Callable[[BaseException], None],
     ) -> Model:
         micro_batch = tuning.micro_batch or description.micro_batch
+        check_micro_batch(micro_batch)
         scorer = Scorer(runtime, description.outputs, micro_batch, on_lost=on_lost)
         # How many workers there are is not in it: that changes no bit.
         numerics = {**runtime.numerics, "micro_batch": micro_batch}

@@ -48,6 +48,7 @@ __all__ = [
     "SignatureError",
     "Weights",
     "canonical_json",
+    "check_micro_batch",
     "check_name",
     "check_runtime",
     "digest_of",
@@ -258,7 +259,7 @@ class ModelDescription:
     def __post_init__(self) -> None:
         check_name(self.name, self.version)
         check_runtime(self.runtime, self.weights.kind)
-        _check_micro_batch(self.micro_batch)
+        check_micro_batch(self.micro_batch)
         for what, names in (
             ("inputs", [spec.name for spec in self.inputs]),
             ("outputs", [spec.name for spec in self.outputs]),
@@ -366,13 +367,13 @@ def parse_signature(toml: str) -> SignatureDraft:
     """Read a signature file (TOML: `[model]`, `[[inputs]]`, `[[outputs]]`)."""
     try:
         value = tomllib.loads(toml)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # beside TOML's own, an integer of over 4300 digits
         raise SignatureError(f"the signature is not TOML: {error}") from error
     fields = as_object(value, "the signature", ("model", "inputs", "outputs"))
     model = as_object(fields.get("model", {}), "[model]", ("name", "version", "micro_batch"))
     micro_batch = model.get("micro_batch")
     if micro_batch is not None:
-        _check_micro_batch(count(micro_batch, "micro_batch"))
+        check_micro_batch(count(micro_batch, "micro_batch"))
     return SignatureDraft(
         name=None if model.get("name") is None else text(model, "name", "[model]"),
         version=None if model.get("version") is None else text(model, "version", "[model]"),
@@ -443,6 +444,7 @@ def _check_tensor(what: str, name: str, dtype: np.dtype[Any], shape: tuple[int, 
         raise SignatureError(f"shape of {what} {name} is {list(shape)}, wanted sizes of at least 1")
 
 
-def _check_micro_batch(micro_batch: int) -> None:
+def check_micro_batch(micro_batch: int) -> None:
+    """Raise `SignatureError` for a micro-batch of no records, or of more than any machine is given."""
     if not 1 <= micro_batch <= MAX_MICRO_BATCH:
         raise SignatureError(f"micro_batch is {micro_batch}, wanted 1 to {MAX_MICRO_BATCH}")

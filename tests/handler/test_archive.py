@@ -19,7 +19,7 @@ from batch_client.cli import main
 from batch_handler.archive import ArchiveError, pack, read_description
 from batch_handler.model import Model
 from batch_handler.modelfile import ModelFileError, detect_kind
-from batch_handler.signature import OutputDraft
+from batch_handler.signature import InputSpec, OutputDraft
 
 
 def reference(module, images):
@@ -187,6 +187,10 @@ def test_a_module_that_gives_a_dict_runs_under_each_runtime(runtime, pack_reques
         pack(dataclasses.replace(request, outputs=(OutputDraft("scores"),), output=tmp_path / "other.mar"))
 
 
+# Shapes that no array can have: more elements than numpy counts, bytes than it counts, bytes than are addressable.
+HUGE = [(10**20,), (10**9, 10**9), (10**8, 10**7)]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -205,6 +209,7 @@ def test_a_module_that_gives_a_dict_runs_under_each_runtime(runtime, pack_reques
         ({"kind": "torchscript", "arch": None}, "is not TorchScript"),
         ({"kind": "torchscript"}, "is TorchScript, which --arch says nothing of: leave --arch"),
         ({"micro_batch": 0}, "micro_batch is 0"),
+        *(({"inputs": (InputSpec("x", np.dtype("f4"), shape, shape),)}, "can't be made: ") for shape in HUGE),
         ({"runtime": "magic"}, "runtime is 'magic'"),
     ],
 )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from batch_handler.fields import number
-from batch_handler.model import Model, ModelLoadError, check_files, read_description
+from batch_handler.model import Model, ModelLoadError, Tuning, check_files, read_description
 from batch_handler.signature import (
     InputSpec,
     ModelDescription,
@@ -134,6 +134,11 @@ def test_a_description_that_cannot_be_right_says_why(copied, change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_setting_of_the_micro_batch_is_held_to_the_bound_of_a_description(tiny_dir):
+    with pytest.raises(ModelLoadError, match=r"micro_batch is 65537, wanted 1 to 65536$"):
+        Model.open(tiny_dir, Tuning(micro_batch=65_537))
+
+
 def test_a_description_there_and_back(tiny_dir):
     description = read_description(tiny_dir)
     assert ModelDescription.from_json(json.loads(json.dumps(description.to_json()))) == description
@@ -178,7 +183,8 @@ def test_a_number_may_be_text(text, found):
     assert number(text, "scale", "image") == pytest.approx(found)
 
 
-@pytest.mark.parametrize("text", ["", "1/0", "1/", "/2", "one", "1e999", "nan", ".", "1/2/3", None, True])
+@pytest.mark.parametrize("text", ["", "1/0", "1/", "/2", "one", "1e999", "nan", ".", "1/2/3", None, True,
+                                  pytest.param(10**400, id="of 401 digits")])
 def test_what_is_no_number_is_refused(text):
     with pytest.raises(SignatureError, match="wanted a number or a fraction"):
         number(text, "scale", "image")
@@ -186,7 +192,8 @@ def test_what_is_no_number_is_refused(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["=", "x = 1", "[model]\nnam = 'a'", "[[inputs]]\nname = 'a'", "[model]\nmicro_batch = 0"],
+    ["=", "x = 1", "[model]\nnam = 'a'", "[[inputs]]\nname = 'a'", "[model]\nmicro_batch = 0",
+     pytest.param("x = 1" + "0" * 5000, id="a long integer"), pytest.param("x = " + "[" * 100_000, id="deep")],
 )
 def test_a_wrong_signature_file_is_refused(text):
     with pytest.raises(SignatureError):
