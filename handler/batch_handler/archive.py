@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -303,18 +304,19 @@ def _write(request: PackRequest, description: ModelDescription, directory: Path)
         **{name: directory / name for name in description.files},
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
+    # Under a name that nobody can lay a link at beforehand; what others may do with it, the umask says.
+    new = output.parent / f".{secrets.token_hex(8)}.part"
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as mar:
                 for name, source in members.items():
                     _add(mar, name, source)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(output)
+        new.replace(output)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         raise
     return output
 

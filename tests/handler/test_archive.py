@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import re
 import sys
 import warnings
@@ -90,6 +91,16 @@ def test_an_archive_has_the_members_that_the_reference_names(pack_request, tmp_p
     )
     assert described["weights"] == {"file": "weights.pt", "kind": "state_dict", "arch": f"{arch}:make_model"}
     assert described["digest"] == read_description(written).digest
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_who_may_read_an_archive_is_for_the_umask_to_say(umask, mode, pack_request, tmp_path):
+    before = os.umask(umask)
+    try:
+        written = pack(dataclasses.replace(pack_request, output=tmp_path / "a.mar"))
+    finally:
+        os.umask(before)
+    assert written.stat().st_mode & 0o777 == mode
 
 
 def test_equal_input_gives_an_equal_archive(pack_request, tmp_path):
