@@ -29,7 +29,7 @@ import torch
 
 from batch_handler.golden import golden_outputs, golden_records
 from batch_handler.model import DESCRIPTION_FILE, Model, ModelLoadError, Tuning, parse_description
-from batch_handler.modelfile import ModelFileError, check_trusted, detect_kind, graph_inputs, open_plainly
+from batch_handler.modelfile import ModelFileError, detect_kind, graph_inputs, open_plainly
 from batch_handler.oip import Array
 from batch_handler.runtimes.aot import compile_package
 from batch_handler.runtimes.device import DeviceError
@@ -73,6 +73,7 @@ _MORE_THAN_WEIGHTS = {
 # Runtimes that have a module made into another kind of weights.
 _MADE_OF_MODULES = {"aot": "compiled", "onnx": "onnx"}
 _GOLDEN_FILE = "golden.npz"
+_TOLERANCE = 1e-5
 _CONFIG_FILE = "model-config.yaml"
 _ENTRY_FILE = "entry.py"
 _ENTRY = b'''"""TorchServe's way in; the code is the batch_handler package of the server's environment."""
@@ -113,12 +114,10 @@ class PackRequest:
     version: str = "1.0"
     outputs: tuple[OutputDraft, ...] = ()
     arch: str | None = None
-    kind: str | None = None
     runtime: str | None = None
     trust_pickle: bool = False
     micro_batch: int | None = None
     golden: Path | Mapping[str, Array] | None = None
-    tolerance: float = 1e-5
 
 
 def pack(request: PackRequest) -> Path:
@@ -188,10 +187,7 @@ def _is_working_folder(place: str) -> bool:
 
 def _stage(request: PackRequest, directory: Path) -> ModelDescription:
     """Put the archive's files into `directory` and describe them."""
-    kind = request.kind or detect_kind(request.model, trust_pickle=request.trust_pickle)
-    if kind not in _WEIGHTS_FILES:
-        raise ArchiveError(f"kind is {kind!r}, wanted one of {', '.join(_WEIGHTS_FILES)}")
-    check_trusted(request.model, kind, trust_pickle=request.trust_pickle)
+    kind = detect_kind(request.model, trust_pickle=request.trust_pickle)
     if kind not in _MORE_THAN_WEIGHTS and request.arch is None:
         raise ArchiveError(f"{request.model.name} holds weights only, wanted --arch FILE.py:callable")
     if kind in _MORE_THAN_WEIGHTS and request.arch is not None:
@@ -221,7 +217,7 @@ def _stage(request: PackRequest, directory: Path) -> ModelDescription:
         weights=weights,
         inputs=inputs,
         outputs=specs,
-        golden=Golden(_GOLDEN_FILE, len(records[0]), request.tolerance),
+        golden=Golden(_GOLDEN_FILE, len(records[0]), _TOLERANCE),
         micro_batch=micro_batch,
         files={name: _entry(directory / name) for name in files},
     )

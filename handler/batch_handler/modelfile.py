@@ -22,7 +22,7 @@ from batch_handler.runtimes.onnx import open_graph
 from batch_handler.runtimes.torchscript import load_script
 from batch_handler.signature import InputSpec, Weights
 
-__all__ = ["ModelFileError", "PlainModel", "check_trusted", "detect_kind", "graph_inputs", "open_plainly"]
+__all__ = ["ModelFileError", "PlainModel", "detect_kind", "graph_inputs", "open_plainly"]
 
 _SUFFIXES = {".safetensors": "safetensors", ".onnx": "onnx"}
 _RUNS_CODE = {
@@ -58,21 +58,16 @@ class PlainModel:
         return _joined(pieces, records)
 
 
-def check_trusted(path: Path, kind: str, *, trust_pickle: bool) -> None:
-    """Raise `ModelFileError` for a kind that runs code when it is loaded, unless somebody vouched for the file."""
-    if kind in _RUNS_CODE and not trust_pickle:
-        instead = ", or save its state_dict" if kind == "pickle" else ""
-        raise ModelFileError(
-            f"{path.name} {_RUNS_CODE[kind]}: pass --trust-pickle if you trust where it comes from{instead}"
-        )
-
-
 def detect_kind(path: Path, *, trust_pickle: bool = False) -> str:
     """One of `signature.KINDS` by suffix and content; raises `ModelFileError` for what nobody vouched for."""
     if not path.is_file():
         raise ModelFileError(f"{path} is not a file")
     kind = _SUFFIXES.get(path.suffix) or _kind_of_zip(path) or _kind_of_pickle(path)
-    check_trusted(path, kind, trust_pickle=trust_pickle)
+    if kind in _RUNS_CODE and not trust_pickle:
+        instead = ", or save its state_dict" if kind == "pickle" else ""
+        raise ModelFileError(
+            f"{path.name} {_RUNS_CODE[kind]}: pass --trust-pickle if you trust where it comes from{instead}"
+        )
     return kind
 
 
@@ -130,7 +125,7 @@ def _kind_of_pickle(path: Path) -> str:
             return "pickle"
         raise_if_device(error)
         raise ModelFileError(f"{path.name} is not a model file that torch can read: {said(error)}") from error
-    if isinstance(value, Mapping) and value and all(isinstance(v, torch.Tensor) for v in value.values()):
+    if isinstance(value, Mapping) and all(isinstance(v, torch.Tensor) for v in value.values()):
         return "state_dict"
     keys = sorted(map(str, value))[:5] if isinstance(value, Mapping) else type(value).__name__
     raise ModelFileError(f"{path.name} holds {keys}, wanted a state_dict: names and tensors")

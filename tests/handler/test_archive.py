@@ -114,10 +114,8 @@ def test_a_pickle_is_not_loaded_unless_somebody_vouches_for_it(pack_request, tmp
             return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w').close()",))
 
     torch.save(Bomb(), tmp_path / "bomb.pt")
-    for kind in (None, "pickle"):
-        request = dataclasses.replace(pack_request, model=tmp_path / "bomb.pt", kind=kind)
-        with pytest.raises(ArchiveError, match="pass --trust-pickle if you trust"):
-            pack(request)
+    with pytest.raises(ArchiveError, match="pass --trust-pickle if you trust"):
+        pack(dataclasses.replace(pack_request, model=tmp_path / "bomb.pt"))
     assert not (tmp_path / "ran").exists()
 
 
@@ -125,7 +123,7 @@ def test_a_pickle_is_not_loaded_unless_somebody_vouches_for_it(pack_request, tmp
 def test_what_is_no_model_file_is_not_called_a_pickle(pack_request, tmp_path, start):
     (tmp_path / "model.pt").write_bytes(start + bytes(200))
     with pytest.raises(ArchiveError, match="is not a model file that torch can read"):
-        pack(dataclasses.replace(pack_request, model=tmp_path / "model.pt", kind=None))
+        pack(dataclasses.replace(pack_request, model=tmp_path / "model.pt"))
 
 
 def test_the_file_of_an_architecture_may_have_dataclasses(pack_request, tmp_path):
@@ -140,7 +138,7 @@ def test_the_file_of_an_architecture_may_have_dataclasses(pack_request, tmp_path
     )
     torch.save(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3)).state_dict(), tmp_path / "w.pt")
     request = dataclasses.replace(
-        pack_request, model=tmp_path / "w.pt", kind="state_dict", arch=f"{source}:make_model", outputs=()
+        pack_request, model=tmp_path / "w.pt", arch=f"{source}:make_model", outputs=()
     )
     assert pack(request).is_file()
 
@@ -162,7 +160,6 @@ def test_golden_records_and_several_outputs(pack_request, tmp_path, unpack, imag
     request = dataclasses.replace(
         pack_request,
         model=tmp_path / "w.pt",
-        kind="state_dict",
         arch=f"{source}:make_model",
         outputs=(),
         golden=tmp_path / "golden.npy",
@@ -189,7 +186,7 @@ def test_a_module_that_gives_a_dict_runs_under_each_runtime(runtime, pack_reques
     )
     torch.save({}, tmp_path / "w.pt")
     request = dataclasses.replace(
-        pack_request, model=tmp_path / "w.pt", kind="state_dict", arch=f"{source}:Named", runtime=runtime,
+        pack_request, model=tmp_path / "w.pt", arch=f"{source}:Named", runtime=runtime,
         outputs=(OutputDraft("half"), OutputDraft("whole")), output=tmp_path / "named.mar",
     )
     half, whole = Model.open(unpack(pack(request))).score_bulk([images])
@@ -217,8 +214,6 @@ HUGE = [(10**20,), (10**9, 10**9), (10**8, 10**7)]
         ({"outputs": (OutputDraft("a", shape=(4,)),)}, "wanted [4, 4]"),
         ({"golden": {"other": np.zeros((1, 6, 6), "u1")}}, "wanted image"),
         ({"golden": {"image": np.zeros((1, 6, 6), "f4")}}, "wanted uint8"),
-        ({"kind": "torchscript", "arch": None}, "is not TorchScript"),
-        ({"kind": "torchscript"}, "is TorchScript, which --arch says nothing of: leave --arch"),
         ({"micro_batch": 0}, "micro_batch is 0"),
         *(({"inputs": (InputSpec("x", np.dtype("f4"), shape, shape),)}, "can't be made: ") for shape in HUGE),
         ({"runtime": "magic"}, "runtime is 'magic'"),
@@ -231,6 +226,16 @@ def test_what_cannot_be_packed_is_refused_in_one_line(pack_request, tmp_path, ch
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_torchscript_by_its_members_only_is_refused_in_one_line(pack_request, tmp_path):
+    with zipfile.ZipFile(tmp_path / "m.ts", "w") as script:
+        script.writestr("m/constants.pkl", b"nonsense")
+    for arch, message in ((None, "is not TorchScript: RuntimeError: "),
+                          (pack_request.arch, "is TorchScript, which --arch says nothing of: leave --arch")):
+        with pytest.raises(ArchiveError, match=message) as caught:
+            pack(dataclasses.replace(pack_request, model=tmp_path / "m.ts", arch=arch, output=tmp_path / "x.mar"))
+        assert "\n" not in str(caught.value)
 
 
 BROKEN = """
@@ -309,7 +314,7 @@ def test_errors_of_foreign_code_are_one_line(pack_request, tmp_path, name, chang
     source.write_text(BROKEN)
     torch.save({}, tmp_path / "w.pt")
     request = dataclasses.replace(
-        pack_request, model=tmp_path / "w.pt", kind="state_dict", arch=f"{source}:{name}",
+        pack_request, model=tmp_path / "w.pt", arch=f"{source}:{name}",
         outputs=(OutputDraft("scores"),), output=tmp_path / "x.mar", **change)
     with pytest.raises(ArchiveError) as caught:
         pack(request)
@@ -366,9 +371,11 @@ def test_a_file_whose_code_ends_the_process_is_named(pack_request, tmp_path, mon
     assert main(["pack", str(tmp_path / "m.pt"), "--trust-pickle", "--input", "image:uint8:6x6"]) == 65
     assert "can't be unpickled: SystemExit: usage: train.py DATA\n" in capfd.readouterr().err
     monkeypatch.setattr(torch.export, "load", lambda _: sys.exit(3))
-    request = dataclasses.replace(pack_request, kind="exported", trust_pickle=True, arch=None)
+    with zipfile.ZipFile(tmp_path / "m.pt2", "w") as program:
+        program.writestr("m/models/model.json", b"")
     with pytest.raises(ArchiveError, match="can't be loaded as an exported program: SystemExit: 3"):
-        pack(dataclasses.replace(request, output=tmp_path / "x.mar"))
+        pack(dataclasses.replace(pack_request, model=tmp_path / "m.pt2", trust_pickle=True, arch=None,
+                                 output=tmp_path / "x.mar"))
 
 
 def test_a_pickle_without_its_code_says_what_to_do(pack_request, tmp_path, monkeypatch):

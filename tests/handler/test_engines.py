@@ -321,9 +321,8 @@ def test_a_pt2_is_not_loaded_unless_somebody_vouches_for_it(tiny_module, pack_re
             target.writestr(name, (tmp_path / "bomb.pt").read_bytes() if bomb else source.read(name))
     with pytest.raises(ModelFileError, match="pass --trust-pickle if you trust"):
         detect_kind(armed)
-    for kind in (None, "exported"):
-        with pytest.raises(ArchiveError, match="pass --trust-pickle if you trust"):
-            pack(repacked(pack_request, armed, tmp_path, kind=kind, trust_pickle=False))
+    with pytest.raises(ArchiveError, match="pass --trust-pickle if you trust"):
+        pack(repacked(pack_request, armed, tmp_path, trust_pickle=False))
     assert not (tmp_path / "ran").exists()
     # The control: whoever vouches for it has it run.
     with pytest.raises(ArchiveError, match="can't be loaded as an exported program"):

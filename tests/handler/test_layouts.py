@@ -129,7 +129,7 @@ def test_so_is_the_program_of_one(runtime, made, unpack, pictures, tmp_path):
     path = tmp_path / "net.pt2"
     torch.export.save(torch.export.export(module, (torch.zeros(5, 1, 32, 32),)), path)
     directory = unpack(pack(dataclasses.replace(
-        request, model=path, arch=None, kind="exported", trust_pickle=True, runtime=runtime, micro_batch=None)))
+        request, model=path, arch=None, trust_pickle=True, runtime=runtime, micro_batch=None)))
     opened = Model.open(directory)
     assert opened.numerics["layout"] == layout_of(module)
     np.testing.assert_allclose(opened.score_bulk([pictures])[0], wanted_of(module, pictures), atol=1e-5)

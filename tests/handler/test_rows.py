@@ -87,7 +87,7 @@ def packing(tmp_path, pack_request):
             torch.nn.init.normal_(parameter)
         torch.save(module, tmp_path / "net.pt")
         return dataclasses.replace(
-            pack_request, model=tmp_path / "net.pt", output=tmp_path / "net.mar", kind="pickle", arch=None,
+            pack_request, model=tmp_path / "net.pt", output=tmp_path / "net.mar", arch=None,
             trust_pickle=True, outputs=(), **{"inputs": (FLOATS,), **change}
         )
 
