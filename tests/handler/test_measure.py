@@ -11,6 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from batch_client.bench import workers
 from batch_handler.measure import prepare
 from batch_handler.model import Model, ModelLoadError, Tuning
 
@@ -81,6 +82,12 @@ def test_a_failure_is_an_answer_too(prepared, tmp_path, words, environ, reason):
     done = ask(*(str(word).format(**places) for word in words), environ=environ)
     assert done.returncode == 1
     assert reason in json.loads(done.stdout)["error"]
+
+
+async def test_an_archive_may_take_longer_to_unpack_than_a_window_to_end(tiny_dir, pack_request, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "ANSWER_SECONDS", 0.0)
+    words = ["prepare", str(pack_request.output), str(tmp_path)]
+    assert (await workers.ask_handler(words, os.environ))["name"] == "tiny"
 
 
 NOISY = """
