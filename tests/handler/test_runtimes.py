@@ -270,6 +270,18 @@ def test_the_cpu_copies_nothing():
     assert landed[0] is host
 
 
+def test_settings_that_choose_other_kernels_are_in_the_numerics_and_no_others(monkeypatch):
+    plain = CpuDevice().numerics
+    assert set(plain) == {"device", "cpu", "isa", "threads"}
+    for name in ("ONEDNN_VERBOSE", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("MKL_CBWR", "")
+    assert CpuDevice().numerics == plain
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    assert CpuDevice().numerics == {**plain, "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
+
+
 def test_no_gpu_is_the_cpu_and_a_wrong_precision_is_refused():
     if torch.cuda.is_available():
         pytest.skip("a GPU is here, so it would be used")

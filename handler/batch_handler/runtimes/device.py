@@ -45,6 +45,15 @@ PRECISIONS: Mapping[str, torch.dtype | None] = {
 # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
 _CUBLAS_WORKSPACE = ":4096:8"
 
+# Settings by which oneDNN (https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html) and MKL choose
+# other kernels than they would for this CPU, which give other bits. ATen's shows in its capability.
+_KERNELS = (
+    *(f"{prefix}_{name}" for prefix in ("ONEDNN", "DNNL") for name in (
+        "MAX_CPU_ISA", "CPU_ISA_HINTS", "DEFAULT_FPMATH_MODE")),
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+)
+
 
 class DeviceError(RuntimeError):
     """The device, not the model, failed."""
@@ -127,6 +136,7 @@ class CpuDevice:
             "cpu": _processor(),
             "isa": torch.backends.cpu.get_cpu_capability(),
             "threads": threads,
+            **{name: value for name in _KERNELS if (value := os.environ.get(name))},
         }
 
     def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
