@@ -40,12 +40,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """A body and its headers, whose names are in lower case.
+    """A body, None if there is none, and its headers, whose names are in lower case."""
 
-    `body` is bytes, or the JSON value or text that the server decoded on its own.
-    """
-
-    body: Any
+    body: bytes | bytearray | None
     headers: Mapping[str, str]
 
 
@@ -109,7 +106,7 @@ class Exchange:
             raise OipError(f"Content-Encoding is {encoding[:40]!r}, wanted none", 415)
         length = headers.get(oip.HEADER_LENGTH.lower())
         if length is not None:
-            return self._read_oip(request.body, _header_length(length))
+            return self._read_oip(request.body or b"", _header_length(length))
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == oip.CONTENT_TYPE:
             kind = ""  # what clients say who know no better: look at the body instead
@@ -117,7 +114,8 @@ class Exchange:
         absent = request.body is None and kind not in _FORMS
         if absent or (not kind and not request.body):
             return Reply(json.dumps(self._metadata().to_json(), separators=(",", ":")).encode())
-        return self._read_simple(request, kind or _sniff(request.body))
+        body = request.body or b""
+        return self._read_simple(body, kind or _sniff(body), request.headers)
 
     def _metadata(self) -> ModelMetadata:
         """The model's, with what clients may use of this server: its bulk lane, its shared memory."""
@@ -129,42 +127,38 @@ class Exchange:
         metadata = self._model.metadata()
         return replace(metadata, parameters={**metadata.parameters, **offered})
 
-    def _read_simple(self, request: Request, kind: str) -> Pending | Reply:
-        body = request.body
-        if kind == _JSON or isinstance(body, dict | list):
-            value = body if isinstance(body, dict | list) else content.parse_json(_raw(body))
+    def _read_simple(self, body: bytes | bytearray, kind: str, headers: Mapping[str, str]) -> Pending | Reply:
+        if kind == _JSON:
+            value = content.parse_json(body)
             if isinstance(value, dict) and "inputs" in value:
                 return self._read_oip(body, None)
             records = content.decode_json(value, self._inputs, self._max_records)
             return Pending(self._query(records, self._as_json()), self._encode_predictions)
         if kind == _NPY:
-            array, single = content.decode_npy(_raw(body), self._one_input(), self._max_records)
-            if _wants_json(request.headers):
+            array, single = content.decode_npy(body, self._one_input(), self._max_records)
+            if _wants_json(headers):
                 return Pending(self._query((array,), self._as_json()), self._encode_predictions)
             self._one_output()
             query = self._query((array,), dict.fromkeys(self._outputs, True))
             return Pending(query, functools.partial(self._encode_npy, single))
         if kind.startswith("image/"):
-            picture = content.decode_image(_raw(body), self._one_input())
+            picture = content.decode_image(body, self._one_input())
             return Pending(self._query((picture,), self._as_json()), self._encode_predictions)
         raise OipError(
             f"content type is {kind[:60]!r}, wanted {_NPY}, {_JSON}, image/* or a body with {oip.HEADER_LENGTH}",
             415,
         )
 
-    def _read_oip(self, body: Any, header_length: int | None) -> Pending:
-        # A body that the server decoded has lost its bytes, so its checksum can't be echoed.
-        decoded = isinstance(body, dict | list)
-        raw = json.dumps(body).encode() if decoded else _raw(body)
+    def _read_oip(self, body: bytes | bytearray, header_length: int | None) -> Pending:
         read: list[Buffer] = []
         memory = self._shared_memory
         from_memory = noting(memory.read if memory else None, read)
         asked = oip.decode_request(
-            raw, header_length, max_tensor_bytes=self._max_tensor_bytes, shared=from_memory
+            body, header_length, max_tensor_bytes=self._max_tensor_bytes, shared=from_memory
         )
         arrays = self._arrays(asked)
         binary = self._binary_by_output(asked)
-        echo = {} if decoded else {"request_crc32c": oip.crc32c(raw, *read)}
+        echo = {"request_crc32c": oip.crc32c(body, *read)}
         query = self._query(arrays, binary, asked.first_row if asked.exact else None)
         return Pending(query, functools.partial(self._encode_oip, asked.id, binary, self._extents(asked, query), echo))
 
@@ -343,17 +337,9 @@ def _header_length(value: str) -> int:
     return int(value)
 
 
-def _raw(body: Any) -> bytes | bytearray:
-    if isinstance(body, bytes | bytearray):
-        return body
-    if isinstance(body, str):
-        return body.encode()
-    raise OipError("the body was decoded on its way, wanted its bytes", 415)
-
-
-def _sniff(body: Any) -> str:
+def _sniff(body: bytes | bytearray) -> str:
     """The kind of a body without a content type, as tritonclient and `curl -T` send it."""
-    start = bytes(_raw(body)[:16]) if not isinstance(body, dict | list) else b"{"
+    start = bytes(body[:16])
     if start.startswith(b"\x93NUMPY"):
         return _NPY
     return _JSON if start.lstrip()[:1] in (b"{", b"[") else "unknown"
