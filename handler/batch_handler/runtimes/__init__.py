@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,21 +39,16 @@ class Runtime(Protocol):
 Opener = Callable[[ModelDescription, Path, Device, str], Runtime]
 
 
-@dataclass(frozen=True)
-class _Entry:
-    module: str
-    opener: str
-    precisions: tuple[str, ...] = tuple(PRECISIONS)
-
-
-# By name, so that an engine is imported by those who run models with it and by nobody else.
-_RUNTIMES: Mapping[str, _Entry] = {
-    "eager": _Entry("batch_handler.runtimes.eager", "open_eager"),
-    "torchscript": _Entry("batch_handler.runtimes.torchscript", "open_torchscript"),
+_ALL = tuple(PRECISIONS)
+# The precisions that each offers. Its file and its `open_NAME` are named after it, so that an engine is imported by
+# those who run models with it and by nobody else.
+_RUNTIMES: Mapping[str, tuple[str, ...]] = {
+    "eager": _ALL,
+    "torchscript": _ALL,
     # What is compiled or exported has its dtypes inside.
-    "aot": _Entry("batch_handler.runtimes.aot", "open_aot", ("float32",)),
-    "onnx": _Entry("batch_handler.runtimes.onnx", "open_onnx", ("float32", "tf32")),
-    "noop": _Entry("batch_handler.runtimes.noop", "open_noop"),
+    "aot": ("float32",),
+    "onnx": ("float32", "tf32"),
+    "noop": _ALL,
 }
 
 
@@ -72,10 +66,10 @@ def open_runtime(
     """
     name = runtime or description.runtime
     check_runtime(name, description.weights.kind)
-    entry = _RUNTIMES[name]
-    if precision not in entry.precisions:
+    offered = _RUNTIMES[name]
+    if precision not in offered:
         raise ModelError(
-            f"precision is {precision}, which runtime {name} does not offer, wanted {' or '.join(entry.precisions)}"
+            f"precision is {precision}, which runtime {name} does not offer, wanted {' or '.join(offered)}"
         )
-    opener: Opener = getattr(importlib.import_module(entry.module), entry.opener)
+    opener: Opener = getattr(importlib.import_module(f"{__name__}.{name}"), f"open_{name}")
     return opener(description, directory, device, precision)
