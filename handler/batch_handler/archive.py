@@ -10,7 +10,6 @@ name whole.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -24,11 +23,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from batch_handler.golden import golden_outputs, golden_records
-from batch_handler.model import DESCRIPTION_FILE, Model, ModelLoadError, Tuning, parse_description
+from batch_handler.model import (
+    DESCRIPTION_FILE,
+    MAX_DESCRIPTION_BYTES,
+    Model,
+    ModelLoadError,
+    Tuning,
+    parse_description,
+    write_golden,
+)
 from batch_handler.modelfile import ModelFileError, detect_kind, graph_inputs, open_plainly
 from batch_handler.oip import Array
 from batch_handler.runtimes.aot import compile_package
@@ -87,7 +93,6 @@ _ARCH_COPY = re.compile(r"\barch_[0-9a-f]{8}\b(\.py:\w+)?")
 # What zip can say at the earliest: archives of equal content are equal files.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CREATED = "01/01/1980 00:00:00"
-_MAX_DESCRIPTION_BYTES = 1 << 20
 
 
 class ArchiveError(ValueError):
@@ -148,7 +153,7 @@ def read_description(archive: Path) -> ModelDescription:
     """The description in an archive, read within a size bound; nothing is unpacked and nothing is run."""
     try:
         with zipfile.ZipFile(archive) as mar, mar.open(DESCRIPTION_FILE) as member:
-            text = member.read(_MAX_DESCRIPTION_BYTES + 1)
+            text = member.read(MAX_DESCRIPTION_BYTES + 1)
         return parse_description(text)
     except KeyError as error:
         raise ArchiveError(f"{archive} has no {DESCRIPTION_FILE}, wanted a .mar that pack wrote") from error
@@ -197,16 +202,14 @@ def _stage(request: PackRequest, directory: Path) -> ModelDescription:
     arch, arch_file = _stage_arch(request.arch, directory)
     weights = Weights(_WEIGHTS_FILES[kind], kind, arch)
     shutil.copyfile(request.model, directory / weights.file)
-    inputs = request.inputs or _graph_inputs(kind, directory / weights.file)
+    inputs = request.inputs or graph_inputs(kind, directory / weights.file)
     taken, given = [spec.name for spec in inputs], [draft.name for draft in request.outputs]
     chosen = request.micro_batch
     model, module = open_plainly(weights, directory, taken, given, chosen or DEFAULT_MICRO_BATCH)
     micro_batch = chosen if chosen is not None else model.fixed or DEFAULT_MICRO_BATCH
     records = golden_records(request.golden, inputs)
     outputs, specs = golden_outputs(model, records, inputs, request.outputs)
-    golden = {f"input.{spec.name}": array for spec, array in zip(inputs, records, strict=True)}
-    golden |= {f"output.{spec.name}": array for spec, array in zip(specs, outputs, strict=True)}
-    np.savez(directory / _GOLDEN_FILE, **golden)  # type: ignore[arg-type] # its stub fears an array named allow_pickle
+    write_golden(directory / _GOLDEN_FILE, inputs, records, specs, outputs)
     if module is not None and request.runtime in _MADE_OF_MODULES:
         weights, arch_file = _make(request.runtime, module, inputs, specs, micro_batch, directory), None
     files = [weights.file, _GOLDEN_FILE, *([arch_file] if arch_file else [])]
@@ -221,12 +224,6 @@ def _stage(request: PackRequest, directory: Path) -> ModelDescription:
         micro_batch=micro_batch,
         files={name: _entry(directory / name) for name in files},
     )
-
-
-def _graph_inputs(kind: str, path: Path) -> tuple[InputSpec, ...]:
-    if kind != "onnx":
-        raise ArchiveError("the signature has no inputs, wanted at least one")
-    return graph_inputs(path)
 
 
 def _make(
@@ -324,7 +321,7 @@ def _add(mar: zipfile.ZipFile, name: str, source: bytes | Path) -> None:
     info.file_size = len(source) if isinstance(source, bytes) else source.stat().st_size
     with mar.open(info, "w") as member:
         if isinstance(source, bytes):
-            shutil.copyfileobj(io.BytesIO(source), member)
+            member.write(source)
         else:
             with source.open("rb") as file:
                 shutil.copyfileobj(file, member, 1 << 20)

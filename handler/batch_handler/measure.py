@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from batch_handler.model import DESCRIPTION_FILE, Model, ModelLoadError, read_description, read_golden
+from batch_handler.model import DESCRIPTION_FILE, Model, ModelLoadError, read_description, read_golden, write_golden
 from batch_handler.oip import Array, ModelMetadata
 from batch_handler.runtimes.foreign import said
 from batch_handler.runtimes.transform import ModelError
@@ -158,19 +158,15 @@ def _requests(directory: Path, described: ModelDescription, records: int) -> lis
 
 
 def _write_noop(described: ModelDescription, directory: Path, frame: Mapping[str, bytes], output: Path) -> None:
-    inputs, outputs = read_golden(directory / described.golden.file, described)
-    golden = {f"input.{spec.name}": array for spec, array in zip(described.inputs, inputs, strict=True)}
-    golden |= {
-        f"output.{spec.name}": np.zeros_like(array) for spec, array in zip(described.outputs, outputs, strict=True)
-    }
+    records, outputs = read_golden(directory / described.golden.file, described)
     path = directory.parent / _GOLDEN
-    np.savez(path, **golden)  # type: ignore[arg-type] # its stub fears an array named allow_pickle
+    write_golden(path, described.inputs, records, described.outputs, [np.zeros_like(array) for array in outputs])
     files = {_NOTHING: b"", _GOLDEN: path.read_bytes()}
     noop = replace(
         described,
         runtime="noop",
         weights=Weights(_NOTHING, "none"),
-        golden=Golden(_GOLDEN, len(inputs[0]), 0.0),
+        golden=Golden(_GOLDEN, len(records[0]), 0.0),
         files={name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()},
     )
     with zipfile.ZipFile(output, "w") as mar:

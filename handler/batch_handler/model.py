@@ -25,10 +25,19 @@ from batch_handler.runtimes.device import Device, DeviceError, open_device
 from batch_handler.runtimes.foreign import classify
 from batch_handler.runtimes.transform import ModelError
 from batch_handler.scoring import Failure, Query, Score, Scorer, exit_process
-from batch_handler.signature import FileEntry, ModelDescription, SignatureError, canonical_json, check_micro_batch
+from batch_handler.signature import (
+    FileEntry,
+    InputSpec,
+    ModelDescription,
+    OutputSpec,
+    SignatureError,
+    canonical_json,
+    check_micro_batch,
+)
 
 __all__ = [
     "DESCRIPTION_FILE",
+    "MAX_DESCRIPTION_BYTES",
     "Model",
     "ModelLoadError",
     "Tuning",
@@ -37,10 +46,11 @@ __all__ = [
     "parse_description",
     "read_description",
     "read_golden",
+    "write_golden",
 ]
 
 DESCRIPTION_FILE = "model.json"
-_MAX_DESCRIPTION_BYTES = 1 << 20
+MAX_DESCRIPTION_BYTES = 1 << 20
 _FINGERPRINT_DIGITS = 16
 _TIMED_RUNS = 8
 _TIMED_SECONDS = 0.25
@@ -265,7 +275,7 @@ def read_description(directory: Path) -> ModelDescription:
     path = directory / DESCRIPTION_FILE
     try:
         with path.open("rb") as file:
-            text = file.read(_MAX_DESCRIPTION_BYTES + 1)
+            text = file.read(MAX_DESCRIPTION_BYTES + 1)
     except OSError as error:
         raise ModelLoadError(f"{path} can't be read: {error.strerror}") from error
     return parse_description(text)
@@ -273,8 +283,8 @@ def read_description(directory: Path) -> ModelDescription:
 
 def parse_description(text: bytes) -> ModelDescription:
     """`model.json` from its bytes; raises `SignatureError`."""
-    if len(text) > _MAX_DESCRIPTION_BYTES:
-        raise SignatureError(f"{DESCRIPTION_FILE} is over {_MAX_DESCRIPTION_BYTES} bytes")
+    if len(text) > MAX_DESCRIPTION_BYTES:
+        raise SignatureError(f"{DESCRIPTION_FILE} is over {MAX_DESCRIPTION_BYTES} bytes")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -318,6 +328,19 @@ def read_golden(path: Path, description: ModelDescription) -> tuple[tuple[Array,
                 f"wanted {spec.dtype} {[wanted, *spec.shape]}"
             )
     return inputs, outputs
+
+
+def write_golden(
+    path: Path,
+    inputs: Sequence[InputSpec],
+    records: Sequence[Array],
+    outputs: Sequence[OutputSpec],
+    given: Sequence[Array],
+) -> None:
+    """Write golden records and what the model gave for them, one array an input and one an output."""
+    arrays = {f"input.{spec.name}": array for spec, array in zip(inputs, records, strict=True)}
+    arrays |= {f"output.{spec.name}": array for spec, array in zip(outputs, given, strict=True)}
+    np.savez(path, **arrays)  # type: ignore[arg-type] # its stub fears an array named allow_pickle
 
 
 def fingerprint_of(numerics: Mapping[str, Any]) -> str:

@@ -92,8 +92,12 @@ def open_plainly(
     return PlainModel(module, fixed_records(module)), module
 
 
-def graph_inputs(path: Path) -> tuple[InputSpec, ...]:
-    """What an ONNX graph says that a record is; raises `SignatureError` where it does not."""
+def graph_inputs(kind: str, path: Path) -> tuple[InputSpec, ...]:
+    """What an ONNX graph says that a record is; raises `ModelFileError` for what is none, `SignatureError` where the
+    graph does not say it.
+    """
+    if kind != "onnx":
+        raise ModelFileError("the signature has no inputs, wanted at least one")
     return open_graph(path, _CPU, optimised=False)[0].specs()
 
 

@@ -12,7 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -83,12 +83,6 @@ class _Issued:
     at: float
 
 
-@dataclass
-class _Clock:
-    now: Callable[[], float]
-    finished: float = field(default=0.0)
-
-
 _Failed: TypeAlias = list[tuple[Stack, Exception]]
 
 
@@ -120,13 +114,14 @@ class Scorer:
         self._outputs = tuple(outputs)
         self._micro_batch = micro_batch
         self._on_lost = on_lost
-        self._clock = _Clock(now)
+        self._now = now
+        self._finished = 0.0  # when the last stack was
         self._slots = runtime.prepare(micro_batch)
         self._most = self._slots[0].places // micro_batch
 
     def score(self, queries: Sequence[Query]) -> list[Score | Failure]:
         """Score a server batch; one answer a query, in order."""
-        begun = self._clock.now()
+        begun = self._now()
         works = [self._begin(query) for query in queries]
         # A query that had no room has no records to place.
         loads = [Load(0 if work.failure else work.query.records, work.query.first_row) for work in works]
@@ -169,7 +164,7 @@ class Scorer:
         """Fill one slot while another computes; the stacks that failed."""
         failed: _Failed = []
         busy: deque[_Issued] = deque()
-        began = self._clock.finished = self._clock.now()
+        began = self._finished = self._now()
         for number, stack in enumerate(stacks):
             slot = self._slots[number % len(self._slots)]
             while any(issued.slot is slot for issued in busy):
@@ -188,12 +183,12 @@ class Scorer:
             self._finish(busy.popleft(), works, failed)
         places = sum(stack.size for stack in stacks)
         if stacks and not failed and all(stack.size % self._micro_batch == 0 for stack in stacks):
-            each = (self._clock.finished - began) * self._micro_batch / places
+            each = (self._finished - began) * self._micro_batch / places
             self.micro_batch_seconds = min(self.micro_batch_seconds, each)
         return failed
 
     def _issue(self, slot: Slot, stack: Stack, works: Sequence[_Work]) -> _Issued:
-        at = self._clock.now()
+        at = self._now()
         for index in stack.requests:
             if works[index].first_run is None:
                 works[index].first_run = at
@@ -214,10 +209,10 @@ class Scorer:
             raise
         for number, result in enumerate(results):
             scatter(issued.stack, result, [work.outputs[number] if work.outputs else None for work in works])
-        done = self._clock.now()
+        done = self._now()
         # What overlaps with the stack before is that one's time.
-        elapsed = done - max(issued.at, self._clock.finished)
-        self._clock.finished = done
+        elapsed = done - max(issued.at, self._finished)
+        self._finished = done
         for index in issued.stack.requests:
             works[index].compute += elapsed
 

@@ -49,9 +49,8 @@ class Service:
         before = self._model.micro_batches
         asked = [self._read(row, context, index) for index, row in enumerate(data)]
         pending = [item for item in asked if isinstance(item, Pending)]
-        scores = self._model.score([item.query for item in pending])
-        answers = dict(zip(map(id, pending), scores, strict=True))
-        replies = [item if isinstance(item, Reply) else _reply(item, answers[id(item)], len(data)) for item in asked]
+        scores = iter(self._model.score([item.query for item in pending]))
+        replies = [item if isinstance(item, Reply) else _reply(item, next(scores), len(data)) for item in asked]
         for index, reply in enumerate(replies):
             _send(reply, context, index)
         self._count(context, pending, replies, self._model.micro_batches - before)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
@@ -133,15 +133,15 @@ class _Absent:
     """Marks a field that must be there."""
 
 
+_KINDS: Mapping[type, str] = {str: "a string", list: "an array", dict: "an object", int: "an integer"}
+
+
 @dataclass(frozen=True)
 class Fields:
     """A JSON object whose fields are read by name and type, with errors that name both."""
 
     value: Any
     where: str
-    _kinds: Mapping[type, str] = field(
-        default_factory=lambda: {str: "a string", list: "an array", dict: "an object", int: "an integer"}
-    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.value, dict):
@@ -159,7 +159,7 @@ class Fields:
         if name not in self.value:
             raise OipError(f"{self.where} has no {name}")
         if not isinstance(found, kind) or isinstance(found, bool):
-            raise OipError(f"{name} of {self.where} is {shown(found)}, wanted {self._kinds[kind]}")
+            raise OipError(f"{name} of {self.where} is {shown(found)}, wanted {_KINDS[kind]}")
         return found
 
 

@@ -140,15 +140,23 @@ class SlotRuntime:
         """Issue the first `size` places of a slot that was waited for: up to a micro-batch, or whole ones."""
         if not torch.is_inference_mode_enabled():
             raise RuntimeError("run() outside of session() would compute in another precision")
-        with foreign(_RAISED), self._settled_on_error():
-            rows = max(size, self._fixed or 0)
-            for array in slot.inputs:
-                array[size:rows] = 0
-            targets = [target[:rows] for target in slot.targets]
-            uploaded = self._device.upload([host[:rows] for host in slot.hosts], targets)
-            results, computed = self._device.compute(lambda: self._compute(targets, size), uploaded)
-            landing = [host[:size] for host in slot.landing]
-            slot.results, slot.event = self._device.download(results, landing, computed)
+        with foreign(_RAISED):
+            try:
+                self._issue(slot, size)
+            except (Exception, SystemExit):
+                # A slot that failed half-way is free again only when its upload is done.
+                self._device.settle()
+                raise
+
+    def _issue(self, slot: Slot, size: int) -> None:
+        rows = max(size, self._fixed or 0)
+        for array in slot.inputs:
+            array[size:rows] = 0
+        targets = [target[:rows] for target in slot.targets]
+        uploaded = self._device.upload([host[:rows] for host in slot.hosts], targets)
+        results, computed = self._device.compute(lambda: self._compute(targets, size), uploaded)
+        landing = [host[:size] for host in slot.landing]
+        slot.results, slot.event = self._device.download(results, landing, computed)
 
     def _compute(self, records: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
         rows = records[0].shape[0]
@@ -178,15 +186,6 @@ class SlotRuntime:
 
     def _micro_batches(self, records: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         return list(zip(*(torch.split(tensor, self._micro_batch) for tensor in records), strict=True))
-
-    @contextmanager
-    def _settled_on_error(self) -> Iterator[None]:
-        """The slot of a stack that failed half-way is free again only when its upload is done."""
-        try:
-            yield
-        except (Exception, SystemExit):
-            self._device.settle()
-            raise
 
 
 def most_stacked(inputs: Sequence[InputSpec], outputs: Sequence[OutputSpec], micro_batch: int, stack_bytes: int) -> int:
