@@ -228,10 +228,10 @@ def test_fields_there_and_back(fields):
 
 
 @pytest.fixture(scope="module")
-def compiled(pack_request, tmp_path_factory):
-    """The tiny model, compiled once for this module: a compiler takes its time."""
+def compiled(pack_request, arch_file, tmp_path_factory):
+    """The tiny model as one that gives a dict, compiled once for this module: a compiler takes its time."""
     output = tmp_path_factory.mktemp("aot") / "aot.mar"
-    return pack(dataclasses.replace(pack_request, runtime="aot", output=output))
+    return pack(dataclasses.replace(pack_request, arch=f"{arch_file}:make_named", runtime="aot", output=output))
 
 
 def test_a_compiled_package_runs_like_the_module(compiled, tiny_module, unpack, images):

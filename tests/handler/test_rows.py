@@ -98,8 +98,7 @@ MIXED = [share_of_the_largest, fake_quantised, summed, in_order]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("spec", [FLOATS, BYTES])
-@pytest.mark.parametrize("micro_batch", [2, 4, 8, 33])
+@pytest.mark.parametrize(("micro_batch", "spec"), [(2, FLOATS), (4, FLOATS), (8, FLOATS), (33, FLOATS), (8, BYTES)])
 @pytest.mark.parametrize("build", [*(lambda mix=mix: Row(mix) for mix in MIXED), quantised,
                                    lambda: torch.nn.Sequential(Training(WIDTH), torch.nn.Linear(WIDTH, 3))],
                          ids=[*(mix.__name__ for mix in MIXED), "quantised", "training"])

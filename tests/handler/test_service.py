@@ -16,7 +16,7 @@ from batch_handler import exchange, oip, service
 from batch_handler.archive import pack
 from batch_handler.counts import Counts
 from batch_handler.exchange import Exchange
-from batch_handler.model import Model, ModelLoadError, Tuning
+from batch_handler.model import Model, ModelLoadError
 from batch_handler.oip import InferRequest, ModelMetadata, RequestedOutput, Tensor
 from batch_handler.service import METRICS, Service
 from batch_handler.signature import InputSpec
@@ -333,10 +333,3 @@ def test_a_measured_ceiling_is_told_and_changes_no_bit(tiny, tiny_dir):
 def test_a_ceiling_that_is_none_is_refused(value):
     with pytest.raises(ModelLoadError, match=f"BATCH_HANDLER_CEILING is '{value}', wanted a number over 0"):
         service.tuning_from({"BATCH_HANDLER_CEILING": value}, None)
-
-
-def test_another_runtime_has_another_fingerprint_and_the_same_digest(tiny, tiny_dir):
-    traced = Model.open(tiny_dir, Tuning(runtime="torchscript"))
-    assert traced.digest == tiny.digest
-    assert traced.fingerprint != tiny.fingerprint
-    assert traced.metadata().platform == "pytorch_torchscript"
