@@ -139,10 +139,11 @@ def pack(request: PackRequest) -> Path:
     except ModelFileError as error:
         raise ArchiveError(str(error)) from error
     except (SignatureError, ModelError, DeviceError, ModelLoadError) as error:
-        shown: BaseException = error
-        if isinstance(error, ModelLoadError) and isinstance(error.__cause__, SignatureError | ModelError | DeviceError):
-            shown = error.__cause__  # without the folder that it was loaded from, which nobody knows
-        raise ArchiveError(f"{request.model.name}: {_as_given(str(shown), request.arch)}") from error
+        shown, cause = str(error), error.__cause__
+        known = SignatureError | ModelError | DeviceError | MemoryError
+        if isinstance(error, ModelLoadError) and isinstance(cause, known):
+            shown = str(classify(cause))  # without the folder that it was loaded from, which nobody knows
+        raise ArchiveError(f"{request.model.name}: {_as_given(shown, request.arch)}") from error
     except MemoryError as error:
         raise ArchiveError(f"{request.model.name}: {classify(error)}") from error
     except OSError as error:

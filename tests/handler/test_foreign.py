@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from batch_handler import archive as archives
+from batch_handler import model as models
 from batch_handler.archive import ArchiveError, pack
 from batch_handler.exchange import failed
 from batch_handler.model import Model, ModelLoadError, Tuning
@@ -158,3 +160,18 @@ def test_a_worker_says_so_and_serves_no_graph_that_memory_kept_from_being_optimi
     monkeypatch.setattr(torch.jit, "freeze", full)
     with pytest.raises(ModelLoadError, match=r"memory is full: RuntimeError: DefaultCPUAllocator"):
         Model.open(tiny_dir, Tuning(runtime="torchscript"))
+
+
+def test_so_do_both_where_our_own_arrays_have_no_room(tiny_dir, pack_request, tmp_path, monkeypatch):
+    def full(*args):
+        raise MemoryError("Unable to allocate 1. EiB")
+
+    monkeypatch.setattr(models, "read_golden", full)
+    words = "memory is full: MemoryError: Unable to allocate 1. EiB$"
+    with pytest.raises(ModelLoadError, match=words):
+        Model.open(tiny_dir)
+    with pytest.raises(ArchiveError, match=rf"^tiny\.pt: {words}"):
+        pack(dataclasses.replace(pack_request, output=tmp_path / "x.mar"))
+    monkeypatch.setattr(archives, "golden_records", full)
+    with pytest.raises(ArchiveError, match=rf"^tiny\.pt: {words}"):
+        pack(dataclasses.replace(pack_request, output=tmp_path / "x.mar"))
