@@ -12,14 +12,14 @@ from batch_client.exchange import Exchange
 from batch_client.jsontext import canonical_json
 from batch_client.layout import OutputLayout
 from batch_client.ledger import ChunkProof, Row
-from batch_client.manifest import manifest_rows, read_manifest
+from batch_client.manifest import Manifest, manifest_rows, read_manifest
 from batch_client.prepare import Services, prepare
 from batch_client.scorer import Scorer
 from batch_client.spec import RunSpec
 from batch_client.stream import UnitStream
 from batch_client.writer import encode_unit, proof_of
 
-__all__ = ["Replay", "replay"]
+__all__ = ["Replay", "replay", "require_exact"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,12 @@ class Replay:
     records: int
 
 
+def require_exact(manifest: Manifest) -> None:
+    """Raises UsageError for a run that promised no equal bytes."""
+    if not manifest.run.get("exact", True):
+        raise UsageError("--replay: a --fast run promises no equal bytes")
+
+
 async def replay(spec: RunSpec, services: Services, count: int) -> Replay:
     """Score `count` random chunks of the output of `spec` again. Writes nothing.
 
@@ -37,10 +43,9 @@ async def replay(spec: RunSpec, services: Services, count: int) -> Replay:
     UsageError for a run that promised no equal bytes.
     """
     manifest = await read_manifest(services.output_store)
+    require_exact(manifest)
     prepared = await prepare(spec, services)
     prepared.identity.require_same(canonical_json(manifest.run), services.output_store.url)
-    if not spec.exact:
-        raise UsageError("--replay: a --fast run promises no equal bytes")
     layout = await OutputLayout.open(prepared.plan, spec.codec)
     exchange = Exchange(servers=services.servers, pool=prepared.pool, contract=prepared.contract, exact=True,
                         patience=spec.patience, clock=services.clock, rng=services.rng, emit=lambda _: None)

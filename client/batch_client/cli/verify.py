@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -56,19 +56,24 @@ async def _verify(output_url: str, deep: bool, replays: int | None,  # noqa: FBT
                   options: dict[str, Any]) -> tuple[Verification, Replay | None]:
     from batch_client.manifest import read_manifest
     from batch_client.prepare import serving
-    from batch_client.replay import replay
+    from batch_client.publish import published_manifest
+    from batch_client.replay import replay, require_exact
     from batch_client.spec import Records, RunSpec
     from batch_client.storage import open_store
     from batch_client.verify import verify_output
 
     store = open_store(output_url, anonymous=options["anonymous"])
-    verification = await verify_output(store, deep=deep)
     if replays is None:
-        return verification, None
+        return await verify_output(store, deep=deep), None
+    # What can't work is refused before hours of reading. The INPUT is known when the manifest is proven: until then it
+    # is one that no OUTPUT can be.
+    spec = RunSpec(input="memory://", output=output_url, **options)
+    if (manifest := await published_manifest(store)) is not None:
+        require_exact(manifest)
+    verification = await verify_output(store, deep=deep)
     run = (await read_manifest(store)).run
-    spec = RunSpec(
-        input=run["source"], output=output_url, array=run["source_array"] or None,
-        records=Records(run["start"], run["stop"]), chunk_records=run["grid_records"], codec=run["codec"],
-        exact=run["exact"], **options)
+    spec = replace(
+        spec, input=run["source"], array=run["source_array"] or None, records=Records(run["start"], run["stop"]),
+        chunk_records=run["grid_records"], codec=run["codec"], exact=run["exact"])
     async with serving(spec) as services:
         return verification, await replay(spec, services, replays)
