@@ -41,6 +41,7 @@ __all__ = ["ServerProcess", "launch", "settled"]
 
 # Between SIGTERM and SIGKILL. Java resets requests in flight at once, and then waits 3 s for nothing.
 JAVA_GRACE_SECONDS = 0.2
+LOG_END_BYTES = 4 << 20  # of a log, where it is searched for what happened
 # Bytes of a Unix socket's path that the kernel takes; workers listen on such ones, named after ports of five digits.
 SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
 
@@ -68,9 +69,9 @@ class ServerProcess:
         return self.guard.poll() is not None
 
     def log(self) -> str:
-        """What this start has logged."""
+        """What this start has logged, of much the end: a model may print for weeks."""
         with contextlib.suppress(FileNotFoundError), self.log_path.open("rb") as stream:
-            stream.seek(self.log_start)
+            stream.seek(max(self.log_start, os.fstat(stream.fileno()).st_size - LOG_END_BYTES))
             return stream.read().decode("utf-8", "replace")
         return ""
 

@@ -213,6 +213,17 @@ async def test_a_server_that_has_ended_is_named_with_its_last_words(running):
             await asked
 
 
+async def test_a_large_log_is_not_read_whole_for_the_last_words(running):
+    with running.log_path.open("r+b") as log:
+        log.truncate(1 << 40)  # a file with a hole: it takes no disk, and no machine's memory has room for it
+        log.seek(0, os.SEEK_END)
+        log.write(b"\nOutOfMemoryError: killed\n")
+    end(running)
+    with pytest.raises(ServingError, match=r"server\.log\): OutOfMemoryError: killed$"):
+        await running.token()
+    assert running.log_tail(1) == "OutOfMemoryError: killed"
+
+
 async def test_the_watch_goes_on_through_a_slow_moment_and_notices_the_end(running, management, monkeypatch, tmp_path):
     monkeypatch.setattr(server_foreground, "WATCH_SECONDS", 0.01)
     monkeypatch.setattr(server_foreground, "WORKERS_SECONDS", 0.01)
