@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import aiohttp
 
@@ -35,6 +35,7 @@ SILENT_DEATHS = 2  # of one worker, before its end counts as one without a word
 SILENCE_SECONDS = 30.0  # at most, until a worker that died without a word has died again
 RENEWAL_TRIES = 10  # of a token's renewal while the old one still lives
 STARTS = 3  # tries, when somebody else took a free port in between
+MOST_LOG_BYTES = 64 << 20  # of a log in the private folder: a model may print for each batch
 ABANDONED_SECONDS = 900.0  # no client waits as long for an answer
 REFUSED = 400  # what TorchServe answers to a token that it does not take
 
@@ -97,11 +98,6 @@ class EmbeddedServer:
     @property
     def log_path(self) -> Path:
         return self._alive().log_path
-
-    @property
-    def owns_log(self) -> bool:
-        """Whether the log is in the server's private folder: nobody was told to look there."""
-        return self._settings.log_dir is None
 
     def _alive(self) -> ServerProcess:
         if self._running is None:
@@ -199,6 +195,12 @@ class EmbeddedServer:
     def log_tail(self, lines: int = 20) -> str:
         """The last lines of the server's log."""
         return "\n".join(self._alive().log().splitlines()[-lines:])
+
+    def shorten(self, log: IO[str]) -> None:
+        """Empty the server's log, open here, once it is large; not one in a folder that somebody named."""
+        if self._settings.log_dir is None and os.fstat(log.fileno()).st_size > MOST_LOG_BYTES:
+            log.seek(0)
+            log.truncate()  # TorchServe appends
 
     def sweep(self) -> None:
         """Remove what clients that were killed have left in shared memory."""

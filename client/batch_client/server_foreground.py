@@ -23,7 +23,6 @@ WATCH_SECONDS = 2.0  # between looks at the log and the life of a server that se
 # From a look that found its workers ready to the next: an answer takes TorchServe 10 ms of a core, which the model
 # could have had.
 WORKERS_SECONDS = 30.0
-MOST_LOG_BYTES = 64 << 20  # of a log that has been echoed and that nobody else reads
 HOPELESS_SECONDS = 600.0  # without a ready worker; TorchServe itself gives a worker up after maxRetryTimeoutInSec
 
 
@@ -81,10 +80,7 @@ async def _watch(server: EmbeddedServer, write: Callable[[str | None], None], ec
         while True:
             if echo is not None:
                 echo(log.read())
-            if server.owns_log and os.fstat(log.fileno()).st_size > MOST_LOG_BYTES:
-                # It has been told, and nobody else reads it; TorchServe appends.
-                log.seek(0)
-                log.truncate()
+            server.shorten(log)
             failing = _told(await server.token(), write, warn, failing=failing)
             server.sweep()
             if time.monotonic() - last_ready >= WORKERS_SECONDS:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from batch_client.dialect import Outcome, Verdict
 from batch_client.errors import BatchClientError, CredentialsError, ServingError
@@ -14,7 +16,12 @@ from batch_client.spec import ServerSpec
 from batch_client.tokens import CommandTokens, FileTokens, NoTokens, TokenSource
 from batch_client.transport import HttpTransport, Transport, TransportError
 
+if TYPE_CHECKING:
+    from batch_client.server import EmbeddedServer
+
 __all__ = ["Servers", "open_servers", "turned_away", "unreachable"]
+
+LOG_SECONDS = 10.0  # between looks at how large an embedded server's log is
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,20 @@ async def open_servers(spec: ServerSpec) -> AsyncIterator[Servers]:
             # As in a bulk lane: nobody else asks.
             settings = ServerSettings(archive=archive, workers=spec.workers, threads=spec.threads, batch_size=1)
             async with EmbeddedServer(settings) as server:
-                # Its regions end with it.
-                yield Servers(transport, server, (server.url,), server.model_name, alone=True)
+                watch = asyncio.create_task(_keep_log_short(server))
+                try:
+                    # Its regions end with it.
+                    yield Servers(transport, server, (server.url,), server.model_name, alone=True)
+                finally:
+                    watch.cancel()
+
+
+async def _keep_log_short(server: EmbeddedServer) -> None:
+    """Never returns, but where the log can't be opened: that is no reason to end a run."""
+    with suppress(OSError), server.log_path.open("r+") as log:
+        while True:
+            server.shorten(log)
+            await asyncio.sleep(LOG_SECONDS)
 
 
 def _tokens_of(spec: ServerSpec) -> TokenSource:

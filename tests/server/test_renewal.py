@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from batch_client import server as server_module
 from batch_client import server_foreground
 from batch_client.errors import ServingError, UsageError
 from batch_client.server import EmbeddedServer, ServerSettings
@@ -161,7 +162,7 @@ async def test_a_token_file_that_can_not_be_written_for_a_while_ends_nothing(run
 
 async def test_a_log_that_somebody_deletes_ends_nothing(running, monkeypatch):
     monkeypatch.setattr(server_foreground, "WATCH_SECONDS", 0.001)
-    monkeypatch.setattr(server_foreground, "MOST_LOG_BYTES", 100)
+    monkeypatch.setattr(server_module, "MOST_LOG_BYTES", 100)
     told = []
     with running.log_path.open("a") as server:  # as TorchServe has it
         watching = asyncio.create_task(_watch(running, unwritten, told.append, told.append))
