@@ -1,4 +1,4 @@
-"""Files of this machine: one that is replaced at once, and a folder for a while."""
+"""Files of this machine: one that is replaced at once, and whether it can be; a folder for a while."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import secrets
 import tempfile
 from pathlib import Path
 
-from batch_client.errors import StorageError
+from batch_client.errors import StorageError, UsageError
 
-__all__ = ["replace_file", "temporary_folder"]
+__all__ = ["replace_file", "require_writable", "temporary_folder"]
 
 
 def replace_file(path: Path, text: str, mode: int = 0o644) -> None:
@@ -30,6 +30,23 @@ def replace_file(path: Path, text: str, mode: int = 0o644) -> None:
         with contextlib.suppress(OSError):
             new.unlink()
         raise
+
+
+def require_writable(path: Path, flag: str, folder: Path | None = None) -> None:
+    """Raises UsageError where `replace_file` can't write what `flag` names: to be told before the work, not after it.
+
+    folder: where the file's own will be made, if that is not there yet.
+    """
+    try:
+        # It would be replaced; /dev/stdout is a link, and leads to a file where that is the standard output.
+        is_device = path.absolute().parent == Path("/dev") or (path.exists() and not path.is_file())
+        if path.is_dir() or is_device:
+            found = "a folder" if path.is_dir() else "a device or a pipe"
+            raise UsageError(f"{flag} {path}: this is {found}; wanted a file in a folder that exists")
+        with tempfile.TemporaryFile(dir=folder or path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: can't write there: {error.strerror}") from error
 
 
 def temporary_folder(prefix: str) -> tempfile.TemporaryDirectory[str]:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from batch_client.errors import ServingError, UsageError
-from batch_client.files import replace_file
+from batch_client.files import replace_file, require_writable
 from batch_client.server import EmbeddedServer, ServerSettings
 
 __all__ = ["serve_forever"]
@@ -44,7 +43,7 @@ async def serve_forever(
     ends by itself, or has had no worker for HOPELESS_SECONDS.
     """
     if token_file is not None:
-        _check_place(token_file)
+        require_writable(token_file, "--token-out")
     loop = asyncio.get_running_loop()
     this = asyncio.current_task()
     asked = False
@@ -114,16 +113,6 @@ async def _has_ready_workers(server: EmbeddedServer) -> bool:
     except ServingError:
         return False
     return all(any(worker["status"] == "READY" for worker in lane["workers"]) for lane in described)
-
-
-def _check_place(path: Path) -> None:
-    """Raises UsageError for a token file that could not be written when the server is ready."""
-    taken = os.path.isdir(path)  # noqa: PTH112 - which raises nothing where no right is
-    if taken or not os.path.isdir(path.parent):  # noqa: PTH112 - nor does this
-        found = "is a folder" if taken else f"there is no folder {path.parent}"
-        raise UsageError(f"--token-out {path}: {found}: wanted a file in a folder that exists")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UsageError(f"--token-out {path}: no right to write in {path.parent}")
 
 
 @contextlib.contextmanager

@@ -13,15 +13,14 @@ from __future__ import annotations
 import json
 import math
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from batch_client.errors import ServingError, StorageError, UsageError
-from batch_client.files import replace_file
+from batch_client.errors import ServingError, StorageError
+from batch_client.files import replace_file, require_writable
 from batch_client.jsontext import parse_json
 
 __all__ = ["ALLOCATORS", "ALLOCATOR_VARIABLES", "DEFAULT_ALLOCATOR", "FORMAT", "MAX_BYTES", "Tuning", "is_tuning",
@@ -140,14 +139,7 @@ def is_tuning(text: bytes) -> bool:
 def require_place(archive: Path, device: str) -> None:
     """Raises UsageError where `write_tuning` could not write: to be told before a measurement, not after it."""
     path = tuning_path(archive, device)
-    if path.is_dir():
-        raise UsageError(f"--save: {path} is a folder: wanted a file there, or nothing")
-    folder = path.parent if path.parent.exists() else archive.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(f"--save: can't write in {folder}: {error.strerror}") from error
+    require_writable(path, "--save", path.parent if path.parent.exists() else archive.parent)
 
 
 def write_tuning(archive: Path, tuning: Tuning) -> Path:

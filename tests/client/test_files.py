@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_client.errors import StorageError
-from batch_client.files import replace_file, temporary_folder
+from batch_client.errors import StorageError, UsageError
+from batch_client.files import replace_file, require_writable, temporary_folder
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o600])
@@ -43,6 +43,21 @@ def test_a_failure_leaves_what_was_there_and_nothing_beside_it(tmp_path: Path) -
         replace_file(path, "\udcff")
     assert path.read_text() == "old"
     assert sorted(tmp_path.iterdir()) == [folder, path]
+
+
+def test_a_file_that_can_be_written_is_not_made_by_asking(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("old")
+    for name in ("old", "new"):
+        require_writable(tmp_path / name, "--flag")
+    require_writable(tmp_path / "folder" / "new", "--flag", tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old", "old")]
+
+
+@pytest.mark.parametrize("device", ["/dev/null", "/dev/stdout"])
+def test_a_device_would_be_replaced_and_is_refused(device: str) -> None:
+    """The second is a link, here to a file: pytest captures what is written there."""
+    with pytest.raises(UsageError, match=f"--token-out {device}: this is a device"):
+        require_writable(Path(device), "--token-out")
 
 
 def test_a_place_that_takes_no_temporary_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,7 +232,7 @@ def test_a_bench_that_is_stopped_leaves_nothing(toy_archive, clean_environ, tmp_
     (["{toy}", "empty.zarr"], 65, "no records"),
     (["{toy}", "wide.zarr"], 65, "a record has shape (9, 12), model toy takes (12, 12)"),
     (["{toy}", "wide.zarr", "--output", "text.mar"], 64, "this is a file; wanted a folder"),
-    (["{blocked}", "--save"], 64, "can't write in"),
+    (["{blocked}", "--save"], 64, "can't write there"),
     (["{toy}", "holes.zarr"], 65, "chunk c/0/0/0 (among records 0 to 4) is missing"),
     (["{toy}", "s3://[abc/x"], 64, "not a URL"),
 ])

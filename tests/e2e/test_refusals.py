@@ -56,7 +56,7 @@ REFUSALS = [
     (["in.zarr", "file://"], 64, "a place to read or write is empty"),
     (["in.zarr", "out", "--report", "nowhere/page.html"], 64, "nowhere/page.html: can't write there: No such file"),
     (["in.zarr", "out", "--report", "x" * 300], 64, "can't write there: File name too long"),
-    (["in.zarr", "out", "--report", "other"], 64, "this is a folder; wanted a file such as other/report.html"),
+    (["in.zarr", "out", "--report", "other"], 64, "--report other: this is a folder; wanted a file in"),
     (["ftp://host/x", "out"], 64, "wanted s3://bucket/path"),
 ]
 

@@ -298,11 +298,14 @@ def test_only_what_was_written_is_removed(tmp_path):
     assert path.read_text() == "another server's"
 
 
-@pytest.mark.parametrize("place", ["nowhere/token", ".", "file/token"])
-async def test_a_token_file_without_a_folder_is_refused_before_the_start(tmp_path, place):
+@pytest.mark.parametrize(("place", "why"), [
+    ("nowhere/token", "can't write there: No such file"), ("file/token", "can't write there: Not a directory"),
+    (".", "this is a folder; wanted a file"), ("pipe", "this is a device or a pipe; wanted a file")])
+async def test_a_token_file_that_cant_be_written_is_refused_before_the_start(tmp_path, place, why):
     (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
     # There is no archive either: that would be found at the start.
-    with pytest.raises(UsageError, match=r"--token-out .*: wanted a file in a folder that exists") as caught:
+    with pytest.raises(UsageError, match=rf"--token-out .*: {why}") as caught:
         await serve_forever(ServerSettings(tmp_path / "missing.mar"), print, token_file=tmp_path / place)
     assert "\n" not in str(caught.value)
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,8 @@ import click
 
 from batch_client.cli.options import run_options, spec_of
 from batch_client.cli.stream import say
-from batch_client.errors import StoppedError, StorageError, UsageError
-from batch_client.files import replace_file
+from batch_client.errors import StoppedError, StorageError
+from batch_client.files import replace_file, require_writable
 
 if TYPE_CHECKING:
     from batch_client.events import Observer
@@ -84,7 +83,7 @@ def _page_about(spec: RunSpec, page: Path | None) -> Iterator[tuple[Observer, ..
         return
     from batch_client.report import Report
 
-    _require_writable(page)
+    require_writable(page, "--report")
     report = Report(spec.input)
     try:
         yield (report,)
@@ -95,19 +94,6 @@ def _page_about(spec: RunSpec, page: Path | None) -> Iterator[tuple[Observer, ..
             say(f"batch-client: {' '.join(str(second).split())}")
         raise
     _write(page, report)
-
-
-def _require_writable(page: Path) -> None:
-    """Raises UsageError where no page can be written: to be told before the run, not after it."""
-    try:
-        if page.is_dir():
-            raise UsageError(f"--report {page}: this is a folder; wanted a file such as {page / 'report.html'}")
-        if page.exists() and not page.is_file():  # a device would be replaced
-            raise UsageError(f"--report {page}: this is a device or a pipe; wanted a file such as report.html")
-        with tempfile.TemporaryFile(dir=page.parent):
-            pass
-    except OSError as error:
-        raise UsageError(f"--report {page}: can't write there: {error.strerror}") from error
 
 
 def _write(page: Path, report: Report, ending: str = "") -> None:
