@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -33,12 +33,12 @@ def _existing(location: str) -> Path:
         path = Path(location).expanduser().absolute()
         found, folder = path.is_file(), path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a home that nobody has
-        raise ServingError(f"--archive {location}: can't be read ({error}); name a file made by batch-client "
+        raise ServingError(f"archive {location}: can't be read ({error}); name a file made by batch-client "
                            "pack") from error
     if folder:
-        raise ServingError(f"--archive {location}: this is a folder; wanted a file made by batch-client pack")
+        raise ServingError(f"archive {location}: this is a folder; wanted a file made by batch-client pack")
     if not found:
-        raise ServingError(f"--archive {location}: there is no such file; make one with batch-client pack")
+        raise ServingError(f"archive {location}: there is no such file; make one with batch-client pack")
     return path
 
 
@@ -59,12 +59,14 @@ async def local_archive(location: str, *, anonymous: bool = False) -> AsyncItera
     web = scheme in ("http", "https")
     with temporary_folder("batch-client-") as folder:
         path = Path(folder) / name
-        with _kept(location):
+        try:
             whole = open_store(base, anonymous=anonymous, seconds=WEB_SECONDS) if web else store
-            found = await _fetch(whole, path, web=web)
-        if not found:
-            raise ServingError(f"--archive {location}: there is no such object")
-        await _fetch_tuning(store, path, web=web)
+            if not await _fetch(whole, path, web=web):
+                raise ServingError(f"archive {location}: there is no such object")
+            await _fetch_tuning(store, path, web=web)
+        except OSError as error:
+            raise ServingError(f"archive {location}: no room for it here ({error}): set TMPDIR to a place that "
+                               "can be written and is large enough") from error
         yield path
 
 
@@ -74,9 +76,9 @@ def _split(url: str) -> tuple[str, str]:
     base, _, name = url.rstrip("/").rpartition("/")
     name = unquote(name)
     if "://" not in base:
-        raise UsageError(f"--archive {url}: wanted an object below a bucket or host, such as s3://bucket/model.mar")
+        raise UsageError(f"archive {url}: wanted an object below a bucket or host, such as s3://bucket/model.mar")
     if "/" in name or "\0" in name or name in (".", ".."):  # it becomes a file's
-        raise UsageError(f"--archive {url}: {name!r} can't be a file's name")
+        raise UsageError(f"archive {url}: {name!r} can't be a file's name")
     return base, name
 
 
@@ -98,15 +100,6 @@ async def _fetch(store: Store, path: Path, *, web: bool) -> bool:
                 raise StorageError(f"{child_url(store.url, path.name)} was replaced while it was fetched: try again")
             file.write(blob.data)
     return True
-
-
-@contextmanager
-def _kept(location: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ServingError(f"--archive {location} has no room here ({error}): set TMPDIR to a place that can be "
-                           "written and is large enough") from error
 
 
 async def _fetch_tuning(store: Store, archive: Path, *, web: bool) -> None:

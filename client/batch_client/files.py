@@ -8,7 +8,7 @@ import secrets
 import tempfile
 from pathlib import Path
 
-from batch_client.errors import StorageError, UsageError
+from batch_client.errors import ServingError, UsageError
 
 __all__ = ["replace_file", "require_writable", "temporary_folder"]
 
@@ -50,9 +50,9 @@ def require_writable(path: Path, flag: str, folder: Path | None = None) -> None:
 
 
 def temporary_folder(prefix: str) -> tempfile.TemporaryDirectory[str]:
-    """A new folder whose name begins with `prefix`, removed at the end of its `with` block. Raises StorageError."""
+    """A new folder whose name begins with `prefix`, removed at the end of its `with` block. Raises ServingError."""
     try:
         return tempfile.TemporaryDirectory(prefix=prefix)
     except OSError as error:
-        raise StorageError(f"no temporary folder can be made ({error}): set TMPDIR to a place that can be "
+        raise ServingError(f"no temporary folder can be made ({error}): set TMPDIR to a place that can be "
                            "written") from error

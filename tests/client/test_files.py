@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_client.errors import StorageError, UsageError
+from batch_client.errors import ServingError, UsageError
 from batch_client.files import replace_file, require_writable, temporary_folder
 
 
@@ -62,7 +62,7 @@ def test_a_device_would_be_replaced_and_is_refused(device: str) -> None:
 
 def test_a_place_that_takes_no_temporary_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(StorageError, match=r"nowhere.*set TMPDIR"):
+    with pytest.raises(ServingError, match=r"nowhere.*set TMPDIR"):
         temporary_folder("a-")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with temporary_folder("a-") as folder:

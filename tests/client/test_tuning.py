@@ -227,6 +227,26 @@ async def test_a_store_that_shows_only_the_archive_has_no_file(archive, monkeypa
         assert read_tuning(fetched, lambda: device({})) is None
 
 
+async def test_a_tuning_file_that_finds_no_room_here_is_said(archive, monkeypatch, tmp_path):
+    class Blocking(MemoryStore):
+        async def head(self, key):
+            if key.endswith(".json"):
+                (folder,) = temporary.iterdir()
+                (folder / "digits.tuning").write_text("in the way")  # any error of the disk: root writes anywhere
+            return await super().head(key)
+
+    store, temporary = Blocking(), tmp_path / "temporary"
+    store.objects = {"digits.mar": archive.read_bytes(),
+                     f"digits.tuning/{device({})}.json": MEASURED.to_json().encode()}
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.setattr("batch_client.archives.open_store", lambda *_, **__: store)
+    with pytest.raises(ServingError, match=r"no room for it here .*: set TMPDIR"):
+        async with local_archive("s3://models/digits.mar"):
+            pass
+    assert list(temporary.iterdir()) == []
+
+
 class _Web:
     """A web server with an archive, and `answer` (status, body) for every other name."""
 
