@@ -132,8 +132,8 @@ class EmbeddedServer:
                 await self._end()
                 if not left:
                     await self.stop()
-                    raise ServingError(f"no free ports for TorchServe in {STARTS} starts: give others with --port"
-                                       ) from None
+                    raise ServingError(f"no free ports for TorchServe in {STARTS} starts, others took them in between: "
+                                       "try again") from None
             except BaseException as error:
                 if self._running is not None:
                     self._running.failed = isinstance(error, ServingError)

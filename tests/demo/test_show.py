@@ -95,6 +95,12 @@ def test_it_says_what_it_found_to_a_person(published, capsys):
     assert capsys.readouterr().out.startswith("300 records, 1 without a score\n")
 
 
+def test_the_picture_of_an_output_at_a_place_without_a_name_is_no_hidden_file(published, monkeypatch, capsys):
+    monkeypatch.chdir(published / "out.zarr")
+    assert main(["show", "."]) == 0
+    assert capsys.readouterr().out.endswith("picture: output.png\n")
+
+
 @pytest.mark.parametrize(("right", "said"), [
     (12_345, "12,345 of 12,345 records right, 100 %"), (12_342, "12,342 of 12,345 records right, 99.9 %"),
     (997, "997 of 12,345 records right, 8.0 %"), (0, "0 of 12,345 records right, 0.0 %"),
