@@ -23,6 +23,7 @@ __all__ = ["MEMORY", "Region", "Regions", "new_folder", "remove_folder", "sweep"
 
 MEMORY = Path("/dev/shm")  # noqa: S108 - folders there are made by mkdtemp, for their owner alone
 PREFIX = "batch-client-"
+GOING = ".gone"  # at the end of the name of a folder that is being removed
 # A new folder is locked by its server's guard, which needs a moment to start.
 UNLOCKED_SECONDS = 60.0
 _FOLDER = re.compile(re.escape(f"{MEMORY}/{PREFIX}") + r"[A-Za-z0-9_]{8}")
@@ -46,13 +47,14 @@ def _sweep_folders() -> None:
         import fcntl  # noqa: PLC0415 - not on Windows, which has no such memory either
 
         for folder in MEMORY.glob(f"{PREFIX}*"):
-            if usable_folder(str(folder)) and time.time() - folder.lstat().st_mtime > UNLOCKED_SECONDS:
+            with suppress(OSError):  # of one folder, which its server may be removing: the others are looked at too
+                # A removal that was cut off has left the second name.
+                if (not _FOLDER.fullmatch(str(folder).removesuffix(GOING)) or not _is_ours(folder)
+                        or time.time() - folder.lstat().st_mtime <= UNLOCKED_SECONDS):
+                    continue
                 handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
                 try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                else:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: it is used
                     remove_folder(folder)
                 finally:
                     os.close(handle)
@@ -61,7 +63,7 @@ def _sweep_folders() -> None:
 def remove_folder(folder: Path) -> None:
     """Remove what `new_folder` made, and the regions in it."""
     # Under another name nobody can make a region in it meanwhile. server_guard.py does the same.
-    going = folder.with_name(f"{folder.name}.gone")
+    going = folder.with_suffix(GOING)
     with suppress(OSError):
         folder.rename(going)
     for path in (going, folder):
@@ -75,12 +77,16 @@ def usable_folder(said: object) -> Path | None:
     """
     if not isinstance(said, str) or not _FOLDER.fullmatch(said):
         return None
+    return Path(said) if _is_ours(Path(said)) else None
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it is a folder, and this user's alone."""
     try:
-        found = os.lstat(said)
+        found = folder.lstat()
     except OSError:
-        return None
-    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
-    return Path(said) if ours else None
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
 
 
 class Region:

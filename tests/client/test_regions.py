@@ -2,18 +2,21 @@
 
 # ruff: noqa: S108 - /dev/shm is the place that is tested
 
+import errno
 import fcntl
 import os
 import resource
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+from batch_client import regions as regions_module
 from batch_client.regions import Regions, new_folder, remove_folder, sweep, usable_folder
 
 PARTS = [memoryview(b"one"), memoryview(b""), memoryview(b"two and three")]
@@ -46,10 +49,43 @@ def test_a_new_folder_is_in_memory_for_its_owner_alone_and_usable(folder):
     assert usable_folder(str(folder)) == folder
 
 
+def age(folder, seconds=61):
+    os.utime(folder, (0, time.time() - seconds))
+
+
+def test_what_a_removal_that_was_killed_has_left_is_removed_by_the_next_server(folder):
+    (folder / "r-1").write_bytes(b"records")
+    going = folder.rename(f"{folder}.gone")
+    assert usable_folder(str(going)) is None
+    age(going)
+    remove_folder(new_folder())
+    assert not going.exists()
+
+
+def test_a_folder_that_cant_be_swept_keeps_nobody_from_the_others(folder, monkeypatch):
+    both = {folder, Path(tempfile.mkdtemp(prefix=regions_module.PREFIX, dir=regions_module.MEMORY))}
+    mine = {one.stat().st_ino for one in both}
+    refused = []
+
+    def flock(handle, operation, real=fcntl.flock):
+        if os.fstat(handle).st_ino in mine and not refused:
+            refused.append(handle)
+            raise OSError(errno.ENOLCK, "No locks available")
+        real(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for left in (1, 0):
+        for one in both:
+            if one.exists():
+                age(one)
+        remove_folder(new_folder())
+        assert len([one for one in both if one.exists()]) <= left  # another server may have swept too
+
+
 @pytest.mark.parametrize(("locked", "seconds", "left"), [(False, 61, False), (True, 61, True), (False, 30, True)])
 def test_an_old_folder_that_nobody_has_locked_is_removed_by_the_next_server(folder, locked, seconds, left):
     (folder / "r-1").write_bytes(b"records")
-    os.utime(folder, (0, time.time() - seconds))
+    age(folder, seconds)
     handle = os.open(folder, os.O_RDONLY)
     try:
         if locked:
