@@ -21,7 +21,7 @@ from batch_client.server_lanes import BATCH_SIZE, Lane
 from batch_client.tuning import ALLOCATOR_VARIABLES, ALLOCATORS, DEFAULT_ALLOCATOR, Tuning
 
 __all__ = ["LOOPBACK", "PORTS", "Model", "ServerSettings", "configuration", "environment", "model_of",
-           "parse_properties", "with_tuning"]
+           "parse_properties", "template_of", "with_tuning"]
 
 LOOPBACK = "127.0.0.1"
 # TorchServe gives a worker 300 s to load its model (serve_config/config.properties), and then says so.
@@ -30,6 +30,7 @@ MOST_WORKERS = 1024  # more than any machine has cores or GPUs for
 PORTS = 5  # that `configuration` asks for
 MANIFEST = "MAR-INF/MANIFEST.json"
 MANIFEST_BYTES = 1 << 20
+NEEDED = ("vmargs", "blacklist_env_vars")  # of the template, which may be a user's own
 CEILING = "BATCH_HANDLER_CEILING"
 # Variables that would override or redirect what is configured here.
 OVERRIDES = re.compile(r"TS_.*|LOG_LOCATION|METRICS_LOCATION|SM_TELEMETRY_LOG|LOG4J_.*"
@@ -137,9 +138,21 @@ def configuration(
                                                           "batchSize": lane.batch_size}} for lane in lanes}),
         "token_expiration_min": str(settings.token_minutes),
     } | dict(settings.extra_properties)
-    template = (templates / "config.properties").read_text("ascii")
+    template = template_of(templates)
     lines = (f"{key}={_escape(value)}\n" for key, value in decided.items())
     return f"{template}\n# --- Decided at this start. ---\n{''.join(lines)}"
+
+
+def template_of(templates: Path) -> str:
+    """The text of config.properties in a serve_config/. Raises ServingError for one that lacks what a start reads."""
+    path = templates / "config.properties"
+    try:
+        text = path.read_text("ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServingError(f"{path} can't be read: {error}") from error
+    if missing := [name for name in NEEDED if name not in parse_properties(text)]:
+        raise ServingError(f"{path} has no {' and no '.join(missing)}: begin with a copy of batch-client's own")
+    return text
 
 
 def parse_properties(text: str) -> dict[str, str]:

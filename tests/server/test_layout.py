@@ -13,6 +13,7 @@ import pytest
 from batch_client.cli.serve import command
 from batch_client.errors import ServingError
 from batch_client.resources import REQUIRED, serve_config_dir
+from batch_client.server import EmbeddedServer, ServerSettings
 from batch_client.server_config import _escape
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +127,21 @@ def read_as_java(text):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ServingError, match=str(tmp_path)):
         serve_config_dir({"BATCH_CLIENT_SERVE_CONFIG": str(tmp_path)})
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("blacklist_env_vars=AWS_.*\n", "has no vmargs: begin with a copy"),
+    ("# nothing", "has no vmargs and no blacklist_env_vars: begin with a copy"),
+    ("# für uns\n", "can't be read: 'ascii' codec"),
+])
+async def test_a_folder_of_ones_own_that_lacks_what_a_start_reads_is_named(text, said, make_archive, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(ROOT / "serve_config", own)
+    (own / "config.properties").write_text(text, "utf-8")
+    server = EmbeddedServer(ServerSettings(make_archive(), workers=1),
+                            environ={**os.environ, "BATCH_CLIENT_SERVE_CONFIG": str(own)})
+    with pytest.raises(ServingError, match=f"{own / 'config.properties'} {said}"):
+        await server.start()
 
 
 def test_the_image_starts_what_the_command_line_understands():

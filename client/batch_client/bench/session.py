@@ -42,7 +42,7 @@ from batch_client.reader import Source, open_source
 from batch_client.regions import MEMORY
 from batch_client.resources import serve_config_dir
 from batch_client.server import EmbeddedServer, ServerSettings
-from batch_client.server_config import environment, parse_properties
+from batch_client.server_config import environment, parse_properties, template_of
 from batch_client.serving import Servers
 from batch_client.spec import MIB, Records, RunSpec
 from batch_client.storage import Store, child_url, open_store
@@ -232,8 +232,7 @@ class _Session:
 
         tuning = self._tuning(way)
         settings = ServerSettings(self._archive, workers=way.workers, threads=way.threads, tuning=tuning)
-        template = (serve_config_dir(self._environ) / "config.properties").read_text("ascii")
-        kept_back = parse_properties(template)["blacklist_env_vars"]
+        kept_back = parse_properties(template_of(serve_config_dir(self._environ)))["blacklist_env_vars"]
         environ = environment(self._environ, kept_back, self._folder, settings, way.threads, (), None)
         environ |= tuning.environment()
         async with workers_of(self._folder / "model", environ, count=way.workers, records_of=records_of,
