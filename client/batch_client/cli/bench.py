@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from batch_client.cli.options import AMOUNT, bytes_option, missing_option
 from batch_client.cli.pack import LOSES_NAN
-from batch_client.cli.stream import say
+from batch_client.cli.stream import PatientStream, say
 from batch_client.errors import StoppedError
 
 if TYPE_CHECKING:
-    from batch_client.bench.session import BenchReport, BenchSpec
+    from batch_client.bench.session import BenchReport
     from batch_client.bench.tuner import Found
 
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
@@ -48,10 +46,21 @@ def command(input_url: str | None, *, as_json: bool, **options: Any) -> None:
 
     With INPUT, a Zarr array that the model takes, reading it, writing predictions and the whole run are measured too.
     """
-    from batch_client.api import run_until_complete
-    from batch_client.bench.session import BenchSpec
+    from batch_client.bench.session import BenchSpec, bench
+    from batch_client.eventloop import run_until_complete
 
-    report = run_until_complete(_bench(BenchSpec(input=input_url, **options)))
+    spec = BenchSpec(input=input_url, **options)
+    stream = PatientStream()
+
+    def tell(line: str) -> None:
+        stream.write(f"{line}\n")
+
+    try:
+        report = run_until_complete(bench(spec, tell))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        raise StoppedError("stopped before the end; nothing is left running") from None
+    finally:
+        stream.close()
     if as_json:
         click.echo(json.dumps(report.to_value()))
     else:
@@ -67,27 +76,6 @@ def note_of(found: Found) -> str | None:
     """What is lost with the best runtime that the archive's own may keep."""
     best = found.best.runtime
     return None if best == found.tried[0].way.runtime else LOSES_NAN.get(best)
-
-
-async def _bench(spec: BenchSpec) -> BenchReport:
-    from batch_client.bench.session import bench
-    from batch_client.cli.stream import PatientStream
-
-    this = asyncio.current_task()
-    if sys.platform != "win32" and this is not None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, this.cancel)
-    stream = PatientStream()
-    try:
-        return await bench(spec, lambda line: _say(stream, line))
-    except asyncio.CancelledError:
-        raise StoppedError("stopped before the end; nothing is left running") from None
-    finally:
-        stream.close()
-
-
-def _say(stream: Any, line: str) -> None:
-    stream.write(f"{line}\n")
 
 
 def _lines(report: BenchReport, *, local: bool) -> list[str]:
