@@ -92,3 +92,12 @@ def test_a_full_disk_elsewhere_is_not_called_standard_output(monkeypatch, capfd)
     monkeypatch.setattr(cli, "batch_client", full)
     assert cli.main([]) == 70
     assert "standard output" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("verb", "code"), [("status", 78), ("verify", 78)])
+def test_a_verb_that_only_looks_does_not_wait_for_what_scores_to_be_imported(verb, code, clean_environ, tmp_path):
+    program = ("import sys; from batch_client.cli import main; code = main(sys.argv[1:]); "
+               "sys.exit('aiohttp' if 'aiohttp' in sys.modules else code)")
+    done = subprocess.run([sys.executable, "-c", program, verb, "nothing"], cwd=tmp_path, env=clean_environ, text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == code, done.stderr

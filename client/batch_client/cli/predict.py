@@ -45,7 +45,7 @@ def command(query: str, **options: Any) -> None:
 
     QUERY is an image file, an .npy or .json file, - for standard input, or a Zarr array with --records A:B.
     """
-    from batch_client.api import run_until_complete
+    from batch_client.eventloop import run_until_complete
     from batch_client.spec import Records, ServerSpec
 
     text, array = options.pop("records"), options.pop("array")

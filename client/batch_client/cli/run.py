@@ -40,7 +40,7 @@ def command(input_url: str, output_url: str, *, as_json: bool, log: str, page: P
     INPUT and OUTPUT are URLs (s3://bucket/path) or paths. The records are scored by the servers named with --endpoint,
     or by one that is started here for --archive.
     """
-    from batch_client.api import run_until_complete
+    from batch_client.eventloop import run_until_complete
 
     spec = spec_of(input_url, output_url, options)
     with _page_about(spec, page) as observers:

@@ -30,7 +30,7 @@ def command(output_url: str, *, deep: bool, replays: int | None, as_json: bool, 
 
     Exit code 0 if it is; 65 names what is missing or altered.
     """
-    from batch_client.api import run_until_complete
+    from batch_client.eventloop import run_until_complete
     from batch_client.figures import counted
 
     # Variables and settings say what to score with where something is scored; typed it is a mistake.
@@ -54,17 +54,18 @@ def command(output_url: str, *, deep: bool, replays: int | None, as_json: bool, 
 
 async def _verify(output_url: str, deep: bool, replays: int | None,  # noqa: FBT001 - called once, right above
                   options: dict[str, Any]) -> tuple[Verification, Replay | None]:
-    from batch_client.manifest import read_manifest
-    from batch_client.prepare import serving
-    from batch_client.publish import published_manifest
-    from batch_client.replay import replay, require_exact
-    from batch_client.spec import Records, RunSpec
     from batch_client.storage import open_store
     from batch_client.verify import verify_output
 
     store = open_store(output_url, anonymous=options["anonymous"])
     if replays is None:
         return await verify_output(store, deep=deep), None
+    from batch_client.manifest import read_manifest
+    from batch_client.prepare import serving
+    from batch_client.publish import published_manifest
+    from batch_client.replay import replay, require_exact
+    from batch_client.spec import Records, RunSpec
+
     # What can't work is refused before hours of reading. The INPUT is known when the manifest is proven: until then it
     # is one that no OUTPUT can be.
     spec = RunSpec(input="memory://", output=output_url, **options)
