@@ -12,15 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from batch_client.dialect import Outcome, Verdict, read_reply
+from batch_client.dialect import Outcome, Verdict
 from batch_client.errors import ServingError
 from batch_client.jsontext import parse_json
 from batch_client.plan import OutputGeometry
 from batch_client.regions import usable_folder
 from batch_client.retry import full_jitter
-from batch_client.serving import Servers, turned_away, unreachable
-from batch_client.tokens import authorization
-from batch_client.transport import HttpReply, Transport, TransportError
+from batch_client.serving import Servers, ask, turned_away
+from batch_client.transport import HttpReply
 from batch_handler.oip import ModelMetadata, OipError
 
 __all__ = ["ModelContract", "contract_of", "fetch_contract"]
@@ -102,29 +101,13 @@ async def _once_there_is_room(servers: Servers, url: str, path: str) -> tuple[Ht
     """The answer; one that there is no room is none yet: a full queue, or a worker that starts again."""
     waited, rng = 0.0, random.Random()  # noqa: S311 - spreads clients that begin together, and keeps no secret
     for tries in itertools.count():
-        reply = await _get_with_token(servers, url, path)
-        verdict = read_reply(reply.status, reply.body)
+        reply, verdict = await ask(servers, "GET", url, path, METADATA_SECONDS)
         if verdict.outcome is not Outcome.BUSY or waited >= BUSY_SECONDS:
             break
         pause = full_jitter(tries, rng)
         waited += pause
         await asyncio.sleep(pause)
     return reply, verdict
-
-
-async def _get_with_token(servers: Servers, url: str, path: str) -> HttpReply:
-    token = await servers.tokens.token()
-    reply = await _get(servers.transport, url, path, token)
-    if read_reply(reply.status, reply.body).outcome is Outcome.TOKEN:
-        reply = await _get(servers.transport, url, path, await servers.tokens.token(refused=token))
-    return reply
-
-
-async def _get(transport: Transport, url: str, path: str, token: str | None) -> HttpReply:
-    try:
-        return await transport.send("GET", url.rstrip("/") + path, authorization(token), (), METADATA_SECONDS)
-    except TransportError as error:
-        raise unreachable(url, error) from error
 
 
 def contract_of(url: str, body: bytes) -> ModelContract:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batch_client.dialect import Outcome, Verdict
+from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.errors import BatchClientError, CredentialsError, ServingError
 from batch_client.regions import Regions
 from batch_client.spec import ServerSpec
-from batch_client.tokens import CommandTokens, FileTokens, NoTokens, TokenSource
-from batch_client.transport import HttpTransport, Transport, TransportError
+from batch_client.tokens import CommandTokens, FileTokens, NoTokens, TokenSource, authorization
+from batch_client.transport import HttpReply, HttpTransport, Transport, TransportError
 
 if TYPE_CHECKING:
     from batch_client.server import EmbeddedServer
 
-__all__ = ["Servers", "open_servers", "turned_away", "unreachable"]
+__all__ = ["Servers", "ask", "open_servers", "turned_away"]
 
 LOG_SECONDS = 10.0  # between looks at how large an embedded server's log is
 
@@ -80,9 +80,26 @@ def _tokens_of(spec: ServerSpec) -> TokenSource:
     return NoTokens() if spec.token_command is None else CommandTokens(spec.token_command)
 
 
-def unreachable(url: str, error: TransportError) -> ServingError:
-    """What to say of a server that gives no answer."""
-    return ServingError(f"{url}: can't be reached ({error}): check --endpoint and that the server runs")
+async def ask(servers: Servers, method: str, url: str, path: str, seconds: float, *,
+              headers: Mapping[str, str] | None = None, parts: Sequence[bytes] = ()) -> tuple[HttpReply, Verdict]:
+    """What the server at `url` answers, and what that means; a token that it refuses is asked for anew, once.
+
+    Raises ServingError for a server that gives no answer, CredentialsError where a token can't be had.
+    """
+    refused: str | None = None
+    for again in (True, False):
+        token = await servers.tokens.token(refused)
+        try:
+            reply = await servers.transport.send(
+                method, url.rstrip("/") + path, {**(headers or {}), **authorization(token)}, parts, seconds)
+        except TransportError as error:
+            raise ServingError(f"{url}: can't be reached ({error}): check --endpoint and that the server runs"
+                               ) from error
+        verdict = read_reply(reply.status, reply.body)
+        if verdict.outcome is not Outcome.TOKEN or not again:
+            break
+        refused = token
+    return reply, verdict
 
 
 def turned_away(servers: Servers, url: str, verdict: Verdict) -> BatchClientError | None:

@@ -138,25 +138,12 @@ async def _as_query(servers: Servers, source: Source, rows: Rows) -> _Query:
 
 
 async def _send(servers: Servers, query: _Query) -> str:
-    from batch_client.dialect import Outcome, read_reply
-    from batch_client.serving import turned_away, unreachable
-    from batch_client.tokens import authorization
-    from batch_client.transport import TransportError
+    from batch_client.dialect import Outcome
+    from batch_client.serving import ask, turned_away
 
     url = servers.urls[0].rstrip("/")
-    headers = {"Content-Type": query.content_type, "Accept": JSON}
-    refused: str | None = None
-    for _ in range(2):
-        token = await servers.tokens.token(refused)
-        try:
-            reply = await servers.transport.send("POST", f"{url}/predictions/{servers.model}",
-                                                 {**headers, **authorization(token)}, (query.body,), SECONDS)
-        except TransportError as error:
-            raise unreachable(url, error) from error
-        verdict = read_reply(reply.status, reply.body)
-        if verdict.outcome is not Outcome.TOKEN:
-            break
-        refused = token
+    reply, verdict = await ask(servers, "POST", url, f"/predictions/{servers.model}", SECONDS,
+                               headers={"Content-Type": query.content_type, "Accept": JSON}, parts=(query.body,))
     if verdict.outcome is Outcome.RESULT:
         return _pretty(reply.body)
     if (refusal := turned_away(servers, url, verdict)) is not None:
