@@ -62,7 +62,7 @@ class EmbeddedServer:
         self._session: aiohttp.ClientSession | None = None
         self._renewing = asyncio.Lock()
         self._renew_at: dict[str, float] = {}
-        self._inference_key: str | None = None  # as last read: a request must not cost a look at the key file
+        self._keys: dict[str, str | None] = {}  # as last read: a request must not cost a look at the key file
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -158,17 +158,9 @@ class EmbeddedServer:
 
         Raises ServingError when the server has ended.
         """
-        async with self._renewing:
-            if self.ended():
-                raise self._end_error()
-            key = self._inference_key
-            if key is None or key == refused:  # a renewal that we gave up may have been made
-                key = self._alive().key("inference")
-            if (key is not None and key == refused) or self._due("inference"):
-                await self._renew("inference")
-                key = self._alive().key("inference") or key
-            self._inference_key = key
-            return key
+        if self.ended():
+            raise self._end_error()
+        return await self._key("inference", refused)
 
     def renewal_due_in(self) -> float:
         """Seconds until `token` will make another one."""
@@ -219,7 +211,7 @@ class EmbeddedServer:
 
     async def _start_once(self, java: Java, home: Path) -> None:
         self._running = launch(self._settings, self._model, self._lanes, java, home, self._environ)
-        self._inference_key = None
+        self._keys = {}
         self._renew_at = dict.fromkeys(("inference", "management"), _now() + self._half_life)
         try:
             async with asyncio.timeout(self._settings.startup_seconds):
@@ -267,18 +259,23 @@ class EmbeddedServer:
     # Talking to the management API
 
     async def _management(self, path: str) -> tuple[int, str]:
-        async with self._renewing:
-            if self._due("management"):
-                await self._renew("management")
-            key = self._alive().key("management")
+        key = await self._key("management")
         status, body = await self._get(path, key)
         if status == REFUSED:
-            async with self._renewing:
-                if self._alive().key("management") == key:
-                    await self._renew("management")
-                key = self._alive().key("management")
-            status, body = await self._get(path, key)
+            status, body = await self._get(path, await self._key("management", key))
         return status, body
+
+    async def _key(self, kind: str, refused: str | None = None) -> str | None:
+        """The current token of a kind, as `token` has it; None while TorchServe starts."""
+        async with self._renewing:
+            key = self._keys.get(kind)
+            if key is None or key == refused:  # a renewal that we gave up may have been made
+                key = self._alive().key(kind)
+            if (key is not None and key == refused) or self._due(kind):
+                await self._renew(kind)
+                key = self._alive().key(kind) or key
+            self._keys[kind] = key
+            return key
 
     async def _get(self, path: str, key: str | None) -> tuple[int, str]:
         if self._session is None:
