@@ -222,7 +222,7 @@ def test_a_bench_that_is_stopped_leaves_nothing(toy_archive, clean_environ, tmp_
 
 
 @pytest.mark.parametrize(("words", "code", "reason"), [
-    (["nothing.mar"], 69, "no such file"),
+    (["nothing.mar"], 69, "batch-client: archive nothing.mar: there is no such file"),
     (["{toy}", "nothing.zarr"], 65, "no Zarr array"),
     (["{toy}", "--budget", "0"], 64, "--budget 0: wanted seconds"),
     (["{toy}", "--output", "x"], 64, "name an INPUT"),

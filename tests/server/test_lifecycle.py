@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from batch_client import regions, server_process
+from batch_client import server as server_module
 from batch_client.errors import ServingError, UsageError
 from batch_client.java import find_java
 from batch_client.machine import has_address
@@ -281,6 +282,20 @@ async def test_a_free_port_that_was_taken_in_between_costs_another_start(make_ar
         async with EmbeddedServer(ServerSettings(make_archive(), workers=1)) as server:
             assert len(asked) == 2
             assert await predict(server) == 200
+    finally:
+        taken.close()
+        await taken.wait_closed()
+
+
+async def test_ports_that_are_always_taken_in_between_are_said_without_a_flag_that_only_serve_has(
+        make_archive, monkeypatch):
+    taken = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    ports = [taken.sockets[0].getsockname()[1], *server_process.free_ports(4)]
+    monkeypatch.setattr(server_process, "free_ports", lambda _: ports)
+    monkeypatch.setattr(server_module, "STARTS", 1)
+    try:
+        with pytest.raises(ServingError, match=r"no free ports for TorchServe .*: try again$"):
+            await EmbeddedServer(ServerSettings(make_archive(), workers=1)).start()
     finally:
         taken.close()
         await taken.wait_closed()
