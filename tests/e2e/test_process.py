@@ -72,8 +72,7 @@ def test_a_stop_while_modules_are_imported_is_one_line(module, number, clean_env
     (tmp_path / module).mkdir()
     (tmp_path / module / "__init__.py").write_text(f"import signal\nsignal.raise_signal({int(number)})\n")
     environ = {**clean_environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), clean_environ.get("PYTHONPATH", "")])}
-    words = command("predict", "one.npy", "--endpoint", "http://127.0.0.1:9", "--model", "m")
-    (tmp_path / "one.npy").write_bytes(b"")
+    words = command("plan", "in", "out", "--endpoint", "http://127.0.0.1:9", "--model", "m")
     script = [sys.executable, "-c", "from batch_client.__main__ import entry_point; entry_point()"]
     for line in (words, [*script, *words[3:]]):
         with heeded(number):
