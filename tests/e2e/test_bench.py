@@ -17,7 +17,7 @@ from batch_client.api import run_until_complete
 from batch_client.bench.workers import ask_handler, workers_of
 from batch_client.errors import ServingError
 from batch_client.plan import default_request
-from support.cli import ServeProcess, command, run_cli
+from support.cli import ServeProcess, command, heeded, run_cli
 
 SLOW = """
 import time
@@ -206,8 +206,8 @@ def test_a_model_is_measured_in_requests_of_the_size_that_a_run_would_send(clean
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_bench_that_is_stopped_leaves_nothing(toy_archive, clean_environ, tmp_path, number):
     environ = {**clean_environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(command("bench", toy_archive, "--budget", "600"), env=environ, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as bench:
+    with heeded(number), subprocess.Popen(command("bench", toy_archive, "--budget", "600"), env=environ, text=True,
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as bench:
         said = [bench.stderr.readline() for _ in range(3)]
         assert "best" in said[-1]
         family = psutil.Process(bench.pid).children(recursive=True)

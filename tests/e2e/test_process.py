@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import pytest
 import zarr
 
 from batch_client.cli import main
-from support.cli import command, run_cli
+from support.cli import command, heeded, run_cli
 from support.served import free_port
 
 
@@ -53,16 +52,6 @@ def test_a_process_ends_before_its_interpreter_is_taken_apart(clean_environ):
         done = subprocess.run([sys.executable, "-c", ENDS, *words], env=clean_environ, capture_output=True, text=True,
                               timeout=60, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (65, "said", left)
-
-
-@contextmanager
-def heeded(number):
-    """Whatever is started meanwhile does not ignore this signal, though this process may (`nohup make test &`)."""
-    before = signal.signal(number, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

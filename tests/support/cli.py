@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -20,6 +21,16 @@ def run_cli(arguments, environ, cwd=None, check=False, timeout=180, stdin=None):
     if check:
         assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+@contextmanager
+def heeded(number):
+    """Whatever is started meanwhile does not ignore this signal, though this process may (`nohup make test &`)."""
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 class ServeProcess:
