@@ -1,9 +1,9 @@
 """Real parts that several test folders share; each is started once, ended by its own process id."""
 
-import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,19 @@ int clock_gettime(clockid_t id, struct timespec *t) {
 """
 
 
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder():
+    """The place of all temporary folders, of every process: those of clients that are killed go with it at the end.
+
+    In /tmp, since sockets below it want a short path.
+    """
+    place = tempfile.TemporaryDirectory(prefix="bc-", dir="/tmp", ignore_cleanup_errors=True)
+    with place as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", folder)
+        patch.setenv("TMPDIR", folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def seed_folder():
     if not (SEED / "fmnist.pyt").is_file():
@@ -59,7 +72,7 @@ def s3():
 
 
 @pytest.fixture(scope="session")
-def clean_environ():
+def clean_environ(temporary_folder):
     """The environment of a user who has set nothing: what tests add is all there is."""
     # PYTHONPATH says which checkout is tested.
     names = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV")
@@ -98,22 +111,6 @@ def toy_server(toy_archive, clean_environ, tmp_path_factory):
 @pytest.fixture(scope="session")
 def toy_images():
     return np.random.default_rng(3).integers(0, 256, (1000, 12, 12), dtype=np.uint8)
-
-
-@pytest.fixture
-def no_leftovers():
-    """Fails a test that leaves a process of its own behind."""
-    import psutil
-
-    before = {process.pid for process in psutil.process_iter()}
-    yield
-    new = [process for process in psutil.process_iter() if process.pid not in before]
-    mine = []
-    for process in new:
-        with contextlib.suppress(psutil.Error):
-            if "java" in process.name() or "model_service_worker" in " ".join(process.cmdline()):
-                mine.append(process.cmdline()[:3])
-    assert mine == []
 
 
 @pytest.fixture(scope="session")
