@@ -45,11 +45,12 @@ int clock_gettime(clockid_t id, struct timespec *t) {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def temporary_folder():
+def temporary_folder(tmp_path_factory):
     """The place of all temporary folders, of every process: those of clients that are killed go with it at the end.
 
     In /tmp, since sockets below it want a short path.
     """
+    tmp_path_factory.getbasetemp()  # pytest's own folders, of the last three runs, are beside it as ever
     place = tempfile.TemporaryDirectory(prefix="bc-", dir="/tmp", ignore_cleanup_errors=True)
     with place as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", folder)

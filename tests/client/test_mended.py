@@ -82,7 +82,7 @@ def test_a_flush_whose_answer_was_lost_loses_no_row():
         ledger = Ledger(store, "a" * 16, "w", lambda: 0.0)
         rows = [Row(unit, (ChunkProof(f"y/c/{unit}", 1, "0"),), {}, 1, 0, 0) for unit in (0, 1)]
         await ledger.add(rows[0])
-        with pytest.raises(StorageError):
+        with pytest.raises(StorageError, match="connection reset"):
             await ledger.flush()
         await ledger.add(rows[1])
         await ledger.flush()

@@ -355,12 +355,17 @@ def test_a_foreign_server_of_the_protocol_is_driven_too():
 
 def test_specs_of_parts_and_modes():
     common = {"input": "a", "output": "b", "endpoints": (URL,), "model": "toy"}
-    for options in ({"part": (0, 2)}, {"part": (1, 2), "overwrite": True}, {"reuse": "b", "overwrite": True},
-                    {"part": (3, 2)}, {"reuse": "o", "exact": False}, {"max_failed": -1},
-                    {"token_file": "t", "token_command": "c"}, {"patience": float("nan")},
-                    {"input": "s3://key:secret@bucket/in"}, {"output": "s3://key@bucket/out"},
-                    {"reuse": "abfss://key:secret@account.dfs.core.windows.net/out"}):
-        with pytest.raises(UsageError) as error:
+    for options, wanted in (
+            ({"part": (0, 2)}, "--part 0/2: wanted I/N"), ({"part": (3, 2)}, "--part 3/2: wanted I/N"),
+            ({"part": (1, 2), "overwrite": True}, "--overwrite and --part"),
+            ({"reuse": "b", "overwrite": True}, "--reuse and OUTPUT are both b"),
+            ({"reuse": "o", "exact": False}, "--reuse and --fast"), ({"max_failed": -1}, "--max-failed -1: wanted at"),
+            ({"token_file": "t", "token_command": "c"}, "--token-file and --token-command"),
+            ({"patience": float("nan")}, "--patience nan: wanted at least 0"),
+            ({"input": "s3://key:secret@bucket/in"}, "INPUT has a user name or password"),
+            ({"output": "s3://key@bucket/out"}, "OUTPUT has a user name or password"),
+            ({"reuse": "abfss://key:secret@account.dfs.core.windows.net/out"}, "--reuse has a user name or password")):
+        with pytest.raises(UsageError, match=wanted) as error:
             RunSpec(**common | options)
         assert "secret" not in str(error.value)
     RunSpec(**common | {"input": "abfss://container@account.dfs.core.windows.net/in"})

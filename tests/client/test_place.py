@@ -74,10 +74,15 @@ async def test_a_generation_that_is_no_name_of_ours_is_no_part_of_a_key(name):
         await generation_of(store)
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("key", [SPEC_KEY, GENERATION_KEY])
-@pytest.mark.parametrize("follower", [None, "other"])
-async def test_an_output_that_is_removed_while_it_is_begun_is_not_begun(key, after, follower):
+@pytest.mark.parametrize(("key", "after", "follower", "refusal"), [
+    (SPEC_KEY, False, None, None),  # it is begun anew
+    (SPEC_KEY, True, None, (MismatchError, "is no output of batch-client")),
+    (GENERATION_KEY, False, None, (MismatchError, "is no output of batch-client")),
+    (GENERATION_KEY, True, None, (StorageError, "says that it exists and has none")),
+    *((key, after, "other", (MismatchError, "belongs to another run"))
+      for key in (SPEC_KEY, GENERATION_KEY) for after in (False, True)),
+])
+async def test_an_output_that_is_removed_while_it_is_begun_is_not_begun(key, after, follower, refusal):
     """Whatever the client goes on with, it is no generation of another run, and none without a spec."""
     async def removed():
         await remove_output(store)
@@ -86,12 +91,11 @@ async def test_an_output_that_is_removed_while_it_is_begun_is_not_begun(key, aft
 
     store = Meanwhile("create", key, removed, after=after)
     store.objects = {SPEC_KEY: MINE.to_json()}
-    try:
-        begun = await begin(store, MINE, A)
-    except (MismatchError, StorageError):
+    if refusal is not None:
+        with pytest.raises(refusal[0], match=refusal[1]):
+            await begin(store, MINE, A)
         return
-    assert follower is None
-    assert begun.generation == A
+    assert (await begin(store, MINE, A)).generation == A
     assert store.objects == {SPEC_KEY: MINE.to_json(), GENERATION_KEY: A.encode()}
 
 

@@ -101,13 +101,18 @@ def test_other_servers_answers_go_by_status(status, body, wanted):
     assert read_reply(status, body).outcome is wanted
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"archive": "m", "endpoints": ("http://h",), "model": "m"}, {"endpoints": ("http://h",)},
-    {"endpoints": ("h:80",), "model": "m"}, {"archive": "m", "in_flight": 0}, {"archive": "m", "codec": "lz4"},
-    {"archive": "m", "output": "in"}, {"archive": "m", "workers": 0},
+@pytest.mark.parametrize(("options", "wanted"), [
+    ({}, "found neither"),
+    ({"archive": "m", "endpoints": ("http://h",), "model": "m"}, "not both"),
+    ({"endpoints": ("http://h",)}, "also needs --model NAME"),
+    ({"endpoints": ("h:80",), "model": "m"}, "--endpoint h:80: wanted a URL"),
+    ({"archive": "m", "in_flight": 0}, "--in-flight 0: wanted at least 1"),
+    ({"archive": "m", "codec": "lz4"}, "--codec 'lz4': wanted one of"),
+    ({"archive": "m", "output": "in"}, "INPUT and OUTPUT are both in"),
+    ({"archive": "m", "workers": 0}, "--workers 0: wanted at least 1"),
 ])
-def test_specs_that_can_not_work_are_refused_when_made(options):
-    with pytest.raises(UsageError):
+def test_specs_that_can_not_work_are_refused_when_made(options, wanted):
+    with pytest.raises(UsageError, match=wanted):
         RunSpec(**{"input": "in", "output": "out", **options})
 
 

@@ -227,8 +227,8 @@ def test_what_fails_in_a_block_closes_and_removes_its_region(folder, regions):
     opened = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(KeyboardInterrupt), regions.region(folder, "r-1", PARTS, 100):
         raise KeyboardInterrupt
-    for parts, size in ((PARTS, 1 << 63), ([*PARTS, "no bytes"], 0)):  # it can't be so long; it can't be written
-        with pytest.raises((OverflowError, TypeError)), regions.region(folder, "r-2", parts, size):
+    for parts, size, error in ((PARTS, 1 << 63, OverflowError), ([*PARTS, "no bytes"], 0, TypeError)):
+        with pytest.raises(error), regions.region(folder, "r-2", parts, size):  # so long; of what can't be written
             pytest.fail("there is no such region")
     assert len(list(Path("/proc/self/fd").iterdir())) == opened
 

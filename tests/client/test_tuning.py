@@ -348,13 +348,14 @@ class _Failing(MemoryStore):
         raise StorageError("500 Internal Server Error")
 
 
-@pytest.mark.parametrize(("scheme", "store", "text", "error"), [
-    ("https", _Failing, b"", None),
-    ("s3", _Failing, b"", StorageError),
-    ("s3", MemoryStore, b"<html>", ServingError),
-    ("s3", MemoryStore, b" " * MAX_BYTES + b"{}", ServingError),
+@pytest.mark.parametrize(("scheme", "store", "text", "error", "wanted"), [
+    ("https", _Failing, b"", None, ""),
+    ("s3", _Failing, b"", StorageError, "500 Internal Server Error"),
+    ("s3", MemoryStore, b"<html>", ServingError, "is not JSON"),
+    ("s3", MemoryStore, b" " * MAX_BYTES + b"{}", ServingError, "is over 1,048,576 bytes"),
 ])
-async def test_a_store_that_fails_or_has_a_damaged_file_is_heard(archive, monkeypatch, scheme, store, text, error):
+async def test_a_store_that_fails_or_has_a_damaged_file_is_heard(
+        archive, monkeypatch, scheme, store, text, error, wanted):
     found = store()
     found.objects = {"digits.mar": archive.read_bytes(), f"digits.tuning/{device({})}.json": text}
     monkeypatch.setattr("batch_client.archives.open_store", lambda *_, **__: found)
@@ -366,7 +367,7 @@ async def test_a_store_that_fails_or_has_a_damaged_file_is_heard(archive, monkey
     if error is None:
         assert await read() is None
     else:
-        with pytest.raises(error):
+        with pytest.raises(error, match=wanted):
             await read()
 
 

@@ -237,10 +237,16 @@ def test_an_abandoned_output_is_listed_and_then_removed(source, s3_environ, toy_
     words = ["run", source, output, "--chunk-records", "200", "--part", "1/2", *toy_server.flags]
     run_cli(words, s3_environ, check=True)
     assert "not published" in run_cli(["status", output], s3_environ, check=True).stdout
-    assert run_cli(["verify", output], s3_environ).returncode == 78
+    refused(["verify", output], s3_environ, "no published output (no _SUCCESS)")
     assert "nothing removed" in run_cli(["status", output, "--clean"], s3_environ, check=True).stdout
     assert "removed" in run_cli(["status", output, "--clean", "--yes"], s3_environ, check=True).stdout
-    assert run_cli(["status", output], s3_environ).returncode == 78
+    refused(["status", output], s3_environ, "no output of batch-client (no _run/spec.json)")
+
+
+def refused(words, environ, wanted):
+    done = run_cli(words, environ)
+    assert done.returncode == 78
+    assert wanted in done.stderr
 
 
 def test_local_files(toy_images, clean_environ, toy_server, tmp_path, bulk_scores):

@@ -238,6 +238,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing(make_archive, family, un
     starting = asyncio.create_task(server.start())
     await until(lambda: family(psutil.Process()).named("ModelServer"))
     everyone = family(psutil.Process())
+    assert everyone.named("ModelServer")
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
@@ -392,10 +393,11 @@ def test_deaths_are_silent_until_a_worker_says_why():
 
 
 def health(token_file, port):
-    """The exit status of the Dockerfile's HEALTHCHECK, for this token file and port."""
+    """The Dockerfile's HEALTHCHECK, for this token file and port: its exit status and what it said last."""
     line = re.search(r"^ +CMD (\[.*)$", (CLIENT.parent / "Dockerfile").read_text(), re.MULTILINE)[1]
     code = json.loads(line)[2].replace("/run/batch-client/token", str(token_file)).replace("8080", port)
-    return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    return done.returncode, done.stderr.strip().rpartition("\n")[2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -416,8 +418,10 @@ async def test_serve_runs_until_it_is_asked_to_stop(make_archive, family, until,
         async with (aiohttp.ClientSession() as session,
                     session.post(f"{announced[0].split()[-1]}/predictions/echo", data=b"x", headers=headers) as reply):
             assert reply.status == 200
-        assert health(token_file, announced[0].rsplit(":", 1)[1]) == 0
-        assert health(__file__, announced[0].rsplit(":", 1)[1]) != 0  # that is not the token
+        port = announced[0].rsplit(":", 1)[1]
+        assert health(token_file, port) == (0, "")
+        (tmp_path / "another").write_text("another's token")
+        assert health(tmp_path / "another", port) == (1, "urllib.error.HTTPError: HTTP Error 400: Bad Request")
         everyone = family(psutil.Process(serve.pid))
         serve.send_signal(number)
         _, errors = await serve.communicate()

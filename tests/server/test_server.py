@@ -79,7 +79,9 @@ async def test_workers_get_their_share_of_the_machine_and_no_secrets(server, ask
     assert {name: environ[name] for name in ("OMP_NUM_THREADS", "BATCH_HANDLER_THREADS", "BATCH_HANDLER_MICRO_BATCH")
             } == {"OMP_NUM_THREADS": "1", "BATCH_HANDLER_THREADS": "1", "BATCH_HANDLER_MICRO_BATCH": "64"}
     assert environ["MALLOC_TRIM_THRESHOLD_"] == environ["MALLOC_MMAP_THRESHOLD_"] == str(1 << 30)
-    assert all(Path(entry).is_absolute() for entry in environ["PYTHONPATH"].split(os.pathsep) if entry)
+    folders = [Path(entry) for entry in environ["PYTHONPATH"].split(os.pathsep) if entry]
+    assert folders
+    assert all(folder.is_absolute() for folder in folders)
     # Neither can they read them from Java's own environment.
     java = psutil.Process(seen["pid"]).parent()
     assert not set(SECRETS) & set(java.environ())
@@ -93,7 +95,7 @@ async def test_everything_it_writes_is_in_its_private_folder(server, ask):
     java = psutil.Process(json.loads(body)["pid"]).parent()
     assert Path(java.cwd()) == folder
     ours = [one.path for one in java.open_files() if one.path.endswith(".log")]
-    assert set(ours) <= {str(server.log_path)}
+    assert set(ours) == {str(server.log_path)}
 
 
 async def test_describe_names_the_workers(server):
