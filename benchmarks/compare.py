@@ -148,7 +148,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one contender [default: 900]")
     parser.add_argument("--json", type=Path, help="write all rounds' figures into this file")
     workload_flags(parser)
-    return parser.parse_args()
+    options = parser.parse_args()
+    SMALL.require(options.records, parser)
+    return options
 
 
 class Arena:

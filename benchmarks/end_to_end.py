@@ -100,6 +100,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.input_chunk is not None and options.input_chunk < 1:
         parser.error(f"--input-chunk {options.input_chunk}: wanted at least one record")
+    if options.records is not None:
+        (HEAVY if options.heavy else SMALL).require(options.records, parser)
     if options.heavy and (options.model or options.images):
         parser.error("--heavy brings its own model and records")
     return options

@@ -34,7 +34,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import numpy as np
 import zarr
-from measure import machine, today
+from measure import heading, machine, row, today
 from workload import SMALL
 
 from batch_client.api import run_until_complete
@@ -127,7 +127,8 @@ async def measure(options: argparse.Namespace, archive: Path, work: Path, cases:
         rng = random.Random(0)
         for number in range(options.rounds):
             for case in cases:
-                async with contextlib.aclosing(Round(servers[case.online_workers], session, options, rng)) as one:
+                one = Round(servers[case.online_workers], session, options, rng)
+                async with contextlib.aclosing(one.asker):
                     await one.run(case, work, alone_first=number % 2 == 0)
                 print(f"round {number + 1}, {case.name}: bulk {case.bulk_beside[-1]:,.0f} records/s beside queries, "
                       f"{case.bulk_alone[-1]:,.0f} alone", flush=True)
@@ -146,10 +147,6 @@ class Round:
         self.answered = 0
         image = np.random.default_rng(0).integers(0, 256, RECORD, dtype=np.uint8).tolist()
         self.asker = Asker(server.url, f"/predictions/{server.model_name}", json.dumps([image]).encode())
-
-    async def aclose(self) -> None:
-        """End the asker's connections."""
-        await self.asker.aclose()
 
     async def run(self, case: Case, work: Path, *, alone_first: bool) -> None:
         if case.scheduling is not None:
@@ -292,16 +289,15 @@ def schedule(pid: int, policy: int, nice: int) -> None:
 def report(options: argparse.Namespace, cases: list[Case]) -> None:
     print(f"\n{today()}, {machine()}, {options.runtime}, "
           f"{len(cases[0].idle)} queries idle and beside in {options.rounds} rounds, {options.rate:g} a second")
-    print("| case | idle p50 / p99 ms | beside p50 / p99 ms | p99 ÷ idle | turned away | bulk alone, records/s | "
-          "beside | beside ÷ alone (range) |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(heading("case", "idle p50 / p99 ms", "beside p50 / p99 ms", "p99 ÷ idle", "turned away",
+                  "bulk alone, records/s", "beside", "beside ÷ alone (range)"))
     for case in cases:
         (idle50, idle99), (beside50, beside99) = percentiles(case.idle), percentiles(case.beside)
         kept, away = shares(case), sum(map(math.isinf, case.beside))
-        print(f"| {case.name} | {idle50:.1f} / {idle99:.1f} | {beside50:.1f} / {beside99:.1f} | "
-              f"{beside99 / idle99:.2f} | {away} | {statistics.median(case.bulk_alone):,.0f} | "
-              f"{statistics.median(case.bulk_beside):,.0f} | {statistics.median(kept):.3f} "
-              f"({min(kept):.3f} to {max(kept):.3f}) |")
+        print(row(case.name, f"{idle50:.1f} / {idle99:.1f}", f"{beside50:.1f} / {beside99:.1f}",
+                  f"{beside99 / idle99:.2f}", away, f"{statistics.median(case.bulk_alone):,.0f}",
+                  f"{statistics.median(case.bulk_beside):,.0f}",
+                  f"{statistics.median(kept):.3f} ({min(kept):.3f} to {max(kept):.3f})"))
 
 
 def percentiles(latencies: list[float]) -> tuple[float, float]:

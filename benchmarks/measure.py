@@ -19,12 +19,13 @@ from typing import NamedTuple
 
 import psutil
 
+from batch_client.tuning import ALLOCATORS, DEFAULT_ALLOCATOR
+
 __all__ = ["ALLOCATOR", "Interval", "PeakMemory", "cpu_seconds", "family", "heading", "interval",
            "java_and_workers", "machine", "row", "seconds_without_core", "stamped", "today", "unwind_when_terminated"]
 
-# What the embedded server sets for its workers (batch_client/server_config.py): every tuned contender has it.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_ARENA_MAX": "1"}
-
+# What the embedded server sets for its workers: every tuned contender has it.
+ALLOCATOR = ALLOCATORS[DEFAULT_ALLOCATOR]
 LEAST_VALUES = 6  # of which all but one time in thirty-two the median is between
 RESAMPLES = 10_000
 SAMPLE_SECONDS = 0.25

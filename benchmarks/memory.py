@@ -9,15 +9,13 @@ resident memory of the client's process as its own summary gives it, imports inc
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import zarr
 from measure import heading, stamped
+from workload import cli, noop_server, summary_of
 
 CHUNK = 1000
 
@@ -27,22 +25,13 @@ def main() -> None:
     parser.add_argument("--records", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--record-bytes", type=int, default=784)
     options = parser.parse_args()
-    here = Path(__file__).parent
-    with tempfile.TemporaryDirectory() as folder, subprocess.Popen(
-            [sys.executable, here / "noop_server.py", str(options.record_bytes)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        url = server.stdout.readline().strip()
+    with tempfile.TemporaryDirectory() as folder, noop_server(options.record_bytes) as url:
         print(heading("date", "machine", "records", "bytes a record", "records/s", "peak MB"))
         for count in options.records:
             source = Path(folder) / f"in-{count}.zarr"
             write(source, count, options.record_bytes)
-            done = subprocess.run(
-                [sys.executable, "-m", "batch_client", "run", source, Path(folder) / f"out-{count}.zarr", "--endpoint",
-                 url, "--model", "noop", "--log", "none", "--json"], capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(done.stderr)
-            summary = json.loads(done.stdout)
+            summary = summary_of(cli("run", source, Path(folder) / f"out-{count}.zarr", "--endpoint", url, "--model",
+                                     "noop", "--log", "none", "--json"))
             assert summary["records"] == count
             print(stamped(f"{count:,}", options.record_bytes, f"{summary['records_per_s']:,.0f}",
                           f"{summary['peak_memory_bytes'] / 1e6:.0f}"), flush=True)

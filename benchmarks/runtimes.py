@@ -10,8 +10,6 @@ their precision allows.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from measure import heading, interval, machine, row, today
 
 if TYPE_CHECKING:
     from batch_handler.model import Model
@@ -62,17 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             model.score_bulk([records])
             rates[name].append(len(records) / (time.perf_counter() - begun))
     first = next(iter(rates.values()))
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-          f"{next(iter(models.values())).numerics['isa']}, {arguments.threads} threads, {len(records)} records, "
-          f"{arguments.rounds} rounds, {time.strftime('%Y-%m-%d')}")
-    print("| entry | runtime | precision | records/s | ratio (min to max) | golden difference |")
-    print("|---|---|---|---|---|---|")
+    print(f"{today()}, {machine()}, {next(iter(models.values())).numerics['isa']}, {arguments.threads} threads, "
+          f"{len(records)} records, {arguments.rounds} rounds")
+    print(heading("entry", "runtime", "precision", "records/s", "ratio (95 % interval)", "golden difference"))
     for name, model in models.items():
         ratios = [mine / other for mine, other in zip(rates[name], first, strict=True)]
-        print(f"| {name} | {model.numerics['runtime']} | {model.numerics['precision']} "
-              f"| {statistics.median(rates[name]):,.0f} "
-              f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
-              f"| {model.golden_difference:.1e} |")
+        print(row(name, model.numerics["runtime"], model.numerics["precision"],
+                  f"{statistics.median(rates[name]):,.0f}", interval(ratios), f"{model.golden_difference:.1e}"))
     return 0
 
 

@@ -18,15 +18,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
 import zarr
 from measure import heading, interval, stamped
-from workload import SMALL, command
+from workload import SMALL, command, noop_server
 
+from batch_client.__main__ import end_process
 from batch_client.layout import OutputLayout
 from batch_client.ledger import ChunkProof, Ledger, LedgerView, Row
 from batch_client.place import begin, generation_of
@@ -34,6 +34,7 @@ from batch_client.plan import Geometry, OutputGeometry, Plan, make_plan
 from batch_client.publish import publish
 from batch_client.spec import RunIdentity, RunSpec
 from batch_client.storage import Blob, Meta, Store, open_store
+from batch_client.summary import peak_memory
 
 BILLION = 1_000_000_000
 CHUNK = 1000
@@ -47,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.ledger_of:
         asyncio.run(read_and_publish(options.ledger_of, options.ledger_chunks))
-        return
+        end_process(0)
     print(f"{options.repeats} repeats\n")
     print(heading("date", "machine", "what", "seconds (95 % interval)"))
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +59,7 @@ def main() -> None:
         np.save(work / "record.npy", SMALL.images(1))
         predict = command("predict", work / "record.npy", "--archive", archive)
         tell("embedded server, command to first reply", [first_line(predict) for _ in range(many)])
-        with noop_server() as url:
+        with noop_server(784) as url:
             source = planned(work)
             plan = command("plan", source, work / "out.zarr", "--endpoint", url, "--model", "noop")
             tell("`batch-client plan`, 10⁹ records", [seconds_of(plan) for _ in range(many)])
@@ -89,14 +90,6 @@ def first_line(words: list[str]) -> float:
         process.stdout.read()
     assert process.returncode == 0
     return seconds
-
-
-@contextmanager
-def noop_server() -> Iterator[str]:
-    with subprocess.Popen([sys.executable, Path(__file__).with_name("noop_server.py"), "784"], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        yield server.stdout.readline().strip()
 
 
 def planned(work: Path) -> Path:
@@ -184,9 +177,7 @@ def identity_of(plan: Plan) -> RunIdentity:
 
 
 def peak_megabytes() -> float:
-    """Of this process since it began; getrusage would count the memory of the process that started it too."""
-    said = Path("/proc/self/status").read_text("ascii")
-    return int(said.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+    return peak_memory() / 1e6
 
 
 if __name__ == "__main__":

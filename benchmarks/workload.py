@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +20,8 @@ from zarr.storage import ObjectStore
 
 from batch_client.demo.objectstore import REGION, SeaweedServer
 
-__all__ = ["HEAVY", "SMALL", "Workload", "absolute", "cli", "command", "given_images", "workload_flags"]
+__all__ = ["HEAVY", "SMALL", "Workload", "absolute", "cli", "command", "given_images", "noop_server",
+           "summary_of", "workload_flags"]
 
 BUCKET = "bench"
 
@@ -41,6 +42,11 @@ class Workload:
     def images(self, count: int) -> np.ndarray:
         """Random records, uint8 (count, *shape), always the same."""
         return np.random.default_rng(0).integers(0, 256, (count, *self.shape), dtype=np.uint8)
+
+    def require(self, records: int, parser: argparse.ArgumentParser) -> None:
+        """End with a usage error unless there is a whole micro-batch of records: the ceiling scores nothing less."""
+        if records < self.micro_batch:
+            parser.error(f"--records {records}: wanted at least a micro-batch of {self.micro_batch}")
 
     def module(self) -> Any:
         """The untrained network in eval mode, its weights always the same."""
@@ -120,16 +126,21 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "batch_client", *map(str, words)]
 
 
-def cli(*words: object, environ: Mapping[str, str] = os.environ) -> str:
+def cli(*words: object) -> str:
     """The standard output of a `batch-client` command; ends the benchmark with its error if it fails."""
-    return output_of(command(*words), environ)
-
-
-def output_of(words: Sequence[str], environ: Mapping[str, str]) -> str:
-    done = subprocess.run(words, env=dict(environ), capture_output=True, text=True, check=False)
+    done = subprocess.run(command(*words), capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
     return done.stdout
+
+
+@contextmanager
+def noop_server(record_bytes: int) -> Iterator[str]:
+    """The URL of a server whose model `noop` computes nothing."""
+    with subprocess.Popen([sys.executable, Path(__file__).with_name("noop_server.py"), str(record_bytes)],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield server.stdout.readline().strip()
 
 
 def summary_of(said: str) -> dict[str, Any]:
