@@ -49,7 +49,7 @@ def benched(toy_archive, source, clean_environ, tmp_path_factory):
     folder = tmp_path_factory.mktemp("benched")
     archive = Path(shutil.copy(toy_archive, folder))
     scratch = folder / "scratch"
-    done = run_cli(["bench", archive, source, "--output", scratch, "--budget", "20", "--save", "--json"], clean_environ,
+    done = run_cli(["bench", archive, source, "--output", scratch, "--budget", "5", "--save", "--json"], clean_environ,
                    check=True)
     assert not scratch.exists()
     return archive, json.loads(done.stdout), done.stderr
@@ -236,7 +236,7 @@ def test_a_bench_that_is_stopped_leaves_nothing(toy_archive, clean_environ, tmp_
     (["{toy}", "holes.zarr"], 65, "chunk c/0/0/0 (among records 0 to 4) is missing"),
     (["{toy}", "s3://[abc/x"], 64, "not a URL"),
 ])
-def test_what_can_t_be_measured_is_refused_in_one_line(toy_archive, clean_environ, tmp_path, words, code, reason):
+def test_what_can_t_be_measured_is_refused_in_one_line(toy_archive, run_here, tmp_path, words, code, reason):
     (tmp_path / "text.mar").write_text("no archive")
     zarr.create_array(tmp_path / "empty.zarr", shape=(0, 12, 12), chunks=(1, 12, 12), dtype="uint8")
     zarr.create_array(tmp_path / "wide.zarr", shape=(5, 9, 12), chunks=(1, 9, 12), dtype="uint8")
@@ -244,7 +244,7 @@ def test_what_can_t_be_measured_is_refused_in_one_line(toy_archive, clean_enviro
     blocked = Path(shutil.copy(toy_archive, tmp_path / "blocked.mar"))
     blocked.with_suffix(".tuning").write_text("in the way")
     places = {"toy": toy_archive, "text": tmp_path / "text.mar", "blocked": blocked}
-    done = run_cli(["bench", *(word.format(**places) for word in words)], clean_environ, cwd=tmp_path)
+    done = run_here(["bench", *(word.format(**places) for word in words)], tmp_path)
     assert done.returncode == code
     assert reason in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -73,10 +73,15 @@ def check(done, code, wanted):
 
 @pytest.mark.parametrize(("words", "code", "wanted"), REFUSALS, ids=lambda value: "-".join(value)[:40]
                          if isinstance(value, list) else None)
-def test_bad_input_is_one_line_and_writes_nothing(words, code, wanted, place, toy_server, clean_environ):
+def test_bad_input_is_one_line_and_writes_nothing(words, code, wanted, place, toy_server, run_here):
     before = listing(place)
-    check(run_cli(["run", *words, "--log", "none", *toy_server.flags], clean_environ, cwd=place), code, wanted)
+    check(run_here(["run", *words, "--log", "none", *toy_server.flags], place), code, wanted)
     assert listing(place) == before
+
+
+def test_a_process_says_no_more_than_that_line(place, toy_server, clean_environ):
+    words, code, wanted = REFUSALS[0]
+    check(run_cli(["run", *words, *toy_server.flags], clean_environ, cwd=place), code, wanted)
 
 
 SERVERS = [
@@ -106,11 +111,11 @@ SERVERS = [
 
 @pytest.mark.parametrize(("flags", "code", "wanted"), SERVERS, ids=lambda value: str(value)[:40])
 def test_nothing_to_score_with_is_one_line_and_writes_nothing(
-        flags, code, wanted, place, toy_server, toy_archive, clean_environ):
+        flags, code, wanted, place, toy_server, toy_archive, run_here):
     before = listing(place)
     words = {"URL": toy_server.url, "TOKEN": str(toy_server.token_file), "ARCHIVE": str(toy_archive)}
     flags = [words.get(flag, flag) for flag in flags]
-    check(run_cli(["run", "in.zarr", "out", *flags, "--log", "none"], clean_environ, cwd=place), code, wanted)
+    check(run_here(["run", "in.zarr", "out", *flags, "--log", "none"], place), code, wanted)
     assert listing(place) == before
 
 
@@ -188,8 +193,8 @@ def test_a_skewed_clock_is_named(an_hour_ahead, remote, toy_server, s3_environ):
     assert written(s3_environ) == []
 
 
-def test_a_settings_file_that_is_not_toml(place, clean_environ):
-    check(run_cli(["--config", "bad.toml", "run", "a", "b"], clean_environ, cwd=place), 64, "can't be read as TOML")
+def test_a_settings_file_that_is_not_toml(place, run_here):
+    check(run_here(["--config", "bad.toml", "run", "a", "b"], place), 64, "can't be read as TOML")
 
 
 def test_settings_come_from_flags_then_environment_then_file(place, toy_server, clean_environ, tmp_path):
@@ -226,8 +231,8 @@ def test_settings_come_from_flags_then_environment_then_file(place, toy_server, 
     (["wide.zarr", "--records", "0:1"], 65, "a record has shape (14, 14), model toy takes (12, 12)"),
     (["holes.zarr", "--records", "1:3"], 65, "missing from the store: restore it or choose other records"),
 ])
-def test_bad_queries_are_one_line(words, code, wanted, place, toy_server, clean_environ):
-    check(run_cli(["predict", *words, *toy_server.flags], clean_environ, cwd=place), code, wanted)
+def test_bad_queries_are_one_line(words, code, wanted, place, toy_server, run_here):
+    check(run_here(["predict", *words, *toy_server.flags], place), code, wanted)
 
 
 @pytest.mark.parametrize(("flags", "code", "wanted"), [
@@ -236,10 +241,10 @@ def test_bad_queries_are_one_line(words, code, wanted, place, toy_server, clean_
     (["--endpoint", "URL", "--model", "toy", "--token-command", "echo wrong"], 77, "): give a valid one with"),
     (["--endpoint", "URL", "--model", "nobody", "--token-file", "TOKEN"], 69, "): check --model and the server's"),
 ])
-def test_a_query_that_nobody_answers_is_told_what_to_do(flags, code, wanted, place, toy_server, clean_environ):
+def test_a_query_that_nobody_answers_is_told_what_to_do(flags, code, wanted, place, toy_server, run_here):
     words = {"URL": toy_server.url, "TOKEN": str(toy_server.token_file)}
     flags = [words.get(flag, flag) for flag in flags]
-    check(run_cli(["predict", "one.json", *flags], clean_environ, cwd=place), code, wanted)
+    check(run_here(["predict", "one.json", *flags], place), code, wanted)
 
 
 def test_a_public_bucket_needs_no_credentials(s3, toy_images, toy_server, clean_environ, tmp_path):
