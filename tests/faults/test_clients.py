@@ -21,7 +21,7 @@ from batch_client.layout import SPEC_KEY
 from batch_client.place import check_place
 from batch_client.storage import MemoryStore
 from support.cli import command, run_cli
-from support.faults import FULL, LONG, PACE, QUICK, Client, each_scale, images_of, run
+from support.faults import FULL, LONG, PACE, QUICK, Client, each_scale, images_of, only_full, run
 from support.identities import identity_of
 from support.proxy import FaultProxy
 
@@ -95,7 +95,7 @@ async def test_a_run_that_another_client_begins_in_between():
         await check_place(PinnedMeanwhile(replace(identity, model="y").to_json()), identity)
 
 
-@each_scale
+@only_full
 def test_a_stop_with_work_in_flight(scale, sources, undisturbed, moody_server, s3_environ, output):
     with Client(sources(scale), output, scale, moody_server.flags, s3_environ) as client:
         client.until_chunks(2)

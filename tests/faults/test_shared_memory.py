@@ -70,7 +70,7 @@ def test_one_run_uses_servers_of_both_kinds(sources, undisturbed, moody_server, 
             assert sizes == {in_bodies}
 
 
-@pytest.mark.parametrize("number", [None, signal.SIGTERM, signal.SIGKILL], ids=["the end", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("number", [None, signal.SIGTERM], ids=["the end", "SIGTERM"])
 def test_a_run_with_a_server_of_its_own_leaves_no_memory(
         number, sources, undisturbed, moody_archive, s3_environ, output):
     environ = {**s3_environ, "TOY_SECONDS": str(PACE)}
