@@ -11,7 +11,7 @@ import pytest
 import zarr
 
 from support.cli import run_cli
-from support.faults import opened
+from support.faults import opened, write_source
 
 
 @pytest.fixture(scope="module")
@@ -141,14 +141,8 @@ def test_no_java_is_said_with_what_to_install(place, toy_archive, clean_environ,
 
 
 @pytest.fixture(scope="module")
-def remote(s3, s3_environ, toy_images):
-    from obstore.store import S3Store
-    from zarr.storage import ObjectStore
-
-    store = ObjectStore(S3Store(
-        "data", prefix="refusals.zarr", endpoint=s3.endpoint_url, region="us-east-1", access_key_id=s3.access_key,
-        secret_access_key=s3.secret_key, client_options={"allow_http": True}))
-    zarr.create_array(store=store, data=toy_images[:100], chunks=(50, 12, 12), overwrite=True)
+def remote(s3_environ, toy_images):
+    write_source("s3://data/refusals.zarr", s3_environ, toy_images[:100], 50)
     return "s3://data/refusals.zarr"
 
 
@@ -247,15 +241,9 @@ def test_a_query_that_nobody_answers_is_told_what_to_do(flags, code, wanted, pla
     check(run_here(["predict", "one.json", *flags], place), code, wanted)
 
 
-def test_a_public_bucket_needs_no_credentials(s3, toy_images, toy_server, clean_environ, tmp_path):
-    from obstore.store import S3Store
-    from zarr.storage import ObjectStore
-
+def test_a_public_bucket_needs_no_credentials(s3, s3_environ, toy_images, toy_server, clean_environ):
     s3.create_bucket("public", public=True)
-    store = ObjectStore(S3Store(
-        "public", prefix="in.zarr", endpoint=s3.endpoint_url, region="us-east-1", access_key_id=s3.access_key,
-        secret_access_key=s3.secret_key, client_options={"allow_http": True}))
-    zarr.create_array(store=store, data=toy_images[:100], chunks=(50, 12, 12))
+    write_source("s3://public/in.zarr", s3_environ, toy_images[:100], 50)
     environ = {**clean_environ, "AWS_ENDPOINT_URL": s3.endpoint_url, **NOBODY}
     done = run_cli(["predict", "s3://public/in.zarr", "--records", "0:2", "--anonymous", *toy_server.flags], environ)
     assert done.returncode == 0, done.stderr

@@ -13,39 +13,18 @@ import psutil
 import pytest
 import xarray
 import zarr
-from zarr.storage import ObjectStore
 
-from batch_client.storage import open_store
 from batch_client.zarrstore import SourceStore
 from support.cli import command, run_cli
-from support.faults import until
+from support.faults import open_output, opened, until, write_source
 from support.served import shared_memory_of
 
 
-def write_source(url, environ, images, chunks, monkeypatch):
-    """Put a Zarr array at an S3 URL, as a user's own program would: zarr over obstore."""
-    from obstore.store import S3Store
-
-    bucket, _, path = url.removeprefix("s3://").partition("/")
-    store = ObjectStore(S3Store(
-        bucket, prefix=path, endpoint=environ["AWS_ENDPOINT_URL"], region="us-east-1",
-        access_key_id=environ["AWS_ACCESS_KEY_ID"], secret_access_key=environ["AWS_SECRET_ACCESS_KEY"],
-        client_options={"allow_http": True}))
-    zarr.create_array(store=store, data=images, chunks=chunks, overwrite=True)
-
-
-def open_output(url, environ, monkeypatch):
-    for name, value in environ.items():
-        if name.startswith("AWS_"):
-            monkeypatch.setenv(name, value)
-    return zarr.open_group(SourceStore(open_store(url)), mode="r")
-
-
-def test_the_seeds_model_scores_its_images_in_order(seed_folder, s3_environ, tmp_path, monkeypatch):
+def test_the_seeds_model_scores_its_images_in_order(seed_folder, s3_environ, tmp_path):
     import torch
 
     known = np.load(seed_folder / "fashion_mnist_2k.npz")
-    write_source("s3://data/fashion.zarr", s3_environ, known["images"], (100, 28, 28), monkeypatch)
+    write_source("s3://data/fashion.zarr", s3_environ, known["images"], 100, compressors="auto")
     run_cli(["pack", seed_folder / "fmnist.pyt", "--trust-pickle", "--input", "image:uint8:28x28", "--model-shape",
              "1x28x28", "--scale", "1/255", "--softmax", "-o", tmp_path / "fmnist.mar"], s3_environ, check=True)
     done = run_cli(["run", "s3://data/fashion.zarr", "s3://data/fashion-scores.zarr", "--archive",
@@ -54,7 +33,7 @@ def test_the_seeds_model_scores_its_images_in_order(seed_folder, s3_environ, tmp
     assert {"records", "failed", "seconds", "records_per_s", "output", "model", "model_digest", "requests", "retries",
             "bytes_read", "bytes_written"} <= set(summary)
     assert (summary["records"], summary["failed"]) == (2000, 0)
-    group = open_output("s3://data/fashion-scores.zarr", s3_environ, monkeypatch)
+    group = open_output("s3://data/fashion-scores.zarr", s3_environ)
     scores = group["scores"][:]
     assert abs(int((scores.argmax(1) == known["labels"]).sum()) - 1845) <= 1
     model = torch.load(seed_folder / "fmnist.pyt", weights_only=False).eval()
@@ -64,14 +43,14 @@ def test_the_seeds_model_scores_its_images_in_order(seed_folder, s3_environ, tmp
     np.testing.assert_allclose(scores, wanted.numpy(), atol=1e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dataset = xarray.open_zarr(SourceStore(open_store("s3://data/fashion-scores.zarr")))
+        dataset = xarray.open_zarr(SourceStore(opened("s3://data/fashion-scores.zarr", s3_environ)))
     assert dataset["scores"].dims[0] == "record"
     assert (dataset["record_status"].values == 0).all()
 
 
 @pytest.fixture(scope="module")
 def source(s3_environ, toy_images):
-    write_source("s3://data/toy.zarr", s3_environ, toy_images, (50, 12, 12), None)
+    write_source("s3://data/toy.zarr", s3_environ, toy_images, 50, compressors="auto")
     return "s3://data/toy.zarr"
 
 
@@ -80,8 +59,7 @@ def bulk_scores(source, s3_environ, toy_server):
     """One undisturbed run, to compare others with."""
     done = run_cli(["run", source, "s3://data/toy-bulk.zarr", "--chunk-records", "200", "--request-records", "64",
                     "--json", *toy_server.flags], s3_environ, check=True)
-    with pytest.MonkeyPatch.context() as patch:
-        return json.loads(done.stdout), open_output("s3://data/toy-bulk.zarr", s3_environ, patch)["scores"][:]
+    return json.loads(done.stdout), open_output("s3://data/toy-bulk.zarr", s3_environ)["scores"][:]
 
 
 @pytest.mark.parametrize("flags", [
@@ -93,10 +71,10 @@ def test_the_bytes_are_the_same_whatever_the_requests(flags, source, s3_environ,
     assert json.loads(done.stdout)["root"] == bulk_scores[0]["root"]
 
 
-def test_a_range_has_the_bits_of_the_full_run(source, s3_environ, toy_server, bulk_scores, monkeypatch):
+def test_a_range_has_the_bits_of_the_full_run(source, s3_environ, toy_server, bulk_scores):
     run_cli(["run", source, "s3://data/toy-range.zarr", "--chunk-records", "200", "--records", "130:777",
              *toy_server.flags], s3_environ, check=True)
-    group = open_output("s3://data/toy-range.zarr", s3_environ, monkeypatch)
+    group = open_output("s3://data/toy-range.zarr", s3_environ)
     assert group.attrs["origin"] == 130
     found = group["scores"][:]
     np.testing.assert_array_equal(found.view(np.uint32), bulk_scores[1][130:777].view(np.uint32))
@@ -256,7 +234,7 @@ def test_local_files(toy_images, clean_environ, toy_server, tmp_path, bulk_score
     np.testing.assert_array_equal(zarr.open_group(tmp_path / "out.zarr", mode="r")["scores"][:], bulk_scores[1])
 
 
-def test_a_second_s3_server_agrees(toy_images, clean_environ, toy_server, bulk_scores, monkeypatch):
+def test_a_second_s3_server_agrees(toy_images, clean_environ, toy_server, bulk_scores):
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -269,10 +247,10 @@ def test_a_second_s3_server_agrees(toy_images, clean_environ, toy_server, bulk_s
 
         boto3.client("s3", endpoint_url=environ["AWS_ENDPOINT_URL"], region_name="us-east-1", aws_access_key_id="a",
                      aws_secret_access_key="b").create_bucket(Bucket="data")
-        write_source("s3://data/toy.zarr", environ, toy_images, (50, 12, 12), None)
+        write_source("s3://data/toy.zarr", environ, toy_images, 50, compressors="auto")
         run_cli(["run", "s3://data/toy.zarr", "s3://data/out.zarr", "--chunk-records", "200", *toy_server.flags],
                 environ, check=True)
-        found = open_output("s3://data/out.zarr", environ, monkeypatch)
+        found = open_output("s3://data/out.zarr", environ)
         np.testing.assert_array_equal(found["scores"][:], bulk_scores[1])
     finally:
         server.stop()

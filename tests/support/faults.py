@@ -114,7 +114,7 @@ def s3_store(url, environ):
 
 
 def write_source(url, environ, images, chunk, compressors=None):
-    return zarr.create_array(store=ObjectStore(s3_store(url, environ)), data=images, chunks=(chunk, 12, 12),
+    return zarr.create_array(store=ObjectStore(s3_store(url, environ)), data=images, chunks=(chunk, *images.shape[1:]),
                              compressors=compressors, overwrite=True)
 
 

@@ -18,6 +18,7 @@ from batch_client.storage import MemoryStore
 from batch_client.tokens import NoTokens
 from batch_client.verify import verify_output
 from support.faulty import CrashError, Fate, FaultyStore, FaultyTransport, Life
+from support.runs import source_of
 from support.simulated import URL, SimulatedServer
 from support.virtual import run_virtually
 
@@ -26,20 +27,9 @@ RECORDS, CHUNK = 96, 8
 RESUMABLE = (74, 75)
 
 
-def make_source(records, chunks, name="memory://source"):
+def make_source(records, chunks):
     """An array in a MemoryStore, written by zarr."""
-    async def write():
-        zarr_store = ZarrMemory()
-        array = await zarr.api.asynchronous.create_array(
-            store=zarr_store, shape=records.shape, chunks=chunks, dtype=records.dtype,
-            config={"write_empty_chunks": True})
-        await array.setitem(slice(None), records)
-        store = MemoryStore(name)
-        async for key in zarr_store.list():
-            store.objects[key] = (await zarr_store.get(key, zarr.core.buffer.default_buffer_prototype())).to_bytes()
-        return store
-
-    return run_virtually(write())
+    return run_virtually(source_of(records, chunks))
 
 
 class World:
