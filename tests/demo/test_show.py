@@ -10,7 +10,6 @@ from obstore.store import S3Store
 
 from batch_client.cli import main
 from batch_client.cli.show import _Answers, _choose, _sentence
-from batch_client.demo.objectstore import SeaweedServer
 from batch_client.layout import MANIFEST_KEY, SUCCESS_KEY
 from batch_client.manifest import ManifestBuilder
 from batch_client.storage import ObjectStore
@@ -309,16 +308,14 @@ def test_a_picture_has_its_outputs_name_whatever_is_in_it(published, monkeypatch
     assert headings == [f"{name}.zarr: 300 records, 1 without a score"]
 
 
-def test_everything_may_be_in_s3(published, capsys, monkeypatch):
-    with SeaweedServer() as server:
-        server.create_bucket("data")
-        for name, value in server.environ().items():
-            monkeypatch.setenv(name, value)
-        bucket = S3Store("data")
-        for path in sorted(path for path in published.rglob("*") if path.is_file()):
-            obstore.put(bucket, f"a/{path.relative_to(published)}", path.read_bytes())
-        monkeypatch.chdir(published)
-        assert main(["show", "s3://data/a/out.zarr", "--source", "s3://data/a/in.zarr", "--labels",
-                     "s3://data/a/labels.npy", "--json"]) == 0
-        assert figures(capsys)["right"] == 297
-        assert (published / "out.png").is_file()
+def test_everything_may_be_in_s3(published, capsys, monkeypatch, s3):
+    for name, value in s3.environ().items():
+        monkeypatch.setenv(name, value)
+    bucket = S3Store("data")
+    for path in sorted(path for path in published.rglob("*") if path.is_file()):
+        obstore.put(bucket, f"show/{path.relative_to(published)}", path.read_bytes())
+    monkeypatch.chdir(published)
+    assert main(["show", "s3://data/show/out.zarr", "--source", "s3://data/show/in.zarr", "--labels",
+                 "s3://data/show/labels.npy", "--json"]) == 0
+    assert figures(capsys)["right"] == 297
+    assert (published / "out.png").is_file()
