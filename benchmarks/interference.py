@@ -37,7 +37,7 @@ import zarr
 from measure import heading, machine, row, today
 from workload import SMALL
 
-from batch_client.api import run_until_complete
+from batch_client.eventloop import run_until_complete
 from batch_client.server import EmbeddedServer, ServerSettings
 
 RECORD = (28, 28)

@@ -28,7 +28,7 @@ from workload import cli
 
 from batch_client import exchange
 from batch_client.__main__ import keep_memory
-from batch_client.api import run_until_complete
+from batch_client.eventloop import run_until_complete
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.server import EmbeddedServer, ServerSettings

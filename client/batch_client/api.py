@@ -18,7 +18,7 @@ from batch_client.prepare import serving
 from batch_client.spec import RunSpec
 from batch_client.summary import RunSummary
 
-__all__ = ["calibrate", "plan", "run", "run_async", "run_until_complete"]
+__all__ = ["calibrate", "plan", "run", "run_async"]
 
 # From the request to stop to the end, whatever the run is doing: starting a server, draining, waiting for a store.
 STOP_SECONDS = 16.0

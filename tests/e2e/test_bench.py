@@ -13,9 +13,9 @@ import psutil
 import pytest
 import zarr
 
-from batch_client.api import run_until_complete
 from batch_client.bench.workers import ask_handler, workers_of
 from batch_client.errors import ServingError
+from batch_client.eventloop import run_until_complete
 from batch_client.plan import default_request
 from support.cli import ServeProcess, command, heeded, run_cli
 

@@ -49,7 +49,7 @@ def command(output_url: str, *, picture: Path | None, as_json: bool, **options: 
     With --labels the wrong ones are marked and the accuracy is printed. Of several outputs the first with classes is
     shown.
     """
-    from batch_client.api import run_until_complete
+    from batch_client.eventloop import run_until_complete
 
     labels = options["labels"] or ""
     if os.path.isfile(labels) and not labels.endswith(".npy"):  # noqa: PTH113 - which raises nothing for what is no path
