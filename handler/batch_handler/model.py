@@ -241,7 +241,7 @@ class Model:
                     )
 
     def _check_query(self, inputs: Sequence[Array]) -> None:
-        """Raise `ModelLoadError` if a query of the golden records fails: it has fewer rows than any bulk request.
+        """Raise `ModelLoadError` if a query of golden records fails that has fewer rows than any bulk request.
 
         The model took as many at once when it was packed, but what was traced with a micro-batch may be bound to it.
         Numbers are not compared again: kernels for fewer rows may differ in last bits, and of an output in bfloat16, or
@@ -250,10 +250,12 @@ class Model:
         records = self.description.golden.records
         if records >= self.micro_batch:
             return
-        (answer,) = self._scorer.score([Query(tuple(inputs))])
+        # Rows are filled up to a power of two: of more records than this there would be a whole micro-batch of them.
+        asked = min(records, 1 << ((self.micro_batch - 1).bit_length() - 1))
+        (answer,) = self._scorer.score([Query(tuple(array[:asked] for array in inputs))])
         if isinstance(answer, Failure):
             raise ModelLoadError(
-                f"the model takes {self.micro_batch} records at a time and fails on a query of {records}, wanted "
+                f"the model takes {self.micro_batch} records at a time and fails on a query of {asked}, wanted "
                 "runtime eager, or a module that takes any number: a trace keeps len(x), and not x.shape[0]: "
                 f"{answer.message}"
             )

@@ -12,7 +12,6 @@ from batch_client.cli import main
 from batch_client.cli.show import _Answers, _choose, _sentence
 from batch_client.layout import MANIFEST_KEY, SUCCESS_KEY
 from batch_client.manifest import ManifestBuilder
-from batch_client.storage import ObjectStore
 from support.identities import identity_of
 
 pytest.importorskip("matplotlib")
@@ -45,7 +44,7 @@ def published(tmp_path):
 def publish(folder, outputs, start=ORIGIN, stop=ORIGIN + COUNT):
     """What a run writes last: that the output is published, and what it is, a model's outputs in its order."""
     run = identity_of(source=(folder / "in.zarr").as_uri(), source_array="", source_shape=(400, 12, 12),
-                      source_dtype="uint8", start=start, stop=stop,
+                      source_dtype="uint8", start=start, stop=stop, numerics={"threads": 2, "versions": {"torch": "2"}},
                       outputs=tuple((name, "float32", shape) for name, shape in outputs.items()))
     output = folder / "out.zarr"
     (output / MANIFEST_KEY).parent.mkdir(exist_ok=True)
@@ -157,7 +156,7 @@ def test_what_can_not_be_shown_is_refused_in_one_line(published, capsys, monkeyp
     ("in.zarr", "no published output there, nor one that was begun"),
     ("empty", "no published output there, nor one that was begun"),
     ("absent", "no published output there, nor one that was begun"),
-    ("begun", "not published yet: finish it with the same batch-client run"),
+    ("begun", "not published yet (no _SUCCESS): finish it with the same batch-client run"),
 ])
 def test_a_place_without_a_published_output_is_refused(published, capsys, where, said):
     (published / "empty").mkdir()
@@ -193,20 +192,14 @@ def test_labels_are_of_the_source_of_the_output_or_of_the_range(published, capsy
         assert figures(capsys)["right"] == right
 
 
-def test_of_large_labels_no_more_than_the_range_is_read(published, capsys, monkeypatch):
-    parts, get = [], ObjectStore.get
-
-    async def noted(store, key, start=None, stop=None):
-        if key == "labels.npy":
-            parts.append((start, stop))
-        return await get(store, key, start, stop)
-
-    monkeypatch.setattr(ObjectStore, "get", noted)
-    monkeypatch.setattr("batch_client.cli.show._BLOCK_BYTES", 100)
-    assert show(published, "--labels", str(published / "labels.npy"), "--records", "45:55", "--json") == 0
-    assert figures(capsys)["right"] == 9
-    begin = (published / "labels.npy").stat().st_size - 8 * 400
-    assert parts == [(0, 16 << 10), (begin + 8 * 45, begin + 8 * 55)]
+def test_labels_that_memory_may_have_no_room_for_are_refused(published, capsys, monkeypatch):
+    labels = published / "labels.npy"
+    size = labels.stat().st_size
+    monkeypatch.setattr("batch_client.cli.show.MOST_LABEL_BYTES", size)
+    assert show(published, "--labels", str(labels)) == 0
+    monkeypatch.setattr("batch_client.cli.show.MOST_LABEL_BYTES", size - 1)
+    assert show(published, "--labels", str(labels)) == 64
+    assert f"{size:,} bytes, over {size - 1:,}: wanted a Zarr array" in capsys.readouterr().err
 
 
 def test_a_record_without_a_score_is_not_right_whatever_its_label(published, capsys):

@@ -394,6 +394,7 @@ def test_a_pickle_without_its_code_says_what_to_do(pack_request, tmp_path, monke
 @pytest.mark.parametrize(("flags", "words"), [
     (["--input", "image:float33:6x6"], "--input can't be of a record: .*float33"),
     (["--input", "image:uint8:6x6", "--scale", "1/0"], "--input with --scale can't be of a record: .*1/0"),
+    (["--input", "image:uint8:" + "9" * 5000], "--input .*: wanted a shape such as"),
     (["--golden", "RECORDS", "--model-shape", "1x5x5"],
      r"--golden .*records.npy with --model-shape can't be of a record: .*5, 5"),
     (["--input", "image:uint8:6x6", "--name", "a b"], "--name is 'a b', wanted "),

@@ -56,6 +56,12 @@ def test_a_trace_that_is_bound_to_its_micro_batch_is_refused(packing, unpack, mo
     Model.open(directory, Tuning(runtime="torchscript"))
 
 
+@pytest.mark.parametrize("count", [5, 6, 7])
+def test_so_is_one_whose_golden_records_would_be_filled_up_to_a_micro_batch(count, packing, images):
+    with pytest.raises(ArchiveError, match=REFUSED):
+        pack(packing("len(x)", runtime="torchscript", golden={"image": images[:count]}))
+
+
 @pytest.mark.parametrize("records", ["x.shape[0]", "x.size(0)"])
 def test_a_trace_that_takes_any_number_is_served(records, packing, unpack, images):
     opened = Model.open(unpack(pack(packing(records, runtime="torchscript"))))

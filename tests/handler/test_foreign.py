@@ -14,8 +14,9 @@ from batch_handler.archive import ArchiveError, pack
 from batch_handler.exchange import failed
 from batch_handler.model import Model, ModelLoadError, Tuning
 from batch_handler.runtimes.device import CapacityError, CpuDevice, LostDeviceError
-from batch_handler.runtimes.foreign import classify
+from batch_handler.runtimes.foreign import classify, foreign, raise_if_device
 from batch_handler.runtimes.slots import SlotRuntime
+from batch_handler.runtimes.transform import ModelError
 from batch_handler.scoring import Failure, Query, Score, Scorer
 from batch_handler.signature import InputSpec, OutputSpec
 
@@ -44,6 +45,21 @@ from batch_handler.signature import InputSpec, OutputSpec
 def test_errors_are_told_apart(error, kind):
     assert type(classify(error)) is kind
     assert "\n" not in str(classify(error))
+
+
+@pytest.mark.parametrize("error", [StopIteration(), SystemExit(3), ValueError("x"), KeyError("x")])
+def test_whatever_a_model_raises_is_a_model_error(error):
+    """contextlib takes a StopIteration, and an error that it is the cause of, for the generator's own."""
+    with pytest.raises(ModelError, match=rf"^the model raised {type(error).__name__}"), foreign("the model raised"):
+        raise error
+
+
+def test_a_device_error_is_no_cause_of_itself():
+    error = CapacityError("memory is full")
+    with pytest.raises(CapacityError) as caught:
+        raise_if_device(error)
+    assert caught.value is error
+    assert error.__cause__ is None
 
 
 def test_what_a_model_says_at_length_is_cut(caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +180,6 @@ def _input_of(options: dict[str, Any]) -> tuple[str, str, list[int]]:
 
 def _shape_of(flag: str, text: str) -> list[int]:
     sizes = text.lower().replace(",", "x").split("x") if text else []
-    if not all(size.strip().isdecimal() for size in sizes):
+    if not all(re.fullmatch(r"\s*\d{1,18}\s*", size) for size in sizes):
         raise UsageError(f"{flag} {text!r}: wanted a shape such as 1x28x28")
     return [int(size) for size in sizes]

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tokenize
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,10 @@ __all__ = ["command"]
 
 MOST_RECORDS = 10_000_000
 EVENLY, NOTABLE = 24, 16
-# What reading the header raises of a file that is none of numpy's, or is cut off.
-_NO_NPY = (ValueError, LookupError, SyntaxError, MemoryError, tokenize.TokenError)
-_HEADER_BYTES = 16 << 10  # numpy reads none of more than 10,000
+# What numpy raises for a file that is none of its own, cut off, or claims what can't be.
+_NO_NPY = (ValueError, EOFError, SyntaxError, MemoryError, OverflowError, tokenize.TokenError, zipfile.BadZipFile)
+MOST_LABEL_BYTES = 1 << 30  # of a file, which is read whole
+_WEB = ("http", "https")  # whose servers need not say how large a file is
 _BLOCK_BYTES = 32 << 20
 
 
@@ -141,7 +143,7 @@ async def _show(output_url: str, *, labels: str | None, records: str | None, sou
 async def _open_output(url: str, *, anonymous: bool) -> _Output:
     import msgspec
 
-    from batch_client.layout import MANIFEST_KEY, SPEC_KEY, STATUS
+    from batch_client.layout import MANIFEST_KEY, SPEC_KEY, STATUS, SUCCESS_KEY
     from batch_client.publish import published_manifest
     from batch_client.reader import open_source
     from batch_client.spec import RunIdentity
@@ -152,8 +154,8 @@ async def _open_output(url: str, *, anonymous: bool) -> _Output:
     if manifest is None:
         if await store.head(SPEC_KEY) is None:
             raise MismatchError(f"{url}: no published output there, nor one that was begun (no {SPEC_KEY})")
-        raise MismatchError(f"{url}: not published yet: finish it with the same batch-client run; batch-client status "
-                            "says how far it is")
+        raise MismatchError(f"{url}: not published yet (no {SUCCESS_KEY}): finish it with the same batch-client run; "
+                            "batch-client status says how far it is")
     try:
         run = msgspec.convert(manifest.run, RunIdentity)
     except msgspec.ValidationError as error:
@@ -212,48 +214,43 @@ def _range(records: Any, origin: int, count: int) -> tuple[int, int]:
 
 
 async def _labels(where: str, span: _Range, *, anonymous: bool) -> np.ndarray:
-    """The labels of the range, from a .npy file, local or in a store, or a Zarr array, of which no more is read."""
+    """The labels of the range, from a .npy file, local, in a store or on the web, or a Zarr array, of which no more is
+    read.
+    """
     from batch_client.reader import open_source
     from batch_client.storage import open_store
 
     if where.endswith(".npy"):
-        return await _npy(where, span, anonymous=anonymous)
+        labels = await _npy(where, anonymous=anonymous)
+        first = span.first_label(labels.shape, labels.dtype, where)
+        return labels[first:first + span.stop - span.start]
     source = await open_source(open_store(where, anonymous=anonymous), None)
     first = span.first_label(source.geometry.shape, source.geometry.dtype, where)
     return (await source.read(first, first + span.stop - span.start, allow_missing=True)).records.joined()
 
 
-async def _npy(where: str, span: _Range, *, anonymous: bool) -> np.ndarray:
-    """Of a small file all is read: a web server need not give parts."""
+async def _npy(where: str, *, anonymous: bool) -> np.ndarray:
     import numpy as np
-    from numpy.lib import format as npy
 
     from batch_client.storage import open_store
 
     folder, slash, name = where.rpartition("/")
     store = open_store(folder or (slash or "."), anonymous=anonymous)
-    meta = await store.head(name)
-    if meta is None:
+    if split_url(where).scheme not in _WEB:
+        meta = await store.head(name)
+        if meta is not None and meta.size > MOST_LABEL_BYTES:
+            raise UsageError(f"{where}: {meta.size:,} bytes, over {MOST_LABEL_BYTES:,}: wanted a Zarr array for so "
+                             "many labels, of which only the range is read")
+    blob = await store.get(name)
+    if blob is None:
         raise UsageError(f"{where}: no such file")
-    whole = await store.get(name) if meta.size <= _BLOCK_BYTES else None
-
-    async def part(start: int, stop: int) -> memoryview:
-        if whole is not None:
-            return whole.data[start:stop]
-        blob = await store.get(name, start, stop)
-        return memoryview(b"") if blob is None else blob.data
-
     try:
-        header = io.BytesIO(await part(0, _HEADER_BYTES))
-        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(header)]
-        shape, _, dtype = read(header)
-        start = header.tell()
-        if meta.size < start + math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{meta.size:,} bytes for numbers of shape {shape}")
+        labels = np.load(io.BytesIO(blob.data), allow_pickle=False)
     except _NO_NPY as error:
         raise UsageError(f"{where}: not a .npy file of numbers ({in_one_line(error)})") from error
-    start += span.first_label(shape, dtype, where) * dtype.itemsize
-    return np.frombuffer(await part(start, start + (span.stop - span.start) * dtype.itemsize), dtype)
+    if not isinstance(labels, np.ndarray):
+        raise UsageError(f"{where}: found an archive of arrays (.npz), wanted one array (.npy)")
+    return labels
 
 
 async def _answers(scores: Source, status: Source, origin: int, start: int, stop: int,

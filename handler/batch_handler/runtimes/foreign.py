@@ -59,6 +59,8 @@ def classify(error: BaseException) -> BaseException:
 
 def raise_if_device(error: BaseException) -> None:
     """Raise the `DeviceError` that a foreign error is; return where it is the model's."""
+    if isinstance(error, DeviceError):
+        raise error
     # No local has it: with the error's own traceback that would keep the frames, and the module, in memory.
     if isinstance(classify(error), DeviceError):
         raise classify(error) from error
@@ -71,6 +73,8 @@ def foreign(what: str) -> Iterator[None]:
         yield
     except (DeviceError, ModelError):
         raise
+    except StopIteration as error:  # contextlib drops an error that it is the cause of, as one of the generator
+        raise ModelError(f"{what} {said(error)}") from None
     except (Exception, SystemExit) as error:  # a model that ends the process fails its request, and the worker stays
         raise_if_device(error)
         raise ModelError(f"{what} {said(error)}") from error
