@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextvars import Context
 from typing import TypeVar, TypeVarTuple
 
@@ -13,7 +14,10 @@ if sys.platform == "win32":
 else:
     from uvloop import Loop as _BaseLoop
 
-__all__ = ["run_until_complete"]
+__all__ = ["ENDING_SIGNALS", "run_until_complete", "run_verb"]
+
+# Beside SIGINT, which asyncio answers itself; Windows has none that a loop could answer.
+ENDING_SIGNALS = () if sys.platform == "win32" else (signal.SIGTERM, signal.SIGHUP)
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -23,6 +27,34 @@ def run_until_complete(main: Coroutine[object, object, T]) -> T:
     """Run a coroutine on uvloop where there is one: it moves about 1.7 times the requests of asyncio's own loop."""
     with asyncio.Runner(loop_factory=_Loop) as runner:
         return runner.run(main)
+
+
+def run_verb(main: Coroutine[object, object, T]) -> T:
+    """As `run_until_complete`; the first SIGTERM or SIGHUP cancels it, where the process has a handler for that.
+
+    A handler of Python's would raise at whatever runs just then, and what C calls back loses an exception: the verb
+    went on. asyncio cancels at SIGINT alone, and not where that is ignored.
+    """
+    handlers = {number: handler for number in ENDING_SIGNALS if callable(handler := signal.getsignal(number))}
+    try:
+        return run_until_complete(_cancelled_by(handlers, main))
+    finally:
+        for number, handler in handlers.items():  # a loop that closes leaves SIG_DFL
+            signal.signal(number, handler)
+
+
+async def _cancelled_by(numbers: Iterable[int], main: Coroutine[object, object, T]) -> T:
+    task, asked = asyncio.current_task(), False
+
+    def cancel() -> None:
+        nonlocal asked
+        if task is not None and not asked:  # what cleans up is not to be cut off by the next
+            asked = True
+            task.cancel()
+
+    for number in numbers:
+        asyncio.get_running_loop().add_signal_handler(number, cancel)
+    return await main
 
 
 class _Loop(_BaseLoop):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
 import threading
 import time
 import weakref
@@ -15,7 +17,9 @@ import pytest
 import uvloop
 from obstore.store import HTTPStore
 
-from batch_client.eventloop import run_until_complete
+from batch_client.__main__ import end_like_ctrl_c
+from batch_client.eventloop import run_until_complete, run_verb
+from support.cli import heeded
 
 
 class SlowServer(ThreadingHTTPServer):
@@ -115,3 +119,55 @@ def test_a_closed_loop_still_says_so_where_it_is_used():
     loop = run_until_complete(main())
     with pytest.raises(RuntimeError, match="closed"):
         loop.call_soon(print)
+
+
+class RaisesWhenFreed:
+    """A signal that comes while C calls Python: what its handler raises there is printed, and lost."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        signal.raise_signal(self.number)
+
+
+async def signalled(number: int) -> str:
+    freed = RaisesWhenFreed(number)
+    del freed
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(asyncio.Event().wait(), 1)
+    return "went on"
+
+
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGHUP])
+def ending(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A signal that a verb answers, in a process that ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with heeded(request.param):
+            end_like_ctrl_c()
+            yield request.param
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_verb_ends_at_a_signal_in_what_c_calls_though_sigint_is_ignored(ending):
+    handler = signal.getsignal(ending)
+    with pytest.raises(asyncio.CancelledError):
+        run_verb(signalled(ending))
+    assert signal.getsignal(ending) is handler
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_a_signal_raises_in_what_c_calls_is_lost(ending):
+    """The control: without the verb's handlers it goes on."""
+    assert run_until_complete(signalled(ending)) == "went on"
+
+
+def test_a_verb_goes_on_at_a_hangup_that_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_verb(signalled(signal.SIGHUP)) == "went on"
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

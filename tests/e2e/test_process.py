@@ -78,7 +78,7 @@ def test_only_a_run_goes_on_where_it_was_stopped(verb, wanted, monkeypatch, capf
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("batch_client.eventloop.run_until_complete", lambda main: main.close() or stopped())
+    monkeypatch.setattr("batch_client.eventloop.run_verb", lambda main: main.close() or stopped())
     assert main([*verb, "--endpoint", "http://127.0.0.1:9", "--model", "m"]) == 75
     assert capfd.readouterr().err.strip() == wanted
 

@@ -15,7 +15,7 @@ import xarray
 import zarr
 
 from batch_client.zarrstore import SourceStore
-from support.cli import command, run_cli
+from support.cli import command, heeded, run_cli
 from support.faults import open_output, opened, until, write_source
 from support.served import shared_memory_of
 
@@ -125,13 +125,16 @@ async def ask(server, images):
     return [task.result() for task in asked]
 
 
-def test_a_stop_keeps_what_is_done_and_the_same_command_goes_on(source, s3_environ, toy_server, bulk_scores, tmp_path):
-    arguments = ["run", source, "s3://data/toy-stopped.zarr", "--chunk-records", "200", "--request-records", "16",
-                 "--in-flight", "1", *toy_server.flags]
-    first = subprocess.Popen(command(*arguments, "--log", "json"), env=s3_environ, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_keeps_what_is_done_and_the_same_command_goes_on(number, source, s3_environ, toy_server, bulk_scores):
+    arguments = ["run", source, f"s3://data/toy-stopped-{number:d}.zarr", "--chunk-records", "200",
+                 "--request-records", "16", "--in-flight", "1", *toy_server.flags]
+    words = command(*arguments, "--log", "json")
+    with heeded(number):
+        first = subprocess.Popen(words, env=s3_environ, stderr=subprocess.PIPE, text=True)
     for line in first.stderr:
         if "chunk written" in line:
-            first.send_signal(signal.SIGTERM)
+            first.send_signal(number)
             break
     said = first.communicate(timeout=60)[1]
     assert first.returncode == 75, said

@@ -47,7 +47,7 @@ def command(input_url: str | None, *, as_json: bool, **options: Any) -> None:
     With INPUT, a Zarr array that the model takes, reading it, writing predictions and the whole run are measured too.
     """
     from batch_client.bench.session import BenchSpec, bench
-    from batch_client.eventloop import run_until_complete
+    from batch_client.eventloop import run_verb
 
     spec = BenchSpec(input=input_url, **options)
     stream = PatientStream()
@@ -56,7 +56,7 @@ def command(input_url: str | None, *, as_json: bool, **options: Any) -> None:
         stream.write(f"{line}\n")
 
     try:
-        report = run_until_complete(bench(spec, tell))
+        report = run_verb(bench(spec, tell))
     except (KeyboardInterrupt, asyncio.CancelledError):
         raise StoppedError("stopped before the end; nothing is left running") from None
     finally:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, **options: Any) -> None:
     """Show what `run` with the same words would do. Nothing is written, and no record is sent but with --calibrate."""
     from batch_client import api
-    from batch_client.eventloop import run_until_complete
+    from batch_client.eventloop import run_verb
     from batch_client.forecast import Prices
 
     asked = [options.pop(f"price_per_{what}") for what in ("hour", "1000_puts", "1000_gets")]
@@ -38,10 +38,10 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
         raise UsageError("--price-per-hour needs the run's time: add --calibrate")
     spec = spec_of(input_url, output_url, options)
     if calibrate:
-        found = run_until_complete(api.calibrate(spec))
+        found = run_verb(api.calibrate(spec))
         figures = _figures(found.plan) | _forecast(found) | _cost(found.plan, prices, found, spec)
     else:
-        plan = run_until_complete(api.plan(spec))
+        plan = run_verb(api.plan(spec))
         figures = _figures(plan) | _cost(plan, prices, None, spec)
     if as_json:
         click.echo(json.dumps(figures))

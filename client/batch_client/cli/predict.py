@@ -45,7 +45,7 @@ def command(query: str, **options: Any) -> None:
 
     QUERY is an image file, an .npy or .json file, - for standard input, or a Zarr array with --records A:B.
     """
-    from batch_client.eventloop import run_until_complete
+    from batch_client.eventloop import run_verb
     from batch_client.spec import Records, ServerSpec
 
     text, array = options.pop("records"), options.pop("array")
@@ -53,7 +53,7 @@ def command(query: str, **options: Any) -> None:
     records = Records.parse(text) if text else None
     if records is not None and os.path.isfile(query):  # noqa: PTH113 - which raises nothing for what is no path
         raise UsageError(f"{query}: this is a file; --records are of a Zarr array: leave it out to score the file")
-    click.echo(run_until_complete(_predict(query, records, array, spec)))
+    click.echo(run_verb(_predict(query, records, array, spec)))
 
 
 async def _predict(query: str, records: Records | None, array: str | None, spec: ServerSpec) -> str:

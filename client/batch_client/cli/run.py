@@ -40,12 +40,12 @@ def command(input_url: str, output_url: str, *, as_json: bool, log: str, page: P
     INPUT and OUTPUT are URLs (s3://bucket/path) or paths. The records are scored by the servers named with --endpoint,
     or by one that is started here for --archive.
     """
-    from batch_client.eventloop import run_until_complete
+    from batch_client.eventloop import run_verb
 
     spec = spec_of(input_url, output_url, options)
     with _page_about(spec, page) as observers:
         try:
-            summary = run_until_complete(_run(spec, log, observers))
+            summary = run_verb(_run(spec, log, observers))
         except (KeyboardInterrupt, asyncio.CancelledError):
             raise StoppedError("stopped; the same command goes on from here") from None
         if as_json:
@@ -117,7 +117,7 @@ def _write(page: Path, report: Report, ending: str = "") -> None:
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:
-    """The first SIGINT or SIGTERM drains; the second ends the run where it is, as safe as a kill."""
+    """The first SIGINT, SIGTERM or SIGHUP drains; the second ends the run where it is, as safe as a kill."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
 
@@ -127,7 +127,8 @@ def _stop_on_signals(stop: asyncio.Event) -> None:
         stop.set()
 
     if sys.platform != "win32":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)  # nohup
+        for number in (signal.SIGINT, signal.SIGTERM, *hangup):
             loop.add_signal_handler(number, asked)
 
 

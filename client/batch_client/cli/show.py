@@ -51,13 +51,13 @@ def command(output_url: str, *, picture: Path | None, as_json: bool, **options: 
     With --labels the wrong ones are marked and the accuracy is printed. Of several outputs the first with classes is
     shown.
     """
-    from batch_client.eventloop import run_until_complete
+    from batch_client.eventloop import run_verb
 
     labels = options["labels"] or ""
     if os.path.isfile(labels) and not labels.endswith(".npy"):  # noqa: PTH113 - which raises nothing for what is no path
         raise UsageError(f"--labels {labels}: this is a file of another kind; wanted a .npy file or a Zarr array")
     path = picture or Path((_place(output_url).stem or "output") + ".png")  # a bucket's root has no name
-    png, figures, sentence = run_until_complete(_show(output_url, **options))
+    png, figures, sentence = run_verb(_show(output_url, **options))
     try:
         path.write_bytes(png)
     except OSError as error:

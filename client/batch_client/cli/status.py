@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 @click.option("--anonymous", is_flag=True, help="Use storage without credentials: public buckets.")
 def command(output_url: str, *, as_json: bool, clean: bool, yes: bool, anonymous: bool) -> None:
     """Say how far the run into OUTPUT is: records done, rate, time left, failures, who wrote when."""
-    from batch_client.eventloop import run_until_complete
+    from batch_client.eventloop import run_verb
     from batch_client.storage import open_store
 
     store = open_store(output_url, anonymous=anonymous)
     if clean:
-        click.echo(run_until_complete(_clean(store, yes=yes)))
+        click.echo(run_verb(_clean(store, yes=yes)))
         return
     if yes:
         raise UsageError("--yes: wanted only together with --clean")
-    click.echo(run_until_complete(_status(store, as_json=as_json)))
+    click.echo(run_verb(_status(store, as_json=as_json)))
 
 
 async def _status(store: Store, *, as_json: bool) -> str:

@@ -30,13 +30,13 @@ def command(output_url: str, *, deep: bool, replays: int | None, as_json: bool, 
 
     Exit code 0 if it is; 65 names what is missing or altered.
     """
-    from batch_client.eventloop import run_until_complete
+    from batch_client.eventloop import run_verb
     from batch_client.figures import counted
 
     # Variables and settings say what to score with where something is scored; typed it is a mistake.
     if replays is None and (typed := typed_flags(*SERVER_OPTIONS)):
         raise UsageError(f"{typed}: wanted only together with --replay N")
-    verification, replayed = run_until_complete(_verify(output_url, deep, replays, options))
+    verification, replayed = run_verb(_verify(output_url, deep, replays, options))
     if as_json:
         click.echo(json.dumps(asdict(verification) | ({} if replayed is None else {"replayed": asdict(replayed)})))
         return
