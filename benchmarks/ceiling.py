@@ -9,6 +9,7 @@ process a core; the better of the two is the ceiling.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from measure import ALLOCATOR
 from batch_client.machine import cores
 
 ROUNDS = 5  # of both ways, before the better one is chosen
+LONGEST_ROUND = 400_000  # records
 
 
 def worker(archive: str, records: str, count: int, threads: int) -> None:
@@ -93,29 +95,41 @@ def rate(archive: Path, records: Path, count: int, processes: int, threads: int)
     """Records a second over all processes, and CPU seconds per million records."""
     environ = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(threads)}
     arguments = [sys.executable, __file__, str(archive), str(records), str(count // processes), str(threads)]
-    running = [subprocess.Popen(arguments, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                stderr=subprocess.DEVNULL, text=True) for _ in range(processes)]
-    for process in running:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    began = time.perf_counter()
-    for process in running:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    results = [json.loads(process.communicate()[0]) for process in running]
-    seconds = max(result["seconds"] for result in results)
-    assert seconds <= time.perf_counter() - began
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(_process(arguments, environ)) for _ in range(processes)]
+        for process in running:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        began = time.perf_counter()
+        for process in running:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        results = [json.loads(process.communicate()[0]) for process in running]
+        seconds = max(result["seconds"] for result in results)
+        assert seconds <= time.perf_counter() - began
     total = sum(result["records"] for result in results)
     return total / seconds, sum(result["cpu"] for result in results) / total * 1e6
+
+
+@contextlib.contextmanager
+def _process(arguments: list[str], environ: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(arguments, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            yield process
+        finally:  # a benchmark that is ended leaves none behind
+            process.kill()
 
 
 def better(archive: Path, records: Path, count: int) -> tuple[int, int]:
     """Processes and threads of the better way: one process with all cores, or one process a core.
 
-    The median of interleaved rounds, each as long as what is measured afterwards: shorter ones, and one alone, chose
-    the worse way by a slow moment of the machine, and by how far apart the processes of a short round end.
+    The median of interleaved rounds, each as long as what is measured afterwards or LONGEST_ROUND: shorter ones, and
+    one alone, chose the worse way by a slow moment of the machine, and by how far apart the processes of a short round
+    end.
     """
+    count = min(count, LONGEST_ROUND)
     ways = ((1, cores()), (cores(), 1))
     rates = [[rate(archive, records, count, *way)[0] for way in ways] for _ in range(ROUNDS)]
     return max(zip(ways, zip(*rates, strict=True), strict=True), key=lambda pair: statistics.median(pair[1]))[0]

@@ -106,7 +106,7 @@ _ADVICE = {
     Limit.WRITING: "raise --in-flight, which stores more output chunks at once, or go nearer to OUTPUT",
     Limit.CLIENT: "share the run among clients with --part",
     Limit.FAILURES: "see why in the servers' logs",
-    Limit.ENDS: "nothing to turn: so short a run is its start and its end",
+    Limit.ENDS: "nothing to turn in so short a run",
 }
 _MORE_BYTES = "raise --max-bytes-in-flight"
 _NO_CEILING = "find its quickest settings (bench --save), or add workers, GPUs or endpoints"

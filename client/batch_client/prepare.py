@@ -79,8 +79,8 @@ async def prepare(spec: RunSpec, services: Services) -> Prepared:
     source = await _open_apart(spec, services.source_store, services.output_store, services.reuse_store)
     pool = Pool(services.servers.urls, spec.in_flight, services.clock, services.rng)
     begun = await _stored_run(services.output_store)
-    wanted = None if spec.overwrite else _model_of(begun, services.output_store, exact=spec.exact)
-    contract = await _agree(spec, services, pool, wanted)
+    stored = None if spec.overwrite else _model_of(begun, services.output_store, exact=spec.exact)
+    contract = await _agree(spec, services, pool, stored)
     geometry = geometry_for(source, contract)
 
     def sized(earlier: Mapping[str, Any]) -> Prepared:
@@ -115,11 +115,14 @@ async def _open_apart(spec: RunSpec, source_store: Store, output_store: Store, r
 
 
 async def _agree(spec: RunSpec, services: Services, pool: Pool,
-                 wanted: tuple[str, str, Mapping[str, object]] | None) -> ModelContract:
-    """The model of the run: `wanted`, that of the output which is there already, else the first server's. Servers that
+                 stored: tuple[str, str, Mapping[str, object]] | None) -> ModelContract:
+    """The model of the run: `stored`, that of the output which is there already, else the first server's. Servers that
     can't be reached or have another one are left out.
     """
     agreed: list[ModelContract] = []
+    wanted = stored
+    whose, instead = (("the first server's", "or leave it out") if stored is None else
+                      (f"that of OUTPUT {services.output_store.url}", "or choose another OUTPUT, or --overwrite"))
     async with asyncio.TaskGroup() as tasks:
         asked = [tasks.create_task(_contract_or_error(services.servers, endpoint.url)) for endpoint in pool.endpoints]
     for endpoint, task in zip(pool.endpoints, asked, strict=True):
@@ -131,9 +134,8 @@ async def _agree(spec: RunSpec, services: Services, pool: Pool,
         wanted = wanted or (*model, found.numerics)
         if model != wanted[:2] or (agreed and not _alike(found, agreed[0], exact=spec.exact)):
             pool.leave_out(endpoint, MismatchError(
-                f"{endpoint.url}: its model is {model[0]} with numerics {model[1]}, this run's is {wanted[0]} "
-                f"with {wanted[1]}{_differing(wanted[2], found.numerics)}; serve that model in that way, or choose "
-                "another OUTPUT"))
+                f"{endpoint.url}: its model is {model[0]} with numerics {model[1]}, {whose} is {wanted[0]} with "
+                f"{wanted[1]}{_differing(wanted[2], found.numerics)}; serve that model in that way, {instead}"))
             continue
         endpoint.lane = found.bulk_lane
         endpoint.shared_memory = found.shared_memory

@@ -49,7 +49,7 @@ def decode_npy(body: Buffer, spec: TensorSpec, max_records: int) -> tuple[Array,
         raise OipError(f"npy has dtype {dtype}, wanted {spec.dtype}")
     single = shape == spec.shape
     if not single and shape[1:] != spec.shape:
-        raise OipError(f"npy has shape {list(shape)}, wanted {list(spec.shape)} or {['n', *spec.shape]}")
+        raise OipError(f"npy has shape {list(shape)}, wanted {list(spec.shape)} or {spec.shape_of_many}")
     _check_records(1 if single else shape[0], max_records)
     wanted = math.prod(shape) * dtype.itemsize
     found = len(body) - start

@@ -327,8 +327,7 @@ def _check_input(array: Array | None, spec: TensorSpec) -> None:
         found, wanted = oip.datatype_of(array.dtype), oip.datatype_of(spec.dtype)
         raise OipError(f"input {spec.name} is {found}, wanted {wanted}")
     if array.shape[1:] != spec.shape:
-        found_shape, wanted_shape = list(array.shape), ["n", *spec.shape]
-        raise OipError(f"input {spec.name} has shape {found_shape}, wanted {wanted_shape}")
+        raise OipError(f"input {spec.name} has shape {list(array.shape)}, wanted {spec.shape_of_many}")
 
 
 def _header_length(value: str) -> int:

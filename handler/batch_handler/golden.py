@@ -22,6 +22,7 @@ __all__ = ["golden_outputs", "golden_records"]
 
 _SEED = 20240229
 _RECORDS = 4
+_MOST_SAID = 200  # characters of a model's own error
 
 
 def golden_records(given: Path | Mapping[str, Array] | None, inputs: Sequence[InputSpec]) -> tuple[Array, ...]:
@@ -39,9 +40,10 @@ def golden_records(given: Path | Mapping[str, Array] | None, inputs: Sequence[In
         if array is None:
             raise SignatureError(f"golden records have {sorted(given)}, wanted {spec.name}")
         if not array.ndim or array.dtype != spec.dtype or array.shape[1:] != spec.shape or not len(array):
+            alone = ", a single record too: array[None]" if array.shape == spec.shape else ""
             raise SignatureError(
                 f"golden records of {spec.name} are {array.dtype} {list(array.shape)}, "
-                f"wanted {spec.dtype} {['n', *spec.shape]}"
+                f"wanted {spec.dtype} {spec.tensor().shape_of_many}{alone}"
             )
         arrays.append(np.ascontiguousarray(array))
     if len({len(array) for array in arrays}) != 1:
@@ -100,17 +102,21 @@ def golden_outputs(
             raw = forward(*prepared)
     except (Exception, SystemExit) as error:  # its own code, which may end the process
         raise_if_device(error)
-        lines = str(error).splitlines() or [""]
+        says = (str(error).splitlines() or [""])[-1][:_MOST_SAID]
         wanted = ", ".join(f"{spec.name} {list(spec.model_shape)}" for spec in inputs)
         raise ModelError(
-            f"the model raised {type(error).__name__} on records of {wanted}: {lines[-1][:200]}{_hint(inputs)}"
+            f"the model raised {type(error).__name__} on records of {wanted}: {says}{_hint(inputs, says)}"
         ) from error
     specs = _output_specs(raw, drafts, count)
     return tuple(tensor.numpy() for tensor in collect(raw, specs, count)), specs
 
 
-def _hint(inputs: Sequence[InputSpec]) -> str:
-    """What to do where the model may have wanted integers, such as indices of words, and was given floats."""
+def _hint(inputs: Sequence[InputSpec], says: str) -> str:
+    """What to do where the model may have wanted records of another shape, or integers, such as indices of words, and
+    was given floats.
+    """
+    if "shape" in says or "size" in says:
+        return "; --model-shape says in which shape it takes a record"
     plain = [spec for spec in inputs if (spec.scale, spec.mean, spec.std) == (None, None, None)]
     cast = sorted({spec.dtype.name for spec in plain if spec.cast and spec.dtype.kind in "iu"})
     return f"; records become float32; cast = false in a --signature file keeps {' and '.join(cast)}" if cast else ""

@@ -157,6 +157,11 @@ class TensorSpec:
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
+    @property
+    def shape_of_many(self) -> str:
+        """As messages name the shape of n records, such as `[n, 28, 28]`."""
+        return f"[{', '.join(map(str, ('n', *self.shape)))}]"
+
 
 @dataclass(frozen=True)
 class ModelMetadata:

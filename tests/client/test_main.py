@@ -58,6 +58,13 @@ def test_a_number_of_thousands_of_digits_is_no_number(flag, value, capfd):
     assert "a bug" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--golden", "--signature"])
+def test_a_file_that_packing_lacks_is_named_with_its_flag(flag, tmp_path, capfd):
+    (tmp_path / "w.pt").touch()
+    assert cli.main(["pack", str(tmp_path / "w.pt"), "--input", "x:uint8:3", flag, str(tmp_path / "no.npy")]) == 64
+    assert capfd.readouterr().err == f"batch-client: {flag} {tmp_path}/no.npy is not a file\n"
+
+
 @pytest.mark.parametrize("value", ["0", '"0"'])
 def test_a_whole_number_of_a_settings_file_is_taken_with_and_without_quotes(value, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)

@@ -297,7 +297,7 @@ FOREIGN = [
     ("needs_arguments", {}, "TypeError: needs_arguments() missing 1 required positional argument"),
     ("raises", {}, "LookupError: no such layer"),
     ("ends", {}, "SystemExit: 2"),
-    ("BROKEN", {}, "can't be imported: AttributeError"),
+    ("BROKEN", {}, "broken.py:BROKEN: there is no callable BROKEN, wanted one of Fixed, "),
     ("none", {}, "the model gave NoneType, wanted a tensor"),
     ("number", {}, "the model gave float, wanted a tensor"),
     ("nested", {}, "output scores is NoneType, wanted a tensor"),
@@ -330,7 +330,6 @@ def test_errors_of_foreign_code_are_one_line(pack_request, tmp_path, name, chang
     ("import sys; sys.exit('usage: train.py DATA')", "SystemExit: usage: train.py DATA"),
     ("def make(:", "SyntaxError: invalid syntax"),
     ("class Strange(BufferError): pass\nraise Strange", "can't be imported: Strange"),
-    ("make_it = None", "AttributeError: module 'train' has no attribute 'make'"),
 ])
 def test_errors_of_an_arch_file_are_one_line(pack_request, tmp_path, text, message):
     source = tmp_path / "train.py"
@@ -341,6 +340,18 @@ def test_errors_of_an_arch_file_are_one_line(pack_request, tmp_path, text, messa
     assert "\n" not in str(caught.value)
     # Not by the name that its copy has in the archive.
     assert f"arch {source}:make can't be imported" in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "instead"), [
+    ("from math import cos\nclass Make: pass\ndef _make(): pass\ndef make_it(): pass", ", wanted one of Make, make_it"),
+    ("make = 3", ""),
+])
+def test_a_callable_that_an_arch_file_lacks(pack_request, tmp_path, text, instead):
+    source = tmp_path / "train.py"
+    source.write_text(text)
+    with pytest.raises(ArchiveError) as caught:
+        pack(dataclasses.replace(pack_request, arch=f"{source}:make", output=tmp_path / "x.mar"))
+    assert str(caught.value) == f"{pack_request.model.name}: arch {source}:make: there is no callable make{instead}"
 
 
 def test_a_damaged_safetensors_file_is_named(pack_request, tmp_path):
@@ -426,7 +437,8 @@ def test_pack_ends_with_65_and_one_line(tmp_path, capfd):
 
 def test_a_wrong_shape_names_what_the_model_was_given(pack_request, tmp_path):
     wrong = dataclasses.replace(pack_request.inputs[0], shape=(5, 5), model_shape=(1, 5, 5))
-    with pytest.raises(ArchiveError, match=r"raised RuntimeError on records of image \[1, 5, 5\]"):
+    with pytest.raises(ArchiveError, match=r"raised RuntimeError on records of image \[1, 5, 5\]: .* cannot be "
+                       "multiplied .*; --model-shape says in which shape it takes a record$"):
         pack(dataclasses.replace(pack_request, inputs=(wrong,), output=tmp_path / "x.mar"))
 
 

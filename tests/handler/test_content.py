@@ -46,7 +46,7 @@ def test_npy_records_of_any_order(order, dtype):
     [
         (b"", "does not start as npy"),
         (npy(np.zeros((2, 3), "f8")), "dtype float64, wanted float32"),
-        (npy(np.zeros((3, 2), "f4")), "shape [3, 2], wanted [2, 3] or ['n', 2, 3]"),
+        (npy(np.zeros((3, 2), "f4")), "shape [3, 2], wanted [2, 3] or [n, 2, 3]"),
         (npy(np.zeros((1, 1, 2, 3), "f4")), "shape [1, 1, 2, 3]"),
         (npy(np.zeros((11, 2, 3), "f4")), "11 records, wanted at most 10"),
         (npy(np.zeros((2, 3), "f4"))[:-1], "has 23 bytes after its header, wanted 24"),

@@ -80,12 +80,13 @@ def test_a_zip_whose_list_of_members_is_damaged_is_no_model_file(pack_request, t
 
 
 @pytest.mark.parametrize("shape", [(), (6, 6)])
-def test_a_golden_array_without_records_is_refused(shape, pack_request, tmp_path):
+def test_a_golden_array_without_an_axis_of_records_is_refused(shape, pack_request, tmp_path):
     np.save(tmp_path / "golden.npy", np.uint8(3))
     spec = InputSpec("x", np.dtype("u1"), shape, shape)
     request = dataclasses.replace(pack_request, golden=tmp_path / "golden.npy", inputs=(spec,))
-    with pytest.raises(ArchiveError, match=r"golden records of x are uint8 \[\], wanted uint8 \['n'"):
+    with pytest.raises(ArchiveError, match=r"golden records of x are uint8 \[\], wanted uint8 \[n") as caught:
         pack(request)
+    assert ("a single record too: array[None]" in str(caught.value)) is (shape == ())
 
 
 # numpy leaves the file open that it fails on.

@@ -163,7 +163,7 @@ def test_outputs_are_chosen_by_name_and_form(ask, images):
     [
         (infer(np.zeros((2, 6, 6), "u1"), name="picture"), 400, "wanted image"),
         (infer(np.zeros((2, 6, 6), "f4")), 400, "is FP32, wanted UINT8"),
-        (infer(np.zeros((2, 6, 5), "u1")), 400, "wanted ['n', 6, 6]"),
+        (infer(np.zeros((2, 6, 5), "u1")), 400, "input image has shape [2, 6, 5], wanted [n, 6, 6]"),
         (infer(np.zeros((101, 6, 6), "u1")), 413, "wanted at most"),
         (infer(np.zeros((1, 6, 6), "u1"), **{"Inference-Header-Content-Length": "x"}), 400, "number of bytes"),
         (({"body": bytearray(b"\x00\x01")}, {}), 415, "content type"),

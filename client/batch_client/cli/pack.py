@@ -31,7 +31,7 @@ _NOTES = {
 @click.option("-o", "--output", type=FILE, help="The archive to write.  [default: NAME.mar]")
 @click.option("--name", help="The model's name for servers and clients.  [default: the file's]")
 @click.option("--version", help="The model's version.  [default: 1.0]")
-@click.option("--arch", metavar="MODULE:CALLABLE", help="What builds the module for weights, and for those only: "
+@click.option("--arch", metavar="FILE.py:CALLABLE", help="What builds the module for weights, and for those only: "
               "FILE.py:callable is packed with them, module:callable must be installed where the model is served.")
 @click.option("--trust-pickle", is_flag=True, help="Load MODEL though it is a pickle or .pt2, which can run any code.")
 @click.option("--signature", type=FILE, help="TOML with [model], [[inputs]], [[outputs]], instead of the flags below.")
@@ -63,6 +63,9 @@ def command(model: Path, **options: Any) -> None:
     from batch_client.resources import serve_config_dir
     from batch_handler.fields import SignatureError
 
+    for flag in ("signature", "golden"):
+        if options[flag] is not None and not os.path.isfile(options[flag]):  # noqa: PTH113 - as above
+            raise UsageError(f"--{flag} {str(options[flag])[:200]} is not a file")
     config = (serve_config_dir() / "model-config.yaml").read_bytes()
     try:
         draft = _draft(model, options)

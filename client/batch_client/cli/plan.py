@@ -55,7 +55,9 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         middle, low, high = map(_rounded, value)
         return f"{middle}  (95 %: {low} to {high})"
-    return f"{value:,}" if isinstance(value, int | float) else "unknown: too few answers" if value is None else value
+    if value is None:
+        return "unknown: too few answers; a smaller --request-records gives more"
+    return f"{value:,}" if isinstance(value, int | float) else value
 
 
 def _rounded(number: float) -> str:

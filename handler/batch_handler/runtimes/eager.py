@@ -11,6 +11,7 @@ import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from batch_handler.runtimes.transform import ModelError, example_inputs
 from batch_handler.signature import ModelDescription, Weights
 
 __all__ = ["build_module", "fixed_records", "load_module", "open_eager"]
+
+_MOST_NAMED = 10
 
 
 def open_eager(description: ModelDescription, directory: Path, device: Device, precision: str) -> SlotRuntime:
@@ -167,20 +170,30 @@ def _call_arch(arch: str, directory: Path) -> torch.nn.Module:
     source, _, name = arch.partition(":")
     with foreign(f"arch {arch} can't be imported:"):
         try:
-            maker = getattr(_import(source, directory), name)
+            module = _import(source, directory)
         except ImportError as error:
             raise ModelError(
                 f"arch {arch} can't be imported, wanted the code that it imports installed, here and where it is "
                 f"served: {said(error)}"
             ) from error
+        maker = getattr(module, name, None)
+        if not callable(maker):
+            raise ModelError(f"arch {arch}: there is no callable {name}{_instead(module)}")
     with foreign(f"arch {arch} can't be called without arguments:"):
-        module = maker()
-    if not isinstance(module, torch.nn.Module):
-        raise ModelError(f"arch {arch} returned {type(module).__name__}, wanted a torch.nn.Module")
-    return module
+        made = maker()
+    if not isinstance(made, torch.nn.Module):
+        raise ModelError(f"arch {arch} returned {type(made).__name__}, wanted a torch.nn.Module")
+    return made
 
 
-def _import(source: str, directory: Path) -> Any:
+def _instead(module: ModuleType) -> str:
+    """What a module defines that could be meant."""
+    names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")
+             and getattr(value, "__module__", None) == module.__name__]
+    return f", wanted one of {', '.join(names[:_MOST_NAMED])}" if names else ""
+
+
+def _import(source: str, directory: Path) -> ModuleType:
     if not source.endswith(".py"):
         return importlib.import_module(source)
     path = directory / source
