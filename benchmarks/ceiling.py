@@ -27,7 +27,7 @@ from measure import ALLOCATOR
 from batch_client.machine import cores
 
 ROUNDS = 5  # of both ways, before the better one is chosen
-LONGEST_ROUND = 400_000  # records
+LONGEST_ROUND = 400_000  # records; some 15 s, longer than a slow moment
 
 
 def worker(archive: str, records: str, count: int, threads: int) -> None:
@@ -55,7 +55,8 @@ def worker(archive: str, records: str, count: int, threads: int) -> None:
         for start in range(0, min(whole, 20 * size), size):
             score(start)
         print("ready", flush=True)
-        sys.stdin.readline()
+        if not sys.stdin.readline():  # whoever started it has gone
+            return
         cpu, began = time.process_time(), time.perf_counter()
         done = 0
         while done < count:

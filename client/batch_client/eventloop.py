@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from contextvars import Context
 from typing import TypeVar, TypeVarTuple
 
@@ -35,16 +35,13 @@ def run_verb(main: Coroutine[object, object, T]) -> T:
     A handler of Python's would raise at whatever runs just then, and what C calls back loses an exception: the verb
     went on. asyncio cancels at SIGINT alone, and not where that is ignored.
     """
-    handlers = {number: handler for number in ENDING_SIGNALS if callable(handler := signal.getsignal(number))}
-    try:
-        return run_until_complete(_cancelled_by(handlers, main))
-    finally:
-        for number, handler in handlers.items():  # a loop that closes leaves SIG_DFL
-            signal.signal(number, handler)
+    return run_until_complete(_cancelled_by_signals(main))
 
 
-async def _cancelled_by(numbers: Iterable[int], main: Coroutine[object, object, T]) -> T:
-    task, asked = asyncio.current_task(), False
+async def _cancelled_by_signals(main: Coroutine[object, object, T]) -> T:
+    loop, task, asked = asyncio.get_running_loop(), asyncio.current_task(), False
+    before = {number: handler for number in (signal.SIGINT, *ENDING_SIGNALS)
+              if (handler := signal.getsignal(number)) is not None}
 
     def cancel() -> None:
         nonlocal asked
@@ -52,9 +49,16 @@ async def _cancelled_by(numbers: Iterable[int], main: Coroutine[object, object, 
             asked = True
             task.cancel()
 
-    for number in numbers:
-        asyncio.get_running_loop().add_signal_handler(number, cancel)
-    return await main
+    for number in ENDING_SIGNALS:
+        if callable(before.get(number)):
+            loop.add_signal_handler(number, cancel)
+    try:
+        return await main
+    finally:  # also those that `main` has added: what they would stop has ended, and a closed loop answers nothing
+        if ENDING_SIGNALS:
+            for number, handler in before.items():
+                if loop.remove_signal_handler(number):
+                    signal.signal(number, handler)
 
 
 class _Loop(_BaseLoop):

@@ -122,7 +122,7 @@ async def _agree(spec: RunSpec, services: Services, pool: Pool,
     agreed: list[ModelContract] = []
     wanted = stored
     whose, instead = (("the first server's", "or leave it out") if stored is None else
-                      (f"that of OUTPUT {services.output_store.url}", "or choose another OUTPUT, or --overwrite"))
+                      (f"that of OUTPUT {services.output_store.url}", "or run to another OUTPUT, or with --overwrite"))
     async with asyncio.TaskGroup() as tasks:
         asked = [tasks.create_task(_contract_or_error(services.servers, endpoint.url)) for endpoint in pool.endpoints]
     for endpoint, task in zip(pool.endpoints, asked, strict=True):
@@ -132,10 +132,15 @@ async def _agree(spec: RunSpec, services: Services, pool: Pool,
             continue
         model = found.digest, found.fingerprint if spec.exact else ANY_NUMERICS
         wanted = wanted or (*model, found.numerics)
-        if model != wanted[:2] or (agreed and not _alike(found, agreed[0], exact=spec.exact)):
+        if model != wanted[:2]:
             pool.leave_out(endpoint, MismatchError(
-                f"{endpoint.url}: its model is {model[0]} with numerics {model[1]}, {whose} is {wanted[0]} with "
-                f"{wanted[1]}{_differing(wanted[2], found.numerics)}; serve that model in that way, {instead}"))
+                f"{endpoint.url}: its model is {_named(*model, wanted[1])}, {whose} is {_named(*wanted[:2], model[1])}"
+                f"{_differing(wanted[2], found.numerics)}; serve that model in that way, {instead}"))
+            continue
+        if agreed and not _alike(found, agreed[0], exact=spec.exact):
+            pool.leave_out(endpoint, MismatchError(
+                f"{endpoint.url}: its model has another name, version, micro-batch, input or output than that of "
+                "another endpoint with the same digest; serve the same there, or leave it out"))
             continue
         endpoint.lane = found.bulk_lane
         endpoint.shared_memory = found.shared_memory
@@ -175,6 +180,11 @@ async def _contract_or_error(servers: Servers, url: str) -> ModelContract | Batc
         return await fetch_contract(servers, url)
     except BatchClientError as error:
         return error
+
+
+def _named(digest: str, fingerprint: str, other: str) -> str:
+    """A model, with its numerics where those are not the other's."""
+    return digest if fingerprint == other else f"{digest} with numerics {fingerprint}"
 
 
 def _differing(wanted: Mapping[str, object], found: Mapping[str, object]) -> str:

@@ -116,7 +116,7 @@ def _hint(inputs: Sequence[InputSpec], says: str) -> str:
     was given floats.
     """
     if "shape" in says or "size" in says:
-        return "; --model-shape says in which shape it takes a record"
+        return "; model_shape (--model-shape, or in the --signature file) says in which shape it takes a record"
     plain = [spec for spec in inputs if (spec.scale, spec.mean, spec.std) == (None, None, None)]
     cast = sorted({spec.dtype.name for spec in plain if spec.cast and spec.dtype.kind in "iu"})
     return f"; records become float32; cast = false in a --signature file keeps {' and '.join(cast)}" if cast else ""

@@ -144,7 +144,7 @@ def ending(request: pytest.FixtureRequest) -> Iterator[int]:
     """A signal that a verb answers, in a process that ignores SIGINT."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with heeded(request.param):
+        with heeded(signal.SIGTERM), heeded(signal.SIGHUP):
             end_like_ctrl_c()
             yield request.param
     finally:
@@ -156,6 +156,37 @@ def test_a_verb_ends_at_a_signal_in_what_c_calls_though_sigint_is_ignored(ending
     with pytest.raises(asyncio.CancelledError):
         run_verb(signalled(ending))
     assert signal.getsignal(ending) is handler
+
+
+def test_what_a_verb_added_to_its_loop_is_taken_back(ending):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+
+    async def main() -> None:
+        for number in numbers:
+            asyncio.get_running_loop().add_signal_handler(number, print)
+        assert [signal.getsignal(number) for number in numbers] != before
+
+    run_verb(main())
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_signal_after_the_verb_ended_is_no_longer_its_own(ending):
+    """A thread that asyncio waits for at the end may take long."""
+    entered = threading.Event()
+
+    def slow() -> None:
+        entered.set()
+        time.sleep(0.5)
+        signal.pthread_kill(threading.main_thread().ident, ending)
+        time.sleep(0.5)
+
+    async def main() -> None:
+        asyncio.get_running_loop().run_in_executor(None, slow)
+        assert await asyncio.to_thread(entered.wait, 60)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_verb(main())
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -438,7 +438,7 @@ def test_pack_ends_with_65_and_one_line(tmp_path, capfd):
 def test_a_wrong_shape_names_what_the_model_was_given(pack_request, tmp_path):
     wrong = dataclasses.replace(pack_request.inputs[0], shape=(5, 5), model_shape=(1, 5, 5))
     with pytest.raises(ArchiveError, match=r"raised RuntimeError on records of image \[1, 5, 5\]: .* cannot be "
-                       "multiplied .*; --model-shape says in which shape it takes a record$"):
+                       "multiplied .*; model_shape .* says in which shape it takes a record$"):
         pack(dataclasses.replace(pack_request, inputs=(wrong,), output=tmp_path / "x.mar"))
 
 

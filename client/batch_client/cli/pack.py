@@ -63,9 +63,9 @@ def command(model: Path, **options: Any) -> None:
     from batch_client.resources import serve_config_dir
     from batch_handler.fields import SignatureError
 
-    for flag in ("signature", "golden"):
-        if options[flag] is not None and not os.path.isfile(options[flag]):  # noqa: PTH113 - as above
-            raise UsageError(f"--{flag} {str(options[flag])[:200]} is not a file")
+    golden = options["golden"]
+    if golden is not None and not os.path.isfile(golden):  # noqa: PTH113 - as above
+        raise UsageError(f"--golden {str(golden)[:200]} is not a file")
     config = (serve_config_dir() / "model-config.yaml").read_bytes()
     try:
         draft = _draft(model, options)
@@ -110,7 +110,7 @@ def _draft(model: Path, options: dict[str, Any]) -> SignatureDraft:
         try:
             draft = parse_signature(signature.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{signature}: can't be read: {error}") from error
+            raise UsageError(f"--signature {signature}: can't be read: {error}") from error
         if draft.inputs:
             return draft
         raise DataError(f"{signature}: has no [[inputs]]")

@@ -56,7 +56,7 @@ def _shown(value: Any) -> str:
         middle, low, high = map(_rounded, value)
         return f"{middle}  (95 %: {low} to {high})"
     if value is None:
-        return "unknown: too few answers; a smaller --request-records gives more"
+        return "unknown: too few answers to forecast from"
     return f"{value:,}" if isinstance(value, int | float) else value
 
 

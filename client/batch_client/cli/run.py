@@ -117,7 +117,9 @@ def _write(page: Path, report: Report, ending: str = "") -> None:
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:
-    """The first SIGINT, SIGTERM or SIGHUP drains; the second ends the run where it is, as safe as a kill."""
+    """The first SIGINT, SIGTERM or SIGHUP drains; a second SIGINT or SIGTERM ends the run where it is, as safe as a
+    kill. A terminal that is closed may say so twice.
+    """
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
 
@@ -127,9 +129,10 @@ def _stop_on_signals(stop: asyncio.Event) -> None:
         stop.set()
 
     if sys.platform != "win32":
-        hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)  # nohup
-        for number in (signal.SIGINT, signal.SIGTERM, *hangup):
+        for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, asked)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            loop.add_signal_handler(signal.SIGHUP, stop.set)
 
 
 def _sentence(summary: RunSummary) -> str:
