@@ -31,7 +31,7 @@ __all__ = ["EmbeddedServer", "ServerSettings"]
 
 POLL_SECONDS = 0.1  # between looks at a server that is starting
 LOG_SETTLE_SECONDS = 0.5  # a dying worker's traceback comes in many lines
-SILENT_DEATHS = 2  # of one worker, before its end counts as one without a word
+SILENT_DEATHS = 3  # of one worker, before its end counts as one without a word
 SILENCE_SECONDS = 30.0  # at most, until a worker that died without a word has died again
 RENEWAL_TRIES = 10  # of a token's renewal while the old one still lives
 STARTS = 3  # tries, when somebody else took a free port in between

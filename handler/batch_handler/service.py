@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -24,7 +25,7 @@ from batch_handler.scoring import Failure, Score
 from batch_handler.shared import shared_memory_of
 from batch_handler.worker import make_lean
 
-__all__ = ["METRICS", "Service", "handle", "initialize", "tuning_from"]
+__all__ = ["HEARD_SECONDS", "METRICS", "Service", "handle", "initialize", "tuning_from"]
 
 # Counters that the server's metrics file must declare, with the dimensions ModelName and Level.
 METRICS = ("Batches", "BatchRequests", "BatchRecords", "MicroBatches", "RejectedRequests")
@@ -32,6 +33,9 @@ METRICS = ("Batches", "BatchRequests", "BatchRecords", "MicroBatches", "Rejected
 # TorchServe's worker reads this at each request. Without it JSON bodies arrive parsed, NaN and all, and their
 # checksum can't be echoed. Set here, it needs no line in the server's configuration.
 _DECODE = "TS_DECODE_INPUT_REQUEST"
+
+# TorchServe closes a dying worker's output without reading what is left of it: a reason needs time to be read.
+HEARD_SECONDS = 0.5
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +95,8 @@ def initialize(context: Any, environ: Mapping[str, str] | None = None) -> Servic
         tuning, max_records = tuning_from(environ, properties.get("gpu_id"))
         model = Model.open(Path(properties["model_dir"]), tuning)
     except ModelLoadError as error:
-        _log.critical("not ready: %s", error)
+        _log.critical("not ready: %s", error, exc_info=True)
+        time.sleep(HEARD_SECONDS)
         raise
     os.environ[_DECODE] = "false"
     make_lean(sys.modules.get("ts.protocol.otf_message_handler"))

@@ -26,6 +26,7 @@ from batch_client.machine import has_address
 from batch_client.regions import usable_folder
 from batch_client.server import ABANDONED_SECONDS, EmbeddedServer, ServerSettings
 from batch_client.server_log import load_failure, silent_deaths
+from batch_handler.service import HEARD_SECONDS
 
 CLIENT = Path(__file__).parents[2] / "client"
 NO_JAVA = {"PATH": "/nonexistent", "HOME": "/nonexistent"}
@@ -209,19 +210,28 @@ async def test_a_model_that_does_not_load_fails_with_its_reason(make_archive, fa
 
 
 async def test_a_death_whose_words_were_lost_is_asked_again(make_archive, tmp_path):
-    """TorchServe may lose what a worker said last: the first worker here says nothing, the second one why."""
-    died = tmp_path / "died"
+    """TorchServe may lose what a worker said last: the first two workers here say nothing, the third one why, and it
+    stays until it has been heard, as the product's handler does.
+    """
+    deaths = tmp_path / "deaths"
     handler = f"""
-import os
-if not os.path.exists({str(died)!r}):
-    open({str(died)!r}, "w").close()
-    os._exit(3)
-import lost
+import logging, os, time
+with open({str(deaths)!r}, "a") as deaths:
+    deaths.write(".")
+    if deaths.tell() < 3:
+        os._exit(3)
+try:
+    import lost
+except ImportError:
+    logging.exception("not ready")
+    time.sleep({HEARD_SECONDS})
+    raise
 """
     with pytest.raises(ServingError, match="does not load") as caught:
         await EmbeddedServer(ServerSettings(make_archive(handler), workers=1, startup_seconds=600)).start()
     said, _ = reason_of(caught.value)
     assert said == "ModuleNotFoundError: No module named 'lost'"
+    assert deaths.read_text() == "..."
 
 
 async def test_a_model_that_loads_for_ever_is_given_up(make_archive, family, tmp_path):
