@@ -129,10 +129,21 @@ def _kind_of_pickle(path: Path) -> str:
             return "pickle"
         raise_if_device(error)
         raise ModelFileError(f"{path.name} is not a model file that torch can read: {said(error)}") from error
-    if isinstance(value, Mapping) and all(isinstance(v, torch.Tensor) for v in value.values()):
+    if _is_state_dict(value):
         return "state_dict"
-    keys = sorted(map(str, value))[:5] if isinstance(value, Mapping) else type(value).__name__
-    raise ModelFileError(f"{path.name} holds {keys}, wanted a state_dict: names and tensors")
+    instead = ""
+    if isinstance(value, Mapping):
+        within = [key for key, held in value.items() if held and _is_state_dict(held)]  # as training saves them
+        if within:
+            instead = f"; save what is under {within[0]!r} as a file of its own"
+        value = sorted(map(str, value))[:5]
+    else:
+        value = type(value).__name__
+    raise ModelFileError(f"{path.name} holds {value}, wanted a state_dict: names and tensors{instead}")
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(held, torch.Tensor) for held in value.values())
 
 
 def _is_pickle(path: Path) -> bool:

@@ -26,6 +26,8 @@ from batch_handler.signature import ModelDescription, Weights
 __all__ = ["build_module", "fixed_records", "load_module", "open_eager"]
 
 _MOST_NAMED = 10
+# What a wrapper puts before the names of its module's weights, and what has them without it.
+_WRAPPERS = {"module.": "model.module", "_orig_mod.": "model._orig_mod"}  # DataParallel and DDP; torch.compile
 
 
 def open_eager(description: ModelDescription, directory: Path, device: Device, precision: str) -> SlotRuntime:
@@ -97,6 +99,7 @@ def build_module(weights: Weights, directory: Path) -> torch.nn.Module:
     if weights.kind == "pickle":
         return _evaluated(_unpickle(path))
     module = _call_arch(weights.arch or "", directory)
+    state: Mapping[str, torch.Tensor] = {}
     try:
         if weights.kind == "safetensors":
             state = _with_tied(load_file(path, device="cpu"), module.state_dict())
@@ -106,8 +109,18 @@ def build_module(weights: Weights, directory: Path) -> torch.nn.Module:
     except (Exception, SystemExit) as error:  # the module's own code, and files of every kind of damage
         raise_if_device(error)
         lines = str(error).splitlines() or [type(error).__name__]
-        raise ModelError(f"{weights.file} does not fit {weights.arch}: {' '.join(lines)[:300]}") from error
+        reason = _wrapped(state, module) or " ".join(lines)[:300]
+        raise ModelError(f"the weights do not fit {weights.arch}: {reason}") from error
     return _evaluated(module)
+
+
+def _wrapped(state: Mapping[str, torch.Tensor], module: torch.nn.Module) -> str | None:
+    """What to do with weights of a `module` that was in a wrapper as they were saved; None for others."""
+    for prefix, save in _WRAPPERS.items():
+        own = any(name.startswith(prefix) for name, _ in module.named_parameters())
+        if state and not own and all(name.startswith(prefix) for name in state):
+            return f"all names of the weights begin with {prefix!r}: save {save}.state_dict() instead"
+    return None
 
 
 def _with_tied(state: Mapping[str, torch.Tensor], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,7 +203,8 @@ def _instead(module: ModuleType) -> str:
     """What a module defines that could be meant."""
     names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")
              and getattr(value, "__module__", None) == module.__name__]
-    return f", wanted one of {', '.join(names[:_MOST_NAMED])}" if names else ""
+    more = [f"{len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else []
+    return f", wanted one of {', '.join(names[:_MOST_NAMED] + more)}" if names else ""
 
 
 def _import(source: str, directory: Path) -> ModuleType:
