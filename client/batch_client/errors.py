@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 __all__ = [
+    "STOPPED",
+    "STOPPED_AT_ONCE",
     "BatchClientError",
     "BrokenPromiseError",
     "CredentialsError",
@@ -86,6 +88,10 @@ class StorageError(BatchClientError):
     """The object store refused, failed for too long, or holds something unreadable."""
 
     exit_code = 74
+
+
+STOPPED = "stopped before the end; what is finished is kept: the same command goes on from there"
+STOPPED_AT_ONCE = "stopped before it scored anything; the same command begins again, or goes on with what there was"
 
 
 class StoppedError(BatchClientError):

@@ -15,7 +15,7 @@ import numpy as np
 
 from batch_client.assemble import STATUS_NOT_FINITE, UnitAssembler
 from batch_client.budget import ByteBudget, Lease
-from batch_client.errors import DataError, MismatchError, StoppedError, one_error
+from batch_client.errors import STOPPED, STOPPED_AT_ONCE, DataError, MismatchError, StoppedError, one_error
 from batch_client.events import (
     ChunkHeld,
     ChunkWritten,
@@ -94,7 +94,8 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
         await remove_output(output)
         await check_place(output, prepared.identity)
     layout = await OutputLayout.open(prepared.plan, spec.codec)
-    _require_going_on(stop)
+    if stop.is_set():
+        raise StoppedError(STOPPED_AT_ONCE)
     name = f"{services.rng.getrandbits(64):016x}"
     begun = await begin(output, prepared.identity, name)
     run = _Run(spec, services, prepared, layout, begun, name, emit, stop)
@@ -165,11 +166,6 @@ async def _require_no_missing_chunks(output: Store, prepared: Prepared) -> None:
     if there.missing_chunks and there.run.get("source_metadata") == prepared.identity.source_metadata:
         raise DataError(f"{output.url} was scored with --allow-missing, since INPUT lacked {there.missing_chunks:,} "
                         "chunks: say it again, or restore them and remove the output first; nothing was deleted")
-
-
-def _require_going_on(stop: asyncio.Event) -> None:
-    if stop.is_set():
-        raise StoppedError("stopped before the end; what is finished is kept: the same command goes on from there")
 
 
 class _Run:
@@ -265,8 +261,8 @@ class _Run:
             await asyncio.wait({watcher, work})
         with one_error():
             finished = not work.cancelled() and work.result()
-        if not finished:
-            _require_going_on(self._stop)
+        if not finished and self._stop.is_set():
+            raise StoppedError(STOPPED)
 
     async def _units(self) -> bool:
         """Whether all units were begun and finished."""
