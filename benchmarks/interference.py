@@ -54,12 +54,14 @@ class Case:
     """An arrangement of lanes and a size of bulk requests, and what was seen of it; latencies in ms.
 
     scheduling: the policy and niceness of a bulk lane's workers, if not those that the handler chooses.
+    spinning: no run at all, but a loop of SCHED_IDLE on each core: what the machine does to queries when it is busy.
     """
 
     name: str
     online_workers: int
     request_records: int | None = None
     scheduling: tuple[int, int] | None = None
+    spinning: bool = False
     idle: list[float] = field(default_factory=list)
     beside: list[float] = field(default_factory=list)
     bulk_alone: list[float] = field(default_factory=list)
@@ -79,7 +81,7 @@ SCHEDULING = {
     "two-lanes-nice-0": ("SCHED_OTHER", 0), "two-lanes-nice-19": ("SCHED_OTHER", 19),
     "two-lanes-batch": ("SCHED_BATCH", 19), "two-lanes-idle": ("SCHED_IDLE", 19),
 }
-ALL = {case.name: case for case in CASES} | {
+ALL = {case.name: case for case in CASES} | {"spinning": Case("spinning", 1, spinning=True)} | {
     name: Case(name, 1, scheduling=(getattr(os, policy), nice)) for name, (policy, nice) in SCHEDULING.items()
     if hasattr(os, policy)}
 
@@ -130,8 +132,9 @@ async def measure(options: argparse.Namespace, archive: Path, work: Path, cases:
                 one = Round(servers[case.online_workers], session, options, rng)
                 async with contextlib.aclosing(one.asker):
                     await one.run(case, work, alone_first=number % 2 == 0)
-                print(f"round {number + 1}, {case.name}: bulk {case.bulk_beside[-1]:,.0f} records/s beside queries, "
-                      f"{case.bulk_alone[-1]:,.0f} alone", flush=True)
+                if not case.spinning:
+                    print(f"round {number + 1}, {case.name}: bulk {case.bulk_beside[-1]:,.0f} records/s beside "
+                          f"queries, {case.bulk_alone[-1]:,.0f} alone", flush=True)
 
 
 class Round:
@@ -156,6 +159,15 @@ class Round:
         at_first = await self.records()
         await self.asker.open(CONNECTIONS)
         case.idle += await self.ask()
+        if case.spinning:
+            async with spinning():
+                case.beside += await self.ask()
+        else:
+            await self.beside_bulk(case, work, alone_first=alone_first)
+        if len(self.server.lanes) > 1:
+            await self.check(at_first.get(self.server.model_name, 0) + self.answered)
+
+    async def beside_bulk(self, case: Case, work: Path, *, alone_first: bool) -> None:
         async with self.bulk(case, work):
             await self.warm()
             # There and back: a speed that drifts steadily drifts the same for both.
@@ -174,8 +186,6 @@ class Round:
                     scored[beside] -= self.answered - answered
             case.bulk_alone.append(scored[False] / seconds[False])
             case.bulk_beside.append(scored[True] / seconds[True])
-        if len(self.server.lanes) > 1:
-            await self.check(at_first.get(self.server.model_name, 0) + self.answered)
 
     async def check(self, wanted: float) -> None:
         """Queries, and nothing else, were scored in their lane. The counter is a moment behind the replies."""
@@ -223,16 +233,15 @@ class Round:
         """Latencies in ms of one of `turns` equal parts of a round's queries: single records at Poisson arrivals, each
         from the moment when it was due; infinite for one that the server had no room for.
         """
-        loop = asyncio.get_running_loop()
-        due = loop.time()
+        due = time.monotonic()  # uvloop's own time is in whole milliseconds
 
         async def one(due: float) -> float:
-            await asyncio.sleep(due - loop.time())
+            await asyncio.sleep(due - time.monotonic())
             status, answer = await self.asker.ask()
             if status == 503:
                 return math.inf
             assert len(json.loads(answer)["predictions"][0]) == 10, answer
-            return (loop.time() - due) * 1e3
+            return (time.monotonic() - due) * 1e3
 
         async with asyncio.TaskGroup() as tasks:
             asked = []
@@ -280,6 +289,19 @@ class Asker:
             await writer.wait_closed()
 
 
+@contextlib.asynccontextmanager
+async def spinning() -> AsyncIterator[None]:
+    """Each core busy for the length of the block, with what gives way to anything else and touches no memory."""
+    loop = "import os\nos.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\nwhile True: pass"
+    processes = [await asyncio.create_subprocess_exec(sys.executable, "-c", loop) for _ in os.sched_getaffinity(0)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            await process.wait()
+
+
 def schedule(pid: int, policy: int, nice: int) -> None:
     for thread in Path(f"/proc/{pid}/task").iterdir():
         os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
@@ -294,10 +316,10 @@ def report(options: argparse.Namespace, cases: list[Case]) -> None:
     for case in cases:
         (idle50, idle99), (beside50, beside99) = percentiles(case.idle), percentiles(case.beside)
         kept, away = shares(case), sum(map(math.isinf, case.beside))
+        bulk = (f"{statistics.median(case.bulk_alone):,.0f}", f"{statistics.median(case.bulk_beside):,.0f}",
+                f"{statistics.median(kept):.3f} ({min(kept):.3f} to {max(kept):.3f})") if case.bulk_alone else ("",) * 3
         print(row(case.name, f"{idle50:.1f} / {idle99:.1f}", f"{beside50:.1f} / {beside99:.1f}",
-                  f"{beside99 / idle99:.2f}", away, f"{statistics.median(case.bulk_alone):,.0f}",
-                  f"{statistics.median(case.bulk_beside):,.0f}",
-                  f"{statistics.median(kept):.3f} ({min(kept):.3f} to {max(kept):.3f})"))
+                  f"{beside99 / idle99:.2f}", away, *bulk))
 
 
 def percentiles(latencies: list[float]) -> tuple[float, float]:
@@ -319,7 +341,8 @@ def draw(cases: list[Case], path: Path) -> None:
     idle50, idle99 = percentiles([latency for case in cases for latency in case.idle])
     axes.axhspan(idle50, idle99, color="0.88", label="queries alone, p50 to p99")
     for online_workers, label, color in ((0, "one lane", "#b5482f"), (1, "two lanes", "#1f6f8b")):
-        ours = [case for case in cases if case.online_workers == online_workers and case.scheduling is None]
+        ours = [case for case in cases if case.online_workers == online_workers and case.scheduling is None
+                and not case.spinning]
         if not ours:
             continue
         speeds = [statistics.median(case.bulk_beside) for case in ours]
