@@ -69,6 +69,14 @@ class Pool:
         self._rng = rng
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
+        self._tell: Callable[[str], None] = lambda _: None
+
+    def on_left_out(self, tell: Callable[[str], None]) -> None:
+        """Call `tell` with the reason for each server that is left out, now or later."""
+        self._tell = tell
+        for endpoint in self.endpoints:
+            if endpoint.left_out is not None:
+                tell(str(endpoint.left_out))
 
     @asynccontextmanager
     async def room(self, turn: AbstractAsyncContextManager[object] | None = None) -> AsyncIterator[Endpoint]:
@@ -169,6 +177,8 @@ class Pool:
             endpoint.lane = None
 
     def leave_out(self, endpoint: Endpoint, reason: BatchClientError) -> None:
-        """Never use this server again in this run."""
-        endpoint.left_out = reason
+        """Never use this server again in this run. Requests that were under way together are told once."""
+        if endpoint.left_out is None:
+            endpoint.left_out = reason
+            self._tell(str(reason))
         self._changed.set()

@@ -14,10 +14,10 @@ if sys.platform == "win32":
 else:
     from uvloop import Loop as _BaseLoop
 
-__all__ = ["ENDING_SIGNALS", "run_until_complete", "run_verb"]
+__all__ = ["run_until_complete", "run_verb"]
 
 # Beside SIGINT, which asyncio answers itself; Windows has none that a loop could answer.
-ENDING_SIGNALS = () if sys.platform == "win32" else (signal.SIGTERM, signal.SIGHUP)
+_ENDING_SIGNALS = () if sys.platform == "win32" else (signal.SIGTERM, signal.SIGHUP)
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -40,7 +40,7 @@ def run_verb(main: Coroutine[object, object, T]) -> T:
 
 async def _cancelled_by_signals(main: Coroutine[object, object, T]) -> T:
     loop, task, asked = asyncio.get_running_loop(), asyncio.current_task(), False
-    before = {number: handler for number in (signal.SIGINT, *ENDING_SIGNALS)
+    before = {number: handler for number in (signal.SIGINT, *_ENDING_SIGNALS)
               if (handler := signal.getsignal(number)) is not None}
 
     def cancel() -> None:
@@ -49,13 +49,13 @@ async def _cancelled_by_signals(main: Coroutine[object, object, T]) -> T:
             asked = True
             task.cancel()
 
-    for number in ENDING_SIGNALS:
+    for number in _ENDING_SIGNALS:
         if callable(before.get(number)):
             loop.add_signal_handler(number, cancel)
     try:
         return await main
     finally:  # also those that `main` has added: what they would stop has ended, and a closed loop answers nothing
-        if ENDING_SIGNALS:
+        if _ENDING_SIGNALS:
             for number, handler in before.items():
                 if loop.remove_signal_handler(number):
                     signal.signal(number, handler)

@@ -25,6 +25,7 @@ __all__ = [
     "RequestRetried",
     "RequestSent",
     "RunStarted",
+    "ServerLeftOut",
     "Step",
     "StepBegan",
     "StepEnded",
@@ -49,6 +50,13 @@ class RunStarted:
     fingerprint: str
     in_flight: int
     ceiling: float | None
+
+
+@dataclass(frozen=True)
+class ServerLeftOut:
+    """A server of the run is never asked again, for a reason that names it; the run goes on with the others."""
+
+    reason: str
 
 
 class Step(Enum):
@@ -168,8 +176,8 @@ class Published:
     already: bool = False
 
 
-Event = (RunStarted | StepBegan | StepEnded | RequestSent | RequestDone | RequestRetried | RecordsScored | RecordFailed
-         | ChunkHeld | ChunkWritten | Stopping | Published)
+Event = (RunStarted | ServerLeftOut | StepBegan | StepEnded | RequestSent | RequestDone | RequestRetried | RecordsScored
+         | RecordFailed | ChunkHeld | ChunkWritten | Stopping | Published)
 
 
 class Observer(Protocol):

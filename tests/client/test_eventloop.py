@@ -1,4 +1,4 @@
-"""What a store answers after the end of a run is not printed as a traceback."""
+"""The loop of a verb: what a store answers after the end is not printed, and signals end it, whatever runs."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from batch_client.errors import DataError, MismatchError, StoppedError, UsageError
+from batch_client.events import ServerLeftOut
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.progress import progress_of
@@ -17,7 +18,7 @@ from batch_client.serving import Servers
 from batch_client.spec import Records, RunSpec
 from batch_client.storage import MemoryStore
 from batch_client.tokens import NoTokens
-from batch_client.transport import HttpReply
+from batch_client.transport import HttpReply, TransportError
 from batch_client.verify import verify_output
 from batch_handler.oip import HEADER_LENGTH, InferReply, Tensor, decode_request, encode_reply
 from support.faulty import Life, calm
@@ -181,10 +182,10 @@ def two_servers(first, second):
     return Servers(Two(), NoTokens(), ("http://one", "http://two"), "toy")
 
 
-def run_on(servers, world, output, **options):
+def run_on(servers, world, output, *observers, **options):
     services = Services(servers, world.source, output, clock=lambda: asyncio.get_running_loop().time(),
                         rng=random.Random(1))
-    return execute(world.spec(**options), services)
+    return execute(world.spec(**options), services, observers)
 
 
 def test_servers_that_differ_are_left_out_and_the_run_goes_on(root):
@@ -192,11 +193,38 @@ def test_servers_that_differ_are_left_out_and_the_run_goes_on(root):
     first, second = SimulatedServer(), OtherNumerics()
 
     async def run():
-        summary = await run_on(two_servers(first, second), world, world.output)
+        said = []
+        summary = await run_on(two_servers(first, second), world, world.output, said.append)
         assert summary.root == root
         assert second.requests == 0
+        (why,) = [event.reason for event in said if isinstance(event, ServerLeftOut)]
+        assert why.startswith("http://two: its model is sha256:model with numerics other numerics, the first server's")
         other = MemoryStore("memory://other")
         assert (await run_on(two_servers(second, first), world, other)).root != root
+
+    run_virtually(run())
+
+
+@pytest.mark.parametrize(("options", "reason"), [
+    ({"micro_batch": 8}, "http://two: its model has another name, version, micro-batch, input or output than that of"),
+    (None, "http://two: can't be reached (nobody listens there): check"),
+])
+def test_a_server_that_the_run_goes_on_without_is_named(root, options, reason):
+    """One with the same digest that takes other micro-batches, and one that can't be reached."""
+    world = World(1)
+
+    class Unreachable(SimulatedServer):
+        async def send(self, *_):
+            raise TransportError("nobody listens there")
+
+    async def run():
+        said = []
+        other = Unreachable() if options is None else SimulatedServer(**options)
+        summary = await run_on(two_servers(SimulatedServer(), other), world, world.output, said.append)
+        assert summary.root == root
+        assert other.requests == 0
+        (why,) = [event.reason for event in said if isinstance(event, ServerLeftOut)]
+        assert why.startswith(reason)
 
     run_virtually(run())
 

@@ -19,6 +19,7 @@ from batch_client.events import (
     RequestRetried,
     RequestSent,
     RunStarted,
+    ServerLeftOut,
     Stopping,
 )
 
@@ -44,6 +45,8 @@ class ProgressBar:
                     total=event.plan.count, initial=event.done, unit=" records", unit_scale=True, file=self._stream,
                     desc=event.model, dynamic_ncols=self._stream.isatty(),
                     mininterval=REDRAW_SECONDS if self._stream.isatty() else LINE_SECONDS)
+            case ServerLeftOut():
+                self._stream.write(f"\ngoing on without a server: {event.reason}\n")
             case RequestSent():
                 self._in_flight += 1
             case RequestDone():
@@ -85,6 +88,8 @@ class LogLines:
             case RunStarted():
                 self._log.info("run started", output=event.output, model=event.model, digest=event.model_digest,
                                records=event.plan.count, done=event.done, chunks=event.plan.unit_count)
+            case ServerLeftOut():
+                self._log.warning("server left out", **_values(event))
             case RequestRetried():
                 self._log.warning("request retried", **_values(event))
             case RecordFailed():
