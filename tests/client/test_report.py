@@ -24,6 +24,7 @@ from batch_client.events import (
     RequestRetried,
     RequestSent,
     RunStarted,
+    ServerLeftOut,
 )
 from batch_client.pieces import Pieces
 from batch_client.pipeline import execute
@@ -192,6 +193,7 @@ def reported(seconds, steps, names=1):
 def test_what_others_say_is_text_and_nothing_is_loaded():
     report = reported(60.0, 50)
     report(Published(f"memory://{NASTY}", "sha256:root"))
+    report(ServerLeftOut(f"http://two: {NASTY}"))
     page = render(report.data(NASTY))
     root = parsed(page)
     assert "script" not in {element.tag.rpartition("}")[2] for element in root.iter()}
@@ -201,6 +203,7 @@ def test_what_others_say_is_text_and_nothing_is_loaded():
         assert element.get("src", "data:image/png;base64,").startswith("data:image/png;base64,")
     text = "".join(root.itertext())
     assert "alert('x')" in text
+    assert "Gone on without a server: http://two: <script>alert('x')" in text
     assert "Limited by" in text
     assert "of the ceiling" in text
     # The clock of a request begins before there is a connection for it.
@@ -210,7 +213,10 @@ def test_what_others_say_is_text_and_nothing_is_loaded():
 
 def test_a_report_stays_small_however_long_the_run():
     long = reported(1e7, 3000, names=100)
+    for number in range(100):
+        long(ServerLeftOut(f"http://{number}"))
     data = long.data()
+    assert len(data.left_out) == MOST_NAMES
     assert len(data.timeline.buckets) <= 240
     assert len(data.timeline.names()) <= MOST_NAMES + 2
     assert len(data.servers) <= MOST_NAMES + 1

@@ -19,6 +19,7 @@ from batch_client.events import (
     RequestDone,
     RequestRetried,
     RunStarted,
+    ServerLeftOut,
 )
 from batch_client.report.sketches import EvenSample, LogHistogram, Timeline
 from batch_client.report.thumbnail import thumbnail
@@ -65,8 +66,9 @@ class ServerCounts:
 class ReportData:
     """All that a page needs. `ending` says why a run is not published, "" for one that is. `records` are those of the
     whole run, `done` those proven before it began, `stored` those of the chunks written by it. Seconds are from the
-    first read to the last event, and to the last prediction; `latency` is of answered requests, in seconds; `scores`
-    are the highest value of the output `score_name` of evenly spaced records that have one.
+    first read to the last event, and to the last prediction; `latency` is of answered requests, in seconds; `left_out`
+    has the reasons for servers that the run went on without; `scores` are the highest value of the output `score_name`
+    of evenly spaced records that have one.
     """
 
     input: str
@@ -85,6 +87,7 @@ class ReportData:
     timeline: Timeline
     latency: LogHistogram
     servers: Mapping[str, ServerCounts]
+    left_out: Sequence[str]
     statuses: Sequence[int]
     score_name: str
     scores: np.ndarray
@@ -106,6 +109,7 @@ class Report:
         self._timeline = Timeline()
         self._latency = LogHistogram()
         self._servers: dict[str, ServerCounts] = {}
+        self._left_out: list[str] = []
         self._reasons: set[str] = set()
         self._statuses = np.zeros(256, np.int64)
         self._score_name: str | None = None
@@ -127,6 +131,8 @@ class Report:
         match event:
             case RunStarted():
                 self._started, self._began = event, self._clock()
+            case ServerLeftOut():
+                self._left_out = [*self._left_out, event.reason][:MOST_NAMES]
             case RecordsScored():
                 self._scored(event)
             case RequestDone():
@@ -160,6 +166,7 @@ class Report:
             timeline=self._timeline,
             latency=self._latency,
             servers=self._servers,
+            left_out=self._left_out,
             statuses=[int(count) for count in self._statuses[:3]],
             score_name=self._score_name or "",
             scores=_finite(self._scores.items),
