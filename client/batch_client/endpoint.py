@@ -177,8 +177,8 @@ class Pool:
             endpoint.lane = None
 
     def leave_out(self, endpoint: Endpoint, reason: BatchClientError) -> None:
-        """Never use this server again in this run. Requests that were under way together are told once."""
-        if endpoint.left_out is None:
-            endpoint.left_out = reason
+        """Never use this server again in this run. That is told once, and not of the last one, whose reason ends it."""
+        known, endpoint.left_out = endpoint.left_out, endpoint.left_out or reason
+        if known is None and any(other.left_out is None for other in self.endpoints):
             self._tell(str(reason))
         self._changed.set()

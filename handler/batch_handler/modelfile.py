@@ -133,7 +133,7 @@ def _kind_of_pickle(path: Path) -> str:
         return "state_dict"
     instead = ""
     if isinstance(value, Mapping):
-        within = [key for key, held in value.items() if held and _is_state_dict(held)]  # as training saves them
+        within = [key for key, held in value.items() if _is_state_dict(held) and held]  # as training saves them
         if within:
             instead = f"; save what is under {within[0]!r} as a file of its own"
         value = sorted(map(str, value))[:5]

@@ -6,6 +6,7 @@ import random
 import pytest
 
 from batch_client.endpoint import EJECT_AFTER, EJECT_MOST_SECONDS, Pool
+from batch_client.errors import ServingError
 
 
 class Clock:
@@ -61,3 +62,24 @@ async def test_who_is_alone_waits_for_those_who_were_there_before(pool):
         assert not entered.is_set()
     await asyncio.wait_for(task, 10)
     assert entered.is_set()
+
+
+def test_who_is_left_out_is_told_once_and_the_last_one_by_its_error(pool):
+    first, second = pool.endpoints
+    said = []
+    pool.leave_out(first, ServingError("http://a: gone"))
+    pool.on_left_out(said.append)
+    assert said == ["http://a: gone"]
+    pool.leave_out(first, ServingError("http://a: a request that was under way"))
+    pool.leave_out(second, ServingError("http://b: gone"))
+    assert said == ["http://a: gone"]
+    assert str(first.left_out) == "http://a: gone"
+    assert str(second.left_out) == "http://b: gone"
+
+
+def test_who_is_left_out_in_the_middle_is_told(pool):
+    said = []
+    pool.on_left_out(said.append)
+    assert said == []
+    pool.leave_out(pool.endpoints[1], ServingError("http://b: gone"))
+    assert said == ["http://b: gone"]

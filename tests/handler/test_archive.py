@@ -243,6 +243,10 @@ def test_weights_of_a_wrapped_module_say_how_to_save_them(pack_request, tmp_path
     torch.save({prefix + name: weight for name, weight in tiny_module.state_dict().items()}, path)
     with pytest.raises(ArchiveError, match=f"^wrapped.pt: .* begin with '{prefix}': save {save}.state_dict"):
         pack(dataclasses.replace(pack_request, model=path, output=tmp_path / "x.mar"))
+    torch.save({0: torch.zeros(1)}, path)
+    with pytest.raises(ArchiveError, match="the weights do not fit"):
+        pack(dataclasses.replace(pack_request, model=path, output=tmp_path / "x.mar"))
+    torch.save({prefix + name: weight for name, weight in tiny_module.state_dict().items()}, path)
     own = "import torch\nclass Own(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
     (tmp_path / "own.py").write_text(f"{own}        self.{prefix[:-1]} = torch.nn.Linear(3, 3)\n")
     with pytest.raises(ArchiveError, match=r"the weights do not fit .*own.py:Own: Error\(s\) in loading state_dict"):
@@ -298,7 +302,7 @@ def test_what_is_no_model_file_or_archive_is_refused(content, tmp_path):
     torch.save({"epoch": 3, "state": {}}, path)
     with pytest.raises(ModelFileError, match=r"wanted a state_dict: names and tensors$"):
         detect_kind(path)
-    torch.save({"epoch": 3, "optimizer": {"state": {}, "lr": 0.1}, "model": {"w": torch.zeros(1)}}, path)
+    torch.save({"epoch": torch.arange(3), "optimizer": {"state": {}, "lr": 0.1}, "model": {"w": torch.zeros(1)}}, path)
     with pytest.raises(ModelFileError, match=r"wanted a state_dict: .*; save what is under 'model' as a file of its"):
         detect_kind(path)
 

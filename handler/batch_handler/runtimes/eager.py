@@ -118,7 +118,7 @@ def _wrapped(state: Mapping[str, torch.Tensor], module: torch.nn.Module) -> str 
     """What to do with weights of a `module` that was in a wrapper as they were saved; None for others."""
     for prefix, save in _WRAPPERS.items():
         own = any(name.startswith(prefix) for name, _ in module.named_parameters())
-        if state and not own and all(name.startswith(prefix) for name in state):
+        if state and not own and all(str(name).startswith(prefix) for name in state):
             return f"all names of the weights begin with {prefix!r}: save {save}.state_dict() instead"
     return None
 
