@@ -11,7 +11,7 @@ from batch_client.calibrate import Calibration
 from batch_client.calibrate import calibrate as calibrate_run
 from batch_client.errors import STOPPED, STOPPED_AT_ONCE, StoppedError, UsageError
 from batch_client.eventloop import run_until_complete
-from batch_client.events import Observer
+from batch_client.events import Event, Observer, RunStarted
 from batch_client.pipeline import execute, plan_run
 from batch_client.plan import Plan
 from batch_client.prepare import serving
@@ -20,7 +20,7 @@ from batch_client.summary import RunSummary
 
 __all__ = ["calibrate", "plan", "run", "run_async"]
 
-# From the request to stop to the end, whatever the run is doing: planning, draining, waiting for a store.
+# From the request to stop to the end, whatever the run is doing: draining, waiting for a store.
 STOP_SECONDS = 16.0
 
 
@@ -39,19 +39,24 @@ async def run_async(spec: RunSpec, observers: tuple[Observer, ...] = (),
     elif not isinstance(stop, asyncio.Event):
         raise UsageError(f"stop is a {type(stop).__module__}.{_kind(stop)}: wanted an asyncio.Event, which a loop can "
                          "wait for")
-    served = asyncio.Event()
-    work = asyncio.ensure_future(_serve_and_execute(spec, observers, stop, served))
+    begun = asyncio.Event()
+
+    def watch(event: Event) -> None:
+        if isinstance(event, RunStarted):
+            begun.set()
+
+    work = asyncio.ensure_future(_serve_and_execute(spec, (watch, *observers), stop))
     watcher = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done() and served.is_set():  # before that there is nothing to finish
+        if not work.done() and begun.is_set():  # before that there is nothing to finish
             await asyncio.wait({work}, timeout=STOP_SECONDS)
     finally:
         watcher.cancel()
         work.cancel()
         await asyncio.wait({work})
     if work.cancelled():
-        raise StoppedError(STOPPED if served.is_set() else STOPPED_AT_ONCE)
+        raise StoppedError(STOPPED if begun.is_set() else STOPPED_AT_ONCE)
     return work.result()
 
 
@@ -79,10 +84,8 @@ def _name(observer: Observer) -> str:
     return getattr(observer, "__name__", _kind(observer))
 
 
-async def _serve_and_execute(spec: RunSpec, observers: tuple[Observer, ...], stop: asyncio.Event,
-                             served: asyncio.Event) -> RunSummary:
+async def _serve_and_execute(spec: RunSpec, observers: tuple[Observer, ...], stop: asyncio.Event) -> RunSummary:
     async with serving(spec) as services:
-        served.set()
         return await execute(spec, services, observers, stop)
 
 

@@ -191,6 +191,19 @@ def _is_working_folder(place: str) -> bool:
         return False
 
 
+def _require_same_order(spec: InputSpec) -> None:
+    """Raise `ArchiveError` for a model_shape with the axes of the record in another order: a photograph with its
+    channels last, reshaped to one with them first, is noise that every model takes.
+    """
+    there, wanted = ([size for size in shape if size > 1] for shape in (spec.shape, spec.model_shape))
+    if there != wanted and sorted(there) == sorted(wanted):
+        raise ArchiveError(
+            f"model_shape of input {spec.name} is {list(spec.model_shape)}, that of its records {list(spec.shape)}: "
+            "axes in another order, and records are reshaped, not transposed; transpose in the model (such as "
+            "x.permute(0, 3, 1, 2)), or write the array in the model's order"
+        )
+
+
 def _stage(request: PackRequest, directory: Path) -> ModelDescription:
     """Put the archive's files into `directory` and describe them."""
     kind = detect_kind(request.model, trust_pickle=request.trust_pickle)
@@ -204,6 +217,8 @@ def _stage(request: PackRequest, directory: Path) -> ModelDescription:
     weights = Weights(_WEIGHTS_FILES[kind], kind, arch)
     shutil.copyfile(request.model, directory / weights.file)
     inputs = request.inputs or graph_inputs(kind, directory / weights.file)
+    for spec in inputs:
+        _require_same_order(spec)
     taken, given = [spec.name for spec in inputs], [draft.name for draft in request.outputs]
     chosen = request.micro_batch
     model, module = open_plainly(weights, directory, taken, given, chosen or DEFAULT_MICRO_BATCH)

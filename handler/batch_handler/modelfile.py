@@ -135,7 +135,8 @@ def _kind_of_pickle(path: Path) -> str:
     if isinstance(value, Mapping):
         within = [key for key, held in value.items() if _is_state_dict(held) and held]  # as training saves them
         if within:
-            instead = f"; save what is under {within[0]!r} as a file of its own"
+            largest = max(within, key=lambda key: len(value[key]))
+            instead = f"; save what is under {largest!r} as a file of its own"
         value = sorted(map(str, value))[:5]
     else:
         value = type(value).__name__

@@ -1,13 +1,16 @@
 """What the Python API refuses before a run begins."""
 
 import asyncio
+import contextlib
 import functools
 import threading
 
 import pytest
+import zarr
 
 from batch_client import RunSpec, run, run_async
-from batch_client.errors import UsageError
+from batch_client.api import STOP_SECONDS
+from batch_client.errors import StoppedError, UsageError
 
 SPEC = RunSpec(input="in", output="out", archive="model.mar")
 
@@ -45,3 +48,27 @@ async def test_a_stop_that_no_loop_can_wait_for_is_refused():
 async def test_run_in_a_loop_says_what_to_call_instead():
     with pytest.raises(UsageError, match=r"await run_async\(spec\)"):
         run(SPEC)
+
+
+async def test_a_stop_before_the_run_has_begun_is_not_waited_for(tmp_path):
+    """A server that never answers holds the planning up; whoever stops meanwhile is told that nothing was scored."""
+    zarr.create_array(tmp_path / "in.zarr", shape=(4, 2), chunks=(2, 2), dtype="uint8")
+    stop, writers = asyncio.Event(), []
+
+    def silent(reader, writer):
+        writers.append(writer)
+        stop.set()
+
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        spec = RunSpec(input=str(tmp_path / "in.zarr"), output=str(tmp_path / "out"),
+                       endpoints=(f"http://127.0.0.1:{port}",), model="m")
+        with pytest.raises(StoppedError, match=r"^stopped before it scored anything; "):
+            async with asyncio.timeout(STOP_SECONDS - 1):
+                await run_async(spec, stop=stop)
+        for writer in writers:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+    assert writers
+    assert not (tmp_path / "out").exists()

@@ -205,21 +205,24 @@ def test_servers_that_differ_are_left_out_and_the_run_goes_on(root):
     run_virtually(run())
 
 
-@pytest.mark.parametrize(("options", "reason"), [
-    ({"micro_batch": 8}, "http://two: its model has another name, version, micro-batch, input or output than that of"),
-    (None, "http://two: can't be reached (nobody listens there): check"),
+class Unreachable:
+    requests = 0
+
+    async def send(self, method, *_):
+        self.requests += method != "GET"
+        raise TransportError("nobody listens there")
+
+
+@pytest.mark.parametrize(("other", "reason"), [
+    (SimulatedServer(micro_batch=8), "http://two: its model has another name, version, micro-batch, input or output"),
+    (Unreachable(), "http://two: can't be reached (nobody listens there): check"),
 ])
-def test_a_server_that_the_run_goes_on_without_is_named(root, options, reason):
+def test_a_server_that_the_run_goes_on_without_is_named(root, other, reason):
     """One with the same digest that takes other micro-batches, and one that can't be reached."""
     world = World(1)
 
-    class Unreachable(SimulatedServer):
-        async def send(self, *_):
-            raise TransportError("nobody listens there")
-
     async def run():
         said = []
-        other = Unreachable() if options is None else SimulatedServer(**options)
         summary = await run_on(two_servers(SimulatedServer(), other), world, world.output, said.append)
         assert summary.root == root
         assert other.requests == 0

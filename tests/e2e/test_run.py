@@ -135,10 +135,9 @@ def test_a_stop_keeps_what_is_done_and_the_same_command_goes_on(number, source, 
     for line in first.stderr:
         if "chunk written" in line:
             first.send_signal(number)
-        if "stopping" in line:
-            if number == signal.SIGHUP:  # some terminals say twice that they are closed
-                first.send_signal(number)
             break
+    if number == signal.SIGHUP and any("stopping" in line for line in first.stderr):
+        first.send_signal(number)  # some terminals say twice that they are closed
     said = first.communicate(timeout=60)[1]
     assert first.returncode == 75, said
     assert said.strip().splitlines()[-1].startswith("batch-client: stopped before the end")

@@ -215,6 +215,8 @@ HUGE = [(10**20,), (10**9, 10**9), (10**8, 10**7)]
         ({"golden": {"image": np.zeros((1, 6, 6), "f4")}}, "wanted uint8"),
         ({"micro_batch": 0}, "micro_batch is 0"),
         *(({"inputs": (InputSpec("x", np.dtype("f4"), shape, shape),)}, "can't be made: ") for shape in HUGE),
+        ({"inputs": (InputSpec("x", np.dtype("u1"), (6, 5, 3), (3, 6, 5)),)}, "reshaped, not transposed; transpose in"),
+        ({"inputs": (InputSpec("x", np.dtype("u1"), (6, 1, 4), (1, 4, 6)),)}, "[1, 4, 6], that of its records [6, 1,"),
         ({"runtime": "magic"}, "runtime is 'magic'"),
     ],
 )
@@ -237,7 +239,9 @@ def test_what_is_torchscript_by_its_members_only_is_refused_in_one_line(pack_req
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("prefix", "save"), [("module.", "model.module"), ("_orig_mod.", "model._orig_mod")])
+@pytest.mark.parametrize(("prefix", "save"), [
+    ("module.", "model.module"), ("_orig_mod.", "model._orig_mod"), ("_orig_mod.module.", "model._orig_mod.module"),
+])
 def test_weights_of_a_wrapped_module_say_how_to_save_them(pack_request, tmp_path, tiny_module, prefix, save):
     path = tmp_path / "wrapped.pt"
     torch.save({prefix + name: weight for name, weight in tiny_module.state_dict().items()}, path)
@@ -248,7 +252,7 @@ def test_weights_of_a_wrapped_module_say_how_to_save_them(pack_request, tmp_path
         pack(dataclasses.replace(pack_request, model=path, output=tmp_path / "x.mar"))
     torch.save({prefix + name: weight for name, weight in tiny_module.state_dict().items()}, path)
     own = "import torch\nclass Own(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-    (tmp_path / "own.py").write_text(f"{own}        self.{prefix[:-1]} = torch.nn.Linear(3, 3)\n")
+    (tmp_path / "own.py").write_text(f"{own}        self.{prefix.partition('.')[0]} = torch.nn.Linear(3, 3)\n")
     with pytest.raises(ArchiveError, match=r"the weights do not fit .*own.py:Own: Error\(s\) in loading state_dict"):
         pack(dataclasses.replace(pack_request, model=path, arch=f"{tmp_path}/own.py:Own", output=tmp_path / "x.mar"))
 
@@ -302,7 +306,8 @@ def test_what_is_no_model_file_or_archive_is_refused(content, tmp_path):
     torch.save({"epoch": 3, "state": {}}, path)
     with pytest.raises(ModelFileError, match=r"wanted a state_dict: names and tensors$"):
         detect_kind(path)
-    torch.save({"epoch": torch.arange(3), "optimizer": {"state": {}, "lr": 0.1}, "model": {"w": torch.zeros(1)}}, path)
+    torch.save({"epoch": torch.arange(3), "optimizer": {"state": {}, "lr": 0.1}, "rng": {"a": torch.zeros(1)},
+                "model": {"w": torch.zeros(1), "b": torch.zeros(1)}}, path)
     with pytest.raises(ModelFileError, match=r"wanted a state_dict: .*; save what is under 'model' as a file of its"):
         detect_kind(path)
 

@@ -301,11 +301,15 @@ def test_the_entry_of_an_archive_is_what_torchserve_loads(tiny_dir, make_context
     assert classes == []
 
 
-def test_a_model_that_is_not_right_never_becomes_ready(tmp_path, make_context, monkeypatch):
+def test_a_model_that_is_not_right_never_becomes_ready(tmp_path, make_context, monkeypatch, caplog):
+    """And stays until its reason was read: TorchServe closes the output of a worker whose connection is lost."""
+    waits = []
+    monkeypatch.setattr(service.time, "sleep", lambda seconds: waits.append((seconds, "Traceback" in caplog.text)))
     monkeypatch.setattr(service, "_WORKER", {})
     with pytest.raises(ModelLoadError, match=r"model\.json can't be read"):
         service.handle(None, make_context(tmp_path))
     assert service._WORKER == {}
+    assert waits == [(service.HEARD_SECONDS, True)]
 
 
 def test_the_environment_tunes_a_worker():

@@ -46,7 +46,7 @@ class ProgressBar:
                     desc=event.model, dynamic_ncols=self._stream.isatty(),
                     mininterval=REDRAW_SECONDS if self._stream.isatty() else LINE_SECONDS)
             case ServerLeftOut():
-                self._stream.write(f"\ngoing on without a server: {event.reason}\n")
+                self._stream.write(f"\ngoing on without a server: {' '.join(event.reason.split())}\n")
             case RequestSent():
                 self._in_flight += 1
             case RequestDone():

@@ -26,8 +26,8 @@ from batch_handler.signature import ModelDescription, Weights
 __all__ = ["build_module", "fixed_records", "load_module", "open_eager"]
 
 _MOST_NAMED = 10
-# What a wrapper puts before the names of its module's weights, and what has them without it.
-_WRAPPERS = {"module.": "model.module", "_orig_mod.": "model._orig_mod"}  # DataParallel and DDP; torch.compile
+# What a wrapper, which has its module under this name, puts before the names of the weights.
+_WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
 
 
 def open_eager(description: ModelDescription, directory: Path, device: Device, precision: str) -> SlotRuntime:
@@ -115,12 +115,15 @@ def build_module(weights: Weights, directory: Path) -> torch.nn.Module:
 
 
 def _wrapped(state: Mapping[str, torch.Tensor], module: torch.nn.Module) -> str | None:
-    """What to do with weights of a `module` that was in a wrapper as they were saved; None for others."""
-    for prefix, save in _WRAPPERS.items():
-        own = any(name.startswith(prefix) for name, _ in module.named_parameters())
-        if state and not own and all(str(name).startswith(prefix) for name in state):
-            return f"all names of the weights begin with {prefix!r}: save {save}.state_dict() instead"
-    return None
+    """What to do with weights of a `module` that was in wrappers as they were saved; None for others."""
+    names, wrappers = [str(name) for name in state], ""
+    while found := [prefix for prefix in _WRAPPERS if names and all(name.startswith(prefix) for name in names)]:
+        wrappers += found[0]
+        names = [name.removeprefix(found[0]) for name in names]
+    if not wrappers or any(name.startswith(_WRAPPERS) for name, _ in module.named_parameters()):
+        return None
+    return (f"all names of the weights begin with {wrappers!r}: save model.{wrappers}state_dict() instead, or take "
+            "that off the names")
 
 
 def _with_tied(state: Mapping[str, torch.Tensor], own: Mapping[str, Any]) -> dict[str, Any]:
