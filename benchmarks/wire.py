@@ -121,7 +121,7 @@ async def measured(archive: Path, size: int, count: int, repeats: int, how: str,
     spec = RunSpec(input=INPUT, output=OUTPUT, archive=str(archive))
     settings = ServerSettings(archive, batch_size=1, shared_memory=shared)
     async with HttpTransport() as transport, EmbeddedServer(settings) as server:
-        servers = Servers(transport, server, (server.url,), server.model_name, alone=True)
+        servers = Servers(transport, {server.url: server}, server.model_name, alone=True)
         await once(spec, servers, source)
         before = used()
         rates = [await once(spec, servers, source) for _ in range(repeats)]

@@ -31,6 +31,7 @@ class Endpoint:
 
     lane: the name under which it takes bulk requests, None for the model's own.
     shared_memory: the folder in which it finds the records of requests, None to send them.
+    refused_token: one that it has just turned down: whichever request is next asks for another.
     shared_outputs: whether it is asked to put large outputs there too. outputs_held: requests under way that were.
     """
 
@@ -44,6 +45,7 @@ class Endpoint:
     broken: int = 0
     ejections: int = 0
     turned_away: int = 0
+    refused_token: str | None = None
     refused_since: float | None = None
     rests_until: float = float("-inf")
     other_model: str | None = None
@@ -64,7 +66,7 @@ class Pool:
     """Hands out room for requests among the endpoints."""
 
     def __init__(self, urls: tuple[str, ...], in_flight: int, clock: Callable[[], float], rng: random.Random) -> None:
-        self.endpoints = [Endpoint(url.rstrip("/"), Limiter(in_flight)) for url in urls]
+        self.endpoints = [Endpoint(url, Limiter(in_flight)) for url in urls]
         self._clock = clock
         self._rng = rng
         self._turn = asyncio.Lock()

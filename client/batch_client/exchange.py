@@ -139,7 +139,6 @@ class Exchange:
         self._bucket = RetryBucket(sum(endpoint.left_out is None for endpoint in pool.endpoints))
         self._repeating = asyncio.Lock()
         self._last_success = clock()
-        self._refused_token: str | None = None
         self._version: str | None = None
         self._nonce = f"{rng.getrandbits(48):012x}"
         self._numbers = itertools.count()
@@ -248,14 +247,13 @@ class Exchange:
         message = attempt.message
         started = self._clock()
         self._emit(RequestSent(endpoint.url, span.count))
-        # One refusal makes the next request, whichever it is, ask for another token.
-        refused, self._refused_token = self._refused_token, None
+        refused, endpoint.refused_token = endpoint.refused_token, None
         try:
-            token = await self._tokens.token(refused)
+            token = await self._tokens[endpoint.url].token(refused)
         except CredentialsError as error:
             if refused is None:
                 raise
-            self._refused_token = refused  # what renews it may be away for a moment, as a server may
+            endpoint.refused_token = refused  # what renews it may be away for a moment, as a server may
             return Verdict(Outcome.TOKEN, f"no other is to be had: {error}"), None
         headers = {"Content-Type": CONTENT_TYPE, HEADER_LENGTH: str(message.header_length), **authorization(token)}
         url = f"{endpoint.url}/v2/models/{endpoint.lane or self._contract.name}/infer"
@@ -266,7 +264,7 @@ class Exchange:
             return Verdict(Outcome.BROKEN, str(error)), None
         verdict = read_reply(reply.status, reply.body)
         if verdict.outcome is Outcome.TOKEN:
-            self._refused_token = token
+            endpoint.refused_token = token
         if verdict.outcome is Outcome.NOT_SHARED and not message.shared:
             verdict = Verdict(Outcome.REFUSED, verdict.reason)
         if verdict.outcome is not Outcome.RESULT:

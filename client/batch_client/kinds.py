@@ -70,6 +70,17 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(_text(item) for item in value)
 
 
+def _place(value: Any) -> str:
+    place: str = _text(os.fspath(value))
+    return place
+
+
+def _places(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise TypeError
+    return tuple(_place(item) for item in value)
+
+
 def _pair(value: Any) -> tuple[int, int]:
     first, second = value
     return _whole(first), _whole(second)
@@ -77,7 +88,8 @@ def _pair(value: Any) -> tuple[int, int]:
 
 # Annotation → what makes the value to keep of a value, and what people call the kind.
 _KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "Place": (lambda value: _text(os.fspath(value)), "a URL or a path"),
+    "Place": (_place, "a URL or a path"),
+    "tuple[Place, ...]": (_places, "a tuple of paths"),
     "str": (_text, "text"),
     "int": (_whole, "a whole number"),
     "float": (_number, "a number"),

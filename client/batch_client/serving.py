@@ -26,18 +26,21 @@ LOG_SECONDS = 10.0  # between looks at how large an embedded server's log is
 
 @dataclass(frozen=True)
 class Servers:
-    """The way to a model: a transport, a source of tokens, the servers' base URLs, the model's name there; and what
-    requests have in the shared memory of servers on this machine.
+    """The way to a model: a transport, where the token of each server comes from, by its base URL, the model's name
+    there; and what requests have in the shared memory of servers on this machine.
 
     alone: nobody else uses them.
     """
 
     transport: Transport
-    tokens: TokenSource
-    urls: tuple[str, ...]
+    tokens: Mapping[str, TokenSource]
     model: str
     regions: Regions = field(default_factory=Regions)
     alone: bool = False
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        return tuple(self.tokens)
 
 
 @asynccontextmanager
@@ -49,7 +52,7 @@ async def open_servers(spec: ServerSpec) -> AsyncIterator[Servers]:
     async with HttpTransport() as transport:
         if spec.archive is None:
             with closing(Regions()) as regions:
-                yield Servers(transport, _tokens_of(spec), spec.endpoints, spec.model or "", regions)
+                yield Servers(transport, _tokens_of(spec), spec.model or "", regions)
             return
         from batch_client.archives import local_archive  # noqa: PLC0415 - only --archive needs it
         from batch_client.server import EmbeddedServer, ServerSettings  # noqa: PLC0415 - only --archive needs it
@@ -61,7 +64,7 @@ async def open_servers(spec: ServerSpec) -> AsyncIterator[Servers]:
                 watch = asyncio.create_task(_keep_log_short(server))
                 try:
                     # Its regions end with it.
-                    yield Servers(transport, server, (server.url,), server.model_name, alone=True)
+                    yield Servers(transport, {server.url: server}, server.model_name, alone=True)
                 finally:
                     watch.cancel()
 
@@ -74,10 +77,14 @@ async def _keep_log_short(server: EmbeddedServer) -> None:
             await asyncio.sleep(LOG_SECONDS)
 
 
-def _tokens_of(spec: ServerSpec) -> TokenSource:
-    if spec.token_file is not None:
-        return FileTokens(Path(spec.token_file))
-    return NoTokens() if spec.token_command is None else CommandTokens(spec.token_command)
+def _tokens_of(spec: ServerSpec) -> dict[str, TokenSource]:
+    urls = [url.rstrip("/") for url in spec.endpoints]
+    files = [FileTokens(Path(file)) for file in spec.token_files]
+    if len(files) > 1:
+        return dict(zip(urls, files, strict=True))
+    if files:
+        return dict.fromkeys(urls, files[0])
+    return dict.fromkeys(urls, NoTokens() if spec.token_command is None else CommandTokens(spec.token_command))
 
 
 async def ask(servers: Servers, method: str, url: str, path: str, seconds: float, *,
@@ -88,10 +95,10 @@ async def ask(servers: Servers, method: str, url: str, path: str, seconds: float
     """
     refused: str | None = None
     for again in (True, False):
-        token = await servers.tokens.token(refused)
+        token = await servers.tokens[url].token(refused)
         try:
             reply = await servers.transport.send(
-                method, url.rstrip("/") + path, {**(headers or {}), **authorization(token)}, parts, seconds)
+                method, url + path, {**(headers or {}), **authorization(token)}, parts, seconds)
         except TransportError as error:
             raise ServingError(f"{url}: can't be reached ({error}): check --endpoint and that the server runs"
                                ) from error
@@ -105,7 +112,7 @@ async def ask(servers: Servers, method: str, url: str, path: str, seconds: float
 def turned_away(servers: Servers, url: str, verdict: Verdict) -> BatchClientError | None:
     """What to say of a server that lets nobody in, or not to this model; None of any other verdict."""
     if verdict.outcome is Outcome.TOKEN:
-        if isinstance(servers.tokens, NoTokens):
+        if isinstance(servers.tokens[url], NoTokens):
             return CredentialsError(f"{url}: the server wants a token ({verdict.reason}): "
                                     "give one with --token-file or --token-command")
         return CredentialsError(f"{url}: the server refuses the token ({verdict.reason}): "

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from batch_client.errors import MismatchError, UsageError
+from batch_client.figures import counted
 from batch_client.jsontext import canonical_json, parse_json
 from batch_client.kinds import Place, keep_kinds
 from batch_client.urls import split_url
@@ -58,8 +59,8 @@ class ServerSpec:
     endpoints: base URLs of servers, such as `http://host:8080`; empty when `archive` is given.
     archive: path or URL of a `.mar` to serve here for the length of the command.
     model: the model's name at the endpoints; known from the archive otherwise.
-    token_file: file with the endpoints' bearer token, read again when the token is refused.
-    token_command: command whose standard output is the token, run again when it is refused.
+    token_files: files with the bearer token of all endpoints, or of each in their order; read again when refused.
+    token_command: command whose standard output is the token of all, run again when it is refused.
     workers, threads: of the embedded server; None is its default.
     anonymous: read and write storage without credentials.
     """
@@ -67,7 +68,7 @@ class ServerSpec:
     endpoints: tuple[str, ...] = ()
     archive: Place | None = None
     model: str | None = None
-    token_file: Place | None = None
+    token_files: tuple[Place, ...] = ()
     token_command: str | None = None
     workers: int | None = None
     threads: int | None = None
@@ -89,8 +90,12 @@ class ServerSpec:
                                  "lead requests astray: wanted a URL such as http://host:8080")
         if self.endpoints and not self.model:
             raise UsageError("--endpoint also needs --model NAME, the name under which the server has the model")
-        if self.token_file and self.token_command:
+        if self.token_files and self.token_command:
             raise UsageError("--token-file and --token-command: wanted one or the other")
+        if len(self.token_files) not in (0, 1, len(self.endpoints)):
+            servers = counted(len(self.endpoints), "server")
+            raise UsageError(f"--token-file: found {len(self.token_files)} of them for {servers}, wanted one for all, "
+                             "or one for each --endpoint in their order")
         self._at_least("workers", "threads")
 
     def _at_least(self, *names: str, least: int = 1) -> None:

@@ -129,7 +129,7 @@ async def score(archive, source, out, configuration):
     settings = ServerSettings(archive=archive, workers=workers, threads=1, batch_size=batch, shared_memory=memory)
     async with EmbeddedServer(settings) as server, HttpTransport() as transport:
         def services():
-            return Services(Servers(transport, server, (server.url,), "bits"), open_store(str(path)),
+            return Services(Servers(transport, {server.url: server}, "bits"), open_store(str(path)),
                             open_store(str(out)))
 
         asking = asyncio.create_task(ask(server, images)) if online else None

@@ -92,9 +92,9 @@ class Tokens:
 
 
 async def test_a_token_that_is_refused_at_the_first_question_is_asked_for_anew():
-    assert (await fetch_contract(Servers(Guarded(), Tokens("old", "new"), (URL,), "toy"), URL)).name == "toy"
+    assert (await fetch_contract(Servers(Guarded(), {URL: Tokens("old", "new")}, "toy"), URL)).name == "toy"
     with pytest.raises(CredentialsError, match="the server refuses the token"):
-        await fetch_contract(Servers(Guarded(), Tokens("old"), (URL,), "toy"), URL)
+        await fetch_contract(Servers(Guarded(), {URL: Tokens("old")}, "toy"), URL)
 
 
 def test_memory_is_shared_with_our_own_handler_only(tmp_path, monkeypatch):

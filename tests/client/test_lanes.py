@@ -109,7 +109,7 @@ def test_servers_with_and_without_lanes_share_a_run(root):
 
     async def run():
         output = MemoryStore("memory://out")
-        services = Services(Servers(Two(), NoTokens(), tuple(servers), "toy"), world.source, output,
+        services = Services(Servers(Two(), dict.fromkeys(servers, NoTokens()), "toy"), world.source, output,
                             clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(1))
         return await execute(world.spec(), services)
 

@@ -67,6 +67,14 @@ def test_a_file_that_packing_lacks_is_named_with_its_flag(flag, wanted, tmp_path
     assert wanted in said
 
 
+@pytest.mark.parametrize("value", ['"http://one"', '["http://one"]'])
+def test_a_flag_that_may_be_repeated_takes_a_list_or_one_value_in_a_settings_file(value, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "batch-client.toml").write_text(f"[run]\nendpoint = {value}\n")
+    assert cli.main(["run", "in", "out"]) == 64
+    assert "--endpoint also needs --model NAME" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("value", ["0", '"0"'])
 def test_a_whole_number_of_a_settings_file_is_taken_with_and_without_quotes(value, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)

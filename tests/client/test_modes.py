@@ -179,7 +179,7 @@ def two_servers(first, second):
             server = first if url.startswith("http://one") else second
             return await server.send(method, url, headers, parts, deadline)
 
-    return Servers(Two(), NoTokens(), ("http://one", "http://two"), "toy")
+    return Servers(Two(), dict.fromkeys(("http://one", "http://two"), NoTokens()), "toy")
 
 
 def run_on(servers, world, output, *observers, **options):
@@ -391,7 +391,8 @@ def test_specs_of_parts_and_modes():
             ({"part": (1, 2), "overwrite": True}, "--overwrite and --part"),
             ({"reuse": "b", "overwrite": True}, "--reuse and OUTPUT are both b"),
             ({"reuse": "o", "exact": False}, "--reuse and --fast"), ({"max_failed": -1}, "--max-failed -1: wanted at"),
-            ({"token_file": "t", "token_command": "c"}, "--token-file and --token-command"),
+            ({"token_files": ["t"], "token_command": "c"}, "--token-file and --token-command"),
+            ({"token_files": ["t", "u"]}, "--token-file: found 2 of them for 1 server, wanted one for all, or one for"),
             ({"patience": float("nan")}, "--patience nan: wanted at least 0"),
             ({"input": "s3://key:secret@bucket/in"}, "INPUT has a user name or password"),
             ({"output": "s3://key@bucket/out"}, "OUTPUT has a user name or password"),

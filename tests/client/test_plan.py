@@ -177,7 +177,7 @@ def test_a_request_is_larger_where_memory_is_shared_and_where_nobody_waits(share
 def test_who_waits_is_known_by_the_lane_or_the_servers_owner(lane, alone, shared, wanted):
     contract = ModelContract("m", "1", "d", "f", 4, "x", np.dtype(np.uint8), (3,), (), bulk_lane=lane,
                              shared_memory=shared)
-    assert _request_size(contract, Servers(None, None, ("http://s",), "m", alone=alone)) == wanted
+    assert _request_size(contract, Servers(None, {"http://s": None}, "m", alone=alone)) == wanted
 
 
 def test_a_billion_records_are_planned_without_listing_them():

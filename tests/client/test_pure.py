@@ -159,7 +159,8 @@ def test_paths_and_numbers_of_other_libraries_are_kept_as_plain_ones():
     kept = (spec.input, spec.output, spec.archive, spec.reuse, spec.in_flight, spec.part, spec.patience)
     assert kept == ("in", "out", "m", "old", 4, (1, 2), 2.0)
     assert {type(value) for value in (spec.in_flight, *spec.part, spec.records.start)} == {int}
-    assert RunSpec(input="in", output="out", endpoints=["http://h"], model="m", token_file=Path("t")).token_file == "t"
+    servers = {"endpoints": ["http://h"], "model": "m", "token_files": [Path("t")]}
+    assert RunSpec(input="in", output="out", **servers).token_files == ("t",)
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("3:7", (3, 7)), (":7", (0, 7)), ("3:", (3, 9)), (":", (0, 9))])

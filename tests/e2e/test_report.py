@@ -84,7 +84,7 @@ async def test_a_run_that_is_stopped_leaves_a_page(folder, toy_server):
             stop.set()
 
     spec = RunSpec(input=str(folder / "in.zarr"), output=str(folder / "out.zarr"), chunk_records=50, in_flight=1,
-                   endpoints=(toy_server.url,), model=toy_server.model, token_file=str(toy_server.token_file))
+                   endpoints=(toy_server.url,), model=toy_server.model, token_files=(str(toy_server.token_file),))
     with pytest.raises(StoppedError), _page_about(spec, folder / "page.html") as observers:
         await run_async(spec, (at_the_first, *observers), stop)
     assert "stopped before the end" in text_of(folder / "page.html")
@@ -100,7 +100,7 @@ def test_a_page_that_can_no_longer_be_written_is_said_and_the_output_is_there(fo
             shutil.rmtree(place, ignore_errors=True)
 
     spec = RunSpec(input=str(folder / "in.zarr"), output=str(folder / "out.zarr"), endpoints=(toy_server.url,),
-                   model=toy_server.model, token_file=str(toy_server.token_file))
+                   model=toy_server.model, token_files=(str(toy_server.token_file),))
 
     with pytest.raises(StorageError, match="the report can't be written: No such file or directory"), \
             _page_about(spec, place / "page.html") as observers:

@@ -79,6 +79,24 @@ def test_two_endpoints_with_different_models(scale, sources, undisturbed, make_m
         assert run(sources(scale), output, scale, there, s3_environ)["already_published"]
 
 
+@each_scale
+def test_two_servers_with_a_token_each(scale, sources, undisturbed, moody_archive, s3_environ, output, tmp_path):
+    """Each gets its own and no other's: neither turns any request away, and both score."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with (Served(moody_archive, tmp_path / "one", workers=1) as first,
+          Served(moody_archive, tmp_path / "two", workers=1) as second,
+          FaultProxy(first.url) as one, FaultProxy(second.url) as two):
+        flags = [*first.flags_for(one.url), "--endpoint", two.url, "--token-file", str(second.token_file)]
+        summary = run(sources(scale), output, scale, flags, s3_environ)
+        assert summary["root"] == undisturbed(scale).root
+        for proxy in (one, two):
+            assert {seen.status for seen in proxy.seen if seen.method == "POST"} == {200}
+        # Where they change places, no server is left.
+        flags = [*second.flags_for(one.url), "--endpoint", two.url, "--token-file", str(first.token_file)]
+        assert "the server refuses the token" in run(sources(scale), output, scale, flags, s3_environ, code=77)
+
+
 @only_full
 def test_a_model_that_is_replaced_mid_run(scale, sources, undisturbed, make_moody, moody_server, s3_environ, output,
                                           tmp_path):

@@ -40,8 +40,8 @@ def test_an_outage_of_two_seconds_does_not_put_a_wide_run_to_sleep_for_minutes()
 
     async def run():
         loop, server = asyncio.get_running_loop(), Interrupted()
-        services = Services(Servers(server, NoTokens(), URLS, "toy"), world.source, world.output, clock=loop.time,
-                            rng=world.rng)
+        services = Services(Servers(server, dict.fromkeys(URLS, NoTokens()), "toy"), world.source, world.output,
+                            clock=loop.time, rng=world.rng)
         await execute(world.spec(endpoints=URLS, in_flight=5), services)
         return loop.time() - server.began, server.broken
 

@@ -82,7 +82,7 @@ def score(source, server, **options):
                       "chunk_records": 1000, "request_records": 64, "in_flight": 4, **options})
 
     async def run():
-        services = Services(Servers(server, NoTokens(), (URL,), "toy"), source, output,
+        services = Services(Servers(server, {URL: NoTokens()}, "toy"), source, output,
                             clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(2))
         return await execute(spec, services)
 
@@ -148,7 +148,7 @@ def test_without_leave_the_failures_are_held_back_and_a_later_run_may_accept_the
     assert [key for key in output.objects if key.startswith("y/c/")] == ["y/c/0/0"]
 
     async def resume():
-        services = Services(Servers(server, NoTokens(), (URL,), "toy"), source, output,
+        services = Services(Servers(server, {URL: NoTokens()}, "toy"), source, output,
                             clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(9))
         return await execute(RunSpec(
             input="memory://source", output="memory://out", endpoints=(URL,), model="toy", chunk_records=1000,

@@ -124,7 +124,7 @@ class SimulatedServer:
         return {"model_digest": self.digest, "fingerprint": self.fingerprint, "compute_ms": 1.0}
 
     def servers(self, urls=(URL,)):
-        return Servers(self, NoTokens(), urls, "toy")
+        return Servers(self, dict.fromkeys(urls, NoTokens()), "toy")
 
     def expected(self, records, grid_records, start=0):
         """What a run must write for source records from number `start` on."""

@@ -52,7 +52,7 @@ class World:
     def services(self, fate, life):
         transport = FaultyTransport(self.server, fate, life)
         return Services(
-            Servers(transport, NoTokens(), (URL,), "toy"), FaultyStore(self.source, fate, life),
+            Servers(transport, {URL: NoTokens()}, "toy"), FaultyStore(self.source, fate, life),
             FaultyStore(self.output, fate, life), clock=lambda: asyncio.get_running_loop().time(),
             rng=random.Random(self.rng.random()))
 

@@ -260,7 +260,7 @@ class _Session:
         settings = ServerSettings(archive, tuning=tuning, batch_size=1)
         environ = {name: value for name, value in self._environ.items() if name not in tuning.environment()}
         async with EmbeddedServer(settings, environ=environ) as server, HttpTransport() as transport:
-            yield Servers(transport, server, (server.url,), server.model_name, alone=True)
+            yield Servers(transport, {server.url: server}, server.model_name, alone=True)
 
     @asynccontextmanager
     async def _scratch(self, name: str) -> AsyncIterator[Store]:

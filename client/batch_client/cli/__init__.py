@@ -111,7 +111,7 @@ def _defaults(path: Path, verb: str, table: Any) -> dict[str, Any]:
             if isinstance(option.type, kind) and (isinstance(value, bool) or not isinstance(value, taken)):
                 wanted = "a number" if float in taken else "a whole number"
                 raise UsageError(f"{path}: [{verb}] {name} is {str(value)[:100]}: wanted {wanted}")
-        defaults[str(option.name)] = value
+        defaults[str(option.name)] = [value] if option.multiple and isinstance(value, str) else value
     return defaults
 
 

@@ -89,7 +89,8 @@ _server_flags = _stack(
     click.option("--archive", metavar="MODEL.mar",
                  help="Serve this archive here for the length of the command (a path, s3:// or https://)."),
     click.option("--model", metavar="NAME", help="The model's name at the endpoints."),
-    click.option("--token-file", metavar="FILE", help="File with the endpoints' token; read again when refused."),
+    click.option("--token-file", "token_files", multiple=True, type=click.Path(), metavar="FILE",
+                 help="File with the endpoints' token, or repeated one with that of each; read again when refused."),
     click.option("--token-command", metavar="COMMAND", help="Command that prints the token; run again when refused."),
     click.option("--workers", type=WORKERS, callback=split_workers, metavar="W[xT]", help="Worker processes of the "
                  "server of --archive, and threads of each, such as 2x4.  [default: tuned, or GPUs, or cores]"),
@@ -97,10 +98,10 @@ _server_flags = _stack(
 
 
 # The parameters of `_server_flags`.
-SERVER_OPTIONS = ("endpoints", "archive", "model", "token_file", "token_command", "workers")
+SERVER_OPTIONS = ("endpoints", "archive", "model", "token_files", "token_command", "workers")
 # What the flags of the one way to score, by their parameter, make useless: flags of the other way.
 _USELESS_BESIDE = {
-    "archive": ("--archive", ("model", "token_file", "token_command"), "servers that run already (--endpoint)"),
+    "archive": ("--archive", ("model", "token_files", "token_command"), "servers that run already (--endpoint)"),
     "endpoints": ("--endpoint", ("workers",), "a server that is started here (--archive)"),
 }
 

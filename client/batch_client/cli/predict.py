@@ -141,7 +141,7 @@ async def _send(servers: Servers, query: _Query) -> str:
     from batch_client.dialect import Outcome
     from batch_client.serving import ask, turned_away
 
-    url = servers.urls[0].rstrip("/")
+    url = servers.urls[0]
     reply, verdict = await ask(servers, "POST", url, f"/predictions/{servers.model}", SECONDS,
                                headers={"Content-Type": query.content_type, "Accept": JSON}, parts=(query.body,))
     if verdict.outcome is Outcome.RESULT:
