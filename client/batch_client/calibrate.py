@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
 from batch_client.errors import DataError, StoppedError
-from batch_client.events import Event, RecordFailed, RecordsScored, RequestRetried, RunStarted
+from batch_client.events import Event, RecordFailed, RecordsScored, RequestRetried, RunStarted, ServerLeftOut
 from batch_client.forecast import Answer, Forecast, Sample, forecast
 from batch_client.pipeline import execute, plan_run
 from batch_client.plan import Plan
@@ -26,13 +26,15 @@ CHUNK = "/c/"
 @dataclass(frozen=True)
 class Calibration:
     """The plan of the whole run, and what a part of it showed: `forecast`, of the run or of its `--part`, is None where
-    there were too few answers. `peak_memory_bytes` is of this process, its imports included.
+    there were too few answers. `left_out` has the reasons for servers that it went on without. `peak_memory_bytes` is
+    of this process, its imports included.
     """
 
     plan: Plan
     forecast: Forecast | None
     records: int
     failed: int
+    left_out: tuple[str, ...]
     seconds: float
     peak_memory_bytes: int
 
@@ -44,6 +46,7 @@ class _Watcher:
         self.plan: Plan | None = None
         self.failed = 0
         self.refused = ""
+        self.left_out: list[str] = []
         self.began = services.clock()
         self.sample = Sample(self.began)
         self._clock = services.clock
@@ -58,6 +61,8 @@ class _Watcher:
                 self.sample.add(Answer(self._clock(), len(event.status)))
             case RequestRetried():
                 self.refused = f"{event.endpoint} said: {event.reason}"
+            case ServerLeftOut():
+                self.left_out.append(event.reason)
             case RecordFailed():
                 self.failed += 1
         if self.sample.enough(self._clock()):
@@ -107,5 +112,6 @@ async def calibrate(spec: RunSpec, services: Services) -> Calibration:
                            f"{watcher.refused}")
     parts = 1 if spec.part is None else spec.part[1]
     return Calibration(watcher.plan, forecast(answers, -(-watcher.plan.count // parts)),
-                       sum(answer.records for answer in answers), watcher.failed, services.clock() - watcher.began,
+                       sum(answer.records for answer in answers), watcher.failed, tuple(watcher.left_out),
+                       services.clock() - watcher.began,
                        peak_memory())

@@ -42,6 +42,9 @@ class Verdict:
     outcome: Outcome
     reason: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.outcome.value}: {self.reason}"
+
 
 _BY_TYPE = {
     "ServiceUnavailableException": Outcome.BUSY,

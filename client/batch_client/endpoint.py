@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batch_client.errors import BatchClientError, MismatchError, ServingError
+from batch_client.events import Event, ServerAway, ServerBack, ServerLeftOut
 from batch_client.limiter import Limiter
 from batch_client.retry import full_jitter
 
@@ -23,6 +24,7 @@ __all__ = ["Endpoint", "Pool", "Room"]
 EJECT_AFTER = 3
 EJECT_SECONDS = 1.0
 EJECT_MOST_SECONDS = 30.0
+AWAY_AFTER = 2  # ejections without an answer between them: what breaks for a second is not worth a word
 
 
 @dataclass(eq=False)
@@ -43,6 +45,7 @@ class Endpoint:
     outputs_held: int = 0
     in_flight: int = 0
     broken: int = 0
+    broken_since: float = 0.0
     ejections: int = 0
     turned_away: int = 0
     refused_token: str | None = None
@@ -71,14 +74,14 @@ class Pool:
         self._rng = rng
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
-        self._tell: Callable[[str], None] = lambda _: None
+        self._emit: Callable[[Event], None] = lambda _: None
 
-    def on_left_out(self, tell: Callable[[str], None]) -> None:
-        """Call `tell` with the reason for each server that is left out, now or later."""
-        self._tell = tell
+    def tell(self, emit: Callable[[Event], None]) -> None:
+        """Call `emit` with what happens to servers from now on, and first for those that are left out already."""
+        self._emit = emit
         for endpoint in self.endpoints:
             if endpoint.left_out is not None:
-                tell(str(endpoint.left_out))
+                emit(ServerLeftOut(str(endpoint.left_out)))
 
     @asynccontextmanager
     async def room(self, turn: AbstractAsyncContextManager[object] | None = None) -> AsyncIterator[Endpoint]:
@@ -127,6 +130,8 @@ class Pool:
 
     def answered(self, endpoint: Endpoint, sent_at: float, records: int, compute: float, before: float) -> None:
         """It answered a request of so many records that was sent at `sent_at`; compute and before: see `Limiter`."""
+        if endpoint.ejections >= AWAY_AFTER:
+            self._emit(ServerBack(endpoint.url, self._clock() - endpoint.broken_since))
         endpoint.broken = endpoint.ejections = endpoint.turned_away = 0
         endpoint.other_model = endpoint.refused_since = None
         endpoint.limiter.answered(self._clock(), sent_at, endpoint.in_flight, records, compute, before)
@@ -152,15 +157,19 @@ class Pool:
             endpoint.rests_until = self._clock() + full_jitter(endpoint.turned_away, self._rng)
             endpoint.turned_away += 1
 
-    def broke(self, endpoint: Endpoint, sent_at: float) -> None:
+    def broke(self, endpoint: Endpoint, sent_at: float, reason: str) -> None:
         """The connection failed, or the reply was not to be trusted. Requests that were under way together count once
         for an ejection.
         """
+        if endpoint.broken == 0:
+            endpoint.broken_since = self._clock()
         endpoint.broken += 1
         if endpoint.broken >= EJECT_AFTER and sent_at >= endpoint.rests_until:
             pause = min(EJECT_MOST_SECONDS, EJECT_SECONDS * 2.0**endpoint.ejections)
             endpoint.ejections += 1
             endpoint.rests_until = self._clock() + pause
+            if endpoint.ejections == AWAY_AFTER:
+                self._emit(ServerAway(endpoint.url, reason))
 
     def strange(self, endpoint: Endpoint, other_model: str) -> None:
         """A sound reply named another model. One may be a bit that flipped in the name; two alike are the truth."""
@@ -182,5 +191,5 @@ class Pool:
         """Never use this server again in this run. That is told once, and not of the last one, whose reason ends it."""
         known, endpoint.left_out = endpoint.left_out, endpoint.left_out or reason
         if known is None and any(other.left_out is None for other in self.endpoints):
-            self._tell(str(reason))
+            self._emit(ServerLeftOut(str(reason)))
         self._changed.set()

@@ -25,6 +25,8 @@ __all__ = [
     "RequestRetried",
     "RequestSent",
     "RunStarted",
+    "ServerAway",
+    "ServerBack",
     "ServerLeftOut",
     "Step",
     "StepBegan",
@@ -57,6 +59,22 @@ class ServerLeftOut:
     """A server of the run is never asked again, for a reason that names it; the run goes on with the others."""
 
     reason: str
+
+
+@dataclass(frozen=True)
+class ServerAway:
+    """Attempts at a server break one after the other, with a pause between them: it is tried again now and then."""
+
+    endpoint: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ServerBack:
+    """A server that was away has answered a request, so many seconds after its first attempt that broke."""
+
+    endpoint: str
+    seconds: float
 
 
 class Step(Enum):
@@ -176,8 +194,8 @@ class Published:
     already: bool = False
 
 
-Event = (RunStarted | ServerLeftOut | StepBegan | StepEnded | RequestSent | RequestDone | RequestRetried | RecordsScored
-         | RecordFailed | ChunkHeld | ChunkWritten | Stopping | Published)
+Event = (RunStarted | ServerLeftOut | ServerAway | ServerBack | StepBegan | StepEnded | RequestSent | RequestDone
+         | RequestRetried | RecordsScored | RecordFailed | ChunkHeld | ChunkWritten | Stopping | Published)
 
 
 class Observer(Protocol):

@@ -167,7 +167,7 @@ class Exchange:
             if prediction is not None:
                 return prediction
             if _is_suspect(verdict, tries):
-                self._emit(RequestRetried(endpoint.url, f"{verdict.outcome.value}: {verdict.reason}", 0.0, seconds))
+                self._emit(RequestRetried(endpoint.url, str(verdict), 0.0, seconds))
                 return verdict
             await self._before_next(endpoint, verdict, tries, seconds)
 
@@ -302,7 +302,7 @@ class Exchange:
                     self.pool.leave_out(endpoint, CredentialsError(
                         f"{endpoint.url} refuses the token: {verdict.reason}"))
             case Outcome.BROKEN | Outcome.CORRUPT:
-                self.pool.broke(endpoint, sent_at)
+                self.pool.broke(endpoint, sent_at, str(verdict))
             case Outcome.NOT_SHARED:
                 self._send_bodies(endpoint)
             case Outcome.OTHER_MODEL:
@@ -312,12 +312,12 @@ class Exchange:
         idle = self.out_of_patience(tries.began)
         if idle is not None:
             raise StoppedError(f"no request was answered for {idle:.0f} s (--patience {self._patience:g}); the last "
-                               f"answer of {endpoint.url}: {verdict.outcome.value}: {verdict.reason}; "
+                               f"answer of {endpoint.url}: {verdict}; "
                                "the same command goes on from here")
         # A server without room, or that wants another token, rests for all requests (pool): nothing to wait for here.
         rests = verdict.outcome in (Outcome.BUSY, Outcome.TOKEN)
         delay = 0.0 if rests else full_jitter(tries.made, self._rng)
-        self._emit(RequestRetried(endpoint.url, f"{verdict.outcome.value}: {verdict.reason}", delay, seconds))
+        self._emit(RequestRetried(endpoint.url, str(verdict), delay, seconds))
         if not rests:
             await self._wait(delay)
 

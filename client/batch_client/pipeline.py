@@ -25,7 +25,6 @@ from batch_client.events import (
     RecordFailed,
     RecordsScored,
     RunStarted,
-    ServerLeftOut,
     Step,
     Stopping,
     timed,
@@ -213,7 +212,7 @@ class _Run:
         servers = sum(endpoint.left_out is None for endpoint in self._prepared.pool.endpoints)
         self._emit(RunStarted(self._plan, self._spec.output, contract.name, contract.digest, self.view.records,
                               contract.fingerprint, self._spec.in_flight * servers, contract.ceiling))
-        self._prepared.pool.on_left_out(lambda reason: self._emit(ServerLeftOut(reason)))
+        self._prepared.pool.tell(self._emit)
         try:
             await self._score_all()
         finally:

@@ -7,6 +7,7 @@ import pytest
 
 from batch_client.endpoint import EJECT_AFTER, EJECT_MOST_SECONDS, Pool
 from batch_client.errors import ServingError
+from batch_client.events import ServerAway, ServerBack, ServerLeftOut
 
 
 class Clock:
@@ -32,7 +33,7 @@ def test_a_success_ends_a_row_of_breaks(pool, clock):
     endpoint = pool.endpoints[0]
     for _ in range(3):
         for _ in range(EJECT_AFTER - 1):
-            pool.broke(endpoint, clock.now)
+            pool.broke(endpoint, clock.now, "reset")
         pool.answered(endpoint, clock.now, 1, 0.0, 0.0)
     assert endpoint.ejections == 0
     endpoint.in_flight = 1
@@ -42,7 +43,7 @@ def test_a_success_ends_a_row_of_breaks(pool, clock):
 def test_an_ejection_doubles_up_to_half_a_minute(pool, clock):
     endpoint, pauses = pool.endpoints[0], []
     for _ in range(EJECT_AFTER + 7):
-        pool.broke(endpoint, clock.now)
+        pool.broke(endpoint, clock.now, "reset")
         pauses.append(max(endpoint.rests_until - clock.now, 0.0))
         clock.now += pauses[-1]
     assert pauses == [0, 0, 1, 2, 4, 8, 16, *[EJECT_MOST_SECONDS] * 3]
@@ -68,18 +69,45 @@ def test_who_is_left_out_is_told_once_and_the_last_one_by_its_error(pool):
     first, second = pool.endpoints
     said = []
     pool.leave_out(first, ServingError("http://a: gone"))
-    pool.on_left_out(said.append)
-    assert said == ["http://a: gone"]
+    pool.tell(said.append)
+    assert said == [ServerLeftOut("http://a: gone")]
     pool.leave_out(first, ServingError("http://a: a request that was under way"))
     pool.leave_out(second, ServingError("http://b: gone"))
-    assert said == ["http://a: gone"]
+    assert said == [ServerLeftOut("http://a: gone")]
     assert str(first.left_out) == "http://a: gone"
     assert str(second.left_out) == "http://b: gone"
 
 
 def test_who_is_left_out_in_the_middle_is_told(pool):
     said = []
-    pool.on_left_out(said.append)
+    pool.tell(said.append)
     assert said == []
     pool.leave_out(pool.endpoints[1], ServingError("http://b: gone"))
-    assert said == ["http://b: gone"]
+    assert said == [ServerLeftOut("http://b: gone")]
+
+
+def test_a_server_that_breaks_for_more_than_a_moment_is_told_once_and_so_is_its_return(pool, clock):
+    said = []
+    pool.tell(said.append)
+    first = pool.endpoints[0]
+
+    def break_again():
+        for _ in range(EJECT_AFTER):
+            pool.broke(first, clock.now, "the connection broke: reset")
+        clock.now = first.rests_until
+
+    def answer():
+        pool.answered(first, clock.now, 1, 0.0, 0.0)
+
+    break_again()
+    answer()
+    assert said == []  # a second
+    began = clock.now
+    for _ in range(4):
+        break_again()
+    assert said == [ServerAway("http://a", "the connection broke: reset")]
+    away = clock.now - began
+    answer()
+    answer()
+    assert said[1:] == [ServerBack("http://a", away)]
+    assert away > 3

@@ -32,7 +32,7 @@ def test_one_burst_of_resets_is_one_ejection():
     pool = Pool((URL,), 8, lambda: 10.0, random.Random(1))
     endpoint = pool.endpoints[0]
     for _ in range(EJECT_AFTER + 8):
-        pool.broke(endpoint, sent_at=9.0)
+        pool.broke(endpoint, 9.0, "reset")
     assert endpoint.ejections == 1
 
 

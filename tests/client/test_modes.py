@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from batch_client.calibrate import calibrate
 from batch_client.errors import DataError, MismatchError, StoppedError, UsageError
 from batch_client.events import ServerLeftOut
 from batch_client.pipeline import execute
@@ -182,10 +183,13 @@ def two_servers(first, second):
     return Servers(Two(), dict.fromkeys(("http://one", "http://two"), NoTokens()), "toy")
 
 
+def services_on(servers, world, output):
+    return Services(servers, world.source, output, clock=lambda: asyncio.get_running_loop().time(),
+                    rng=random.Random(1))
+
+
 def run_on(servers, world, output, *observers, **options):
-    services = Services(servers, world.source, output, clock=lambda: asyncio.get_running_loop().time(),
-                        rng=random.Random(1))
-    return execute(world.spec(**options), services, observers)
+    return execute(world.spec(**options), services_on(servers, world, output), observers)
 
 
 def test_servers_that_differ_are_left_out_and_the_run_goes_on(root):
@@ -228,6 +232,10 @@ def test_a_server_that_the_run_goes_on_without_is_named(root, other, reason):
         assert other.requests == 0
         (why,) = [event.reason for event in said if isinstance(event, ServerLeftOut)]
         assert why.startswith(reason)
+        assert summary.left_out == (why,)
+        assert [limit > 0 for limit in summary.in_flight] == [True, False]
+        found = await calibrate(world.spec(), services_on(two_servers(SimulatedServer(), other), world, world.output))
+        assert found.left_out == (why,)
 
     run_virtually(run())
 

@@ -4,9 +4,9 @@ import json
 import os
 import threading
 
-from batch_client.cli.observers import LogLines
+from batch_client.cli.observers import LogLines, ProgressBar
 from batch_client.cli.stream import MOST_WAITING, PatientStream
-from batch_client.events import Stopping
+from batch_client.events import ServerAway, ServerBack, ServerLeftOut, Stopping
 
 
 def test_log_lines_that_are_dropped_are_whole_lines():
@@ -28,3 +28,21 @@ def test_log_lines_that_are_dropped_are_whole_lines():
     assert len(read) < 2 * lines
     numbers = [int(json.loads(line)["reason"].split()[0]) for line in read]
     assert numbers == sorted({*numbers})
+
+
+def test_what_becomes_of_servers_has_a_line_each():
+    class Screen:
+        text = ""
+
+        def write(self, text):
+            self.text += text
+
+    screen = Screen()
+    bar = ProgressBar(screen)
+    bar(ServerAway("http://b", "the connection broke: reset\nby peer"))
+    bar(ServerBack("http://b", 12.4))
+    bar(ServerLeftOut("http://c: can't be reached"))
+    assert screen.text.split("\n") == [
+        "", "http://b gives no sound answer (the connection broke: reset by peer): it is tried again until it does",
+        "", "http://b answers again, after 12 s",
+        "", "going on without a server: http://c: can't be reached", ""]

@@ -24,6 +24,7 @@ from batch_client.events import (
     RequestRetried,
     RequestSent,
     RunStarted,
+    ServerAway,
     ServerLeftOut,
 )
 from batch_client.pieces import Pieces
@@ -42,6 +43,7 @@ from support.virtual import run_virtually
 from support.world import World
 
 SVG = "{http://www.w3.org/2000/svg}"
+HTML = "{http://www.w3.org/1999/xhtml}"
 NASTY = "<script>alert('x')</script>&\x00\x1b\n\"' http://evil.example/x.png ]]>\ud800\udcff\uffff"
 positive = st.floats(1e-6, 1e6)
 
@@ -194,6 +196,7 @@ def test_what_others_say_is_text_and_nothing_is_loaded():
     report = reported(60.0, 50)
     report(Published(f"memory://{NASTY}", "sha256:root"))
     report(ServerLeftOut(f"http://two: {NASTY}"))
+    report(ServerAway("http://two", NASTY))
     page = render(report.data(NASTY))
     root = parsed(page)
     assert "script" not in {element.tag.rpartition("}")[2] for element in root.iter()}
@@ -204,6 +207,8 @@ def test_what_others_say_is_text_and_nothing_is_loaded():
     text = "".join(root.itertext())
     assert "alert('x')" in text
     assert "Gone on without a server: http://two: <script>alert('x')" in text
+    cells = [["".join(cell.itertext()) for cell in row] for row in root.iter(f"{HTML}tr")]
+    assert ["http://two", "0", "0", "0", "1"] in cells
     assert "Limited by" in text
     assert "of the ceiling" in text
     # The clock of a request begins before there is a connection for it.

@@ -155,7 +155,11 @@ def test_an_outage_sees_no_more_requests_than_usual(scale, sources, undisturbed,
         during = len(proxy.seen) - began
         proxy.down = False
         summary = client.finish()
+        (away,), (back,) = client.events("server away"), client.events("server back")
     assert summary["root"] == wanted
+    assert away["endpoint"] == back["endpoint"] == proxy.url
+    assert away["reason"].startswith("the connection broke")
+    assert seconds - 1 < back["seconds"] < seconds + 60
     assert 3 <= during <= 1.1 * rate * seconds
 
 

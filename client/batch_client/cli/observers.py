@@ -19,6 +19,8 @@ from batch_client.events import (
     RequestRetried,
     RequestSent,
     RunStarted,
+    ServerAway,
+    ServerBack,
     ServerLeftOut,
     Stopping,
 )
@@ -45,8 +47,6 @@ class ProgressBar:
                     total=event.plan.count, initial=event.done, unit=" records", unit_scale=True, file=self._stream,
                     desc=event.model, dynamic_ncols=self._stream.isatty(),
                     mininterval=REDRAW_SECONDS if self._stream.isatty() else LINE_SECONDS)
-            case ServerLeftOut():
-                self._stream.write(f"\ngoing on without a server: {' '.join(event.reason.split())}\n")
             case RequestSent():
                 self._in_flight += 1
             case RequestDone():
@@ -58,9 +58,9 @@ class ProgressBar:
                 self._failed += 1
             case ChunkWritten() | ChunkHeld():
                 self._advance(event.records)
-            case Stopping():
-                self._stream.write("\nstopping: finishing the output chunks that are begun, for 12 s at most "
-                                   "(again to stop at once)\n")
+            case ServerLeftOut() | ServerAway() | ServerBack() | Stopping():
+                # A line of its own, below what is there of the bar.
+                self._stream.write(f"\n{' '.join(_said(event).split())}\n")
 
     def _advance(self, records: int) -> None:
         if self._bar is not None:
@@ -71,6 +71,33 @@ class ProgressBar:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _said(event: ServerLeftOut | ServerAway | ServerBack | Stopping) -> str:
+    match event:
+        case ServerLeftOut():
+            return f"going on without a server: {event.reason}"
+        case ServerAway():
+            return f"{event.endpoint} gives no sound answer ({event.reason}): it is tried again until it does"
+        case ServerBack():
+            return f"{event.endpoint} answers again, after {event.seconds:.0f} s"
+        case Stopping():
+            return "stopping: finishing the output chunks that are begun, for 12 s at most (again to stop at once)"
+
+
+# What JSON lines are written for: the level, and what the event is called there.
+_LINES: dict[type[Event], tuple[str, str]] = {
+    RunStarted: ("info", "run started"),
+    ServerLeftOut: ("warning", "server left out"),
+    ServerAway: ("warning", "server away"),
+    ServerBack: ("info", "server back"),
+    RequestRetried: ("warning", "request retried"),
+    RecordFailed: ("warning", "record failed"),
+    ChunkHeld: ("warning", "chunk held back"),
+    ChunkWritten: ("info", "chunk written"),
+    Stopping: ("warning", "stopping"),
+    Published: ("info", "published"),
+}
 
 
 class LogLines:
@@ -84,28 +111,16 @@ class LogLines:
                         structlog.processors.JSONRenderer()])
 
     def __call__(self, event: Event) -> None:
-        match event:
-            case RunStarted():
-                self._log.info("run started", output=event.output, model=event.model, digest=event.model_digest,
-                               records=event.plan.count, done=event.done, chunks=event.plan.unit_count)
-            case ServerLeftOut():
-                self._log.warning("server left out", **_values(event))
-            case RequestRetried():
-                self._log.warning("request retried", **_values(event))
-            case RecordFailed():
-                self._log.warning("record failed", **_values(event))
-            case ChunkHeld():
-                self._log.warning("chunk held back", **_values(event))
-            case ChunkWritten():
-                self._log.info("chunk written", **_values(event))
-            case Stopping():
-                self._log.warning("stopping", reason=event.reason)
-            case Published():
-                self._log.info("published", **_values(event))
+        if line := _LINES.get(type(event)):
+            level, name = line
+            getattr(self._log, level)(name, **_values(event))
 
     def close(self) -> None:
         """Nothing is held back."""
 
 
 def _values(event: Event) -> dict[str, Any]:
+    if isinstance(event, RunStarted):
+        return {"output": event.output, "model": event.model, "digest": event.model_digest,
+                "records": event.plan.count, "done": event.done, "chunks": event.plan.unit_count}
     return {field.name: getattr(event, field.name) for field in fields(event)}

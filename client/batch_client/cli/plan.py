@@ -74,6 +74,7 @@ def _forecast(found: Calibration) -> dict[str, Any]:
         "calibrated_with_records": found.records,
         "calibrated_in_seconds": round(found.seconds, 1),
         "failed_in_calibration": found.failed,
+        **({"without_servers": "; ".join(found.left_out)} if found.left_out else {}),
         "seconds": None if guess is None else [round(value, 2) for value in
                                                (guess.seconds, guess.seconds_low, guess.seconds_high)],
         "records_per_s": None if guess is None else significant(guess.records_per_s),

@@ -19,6 +19,7 @@ from batch_client.events import (
     RequestDone,
     RequestRetried,
     RunStarted,
+    ServerAway,
     ServerLeftOut,
 )
 from batch_client.report.sketches import EvenSample, LogHistogram, Timeline
@@ -60,6 +61,7 @@ class ServerCounts:
     requests: int = 0
     records: int = 0
     retries: int = 0
+    outages: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ class Report:
                 self._started, self._began = event, self._clock()
             case ServerLeftOut():
                 self._left_out = [*self._left_out, event.reason][:MOST_NAMES]
+            case ServerAway():
+                self._server(event.endpoint).outages += 1
             case RecordsScored():
                 self._scored(event)
             case RequestDone():

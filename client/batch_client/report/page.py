@@ -261,8 +261,9 @@ def _score_range(scores: np.ndarray) -> tuple[float, float]:
 
 
 def _servers(data: ReportData) -> str:
-    return _table(["server", "requests", "records in them", "attempts without a result"],
-                  [[text_of(url), f"{server.requests:,}", f"{server.records:,}", f"{server.retries:,}"]
+    return _table(["server", "requests", "records in them", "attempts without a result", "outages"],
+                  [[text_of(url), f"{server.requests:,}", f"{server.records:,}", f"{server.retries:,}",
+                   f"{server.outages:,}"]
                    for url, server in data.servers.items()])
 
 
