@@ -222,6 +222,7 @@ def test_a_report_stays_small_however_long_the_run():
         long(ServerLeftOut(f"http://{number}"))
     data = long.data()
     assert len(data.left_out) == MOST_NAMES
+    assert f"Gone on without a server: and {100 - MOST_NAMES} more" in render(data)
     assert len(data.timeline.buckets) <= 240
     assert len(data.timeline.names()) <= MOST_NAMES + 2
     assert len(data.servers) <= MOST_NAMES + 1

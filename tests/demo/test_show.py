@@ -214,9 +214,22 @@ def test_records_without_a_score_do_not_hide_those_that_the_model_was_least_sure
     scores = np.linspace(0.9, 0.2, 100).astype(np.float32)
     classes = np.zeros(100, np.int64)
     classes[:20], scores[:20] = -1, np.nan
-    titles = dict(_choose(_Answers(0, 100, classes, scores, None))[1:])
+    titles = dict(_choose(_Answers(0, 100, classes, scores, None), classes=True)[1:])
     assert titles["the 16 with the lowest best score"] == list(range(99, 83, -1))
     assert titles["16 of 20 without a score"] == list(range(16))
+
+
+@pytest.mark.parametrize(("scored", "lowest", "highest"), [
+    (range(20, 100), [*range(99, 91, -1)], [*range(20, 28)]), (range(3), [2, 1, 0], None), (range(0), None, None),
+])
+def test_of_one_number_a_record_the_lowest_and_the_highest_are_shown(scored, lowest, highest):
+    scores = np.full(100, np.nan, np.float32)
+    scores[scored] = np.linspace(40, -7, len(scored))
+    classes = np.where(np.isnan(scores), -1, 0)
+    titles = dict(_choose(_Answers(0, 100, classes, scores, None), classes=False)[1:])
+    assert titles.get(f"the {min(8, len(scored))} lowest") == lowest
+    assert titles.get("the 8 highest") == highest
+    assert len(titles) == (lowest is not None) + (highest is not None) + (len(scored) < 100)
 
 
 @pytest.mark.parametrize("key", ["scores/zarr.json", "record_status/zarr.json"])

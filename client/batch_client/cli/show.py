@@ -134,7 +134,8 @@ async def _show(output_url: str, *, labels: str | None, records: str | None, sou
     span = _Range(start, stop, origin, scores.geometry.count, inputs.geometry.count)
     truth = None if labels is None else await _labels(labels, span, anonymous=anonymous)
     answers = await _answers(scores, output.status, origin, start, stop, truth)
-    panels = [await _panel(title, picks, inputs, scores, origin, answers) for title, picks in _choose(answers)]
+    panels = [await _panel(title, picks, inputs, scores, origin, answers)
+              for title, picks in _choose(answers, classes=output.has_classes)]
     figures = _figures(output_url, output, answers)
     sentence = _sentence(figures) if output.alone else f"{output.name}: {_sentence(figures)}"
     return draw(f"{_place(output_url).name}: {sentence}", panels), figures, sentence
@@ -279,8 +280,8 @@ def _rows(scores: np.ndarray) -> np.ndarray:
     return scores.reshape(len(scores), -1).astype("float64")
 
 
-def _choose(answers: _Answers) -> list[tuple[str, list[int]]]:
-    """Titles and places (within the range) of the records to draw."""
+def _choose(answers: _Answers, *, classes: bool) -> list[tuple[str, list[int]]]:
+    """Titles and places (within the range) of the records to draw; without `classes` each has one number."""
     import numpy as np
 
     count = answers.count
@@ -290,9 +291,13 @@ def _choose(answers: _Answers) -> list[tuple[str, list[int]]]:
     panels = [(f"{EVENLY} of {count:,} records, evenly spaced", evenly)]
     if answers.labels is None:
         without, scored = np.flatnonzero(answers.classes < 0), np.flatnonzero(answers.classes >= 0)
-        doubtful = scored[np.argsort(answers.scores[scored], kind="stable")][:NOTABLE]
-        if len(doubtful):
-            panels.append((f"the {len(doubtful)} with the lowest best score", doubtful.tolist()))
+        ranked = scored[np.argsort(answers.scores[scored], kind="stable")]
+        if classes:
+            panels.append((f"the {len(ranked[:NOTABLE])} with the lowest best score", ranked[:NOTABLE].tolist()))
+        else:
+            low, high = ranked[:NOTABLE // 2], ranked[NOTABLE // 2:][:-NOTABLE // 2 - 1:-1]
+            panels += [(f"the {len(low)} lowest", low.tolist()), (f"the {len(high)} highest", high.tolist())]
+        panels = [(title, picks) for title, picks in panels if picks]
         if len(without):
             few = "" if len(without) <= NOTABLE else f"{NOTABLE} of "
             panels.append((f"{few}{len(without):,} without a score", without[:NOTABLE].tolist()))

@@ -69,8 +69,8 @@ class ReportData:
     """All that a page needs. `ending` says why a run is not published, "" for one that is. `records` are those of the
     whole run, `done` those proven before it began, `stored` those of the chunks written by it. Seconds are from the
     first read to the last event, and to the last prediction; `latency` is of answered requests, in seconds; `left_out`
-    has the reasons for servers that the run went on without; `scores` are the highest value of the output `score_name`
-    of evenly spaced records that have one.
+    has the first reasons for servers that the run went on without; `scores` are the highest value of the output
+    `score_name` of evenly spaced records that have one.
     """
 
     input: str
@@ -90,6 +90,7 @@ class ReportData:
     latency: LogHistogram
     servers: Mapping[str, ServerCounts]
     left_out: Sequence[str]
+    left_out_count: int
     statuses: Sequence[int]
     score_name: str
     scores: np.ndarray
@@ -134,6 +135,7 @@ class Report:
             case RunStarted():
                 self._started, self._began = event, self._clock()
             case ServerLeftOut():
+                self._counts.update(left_out=1)
                 self._left_out = [*self._left_out, event.reason][:MOST_NAMES]
             case ServerAway():
                 self._server(event.endpoint).outages += 1
@@ -171,6 +173,7 @@ class Report:
             latency=self._latency,
             servers=self._servers,
             left_out=self._left_out,
+            left_out_count=self._counts["left_out"],
             statuses=[int(count) for count in self._statuses[:3]],
             score_name=self._score_name or "",
             scores=_finite(self._scores.items),

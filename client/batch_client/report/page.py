@@ -36,7 +36,7 @@ def render(data: ReportData) -> str:
     parts = [
         f"<h1>{text_of(heading)}</h1>",
         _ending(data),
-        *(f'<p class="ending">Gone on without a server: {text_of(reason)}</p>' for reason in data.left_out),
+        *(f'<p class="ending">Gone on without a server: {text_of(reason)}</p>' for reason in _left_out(data)),
         "" if found is None else _verdict(found),
         _section("This run", _definitions(_figures(data))),
         *([] if found is None else _charts(data, found)),
@@ -50,6 +50,11 @@ def render(data: ReportData) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
             f"<title>{text_of(heading)}</title><style>{STYLE}</style></head><body><main>\n"
             + "\n".join(part for part in parts if part) + "\n</main></body></html>\n")
+
+
+def _left_out(data: ReportData) -> list[str]:
+    more = data.left_out_count - len(data.left_out)
+    return [*data.left_out, *([f"and {more:,} more like that"] if more else [])]
 
 
 def _section(title: str, body: str) -> str:
@@ -80,7 +85,7 @@ def _heading(data: ReportData) -> str:
     if data.started is None:
         return f"{name}: published before this run"
     if data.published is None:
-        return f"{name}: {counted(data.stored, 'record')} scored, not published"
+        return f"{name}: {counted(data.stored, 'record')} stored, not published"
     return f"{name}: {counted(data.stored, 'record')} scored in {_seconds(data.seconds)}"
 
 
