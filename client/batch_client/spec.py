@@ -219,7 +219,8 @@ class RunIdentity:
                                 "it is not an output of batch-client; choose another OUTPUT") from error
         if differing:
             raise MismatchError(f"{where} belongs to another run: {'; '.join(differing)}; "
-                                "choose another OUTPUT, or use the same settings to go on with it")
+                                "choose another OUTPUT, use the same settings to go on with it, or replace it with "
+                                "--overwrite")
 
 
 def _differences(mine: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
