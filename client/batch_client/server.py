@@ -41,7 +41,7 @@ REFUSED = 400  # what TorchServe answers to a token that it does not take
 
 
 class _PortTakenError(Exception):
-    """A port that was free is not any more; another start gets others."""
+    """A port is somebody else's, in TorchServe's words. Of those that nobody asked for another start gets others."""
 
 
 class EmbeddedServer:
@@ -128,12 +128,14 @@ class EmbeddedServer:
         for left in reversed(range(STARTS)):
             try:
                 await self._start_once(java, home)
-            except _PortTakenError:
+            except _PortTakenError as taken:
                 await self._end()
-                if not left:
+                asked = self._settings.port is not None or self._settings.metrics_port is not None
+                if asked or not left:
                     await self.stop()
-                    raise ServingError(f"no free ports for TorchServe in {STARTS} starts, others took them in between: "
-                                       "try again") from None
+                    raise ServingError(f"{taken}: end what listens there, or take another --port or --metrics-port"
+                                       if asked else f"no free ports for TorchServe in {STARTS} starts, others took "
+                                       "them in between: try again") from None
             except BaseException as error:
                 if self._running is not None:
                     self._running.failed = isinstance(error, ServingError)
@@ -238,9 +240,7 @@ class EmbeddedServer:
         """Raises when TorchServe found a port taken or has ended by itself."""
         log = self._alive().log()
         if taken := taken_port(log):  # workers die of it too: this reason comes first
-            if self._settings.port is None and self._settings.metrics_port is None:
-                raise _PortTakenError
-            raise ServingError(f"a port is taken (log: {self.log_path}): {taken}")
+            raise _PortTakenError(taken)
         if self.ended():
             raise ServingError(f"TorchServe ended at its start (log: {self.log_path}): {last_words(log)}")
 

@@ -19,10 +19,8 @@ import psutil
 import pytest
 
 from batch_client import regions, server_process
-from batch_client import server as server_module
 from batch_client.errors import ServingError, UsageError
 from batch_client.java import find_java
-from batch_client.machine import has_address
 from batch_client.regions import usable_folder
 from batch_client.server import ABANDONED_SECONDS, EmbeddedServer, ServerSettings
 from batch_client.server_log import load_failure, silent_deaths
@@ -253,63 +251,6 @@ async def test_a_start_that_is_cancelled_leaves_nothing(make_archive, family, un
     with pytest.raises(asyncio.CancelledError):
         await starting
     assert await everyone.gone() == []
-
-
-async def test_a_port_that_is_taken_is_named(make_archive):
-    taken = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
-    port = taken.sockets[0].getsockname()[1]
-    try:
-        with pytest.raises(ServingError, match=f"a port is taken.*{port}") as caught:
-            await EmbeddedServer(ServerSettings(make_archive(), workers=1, port=port)).start()
-    finally:
-        taken.close()
-        await taken.wait_closed()
-    reason_of(caught.value)
-
-
-async def test_an_address_of_another_machine_is_refused_before_the_start(make_archive):
-    server = EmbeddedServer(ServerSettings(make_archive(), workers=1, address="192.0.2.1"))  # nobody's: RFC 5737
-    with pytest.raises(UsageError, match=r"^--address 192\.0\.2\.1: not an address of this machine$"):
-        await server.start()
-    server = EmbeddedServer(ServerSettings(make_archive(), workers=1, address="::1"))
-    with pytest.raises(UsageError, match=r"^--address ::1: wanted a name or an IPv4 address"):
-        await server.start()
-    assert all(map(has_address, ("127.0.0.1", "localhost", "0.0.0.0")))  # noqa: S104 - asked about, not served
-
-
-async def test_a_free_port_that_was_taken_in_between_costs_another_start(make_archive, monkeypatch):
-    taken = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
-    free_ports = server_process.free_ports
-    asked = []
-
-    def not_so_free(count):
-        asked.append(free_ports(count))
-        if len(asked) == 1:
-            asked[0][0] = taken.sockets[0].getsockname()[1]
-        return asked[-1]
-
-    monkeypatch.setattr(server_process, "free_ports", not_so_free)
-    try:
-        async with EmbeddedServer(ServerSettings(make_archive(), workers=1)) as server:
-            assert len(asked) == 2
-            assert await predict(server) == 200
-    finally:
-        taken.close()
-        await taken.wait_closed()
-
-
-async def test_ports_that_are_always_taken_in_between_are_said_without_a_flag_that_only_serve_has(
-        make_archive, monkeypatch):
-    taken = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
-    ports = [taken.sockets[0].getsockname()[1], *server_process.free_ports(4)]
-    monkeypatch.setattr(server_process, "free_ports", lambda _: ports)
-    monkeypatch.setattr(server_module, "STARTS", 1)
-    try:
-        with pytest.raises(ServingError, match=r"no free ports for TorchServe .*: try again$"):
-            await EmbeddedServer(ServerSettings(make_archive(), workers=1)).start()
-    finally:
-        taken.close()
-        await taken.wait_closed()
 
 
 async def test_no_java_says_what_to_install(make_archive):
