@@ -110,8 +110,9 @@ async def calibrate(spec: RunSpec, services: Services) -> Calibration:
     if not answers and watcher.refused:
         raise StoppedError(f"no request was answered within {services.clock() - watcher.began:.0f} s; the last time "
                            f"{watcher.refused}")
-    parts = 1 if spec.part is None else spec.part[1]
-    return Calibration(watcher.plan, forecast(answers, -(-watcher.plan.count // parts)),
-                       sum(answer.records for answer in answers), watcher.failed, tuple(watcher.left_out),
-                       services.clock() - watcher.began,
-                       peak_memory())
+    plan, scored, seconds = watcher.plan, sum(answer.records for answer in answers), services.clock() - watcher.began
+    records = sum(plan.unit(index).count for index in plan.part(spec.part)) if spec.part else plan.count
+    found = forecast(answers, records)
+    if found is not None and scored == plan.count:  # all of it: that took what it took
+        found = found.with_measured(seconds * records / plan.count)
+    return Calibration(plan, found, scored, watcher.failed, tuple(watcher.left_out), seconds, peak_memory())

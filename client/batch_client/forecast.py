@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Self
 
 from batch_client.plan import Plan
 
@@ -73,6 +74,12 @@ class Forecast:
     seconds: float
     seconds_low: float
     seconds_high: float
+
+    def with_measured(self, seconds: float) -> Self:
+        """With the seconds that all of it was seen to take, its first and last ones included, in the middle."""
+        rate = self.records / seconds if seconds > 0 else self.records_per_s
+        return replace(self, records_per_s=rate, seconds=seconds, seconds_low=min(self.seconds_low, seconds),
+                       seconds_high=max(self.seconds_high, seconds))
 
 
 @dataclass(frozen=True)

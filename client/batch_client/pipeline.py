@@ -236,11 +236,11 @@ class _Run:
         return await publish(self._store, self._layout, self._plan, self._prepared.identity, self.view)
 
     async def _reuse(self, old: Store, rows: AsyncIterator[Row]) -> None:
-        low, high = self._ends()
+        mine = self._plan.part(self._spec.part)
         async for row in rows:
             if self._stop.is_set():
                 return
-            if not low <= row.unit < high:
+            if row.unit not in mine:
                 continue  # another client's part
             await self._look_at_others()
             if row.unit not in self.view:
@@ -283,14 +283,9 @@ class _Run:
 
     def _order(self) -> Iterator[Unit]:
         """Units of this run's part. A client that joins others begins somewhere else, so that they meet late."""
-        low, high = self._ends()
-        offset = 0 if self._first or low == high else self._services.rng.randrange(high - low)
-        return (self._plan.unit(low + (step + offset) % (high - low)) for step in range(high - low))
-
-    def _ends(self) -> tuple[int, int]:
-        """The first unit of this run's part, and the first after it."""
-        part, parts = self._spec.part or (1, 1)
-        return self._plan.unit_count * (part - 1) // parts, self._plan.unit_count * part // parts
+        mine = self._plan.part(self._spec.part)
+        offset = 0 if self._first or not mine else self._services.rng.randrange(len(mine))
+        return (self._plan.unit(mine[(step + offset) % len(mine)]) for step in range(len(mine)))
 
     async def _look_at_others(self) -> None:
         now = self._services.clock()

@@ -223,6 +223,11 @@ class Plan:
     def units(self) -> Iterator[Unit]:
         return (self.unit(index) for index in range(self.unit_count))
 
+    def part(self, part: tuple[int, int] | None) -> range:
+        """The units of part (i, n) of the run, all of them for None; parts differ by one unit at most."""
+        number, parts = part or (1, 1)
+        return range(self.unit_count * (number - 1) // parts, self.unit_count * number // parts)
+
     def blocks(self, unit: Unit) -> Iterator[tuple[int, int]]:
         """Record ranges to read one after another: whole input chunks, a share of the byte budget each."""
         start = unit.start

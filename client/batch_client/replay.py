@@ -16,6 +16,7 @@ from batch_client.manifest import Manifest, manifest_rows, read_manifest
 from batch_client.prepare import Services, prepare
 from batch_client.scorer import Scorer
 from batch_client.spec import RunSpec
+from batch_client.storage import Store
 from batch_client.stream import UnitStream
 from batch_client.writer import encode_unit, proof_of
 
@@ -39,8 +40,8 @@ def require_exact(manifest: Manifest) -> None:
 async def replay(spec: RunSpec, services: Services, count: int) -> Replay:
     """Score `count` random chunks of the output of `spec` again. Writes nothing.
 
-    Raises DataError when a byte differs, MismatchError when source, model or numerics are no longer those of the run,
-    UsageError for a run that promised no equal bytes.
+    Raises DataError when a byte differs, of what is stored as of what is scored now, MismatchError when source, model
+    or numerics are no longer those of the run, UsageError for a run that promised no equal bytes.
     """
     manifest = await read_manifest(services.output_store)
     require_exact(manifest)
@@ -65,7 +66,7 @@ async def replay(spec: RunSpec, services: Services, count: int) -> Replay:
             lease.release()
         _same_source(published[index], stream.etags, prepared.source.url)
         found = [await proof_of(key, data) async for key, data in encode_unit(layout, assembler)]
-        _compare(published[index], found, services.output_store.url)
+        await _compare(published[index], found, services.output_store)
         records += unit.count
     return Replay(tuple(sorted(chosen)), records)
 
@@ -77,8 +78,14 @@ def _same_source(wanted: Row, found: Mapping[str, str | None], where: str) -> No
                                 "output")
 
 
-def _compare(wanted: Row, found: list[ChunkProof], where: str) -> None:
+async def _compare(wanted: Row, found: list[ChunkProof], store: Store) -> None:
     for there, now in zip(wanted.chunks, found, strict=True):
         if there != now:
-            raise DataError(f"{where}: {now.key} scored again has SHA-256 {now.sha256}, published was {there.sha256}")
+            raise DataError(f"{store.url}: {now.key} scored again has SHA-256 {now.sha256}, published was "
+                            f"{there.sha256}")
+        blob = await store.get(there.key)
+        stored = None if blob is None else await proof_of(there.key, blob.data)
+        if stored != there:
+            raise DataError(f"{store.url}: {there.key} scored again has the SHA-256 that was published, stored is "
+                            f"{'nothing' if stored is None else stored.sha256}: restore it")
 

@@ -76,7 +76,7 @@ async def encode_unit(layout: OutputLayout, unit: UnitAssembler, *,
         yield await layout.encode(name, unit.unit.index, unit.outputs.get(name, unit.status))
 
 
-async def proof_of(key: str, data: bytes) -> ChunkProof:
+async def proof_of(key: str, data: bytes | memoryview) -> ChunkProof:
     """What the ledger says of an object."""
     if len(data) < HASH_IN_THREAD:
         return ChunkProof(key, len(data), hashlib.sha256(data).hexdigest())

@@ -170,4 +170,25 @@ def test_a_source_that_is_done_before_the_time_is_up_is_forecast_too():
                         clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(0))
     found = run_virtually(calibrate(world.spec(), services))
     assert found.records == len(world.records)
-    assert found.forecast is not None
+    # Not what its answers alone say, of which the first are left out: it was seen how long it takes.
+    assert found.forecast.seconds == pytest.approx(found.seconds)
+    assert found.forecast.seconds_low <= found.seconds <= found.forecast.seconds_high
+    assert found.forecast.records_per_s == pytest.approx(len(world.records) / found.seconds)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 5, 50])
+def test_the_parts_of_a_plan_are_its_units_once_and_a_forecast_is_of_their_records(parts):
+    world = World(2)
+
+    def calibrated(number):
+        services = Services(world.server.servers(), world.source, MemoryStore("memory://out"),
+                            clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(0))
+        return run_virtually(calibrate(world.spec(part=(number, parts)), services))
+
+    found = [calibrated(number + 1) for number in range(parts)]
+    plan = found[0].plan
+    units = [plan.part((number + 1, parts)) for number in range(parts)]
+    assert [index for part in units for index in part] == list(range(plan.unit_count))
+    wanted = [sum(plan.unit(index).count for index in part) for part in units]
+    assert [one.forecast.records for one in found] == wanted
+    assert sum(wanted) == plan.count

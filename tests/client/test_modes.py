@@ -289,6 +289,13 @@ def test_replay_finds_a_chunk_that_is_no_prediction_although_its_manifest_agrees
         done = await replay(world.spec(), services, 5)
         assert len(done.chunks) == 5
         assert done.records == 5 * CHUNK
+        key, stored = next((key, data) for key, data in world.output.objects.items() if key.startswith("y/c/"))
+        for other in (stored[:-1] + bytes([stored[-1] ^ 1]), None):
+            world.output.objects.pop(key)
+            world.output.objects |= {} if other is None else {key: other}
+            with pytest.raises(DataError, match=f"{key} scored again has the SHA-256 that was published, stored is"):
+                await replay(world.spec(), world.services(calm(), Life()), 12)
+        world.output.objects[key] = stored
         world.server.predict = lambda records, first_row: np.zeros((len(records), 2), np.float32)
         with pytest.raises(DataError, match="scored again has SHA-256"):
             await replay(world.spec(), world.services(calm(), Life()), 3)

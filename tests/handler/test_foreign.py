@@ -14,7 +14,7 @@ from batch_handler.archive import ArchiveError, pack
 from batch_handler.exchange import failed
 from batch_handler.model import Model, ModelLoadError, Tuning
 from batch_handler.runtimes.device import CapacityError, CpuDevice, LostDeviceError
-from batch_handler.runtimes.foreign import classify, foreign, raise_if_device
+from batch_handler.runtimes.foreign import classify, foreign, raise_if_device, said
 from batch_handler.runtimes.slots import SlotRuntime
 from batch_handler.runtimes.transform import ModelError
 from batch_handler.scoring import Failure, Query, Score, Scorer
@@ -52,6 +52,23 @@ def test_whatever_a_model_raises_is_a_model_error(error):
     """contextlib takes a StopIteration, and an error that it is the cause of, for the generator's own."""
     with pytest.raises(ModelError, match=rf"^the model raised {type(error).__name__}"), foreign("the model raised"):
         raise error
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit's, of what the product traces
+def test_what_torchscript_says_is_what_the_operation_said():
+    """Its first lines only say where."""
+    table = torch.nn.Embedding(3, 2)
+    traced = torch.jit.trace(table, torch.tensor([0]))
+    errors = []
+    for module in (table, traced):
+        with pytest.raises((IndexError, RuntimeError)) as caught:
+            module(torch.tensor([7]))
+        errors.append(caught.value)
+    assert "TorchScript interpreter" in str(errors[1])
+    assert said(errors[0]) == "IndexError: index out of range in self"
+    assert said(errors[1]) == "RuntimeError: index out of range in self"
+    assert said(RuntimeError("first\nsecond")) == "RuntimeError: first"
+    assert said(RuntimeError(" \n")) == "RuntimeError"
 
 
 def test_a_device_error_is_no_cause_of_itself():

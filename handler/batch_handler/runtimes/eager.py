@@ -174,9 +174,9 @@ def _unpickle(path: Path) -> torch.nn.Module:
             module = torch.load(path, map_location="cpu", weights_only=False)
         except (ImportError, AttributeError) as error:
             raise ModelError(
-                f"{path.name} can't be unpickled, wanted the code of its classes where Python finds it (installed or on "
-                "PYTHONPATH, which the working folder is not), here and where it is served, or the module's state_dict "
-                f"packed with --arch: {said(error)}"
+                f"{path.name} can't be unpickled, wanted the code of its classes where Python finds it (installed, or "
+                "on PYTHONPATH, which the working folder is not), here and where it is served, or the module's "
+                f"state_dict packed with --arch: {said(error)}"
             ) from error
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"{path.name} holds {type(module).__name__}, wanted a torch.nn.Module")

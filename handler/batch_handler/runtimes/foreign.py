@@ -17,6 +17,7 @@ from batch_handler.runtimes.transform import ModelError
 __all__ = ["classify", "foreign", "raise_if_device", "said"]
 
 _MOST_SAID = 300  # characters
+_IN_TORCHSCRIPT = "The following operation failed in the TorchScript interpreter"
 # How the engines say that memory is full where they have no class for it.
 _MEMORY_TEXTS = (
     "out of memory",
@@ -32,9 +33,14 @@ _TORCH_LOST, _ONNX_LOST = "CUDA error", "CUDA failure"
 
 
 def said(error: BaseException) -> str:
-    """An error in one line: its type and the first line of its text, 300 characters of it at most."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first[:_MOST_SAID]}" if first else type(error).__name__
+    """An error in one line: its type and the first line of its text, 300 characters of it at most. TorchScript's own
+    first lines only say where it was; the last one is what the operation said.
+    """
+    name, lines = type(error).__name__, [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return name
+    text = lines[-1].removeprefix(f"{name}: ") if lines[0].startswith(_IN_TORCHSCRIPT) else lines[0]
+    return f"{name}: {text[:_MOST_SAID]}"
 
 
 def classify(error: BaseException) -> BaseException:
