@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from batch_client.errors import CredentialsError, ServingError, StorageError, UsageError
-from batch_client.files import temporary_folder
+from batch_client.folders import temporary_folder
 from batch_client.machine import device
 from batch_client.storage import Store, child_url, open_store
 from batch_client.tuning import MAX_BYTES, is_tuning, tuning_path
@@ -57,8 +57,8 @@ async def local_archive(location: str, *, anonymous: bool = False) -> AsyncItera
     base, name = _split(location)
     store = open_store(base, anonymous=anonymous)
     web = scheme in ("http", "https")
-    with temporary_folder("batch-client-") as folder:
-        path = Path(folder) / name
+    with temporary_folder("archive") as folder:
+        path = folder / name
         try:
             whole = open_store(base, anonymous=anonymous, seconds=WEB_SECONDS) if web else store
             if not await _fetch(whole, path, web=web):

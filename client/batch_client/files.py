@@ -1,4 +1,4 @@
-"""Files of this machine: one that is replaced at once, and whether it can be; a folder for a while."""
+"""Files of this machine: one that is replaced at once, and whether it can be."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import secrets
 import tempfile
 from pathlib import Path
 
-from batch_client.errors import ServingError, UsageError
+from batch_client.errors import UsageError
 
-__all__ = ["replace_file", "require_writable", "temporary_folder"]
+__all__ = ["replace_file", "require_writable"]
 
 
 def replace_file(path: Path, text: str, mode: int = 0o644) -> None:
@@ -47,12 +47,3 @@ def require_writable(path: Path, flag: str, folder: Path | None = None) -> None:
             pass
     except OSError as error:
         raise UsageError(f"{flag} {path}: can't write there: {error.strerror}") from error
-
-
-def temporary_folder(prefix: str) -> tempfile.TemporaryDirectory[str]:
-    """A new folder whose name begins with `prefix`, removed at the end of its `with` block. Raises ServingError."""
-    try:
-        return tempfile.TemporaryDirectory(prefix=prefix)
-    except OSError as error:
-        raise ServingError(f"no temporary folder can be made ({error}): set TMPDIR to a place that can be "
-                           "written") from error

@@ -12,52 +12,31 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from batch_client.folders import GOING, RANDOM, is_ours, sweep_folders
+
 __all__ = ["MEMORY", "Region", "Regions", "new_folder", "remove_folder", "sweep", "usable_folder"]
 
 MEMORY = Path("/dev/shm")  # noqa: S108 - folders there are made by mkdtemp, for their owner alone
 PREFIX = "batch-client-"
-GOING = ".gone"  # at the end of the name of a folder that is being removed
-# A new folder is locked by its server's guard, which needs a moment to start.
-UNLOCKED_SECONDS = 60.0
-_FOLDER = re.compile(re.escape(f"{MEMORY}/{PREFIX}") + r"[A-Za-z0-9_]{8}")
+_FOLDER = re.compile(re.escape(f"{MEMORY}/{PREFIX}") + RANDOM)
 
 
 def new_folder() -> Path | None:
     """A folder in memory for this user alone; None where the machine has no such place.
 
-    Whoever uses it locks it (`flock`); folders that nobody has locked are removed here.
+    Its server's guard locks it; folders that nobody has locked are removed here.
     """
-    _sweep_folders()
+    sweep_folders(MEMORY, PREFIX, remove_folder)
     try:
         return Path(tempfile.mkdtemp(prefix=PREFIX, dir=MEMORY))
     except OSError:
         return None
-
-
-def _sweep_folders() -> None:
-    """Remove this user's folders whose servers are gone: one whose guard was killed with it could not do so itself."""
-    with suppress(ImportError, OSError):
-        import fcntl  # noqa: PLC0415 - not on Windows, which has no such memory either
-
-        for folder in MEMORY.glob(f"{PREFIX}*"):
-            with suppress(OSError):  # of one folder, which its server may be removing: the others are looked at too
-                # A removal that was cut off has left the second name.
-                if (not _FOLDER.fullmatch(str(folder).removesuffix(GOING)) or not _is_ours(folder)
-                        or time.time() - folder.lstat().st_mtime <= UNLOCKED_SECONDS):
-                    continue
-                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: it is used
-                    remove_folder(folder)
-                finally:
-                    os.close(handle)
 
 
 def remove_folder(folder: Path) -> None:
@@ -77,16 +56,7 @@ def usable_folder(said: object) -> Path | None:
     """
     if not isinstance(said, str) or not _FOLDER.fullmatch(said):
         return None
-    return Path(said) if _is_ours(Path(said)) else None
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether it is a folder, and this user's alone."""
-    try:
-        found = folder.lstat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+    return Path(said) if is_ours(Path(said)) else None
 
 
 class Region:

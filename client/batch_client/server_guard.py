@@ -3,8 +3,8 @@
 LIFELINE is the read end of a pipe whose write end only the client has. When it closes, because the client stopped the
 server or was killed, the command gets SIGTERM, after GRACE seconds SIGKILL, and then whatever is left of its process
 group: TorchServe's Java does not end with its parent, and a worker in the middle of a batch not with its Java. The
-unpacked model and the keys in FOLDER go too, and all of SHARED, which is "" where there is none; a client that was
-killed can't remove them. The log stays. SHARED is locked meanwhile: where guard and client are killed together, the
+unpacked model, the keys and all else in FOLDER go too but for the log, and all of SHARED, which is "" where there is
+none; a client that was killed can't remove them. SHARED is locked meanwhile: where guard and client are killed together, the
 next server finds it without a lock and removes it.
 
 Run as a file, not as a module, so that starting it imports nothing but the standard library.
@@ -67,10 +67,16 @@ def wait(command: subprocess.Popen[bytes], lifeline: int, woken: int) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Removes what the command left in its folder and nobody will want to read."""
-    shutil.rmtree(folder / "tmp", ignore_errors=True)
+    """Removes what is in the command's folder but its log, and the folder where it has none."""
     with contextlib.suppress(OSError):
-        (folder / "key_file.json").unlink()
+        (folder / "models").chmod(0o700)  # which its command may only read
+    with contextlib.suppress(OSError):
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.suffix != ".log":
+                entry.unlink()
+        folder.rmdir()
 
 
 def remove(folder: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_client.errors import ServingError, UsageError
-from batch_client.files import replace_file, require_writable, temporary_folder
+from batch_client.errors import UsageError
+from batch_client.files import replace_file, require_writable
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o600])
@@ -58,13 +58,3 @@ def test_a_device_would_be_replaced_and_is_refused(device: str) -> None:
     """The second is a link, here to a file: pytest captures what is written there."""
     with pytest.raises(UsageError, match=f"--token-out {device}: this is a device"):
         require_writable(Path(device), "--token-out")
-
-
-def test_a_place_that_takes_no_temporary_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(ServingError, match=r"nowhere.*set TMPDIR"):
-        temporary_folder("a-")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with temporary_folder("a-") as folder:
-        assert Path(folder).is_dir()
-    assert not Path(folder).exists()

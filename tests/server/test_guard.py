@@ -69,9 +69,12 @@ def test_the_guard_ends_with_its_command_and_its_status(guarded):
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
-def test_keys_and_the_unpacked_model_go_the_log_stays(guarded, tmp_path):
-    (tmp_path / "tmp" / "models").mkdir(parents=True)
-    for name in ("key_file.json", "server-1.log"):
+def test_all_but_the_log_goes(guarded, tmp_path):
+    for name in ("tmp/models", "models"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "models" / "m.mar").symlink_to(tmp_path)
+    (tmp_path / "models").chmod(0o500)
+    for name in ("key_file.json", "config.properties", "server-1.log"):
         (tmp_path / name).write_text("")
     guard, ours, _ = guarded(OBEDIENT)
     os.close(ours)
@@ -94,7 +97,7 @@ def test_shared_memory_goes_with_all_that_is_in_it_and_nothing_else(guarded, tmp
     assert sorted(path.name for path in place.iterdir()) == ["precious", "theirs"]
     assert (other / "region").exists()
     assert precious.read_text() == "mine"
-    assert tmp_path.is_dir()
+    assert not tmp_path.exists()  # it had no log
 
 
 def test_shared_memory_is_locked_for_as_long_as_the_guard_lives(guarded, tmp_path_factory):

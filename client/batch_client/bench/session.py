@@ -32,7 +32,7 @@ from batch_client.budget import ByteBudget
 from batch_client.contract import contract_of
 from batch_client.errors import StorageError, UsageError
 from batch_client.figures import significant
-from batch_client.files import temporary_folder
+from batch_client.folders import temporary_folder
 from batch_client.java import find_java, torchserve_home
 from batch_client.machine import cores, device, gpus
 from batch_client.pipeline import execute
@@ -131,8 +131,8 @@ async def bench(spec: BenchSpec, say: Say, environ: Mapping[str, str] = os.envir
     if spec.output is not None:
         open_store(spec.output, anonymous=spec.anonymous)
     async with local_archive(spec.archive, anonymous=spec.anonymous) as archive:
-        with temporary_folder("batch-client-bench-") as folder:
-            return await _Session(spec, source, archive, Path(folder), say, environ).run()
+        with temporary_folder("bench") as folder:
+            return await _Session(spec, source, archive, folder, say, environ).run()
 
 
 class _Session:
