@@ -91,7 +91,8 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
         return tally.summary(spec, prepared, manifest)
     reusable = await _reusable(spec, services, prepared)
     if replaces:
-        await remove_output(output)
+        read = (services.source_store, services.reuse_store)
+        await remove_output(output, kept=[store for store in read if store is not None])
         await check_place(output, prepared.identity)
     layout = await OutputLayout.open(prepared.plan, spec.codec)
     if stop.is_set():

@@ -71,24 +71,25 @@ async def _arrays(store: Store) -> re.Pattern[str]:
     return re.compile(rf"_run/.+|{SUCCESS_KEY}|zarr\.json|({names})/(zarr\.json|c/.+)", re.DOTALL)
 
 
-async def remove_output(store: Store, *, published: bool = True) -> None:
+async def remove_output(store: Store, *, published: bool = True, kept: Sequence[Store] = ()) -> None:
     """Delete an output, published or not. May be repeated after a kill.
 
     Raises MismatchError for a place that is not an output of ours, UsageError for one that is published although
-    `published` is false, StorageError where objects stay or somebody else removes them at the same time.
+    `published` is false, or that is one of `kept` under another name; StorageError where objects stay or somebody else
+    removes them at the same time.
     """
     if not (await contents_of(store)).objects:
         return
     made = await store.create(REMOVING_KEY, secrets.token_hex(8).encode())
     mark = await store.get(REMOVING_KEY)
-    # Nobody publishes after the mark.
-    if not published:
-        try:
+    try:
+        await _require_apart(store, mark, kept)
+        if not published:  # nobody publishes after the mark
             await require_unpublished(store)
-        except UsageError:
-            if made:  # else it is of a removal that somebody asked for
-                await store.delete(REMOVING_KEY)
-            raise
+    except UsageError:
+        if made:  # else it is of a removal that somebody asked for
+            await store.delete(REMOVING_KEY)
+        raise
     for order in (*range(LAST), None):
         # A listing need not show all while objects of it vanish: each kind is gone when one shows none.
         before = math.inf
@@ -98,6 +99,17 @@ async def remove_output(store: Store, *, published: bool = True) -> None:
                                    "nothing else may write there; try again")
             before = found
     await store.delete(REMOVING_KEY)
+
+
+async def _require_apart(store: Store, mark: Blob | None, kept: Sequence[Store]) -> None:
+    """Raises UsageError where a mark that was made here is seen in another store: a place may have more names than its
+    URL tells.
+    """
+    for other in kept:
+        seen = await other.get(REMOVING_KEY)
+        if mark is not None and seen is not None and seen.data == mark.data:
+            raise UsageError(f"{other.url} and OUTPUT {store.url} are one place: nothing was deleted; the output needs "
+                             "a place of its own")
 
 
 async def require_unpublished(store: Store) -> None:

@@ -4,8 +4,8 @@ LIFELINE is the read end of a pipe whose write end only the client has. When it 
 server or was killed, the command gets SIGTERM, after GRACE seconds SIGKILL, and then whatever is left of its process
 group: TorchServe's Java does not end with its parent, and a worker in the middle of a batch not with its Java. The
 unpacked model, the keys and all else in FOLDER go too but for the log, and all of SHARED, which is "" where there is
-none; a client that was killed can't remove them. SHARED is locked meanwhile: where guard and client are killed together, the
-next server finds it without a lock and removes it.
+none; a client that was killed can't remove them. SHARED is locked meanwhile: where guard and client are killed
+together, the next server finds it without a lock and removes it.
 
 Run as a file, not as a module, so that starting it imports nothing but the standard library.
 """

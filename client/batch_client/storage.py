@@ -24,6 +24,7 @@ from obstore import exceptions as foreign
 from obstore import store as obstores
 
 from batch_client.errors import BatchClientError, CredentialsError, DataError, StorageError, UsageError
+from batch_client.store_settings import plain_http, s3_config
 from batch_client.urls import require_path_alone, split_url
 
 __all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "is_inside", "open_store", "put_same"]
@@ -31,6 +32,7 @@ __all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "
 # obstore repeats 5xx and reads whose connection is lost itself; after this long a run is better stopped and resumed.
 RETRY_SECONDS = 60
 TRIES = 8  # of what obstore does not repeat itself
+_WEB = ("http", "https")
 AGAIN_SECONDS = 0.05  # before the second try; twice as long before each other one
 
 
@@ -190,6 +192,11 @@ class ObjectStore:
             yield
         except (foreign.BaseError, OSError, ValueError) as error:
             raise _translate(error, f"{doing} {child_url(self.url, key)}") from error
+        except Exception as error:
+            if type(error).__name__ != "RustPanic":  # which obstore has no name for
+                raise
+            raise StorageError(f"{doing} {child_url(self.url, key)}: obstore gave up: look for missing parts and line "
+                               "breaks in the variables that name the store and its credentials") from error
 
 
 async def _repeated(call: Callable[[], Awaitable[None]]) -> None:
@@ -228,13 +235,21 @@ def is_inside(url: str, place: str) -> bool:
     return inner == outer or inner.startswith(f"{outer}/")
 
 
+# Other schemes of the same stores (object_store's `ObjectStoreScheme`).
+_ALIASES = {"s3a": "s3", "azure": "az", "adl": "az", "abfs": "az", "abfss": "az"}
+
+
 def _resolved(url: str) -> str:
     if url.startswith("file:"):
         with suppress(OSError, RuntimeError):  # links that lead in a circle
             url = Path(unquote(split_url(url).path)).resolve().as_uri()
-    # obstore takes a URL's escapes for what they stand for.
     scheme, _, path = url.partition("://")
-    return f"{re.sub('^s3a$', 's3', scheme.lower())}://{unquote(path)}".rstrip("/")
+    scheme = _ALIASES.get(scheme.lower(), scheme.lower())
+    if scheme == "az":  # container@account, where the account may be a variable's
+        container, slash, rest = path.partition("/")
+        path = container.partition("@")[0] + slash + rest
+    # obstore takes a URL's escapes for what they stand for.
+    return f"{scheme}://{unquote(path)}".rstrip("/")
 
 
 def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] = os.environ,
@@ -254,14 +269,18 @@ def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] 
     if {".", ".."} & {*unquote(split_url(url).path).split("/")}:
         raise UsageError(f"{url}: has '.' or '..' in its path: wanted a path without")
     config: dict[str, Any] = {}
+    if scheme not in _WEB and re.search(r":\d*$", split_url(url).netloc):
+        # obstore passes over it: two URLs would be one place.
+        raise UsageError(f"{url}: has a port, which no bucket has: wanted it in the store's endpoint, such as "
+                         "AWS_ENDPOINT_URL")
     if scheme in ("s3", "s3a"):
-        config = _s3_config(environ, anonymous=anonymous)
-    elif anonymous and scheme not in ("http", "https"):  # which sign nothing
+        config = s3_config(environ, anonymous=anonymous)
+    elif anonymous and scheme not in _WEB:  # which sign nothing
         config = {"skip_signature": True}
     try:
         inner = obstores.from_url(
             url.rstrip("/"),
-            client_options={"allow_http": _plain_http(environ),
+            client_options={"allow_http": plain_http(environ),
                             "timeout": timedelta(seconds=seconds)},
             retry_config={"max_retries": 10, "retry_timeout": timedelta(seconds=RETRY_SECONDS),
                           "backoff": {"init_backoff": timedelta(milliseconds=50),
@@ -298,43 +317,6 @@ def _local_store(url: str) -> Store:
     # Below the root a folder goes with its last object, as on an object store.
     inner = obstores.LocalStore(prefix=root, automatic_cleanup=True)
     return ObjectStore(path.as_uri(), inner, "" if prefix == "." else prefix + "/")
-
-
-def _plain_http(environ: Mapping[str, str]) -> bool:
-    names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
-    return any(environ.get(name, "").startswith("http://") for name in names)
-
-
-def _s3_config(environ: Mapping[str, str], *, anonymous: bool) -> dict[str, Any]:
-    config: dict[str, Any] = {"region": "us-east-1"}
-    endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
-    if endpoint:
-        config["endpoint"] = endpoint
-    if anonymous:
-        config["skip_signature"] = True
-    elif environ.get("AWS_PROFILE"):
-        config |= _profile_config(environ["AWS_PROFILE"])
-    if "AWS_REGION" in environ or "AWS_DEFAULT_REGION" in environ:
-        config.pop("region", None)  # obstore reads them itself
-    return config
-
-
-def _profile_config(profile: str) -> dict[str, Any]:
-    """Credentials and region of an AWS profile."""
-    # obstore does not read AWS profiles; boto3 knows profiles, roles and single sign-on.
-    try:
-        import boto3  # noqa: PLC0415 - an optional dependency, wanted only here
-        from botocore.exceptions import BotoCoreError  # noqa: PLC0415 - comes with boto3
-        from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: PLC0415 - needs boto3
-    except ImportError as error:
-        raise CredentialsError(f'AWS_PROFILE is {profile!r} and boto3 is not here to read it: '
-                               'pip install "batch-client[aws]", or unset it') from error
-    try:
-        session = boto3.Session(profile_name=profile)
-        known = {} if session.region_name is None else {"region": session.region_name}
-        return {"credential_provider": Boto3CredentialProvider(session), **known}
-    except (BotoCoreError, ValueError) as error:
-        raise CredentialsError(f"AWS_PROFILE {profile!r}: {_first_line(error)}") from error
 
 
 def _range_options(start: int | None, stop: int | None) -> obstore.GetOptions | None:

@@ -242,11 +242,35 @@ def test_a_chunk_that_was_held_back_here_and_proven_without_failures_elsewhere_i
     run_virtually(run())
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_reused_is_not_overwritten_under_another_name_of_its_place(again):
+    """Two URLs that nothing tells to be one place: the mark of the removal does, also one that was cut off."""
+    world = World(1)
+    alias = MemoryStore("memory://alias")
+
+    async def run():
+        assert (await world.live(calm(), Life())).published
+        alias.objects = world.output.objects
+        if again:
+            alias.objects[REMOVING_KEY] = b"cut off"
+        before = dict(alias.objects)
+        services = replace(world.services(calm(), Life()), reuse_store=alias)
+        with pytest.raises(UsageError, match="memory://alias and OUTPUT memory://out are one place: nothing was de"):
+            await execute(world.spec(reuse="memory://alias", overwrite=True), services)
+        assert alias.objects == before
+        assert (await verify_output(world.output, deep=True)).records == len(world.records)
+
+    run_virtually(run())
+
+
 @pytest.mark.parametrize(("inner", "outer", "wanted"), [
     ("s3://b/out", "s3://b/out", True), ("s3://b/out/in", "s3://b/out", True), ("s3a://b/out/in", "s3://b/out/", True),
     ("s3://b/out", "s3://b", True), ("s3://b/output", "s3://b/out", False), ("s3://b/out", "s3://b/out/in", False),
     ("s3://c/out/in", "s3://b/out", False), ("s3://b/old%20x/in", "s3://b/old x", True),
     ("S3://b/out", "s3://b/out", True), ("s3://b/old%2520x", "s3://b/old x", False),
+    ("azure://c/out/in", "az://c/out", True), ("abfss://c@a.dfs.core.windows.net/out", "adl://c/out", True),
+    ("abfs://c@a.dfs.core.windows.net/out", "abfss://d@a.dfs.core.windows.net/out", False),
+    ("gs://b/out", "s3://b/out", False),
 ])
 def test_a_place_is_inside_another_by_its_folders(inner, outer, wanted):
     assert is_inside(inner, outer) == wanted
