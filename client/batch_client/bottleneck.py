@@ -66,7 +66,7 @@ class Totals:
     gave a result, from send to last byte, and in the model as the servers say (0 where they do not). least_overhead:
     the shortest time that a request took beyond its computing, averaged where it differs between servers or changes
     during the run (`timesheet.py`). wasted_seconds: of attempts without a result.
-    cpu_seconds: of the thread of the event loop.
+    cpu_seconds: of the thread of the event loop. failed: records that were found to fail by themselves.
     """
 
     seconds: float
@@ -78,6 +78,7 @@ class Totals:
     least_overhead: float
     wasted_seconds: float
     cpu_seconds: float
+    failed: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Bottleneck:
 _PHRASES = {
     Limit.MODEL: "the model", Limit.WIRE: "the wire", Limit.IN_FLIGHT: "the requests in flight",
     Limit.READING: "reading", Limit.WRITING: "writing", Limit.CLIENT: "the client",
-    Limit.FAILURES: "servers that rest or fail", Limit.ENDS: "start and end",
+    Limit.FAILURES: "failures", Limit.ENDS: "start and end",
 }
 _ADVICE = {
     Limit.MODEL: "add workers, GPUs or endpoints",
@@ -105,9 +106,10 @@ _ADVICE = {
                    "larger chunks",
     Limit.WRITING: "raise --in-flight, which stores more output chunks at once, or go nearer to OUTPUT",
     Limit.CLIENT: "share the run among clients with --part",
-    Limit.FAILURES: "see why in the servers' logs",
+    Limit.FAILURES: "see why in what was retried (--log json) and in the servers' logs",
     Limit.ENDS: "nothing to turn in so short a run",
 }
+_FAILED_RECORDS = "records that fail are looked for one by one: mend them, or leave them out with --records"
 _MORE_BYTES = "raise --max-bytes-in-flight"
 _NO_CEILING = "find its quickest settings (bench --save), or add workers, GPUs or endpoints"
 _SHARED = "run longer, or give the client and the store other cores than the model's"
@@ -155,6 +157,8 @@ def knee(totals: Totals) -> float:
 def _advice(limit: Limit, totals: Totals, of_ceiling: float | None) -> str:
     if limit is Limit.READING and _seconds(totals, Waiting.BUDGET) > _seconds(totals, Waiting.READ):
         return _MORE_BYTES
+    if limit is Limit.FAILURES and totals.failed:
+        return _FAILED_RECORDS
     if limit is Limit.MODEL:
         if of_ceiling is None:
             # A server that does not say how long it computes is none of ours, and `bench` can't measure it.
@@ -238,7 +242,7 @@ def _evidence(limit: Limit, totals: Totals, shares: Mapping[Limit, float], of_ce
         Limit.READING: f"the servers had too little to do while records were read, {share}",
         Limit.WRITING: f"the servers had too little to do while output chunks were stored, {share}",
         Limit.CLIENT: f"nothing was read, asked or stored for {share}",
-        Limit.FAILURES: f"servers took no request, or gave no result, for {share}",
+        Limit.FAILURES: f"requests gave no result, or found no server that took them, for {share}",
         Limit.ENDS: f"{share} was before the first request or after the last reply",
     }[limit]
 

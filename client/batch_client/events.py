@@ -201,7 +201,7 @@ Event = (RunStarted | ServerLeftOut | ServerAway | ServerBack | StepBegan | Step
 class Observer(Protocol):
     """Anything that wants to know; called in the run's event loop, so it must be quick."""
 
-    def __call__(self, event: Event) -> None: ...
+    def __call__(self, event: Event, /) -> None: ...
 
 
 @contextmanager

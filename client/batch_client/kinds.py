@@ -72,6 +72,8 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 def _place(value: Any) -> str:
     place: str = _text(os.fspath(value))
+    if "\0" in place:
+        raise ValueError
     return place
 
 

@@ -30,6 +30,7 @@ from batch_client.events import (
     timed,
 )
 from batch_client.exchange import Exchange
+from batch_client.figures import counted
 from batch_client.layout import FAILED_PREFIX, SPEC_KEY, SUCCESS_KEY, OutputLayout
 from batch_client.ledger import FLUSH_SECONDS, Ledger, LedgerView, Row
 from batch_client.manifest import Manifest, read_manifest
@@ -361,6 +362,6 @@ class _Run:
     def _too_many(self) -> DataError:
         failed, where = self.failed, child_url(self._store.url, FAILED_PREFIX)
         return DataError(
-            f"{failed:,} records failed, --max-failed {self._spec.max_failed} allows fewer, listed in {where}; "
-            f"output chunks held back: {len(self._held)}; run again with --max-failed {failed} to accept them, or mend "
-            "the source")
+            f"{counted(failed, 'record')} failed, --max-failed {self._spec.max_failed} allows fewer, listed in "
+            f"{where}; output chunks held back: {len(self._held)}; run again with --max-failed {failed} to accept "
+            "them, or mend the source")

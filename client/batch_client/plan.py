@@ -265,7 +265,7 @@ def make_plan(
     Raises DataError for a source without records, UsageError for sizes that can't be met; both numbers are in the text.
     """
     if source.count == 0:
-        raise DataError("the source has no records: its axis 0 has length 0")
+        raise DataError(f"{spec.input}: the source has no records: its axis 0 has length 0")
     start, stop = spec.records.resolve(source.count)
     chunk_bytes = source.chunk_records * max(source.record_bytes, 1)
     if chunk_bytes > spec.max_bytes_in_flight:

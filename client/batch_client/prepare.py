@@ -121,8 +121,8 @@ async def _agree(spec: RunSpec, services: Services, pool: Pool,
     """
     agreed: list[ModelContract] = []
     wanted = stored
-    whose, instead = (("the first server's", "or leave it out") if stored is None else
-                      (f"that of OUTPUT {services.output_store.url}", "or run to another OUTPUT, or with --overwrite"))
+    whose, instead = (("the first server's", "or leave it out") if stored is None else (
+        f"that of OUTPUT {services.output_store.url}", "or let `run` have another OUTPUT, or --overwrite"))
     async with asyncio.TaskGroup() as tasks:
         asked = [tasks.create_task(_contract_or_error(services.servers, endpoint.url)) for endpoint in pool.endpoints]
     for endpoint, task in zip(pool.endpoints, asked, strict=True):

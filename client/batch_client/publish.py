@@ -24,7 +24,8 @@ async def published_manifest(store: Store) -> Manifest | None:
 
     Raises MismatchError for a place that says it is published and has no manifest.
     """
-    return None if await store.head(SUCCESS_KEY) is None else await read_manifest(store)
+    # Not `head`, whose answer has no body: this one tells a bucket that is not there from a key.
+    return None if await store.get(SUCCESS_KEY) is None else await read_manifest(store)
 
 
 async def publish(store: Store, layout: OutputLayout, plan: Plan, identity: RunIdentity, proven: LedgerView) -> str:

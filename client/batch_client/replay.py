@@ -46,7 +46,8 @@ async def replay(spec: RunSpec, services: Services, count: int) -> Replay:
     manifest = await read_manifest(services.output_store)
     require_exact(manifest)
     prepared = await prepare(spec, services)
-    prepared.identity.require_same(canonical_json(manifest.run), services.output_store.url)
+    prepared.identity.require_same(canonical_json(manifest.run), services.output_store.url,
+                                   "what has changed since can't be scored again as it was")
     layout = await OutputLayout.open(prepared.plan, spec.codec)
     exchange = Exchange(servers=services.servers, pool=prepared.pool, contract=prepared.contract, exact=True,
                         patience=spec.patience, clock=services.clock, rng=services.rng, emit=lambda _: None)

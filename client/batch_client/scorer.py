@@ -20,6 +20,7 @@ from batch_client.endpoint import Room
 from batch_client.errors import DataError, StoppedError
 from batch_client.events import Event, RecordFailed
 from batch_client.exchange import Exchange, Prediction
+from batch_client.figures import counted
 from batch_client.pieces import Pieces
 from batch_client.plan import Span
 
@@ -188,9 +189,9 @@ class Scorer:
         if self._failed > self._most_failed:
             for failure in case.failures:
                 self._emit(failure)
-            raise DataError(f"{self._failed:,} records failed alone, the last of them record {case.span.start + row} "
-                            f"({reason}): then it is the model and not a few records; mend it, or leave these records "
-                            "out with --records")
+            raise DataError(f"{counted(self._failed, 'record')} failed alone, the last of them record "
+                            f"{case.span.start + row} ({reason}): then it is the model and not a few records; mend "
+                            "it, or leave these records out with --records")
 
     async def _probe(self, case: _Case, low: int, high: int) -> Prediction | Verdict:
         """Records [low, high) in their places, zeros in all others; what they give is kept.

@@ -22,6 +22,7 @@ MIB = 1 << 20
 # A digest, of which the first six bytes tell people which one it is.
 _DIGEST = re.compile(r"((?:\w+:)?[0-9a-f]{12})[0-9a-f]{20,}")
 CODECS = ("none", "zstd")
+_ANOTHER_RUN = "choose another OUTPUT, use the same settings to go on with it, or replace it with --overwrite"
 MOST_DIGITS = 18  # of the number of a record
 
 
@@ -80,8 +81,8 @@ class ServerSpec:
             raise UsageError("name what scores the records: --endpoint URL (repeatable) or --archive MODEL.mar, "
                              f"{'not both' if self.archive else 'found neither'}")
         for endpoint in self.endpoints:
-            if not endpoint.startswith(("http://", "https://")):
-                raise UsageError(f"--endpoint {endpoint}: wanted a URL such as http://host:8080")
+            if not re.fullmatch(r"https?://\S+", endpoint):
+                raise UsageError(f"--endpoint {' '.join(endpoint.split())}: wanted a URL such as http://host:8080")
             if "@" in split_url(endpoint).netloc:
                 raise UsageError("--endpoint has a user name or password in its URL, which would be shown in logs: "
                                  "give a token with --token-file or --token-command")
@@ -206,8 +207,10 @@ class RunIdentity:
     def to_json(self) -> bytes:
         return canonical_json(self.to_value())
 
-    def require_same(self, stored: bytes, where: str) -> None:
-        """Raises MismatchError naming each field in which `stored` (a spec.json) differs from this run."""
+    def require_same(self, stored: bytes, where: str, todo: str = _ANOTHER_RUN) -> None:
+        """Raises MismatchError naming each field in which `stored` (a spec.json) differs from this run, and what there
+        is `todo`.
+        """
         try:
             other: Mapping[str, Any] = parse_json(stored)
             plain = parse_json(self.to_json())
@@ -218,9 +221,7 @@ class RunIdentity:
             raise MismatchError(f"{where} holds a _run/spec.json that can't be read ({error}): "
                                 "it is not an output of batch-client; choose another OUTPUT") from error
         if differing:
-            raise MismatchError(f"{where} belongs to another run: {'; '.join(differing)}; "
-                                "choose another OUTPUT, use the same settings to go on with it, or replace it with "
-                                "--overwrite")
+            raise MismatchError(f"{where} belongs to another run: {'; '.join(differing)}; {todo}")
 
 
 def _differences(mine: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

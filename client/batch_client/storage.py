@@ -129,6 +129,10 @@ class ObjectStore:
                 if _NO_BUCKET.search(str(error)):
                     raise
                 return None
+            except foreign.GenericError as error:
+                if _BELOW_A_FILE.search(str(error)):
+                    return None
+                raise
             return Blob(memoryview(data), result.meta.get("e_tag"))
 
     async def head(self, key: str) -> Meta | None:
@@ -137,6 +141,10 @@ class ObjectStore:
                 meta = await obstore.head_async(self._inner, self._prefix + key)
             except (FileNotFoundError, foreign.NotFoundError):
                 return None
+            except foreign.GenericError as error:
+                if _BELOW_A_FILE.search(str(error)):
+                    return None
+                raise
             return Meta(key, meta["size"], meta.get("e_tag"), meta["last_modified"].timestamp())
 
     async def create(self, key: str, data: bytes | memoryview) -> bool:
@@ -191,7 +199,7 @@ class ObjectStore:
         try:
             yield
         except (foreign.BaseError, OSError, ValueError) as error:
-            raise _translate(error, f"{doing} {child_url(self.url, key)}") from error
+            raise _translate(error, doing, child_url(self.url, key)) from error
         except Exception as error:
             if type(error).__name__ != "RustPanic":  # which obstore has no name for
                 raise
@@ -273,6 +281,9 @@ def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] 
         # obstore passes over it: two URLs would be one place.
         raise UsageError(f"{url}: has a port, which no bucket has: wanted it in the store's endpoint, such as "
                          "AWS_ENDPOINT_URL")
+    if scheme == "http" and not plain_http(environ):
+        raise UsageError(f"{url}: anybody on the way could alter what comes over plain HTTP: wanted https://, or for a "
+                         "network of your own an AWS_ENDPOINT_URL that begins with http://")
     if scheme in ("s3", "s3a"):
         config = s3_config(environ, anonymous=anonymous)
     elif anonymous and scheme not in _WEB:  # which sign nothing
@@ -337,28 +348,36 @@ _METADATA_SERVICE = re.compile(r"169\.254\.169\.254|/latest/api/token")
 _NO_CREDENTIALS = re.compile(r"instance metadata|credential|MissingCredentials", re.IGNORECASE)
 _NO_BUCKET = re.compile(r"NoSuchBucket|bucket.{0,40}not (found|exist)", re.IGNORECASE)
 _ODD_NAME = re.compile(r'invalid path: Error parsing Path "(.*?)": ', re.DOTALL)
+_BELOW_A_FILE = re.compile(r"Not a directory \(os error")  # where a store of objects has none of that key
 _LOST = re.compile(r"^HTTP error: ")
 _CUT_PAGE = re.compile(r"list response body")
 
 
-def _translate(error: Exception, doing: str) -> BatchClientError:
-    said = _said(error)
+# The variables that have credentials, by the beginning of a URL.
+_VARIABLES = {"gs": "GOOGLE_APPLICATION_CREDENTIALS", "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"}
+_AWS_VARIABLES = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
+
+
+def _translate(error: Exception, what: str, url: str) -> BatchClientError:
+    """`error`, which came of doing `what` to `url`, as one of ours."""
+    said, doing = _said(error), f"{what} {url}"
     if _SKEW.search(said):
         return StorageError(f"{doing}: the store says that this machine's clock is wrong: set the clock and try again")
     if _NO_BUCKET.search(said):
         return UsageError(f"{doing}: there is no such bucket: mend the URL, or, for an output, create it first")
     if _METADATA_SERVICE.search(str(error)) or _NO_CREDENTIALS.search(said):
-        return CredentialsError(f"{doing}: found no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
-                                "AWS_PROFILE, or use --anonymous for a public bucket")
+        variables = _VARIABLES.get(_resolved(url).partition(":")[0], _AWS_VARIABLES)
+        return CredentialsError(f"{doing}: found no credentials: set {variables}, or use --anonymous for a public "
+                                "bucket")
     if isinstance(error, foreign.PermissionDeniedError | foreign.UnauthenticatedError) or _BAD_KEY.search(said):
         return CredentialsError(f"{doing}: the store refused the credentials ({_code_of(said)}): check the keys "
                                 "and their rights to this place; --anonymous sends none, and is for public places")
     if odd := _ODD_NAME.search(str(error)):
         return DataError(f"{doing}: the file {odd[1].strip('/')!r} has a name that no key can have: rename or remove "
                          "it, and run the same command again")
-    what = "permission denied" if isinstance(error, PermissionError) else _first_line(error)
+    found = "permission denied" if isinstance(error, PermissionError) else _first_line(error)
     todo = ": check the network and, where one is set, AWS_ENDPOINT_URL" if _LOST.search(said) else ""
-    return StorageError(f"{doing}: {what}{todo}")
+    return StorageError(f"{doing}: {found}{todo}")
 
 
 def _said(error: Exception) -> str:

@@ -10,7 +10,17 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 
 from batch_client.bottleneck import Totals, Waiting
-from batch_client.events import Event, RequestDone, RequestRetried, RequestSent, RunStarted, Step, StepBegan, StepEnded
+from batch_client.events import (
+    Event,
+    RecordFailed,
+    RequestDone,
+    RequestRetried,
+    RequestSent,
+    RunStarted,
+    Step,
+    StepBegan,
+    StepEnded,
+)
 
 __all__ = ["Timesheet"]
 
@@ -37,7 +47,7 @@ class Timesheet:
         self._waited: defaultdict[tuple[Waiting, int], float] = defaultdict(float)
         # Since nothing is in flight: the end, unless another request follows.
         self._since: defaultdict[tuple[Waiting, int], float] = defaultdict(float)
-        self._sent = self._requests = self._granted = 0
+        self._sent = self._requests = self._granted = self._failed = 0
         self._request_seconds = self._compute_seconds = self._wasted_seconds = 0.0
         self._ways: dict[str, _Way] = {}
 
@@ -62,6 +72,8 @@ class Timesheet:
             case RequestDone():
                 self._in_flight -= 1
                 self._done(event)
+            case RecordFailed():
+                self._failed += 1
 
     def totals(self) -> Totals:
         """The sums up to the last event."""
@@ -78,6 +90,7 @@ class Timesheet:
             least_overhead=sum(way.seconds for way in self._ways.values()) / max(self._requests, 1),
             wasted_seconds=self._wasted_seconds,
             cpu_seconds=0.0 if self._began is None else self._cpu_at - self._cpu_began,
+            failed=self._failed,
         )
 
     def _send(self) -> None:

@@ -64,7 +64,7 @@ async def verify_output(store: Store, *, deep: bool = False) -> Verification:
 
     Raises MismatchError when there is no published output, DataError naming what is missing or other than proven.
     """
-    if await store.head(SUCCESS_KEY) is None:
+    if await store.get(SUCCESS_KEY) is None:  # not `head`, which can't tell that there is no bucket
         raise MismatchError(f"{store.url}: no published output (no {SUCCESS_KEY}): see batch-client status")
     manifest = await read_manifest(store)
     problems = _Problems()

@@ -62,10 +62,14 @@ def decode_npy(body: Buffer, spec: TensorSpec, max_records: int) -> tuple[Array,
     return np.ascontiguousarray(array[None] if single else array, spec.dtype), single
 
 
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON: numbers that are not finite can be sent as npy")
+
+
 def parse_json(body: Buffer) -> Any:
     """Any JSON value; raises `OipError`."""
     try:
-        return json.loads(bytes(body))
+        return json.loads(bytes(body), parse_constant=_no_constant)
     except RecursionError as error:
         raise OipError("the JSON body is nested too deeply") from error
     except ValueError as error:

@@ -248,6 +248,8 @@ def decode_tensors(
             _check_size(size, nbytes, len(tail) - offset, name, dtype, shape)
             data = _from_raw(tail[offset : offset + nbytes], dtype, shape, name)
             offset += nbytes
+        if what == "input" and "data" in item and (size is not None or "shared_memory_region" in parameters):
+            raise OipError(f"input {name} has data in the JSON and bytes elsewhere, wanted one of them")
         tensors.append(Tensor(name, data))
     if offset != len(tail):
         raise OipError(f"{len(tail) - offset} bytes follow the last of the tensors, wanted none")

@@ -129,6 +129,15 @@ def test_the_stage_that_is_slow_is_named(name, source):
     assert summary.advice
 
 
+def test_records_that_fail_are_what_is_said_where_looking_for_them_took_the_time():
+    totals = Totals(seconds=10, waited={(Waiting.SERVERS, 1): 10.0}, in_flight=1, requests=10, request_seconds=2,
+                    compute_seconds=2, least_overhead=0, wasted_seconds=8, cpu_seconds=1)
+    servers, records = find_bottleneck(totals), find_bottleneck(replace(totals, failed=2))
+    assert servers.limit is records.limit is Limit.FAILURES
+    assert "servers' logs" in servers.advice
+    assert records.advice.startswith("records that fail are looked for one by one")
+
+
 def test_what_made_it_slow_is_what_is_named(source):
     """The negative control: the same run without the slow stage is limited by something else."""
     assert scored(source).limited_by == scored(source, get=0.01, create=0.01).limited_by == Limit.MODEL.value

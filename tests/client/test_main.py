@@ -67,6 +67,27 @@ def test_a_file_that_packing_lacks_is_named_with_its_flag(flag, wanted, tmp_path
     assert wanted in said
 
 
+def test_a_price_that_is_set_for_other_commands_is_no_mistake_of_a_plan_without_a_time(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    words = ["plan", "in", "out", "--endpoint", "http://127.0.0.1:9", "--model", "m"]
+    assert cli.main([*words, "--price-per-hour", "2"]) == 64
+    assert "--price-per-hour needs the run's time: add --calibrate" in capfd.readouterr().err
+    monkeypatch.setenv("BATCH_CLIENT_PRICE_PER_HOUR", "2")
+    assert cli.main(words) == 65
+    assert "no Zarr array there" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("page", ["out", "out/report.html", "elsewhere/../out/report.html"])
+def test_a_report_in_the_output_is_refused_before_the_run(page, tmp_path, monkeypatch, capfd):
+    """It would be what is no object of the output, or the output's folder."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out",) if "/" in page else ():
+        (tmp_path / folder).mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    assert cli.main(["run", "in", "out", "--archive", "m.mar", "--report", page]) == 64
+    assert f"--report {page} is in OUTPUT out: wanted a place beside it" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("value", ['"http://one"', '["http://one"]'])
 def test_a_flag_that_may_be_repeated_takes_a_list_or_one_value_in_a_settings_file(value, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)

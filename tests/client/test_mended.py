@@ -60,7 +60,7 @@ def test_a_record_that_always_gives_the_same_bad_answer_is_found(answer):
     ("Error performing PUT http://s/b/x in 1ms - Server returned non-2xx status code: 403 Forbidden", CredentialsError),
 ])
 def test_what_a_store_said_is_not_looked_for_in_names(text, kind):
-    assert type(_translate(GenericError(text), "writing x")) is kind
+    assert type(_translate(GenericError(text), "writing", "x")) is kind
 
 
 def test_a_flush_whose_answer_was_lost_loses_no_row():

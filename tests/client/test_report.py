@@ -392,4 +392,4 @@ def test_a_run_that_fails_has_a_page_that_says_so():
     data = run_virtually(run())
     assert (data.statuses[1], data.held, data.published) == (1, 1, None)
     text = "".join(parsed(render(data)).itertext())
-    assert "ended before its output was published: 1 records failed" in text
+    assert "ended before its output was published: 1 record failed" in text

@@ -93,6 +93,26 @@ def test_it_says_what_it_found_to_a_person(published, capsys):
     assert capsys.readouterr().out.startswith("300 records, 1 without a score\n")
 
 
+def test_labels_that_are_no_class_are_counted(published, capsys):
+    """Classes that are counted from 1 look like a bad model."""
+    labels = np.load(published / "labels.npy") + 1
+    np.save(published / "labels.npy", labels)
+    wrong = int((labels[40:340] == 4).sum())
+    assert show(published, "--labels", str(published / "labels.npy")) == 0
+    assert f"; {wrong} labels of no class: wanted 0 to 3" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")  # zarr's, of what is no array beside those that it looks for
+@pytest.mark.parametrize("key", ["scores/c/0/0", "record_status/zarr.json"])
+def test_an_output_that_is_damaged_is_not_called_an_input(published, capsys, key):
+    (published / "out.zarr" / key).unlink()
+    assert show(published) == 65
+    said = capsys.readouterr().err
+    assert f"out.zarr: its predictions can't be read ({published.as_uri()}" in said
+    assert said.endswith("--deep names\n")
+    assert not any(word in said for word in ("--allow-missing", "--array", "INPUT"))
+
+
 def test_the_picture_of_an_output_at_a_place_without_a_name_is_no_hidden_file(published, monkeypatch, capsys):
     monkeypatch.chdir(published / "out.zarr")
     assert main(["show", "."]) == 0
@@ -104,7 +124,8 @@ def test_the_picture_of_an_output_at_a_place_without_a_name_is_no_hidden_file(pu
     (997, "997 of 12,345 records right, 8.0 %"), (0, "0 of 12,345 records right, 0.0 %"),
 ])
 def test_only_all_that_are_right_are_a_hundred_percent(right, said):
-    assert _sentence({"records": 12_345, "right": right, "accuracy": right / 12_345, "without_score": 0}) == said
+    assert _sentence({"records": 12_345, "right": right, "accuracy": right / 12_345, "without_score": 0,
+                      "labels_of_no_class": 0}) == said
 
 
 def test_a_source_that_moved_is_named(published, capsys):
@@ -118,6 +139,7 @@ def test_a_source_that_moved_is_named(published, capsys):
     ("flags", "code", "said"),
     [
         (["--records", "0:10"], 64, "within 40:340"),
+        (["-o", "picture.bmp"], 64, "-o picture.bmp: the picture is a PNG: wanted a name that ends with .png"),
         (["--records", "60:60"], 64, "A < B"),
         (["--labels", "short.npy"], 64, "found 7 labels, wanted 300"),
         (["--labels", "absent.npy"], 64, "no such file"),

@@ -203,6 +203,22 @@ def test_a_model_is_measured_in_requests_of_the_size_that_a_run_would_send(clean
     assert default_request(144, 9, 16, 8192, None) == 7280
 
 
+@pytest.mark.parametrize(("words", "said"), [
+    (["w.safetensors"], "w.safetensors is not a model archive (MAR-INF/MANIFEST.json: File is not a zip file)"),
+    (["ARCHIVE", "--precision", "tf32"], "toy.mar: precision is tf32, which is of CUDA GPUs"),
+])
+def test_what_cant_be_measured_is_named_as_it_was_given(words, said, toy_archive, clean_environ, tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(bytes(100))
+    words = [str(toy_archive) if word == "ARCHIVE" else word for word in words]
+    done = run_cli(["bench", *words, "--budget", "5"], {**clean_environ, "TMPDIR": str(tmp_path)}, cwd=tmp_path)
+    assert done.returncode == 69
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("batch-client: ")
+    assert said in last
+    assert str(tmp_path / "batch-client-bench") not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_bench_that_is_stopped_leaves_nothing(toy_archive, clean_environ, tmp_path, number):
     environ = {**clean_environ, "TMPDIR": str(tmp_path)}

@@ -154,6 +154,8 @@ STORES = [
     ({"AWS_ACCESS_KEY_ID": "nobody"}, 77, "the store refused the credentials (InvalidAccessKeyId)"),
     ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None, **NOBODY}, 77, "found no credentials"),
     ({"AWS_PROFILE": "nobody"}, 77, "could not be found"),
+    ({"AWS_ENDPOINT_URL": "127.0.0.1:9000"}, 64, "AWS_ENDPOINT_URL is no URL of a server: wanted one such as"),
+    ({"AWS_ACCESS_KEY_ID": "key\n"}, 77, "AWS_ACCESS_KEY_ID has white space or other signs in it, such as a line"),
     ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, 74, "check the network and, where one is set, AWS_ENDPOINT_URL"),
 ]
 
@@ -179,6 +181,8 @@ def test_a_bucket_that_is_not_there(toy_server, s3_environ):
     done = run_cli(["run", "s3://no-such-bucket/in", "s3://data/refused", "--log", "none", *toy_server.flags],
                    s3_environ)
     check(done, 64, "there is no such bucket: mend the URL, or, for an output, create it first")
+    for verb in ("verify", "status", "show"):
+        check(run_cli([verb, "s3://no-such-bucket/out"], s3_environ), 64, "there is no such bucket")
 
 
 def test_a_skewed_clock_is_named(an_hour_ahead, remote, toy_server, s3_environ):

@@ -214,6 +214,18 @@ def test_a_wrong_json_request_is_told_what_is_wrong(header, message):
     assert len(str(caught.value)) < 400
 
 
+def test_an_input_that_is_there_twice_is_refused():
+    """Nothing says which of them is meant."""
+    twice = {"name": "x", "datatype": "UINT8", "shape": [1, 2], "data": [1, 2], "parameters": {"binary_data_size": 2}}
+    header = json.dumps({"inputs": [twice]}).encode()
+    with pytest.raises(OipError, match="input x has data in the JSON and bytes elsewhere, wanted one of them"):
+        oip.decode_request(header + b"\7\7", len(header), max_tensor_bytes=LIMIT)
+    del twice["data"]
+    header = json.dumps({"inputs": [twice]}).encode()
+    (found,) = oip.decode_request(header + b"\7\7", len(header), max_tensor_bytes=LIMIT).inputs
+    assert found.data.tolist() == [[7, 7]]
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"inputs": NaN}', b"1" * 5000],

@@ -15,9 +15,11 @@ from batch_client.server import EmbeddedServer, ServerSettings
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SECRETS = {"AWS_SECRET_ACCESS_KEY": "hidden", "AWS_PROFILE": "hidden", "HF_TOKEN": "hidden", "DB_PASSWORD": "hidden",
+           "DB_PASS": "hidden", "PASSPHRASE": "hidden", "API_KEYS": "hidden", "TOKENS": "hidden", "AUTHTOKEN": "hidden",
+           "SECRETKEY": "hidden", "GITHUB_PAT": "hidden",
            "BATCH_CLIENT_TOKEN_FILE": "hidden", "TS_ALLOWED_URLS": ".*", "TS_ENABLE_MODEL_API": "true",
            "BATCH_HANDLER_BULK_LANE": "hidden"}
-HARMLESS = {"TOKENIZERS_PARALLELISM": "false"}
+HARMLESS = {"TOKENIZERS_PARALLELISM": "false", "BYPASS_CACHE": "1", "KEYBOARD": "de", "PATIENCE": "3"}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -30,7 +30,7 @@ from batch_client.bench.workers import ask_handler, workers_of
 from batch_client.bottleneck import Limit
 from batch_client.budget import ByteBudget
 from batch_client.contract import contract_of
-from batch_client.errors import StorageError, UsageError
+from batch_client.errors import BatchClientError, StorageError, UsageError
 from batch_client.figures import significant
 from batch_client.folders import temporary_folder
 from batch_client.java import find_java, torchserve_home
@@ -42,7 +42,7 @@ from batch_client.reader import Source, open_source
 from batch_client.regions import MEMORY
 from batch_client.resources import serve_config_dir
 from batch_client.server import EmbeddedServer, ServerSettings
-from batch_client.server_config import environment, parse_properties, template_of
+from batch_client.server_config import environment, model_of, parse_properties, template_of
 from batch_client.serving import Servers
 from batch_client.spec import MIB, Records, RunSpec
 from batch_client.storage import Store, child_url, open_store
@@ -132,7 +132,10 @@ async def bench(spec: BenchSpec, say: Say, environ: Mapping[str, str] = os.envir
         open_store(spec.output, anonymous=spec.anonymous)
     async with local_archive(spec.archive, anonymous=spec.anonymous) as archive:
         with temporary_folder("bench") as folder:
-            return await _Session(spec, source, archive, folder, say, environ).run()
+            try:
+                return await _Session(spec, source, archive, folder, say, environ).run()
+            except BatchClientError as error:  # of the unpacked copy, which nobody has asked about
+                raise type(error)(str(error).replace(f"model in {folder / 'model'}", spec.archive)) from error
 
 
 class _Session:
@@ -162,6 +165,7 @@ class _Session:
         self._device = await asyncio.to_thread(device, self._environ)
         if self._spec.save:
             require_place(self._archive, self._device)
+        await asyncio.to_thread(model_of, self._archive)  # what is no archive is said as by the other verbs
         self._model = await ask_handler(["prepare", str(self._archive), str(self._folder)], self._environ)
         run = self._run_spec()
         self._require_fitting(run)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batch_client.cli.options import AMOUNT, run_options, spec_of
+from batch_client.cli.options import AMOUNT, run_options, spec_of, typed_flags
 from batch_client.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,9 +33,11 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
     from batch_client.forecast import Prices
 
     asked = [options.pop(f"price_per_{what}") for what in ("hour", "1000_puts", "1000_gets")]
+    if not calibrate:
+        if typed_flags("price_per_hour"):
+            raise UsageError("--price-per-hour needs the run's time: add --calibrate")
+        asked[0] = None  # of a variable or a file, which are for other commands too
     prices = None if asked == [None] * 3 else Prices(*(price or 0.0 for price in asked))
-    if asked[0] is not None and not calibrate:
-        raise UsageError("--price-per-hour needs the run's time: add --calibrate")
     spec = spec_of(input_url, output_url, options)
     if calibrate:
         found = run_verb(api.calibrate(spec))
@@ -72,10 +74,10 @@ def _forecast(found: Calibration) -> dict[str, Any]:
     guess = found.forecast
     return {
         "calibrated_with_records": found.records,
-        "calibrated_in_seconds": round(found.seconds, 1),
+        "calibrated_in_seconds": significant(found.seconds),
         "failed_in_calibration": found.failed,
         **({"without_servers": "; ".join(found.left_out)} if found.left_out else {}),
-        "seconds": None if guess is None else [round(value, 2) for value in
+        "seconds": None if guess is None else [significant(value) for value in
                                                (guess.seconds, guess.seconds_low, guess.seconds_high)],
         "records_per_s": None if guess is None else significant(guess.records_per_s),
         "peak_memory_bytes": found.peak_memory_bytes,

@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import click
 
 from batch_client.cli.options import run_options, spec_of
 from batch_client.cli.stream import say
-from batch_client.errors import StoppedError, StorageError
+from batch_client.errors import StoppedError, StorageError, UsageError
 from batch_client.files import replace_file, require_writable
 
 if TYPE_CHECKING:
@@ -82,8 +82,12 @@ def _page_about(spec: RunSpec, page: Path | None) -> Iterator[tuple[Observer, ..
         yield ()
         return
     from batch_client.report import Report
+    from batch_client.storage import is_inside
 
     require_writable(page, "--report")
+    place = spec.output if "://" in spec.output else _local_url(spec.output)
+    if is_inside(page.absolute().as_uri(), place):
+        raise UsageError(f"--report {page} is in OUTPUT {spec.output}: wanted a place beside it")
     report = Report(spec.input)
     try:
         yield (report,)
@@ -94,6 +98,12 @@ def _page_about(spec: RunSpec, page: Path | None) -> Iterator[tuple[Observer, ..
             say(f"batch-client: {' '.join(str(second).split())}")
         raise
     _write(page, report)
+
+
+def _local_url(place: str) -> str:
+    with suppress(RuntimeError):  # a home that nobody has, which the run itself refuses
+        return Path(place).expanduser().absolute().as_uri()
+    return place
 
 
 def _write(page: Path, report: Report, ending: str = "") -> None:

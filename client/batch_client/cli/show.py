@@ -6,8 +6,11 @@ import io
 import json
 import math
 import os
+import re
 import tokenize
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -57,6 +60,8 @@ def command(output_url: str, *, picture: Path | None, as_json: bool, **options: 
     if os.path.isfile(labels) and not labels.endswith(".npy"):  # noqa: PTH113 - which raises nothing for what is no path
         raise UsageError(f"--labels {labels}: this is a file of another kind; wanted a .npy file or a Zarr array")
     path = picture or Path((_place(output_url).stem or "output") + ".png")  # a bucket's root has no name
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"-o {path}: the picture is a PNG: wanted a name that ends with .png")
     png, figures, sentence = run_verb(_show(output_url, **options))
     try:
         path.write_bytes(png)
@@ -85,8 +90,12 @@ class _Output:
     status: Source
 
     @property
+    def classes(self) -> int:
+        return math.prod(self.scores.geometry.record_shape)
+
+    @property
     def has_classes(self) -> bool:
-        return math.prod(self.scores.geometry.record_shape) > 1
+        return self.classes > 1
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,8 @@ async def _show(output_url: str, *, labels: str | None, records: str | None, sou
     _require_scored(place, inputs, run)
     span = _Range(start, stop, origin, scores.geometry.count, inputs.geometry.count)
     truth = None if labels is None else await _labels(labels, span, anonymous=anonymous)
-    answers = await _answers(scores, output.status, origin, start, stop, truth)
+    with _of_output(output_url):
+        answers = await _answers(scores, output.status, origin, start, stop, truth)
     panels = [await _panel(title, picks, inputs, scores, origin, answers)
               for title, picks in _choose(answers, classes=output.has_classes)]
     figures = _figures(output_url, output, answers)
@@ -166,7 +176,20 @@ async def _open_output(url: str, *, anonymous: bool) -> _Output:
     if not names:
         raise DataError(f"{url}: its predictions have shapes {shapes}, wanted a row of scores for each record")
     name = next((name for name in names if math.prod(shapes[name]) > 1), names[0])
-    return _Output(run, name, len(shapes) == 1, await open_source(store, name), await open_source(store, STATUS.name))
+    with _of_output(url):
+        scores, status = await open_source(store, name), await open_source(store, STATUS.name)
+    return _Output(run, name, len(shapes) == 1, scores, status)
+
+
+@contextmanager
+def _of_output(url: str) -> Iterator[None]:
+    """What can't be read within is said of a published output, and not, as a reader does, of an INPUT."""
+    try:
+        yield
+    except DataError as error:
+        found = re.split(": restore |; the group has ", str(error))[0]
+        raise DataError(f"{url}: its predictions can't be read ({found}): restore what batch-client verify {url} "
+                        "--deep names") from error
 
 
 def _require_scored(place: str, inputs: Source, run: RunIdentity) -> None:
@@ -352,6 +375,9 @@ def _figures(url: str, output: _Output, answers: _Answers) -> dict[str, Any]:
         "without_score": int((answers.classes < 0).sum()),
         "right": right,
         "accuracy": None if right is None else right / answers.count,
+        "labels_of_no_class": None if answers.labels is None else int(
+            ((answers.labels < 0) | (answers.labels >= output.classes)).sum()),
+        "classes": output.classes,
     }
 
 
@@ -363,4 +389,7 @@ def _sentence(figures: dict[str, Any]) -> str:
         text = f"{figures['right']:,} of {text} right, {percent(figures['accuracy'])}"
     if figures["without_score"]:
         text += f", {figures['without_score']:,} without a score"
+    if figures["labels_of_no_class"]:
+        text += (f"; {counted(figures['labels_of_no_class'], 'label')} of no class: wanted 0 to "
+                 f"{figures['classes'] - 1:,}")
     return text

@@ -107,7 +107,7 @@ def _verdict(found: Bottleneck) -> str:
 def _figures(data: ReportData) -> list[tuple[str, str]]:
     rate = data.stored / data.seconds if data.seconds > 0 else 0.0
     rows = [("records stored by this run", f"{data.stored:,}"), ("time", _seconds(data.seconds)),
-            ("records/s", number(rate))]
+            ("records stored/s", number(rate))]
     if data.started is not None:
         total = data.started.plan.count
         rows.insert(0, ("records of the output", f"{total:,}"))
@@ -116,14 +116,15 @@ def _figures(data: ReportData) -> list[tuple[str, str]]:
         if data.started.ceiling is not None:
             rows += [("the model's ceiling, records/s", number(data.started.ceiling)),
                      ("percent of the ceiling", f"{100 * rate / data.started.ceiling:.0f} %")]
-    rows += [(f"records {name}", f"{count:,}") for name, count in zip(STATUSES, data.statuses, strict=True)]
+    rows += [(f"records scored: {name}", f"{count:,}") for name, count in zip(STATUSES, data.statuses, strict=True)]
     if data.held:
         rows.append(("chunks held back", f"{data.held:,}"))
     rows += [("requests", f"{data.requests:,}"), ("attempts without a result", f"{data.retries:,}")]
     if data.latency.total:
         rows += [(f"{percent} % of requests within", _seconds(data.latency.percentile(percent)))
                  for percent in (50, 90, 99)]
-    return [*rows, ("bytes read", _bytes(data.bytes_read)), ("bytes written", _bytes(data.bytes_written))]
+    return [*rows, ("bytes read for what is stored", _bytes(data.bytes_read)),
+            ("bytes written", _bytes(data.bytes_written))]
 
 
 def _identity(data: ReportData) -> list[tuple[str, str]]:
@@ -180,7 +181,7 @@ def _time_ticks(seconds: float) -> list[tuple[float, str]]:
 def _time(found: Bottleneck) -> str:
     shares = sorted(found.shares.items(), key=lambda share: -share[1])
     largest, share = shares[0]
-    return _figure(f"{_capital(largest.phrase)} was waited for during {share * 100:.0f} % of the time",
+    return _figure(f"{share * 100:.0f} % of the time went to {largest.phrase}",
                    "Each instant belongs to what the run waited for at it; what went on beside that cost no time.",
                    shares_bar([(_SHARES[limit], share) for limit, share in shares]))
 
@@ -307,7 +308,3 @@ def _bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:,.1f} {unit}"
     return f"{count:,} bytes"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

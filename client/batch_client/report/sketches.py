@@ -15,7 +15,7 @@ T = TypeVar("T")
 class Timeline:
     """Amounts by name over time, in at most `most` buckets: when the time outgrows them, they double in width."""
 
-    def __init__(self, most: int = 240, width: float = 0.05) -> None:
+    def __init__(self, most: int = 240, width: float = 0.001) -> None:
         self._most = most
         self.width = width
         self.buckets: list[Counter[str]] = []
