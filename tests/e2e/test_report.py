@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import subprocess
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -14,7 +15,7 @@ from batch_client.cli.run import _page_about
 from batch_client.errors import StoppedError, StorageError
 from batch_client.events import RecordsScored
 from batch_client.spec import RunSpec
-from support.cli import run_cli
+from support.cli import command, run_cli
 
 
 @pytest.fixture
@@ -47,12 +48,14 @@ def test_a_run_leaves_a_page_and_says_what_limited_it(folder, clean_environ, toy
 
 
 def test_a_page_that_cant_be_written_takes_nothing_from_what_the_run_came_to(folder, clean_environ, toy_server):
-    """The page has the output's name, which is a folder by then: 74, with the figures."""
-    done = run_cli(["run", "in.zarr", "out.zarr", "--report", "out.zarr", "--json", "--log", "none",
-                    *toy_server.flags], clean_environ, cwd=folder)
+    """No file may have more than 16 KiB, less than a page and more than an output chunk: 74, with the figures."""
+    run = command("run", "in.zarr", "out.zarr", "--chunk-records", "100", "--report", "page.html", "--json", "--log",
+                  "none", *toy_server.flags)
+    done = subprocess.run(["sh", "-c", 'ulimit -f 32; exec "$@"', "sh", *run], env=clean_environ, cwd=folder, text=True,
+                          capture_output=True, check=False, timeout=180)
+    assert done.stderr == "batch-client: page.html: the report can't be written: File too large\n"
     assert done.returncode == 74
     assert json.loads(done.stdout)["published"]
-    assert done.stderr == "batch-client: out.zarr: the report can't be written: Is a directory\n"
     assert sorted(path.name for path in folder.iterdir()) == ["in.zarr", "out.zarr"]
 
 

@@ -14,10 +14,11 @@ async def test_the_log_of_a_run_does_not_grow_for_ever(make_archive, monkeypatch
     monkeypatch.setattr(server_module, "MOST_LOG_BYTES", 100)
     monkeypatch.setattr(serving, "LOG_SECONDS", 0.01)
     async with open_servers(ServerSpec(archive=make_archive(), workers=1)) as servers:
-        log = servers.tokens.log_path
+        (server,) = servers.tokens.values()
+        log = server.log_path
         await until(lambda: log.stat().st_size < 100)
         assert log.stat().st_size < 100
-        assert (await servers.tokens.describe())["workers"][0]["status"] == "READY"
+        assert (await server.describe())["workers"][0]["status"] == "READY"
     assert not log.exists()
 
 
