@@ -109,7 +109,8 @@ _ADVICE = {
     Limit.FAILURES: "see why in what was retried (--log json) and in the servers' logs",
     Limit.ENDS: "nothing to turn in so short a run",
 }
-_FAILED_RECORDS = "records that fail are looked for one by one: mend them, or leave them out with --records"
+_FAILED_RECORDS = ("records that fail are looked for one by one: mend them, or leave them out with --records; other "
+                   "failures are in the servers' logs")
 _MORE_BYTES = "raise --max-bytes-in-flight"
 _NO_CEILING = "find its quickest settings (bench --save), or add workers, GPUs or endpoints"
 _SHARED = "run longer, or give the client and the store other cores than the model's"

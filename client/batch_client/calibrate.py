@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from batch_client.errors import DataError, StoppedError
 from batch_client.events import Event, RecordFailed, RecordsScored, RequestRetried, RunStarted, ServerLeftOut
-from batch_client.forecast import Answer, Forecast, Sample, forecast
+from batch_client.forecast import Answer, Forecast, Sample, forecast, measured
 from batch_client.pipeline import execute, plan_run
 from batch_client.plan import Plan
 from batch_client.prepare import Services
@@ -113,6 +113,6 @@ async def calibrate(spec: RunSpec, services: Services) -> Calibration:
     plan, scored, seconds = watcher.plan, sum(answer.records for answer in answers), services.clock() - watcher.began
     records = sum(plan.unit(index).count for index in plan.part(spec.part)) if spec.part else plan.count
     found = forecast(answers, records)
-    if found is not None and scored == plan.count:  # all of it: that took what it took
-        found = found.with_measured(seconds * records / plan.count)
+    if scored == plan.count:  # all of it: that took what it took, and a part its share
+        found = measured(records, seconds * records / plan.count, found)
     return Calibration(plan, found, scored, watcher.failed, tuple(watcher.left_out), seconds, peak_memory())

@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
 
 from batch_client.plan import Plan
 
-__all__ = ["Answer", "Cost", "Forecast", "Prices", "Sample", "cost_of", "forecast"]
+__all__ = ["Answer", "Cost", "Forecast", "Prices", "Sample", "cost_of", "forecast", "measured"]
 
 # What a calibration waits for: time for the pipeline to settle, and answers for an interval. A model of a second a
 # record needs longer for the same certainty, but nobody waits for ever.
@@ -75,12 +74,6 @@ class Forecast:
     seconds_low: float
     seconds_high: float
 
-    def with_measured(self, seconds: float) -> Self:
-        """With the seconds that all of it was seen to take, its first and last ones included, in the middle."""
-        rate = self.records / seconds if seconds > 0 else self.records_per_s
-        return replace(self, records_per_s=rate, seconds=seconds, seconds_low=min(self.seconds_low, seconds),
-                       seconds_high=max(self.seconds_high, seconds))
-
 
 @dataclass(frozen=True)
 class Prices:
@@ -115,6 +108,16 @@ def forecast(answers: Sequence[Answer], records: int) -> Forecast | None:
     relative = STUDENT[batches - LEAST_BATCHES] * statistics.stdev(costs) / batches**0.5 / mean
     factor = math.exp(min(relative, MOST_RELATIVE))
     return Forecast(records, 1 / mean, records * mean, records * mean / factor, records * mean * factor)
+
+
+def measured(records: int, seconds: float, found: Forecast | None) -> Forecast | None:
+    """The forecast of so many records that were seen to take these seconds, the first and the last ones included: they
+    are its middle, and its interval holds that of `found`, which answers alone gave.
+    """
+    if records == 0 or seconds <= 0:
+        return found
+    ends = (seconds, seconds) if found is None else (found.seconds_low, found.seconds_high)
+    return Forecast(records, records / seconds, seconds, min(seconds, ends[0]), max(seconds, ends[1]))
 
 
 def _seconds_a_record(answers: Sequence[Answer], first: int, last: int) -> float:

@@ -111,6 +111,8 @@ async def _open_apart(spec: RunSpec, source_store: Store, output_store: Store, r
     for name, place in (("INPUT", source.url), ("--reuse", reuse_store and reuse_store.url)):
         if place and is_inside(output, place):
             raise UsageError(f"OUTPUT {output} is in {name} {place}: the output needs a place of its own")
+    if is_inside(source.url, output):  # an array of a group around the output
+        raise UsageError(f"INPUT {source.url} is in OUTPUT {output}: the output needs a place of its own")
     return source
 
 

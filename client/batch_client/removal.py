@@ -86,7 +86,7 @@ async def remove_output(store: Store, *, published: bool = True, kept: Sequence[
         await _require_apart(store, mark, kept)
         if not published:  # nobody publishes after the mark
             await require_unpublished(store)
-    except UsageError:
+    except Exception:  # whatever it is: nothing has been deleted
         if made:  # else it is of a removal that somebody asked for
             await store.delete(REMOVING_KEY)
         raise

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ REFUSED = 400  # what TorchServe answers to a token that it does not take
 
 
 class _PortTakenError(Exception):
-    """A port is somebody else's, in TorchServe's words. Of those that nobody asked for another start gets others."""
+    """A port is somebody else's, in TorchServe's words. For one that nobody asked for the next start takes another."""
 
 
 class EmbeddedServer:
@@ -130,7 +131,7 @@ class EmbeddedServer:
                 await self._start_once(java, home)
             except _PortTakenError as taken:
                 await self._end()
-                asked = self._settings.port is not None or self._settings.metrics_port is not None
+                asked = self._asked_for(str(taken))
                 if asked or not left:
                     await self.stop()
                     raise ServingError(f"{taken}: end what listens there, or take another --port or --metrics-port"
@@ -243,6 +244,12 @@ class EmbeddedServer:
             raise _PortTakenError(taken)
         if self.ended():
             raise ServingError(f"TorchServe ended at its start (log: {self.log_path}): {last_words(log)}")
+
+    def _asked_for(self, taken: str) -> bool:
+        """Whether what TorchServe said of a port is about one that was asked for."""
+        asked = {str(port) for port in (self._settings.port, self._settings.metrics_port) if port is not None}
+        said = set(re.findall(r":(\d+)", taken))
+        return bool(asked & said if said else asked)
 
     async def _give_up(self, otherwise: str) -> None:
         """Raises with the reason in the log, given a moment to be written whole, and another death if there is none."""

@@ -4,8 +4,8 @@ LIFELINE is the read end of a pipe whose write end only the client has. When it 
 server or was killed, the command gets SIGTERM, after GRACE seconds SIGKILL, and then whatever is left of its process
 group: TorchServe's Java does not end with its parent, and a worker in the middle of a batch not with its Java. The
 unpacked model, the keys and all else in FOLDER go too but for the log, and all of SHARED, which is "" where there is
-none; a client that was killed can't remove them. SHARED is locked meanwhile: where guard and client are killed
-together, the next server finds it without a lock and removes it.
+none; a client that was killed can't remove them. Both are locked meanwhile: where guard and client are killed together,
+a later server finds them without a lock and does the same.
 
 Run as a file, not as a module, so that starting it imports nothing but the standard library.
 """
@@ -28,6 +28,7 @@ __all__ = ["main"]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_SECONDS = 1.0
+LOCK = "lock"  # in a folder on disk; as in folders.py
 
 
 def die_with(parent: int) -> Callable[[], None] | None:
@@ -70,12 +71,16 @@ def clean(folder: Path) -> None:
     """Removes what is in the command's folder but its log, and the folder where it has none."""
     with contextlib.suppress(OSError):
         (folder / "models").chmod(0o700)  # which its command may only read
+    entries: list[Path] = []
     with contextlib.suppress(OSError):
-        for entry in folder.iterdir():
-            if entry.is_dir():
+        entries = list(folder.iterdir())
+    for entry in entries:
+        with contextlib.suppress(OSError):
+            if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             elif entry.suffix != ".log":
                 entry.unlink()
+    with contextlib.suppress(OSError):
         folder.rmdir()
 
 
@@ -88,10 +93,10 @@ def remove(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def lock(folder: str) -> None:
-    """Holds a folder locked for as long as this process lives, so that it is not taken for one that was left."""
+def lock(place: Path, flags: int = os.O_RDONLY) -> None:
+    """Holds a file or a folder locked for as long as this process lives, so that it is not taken for one left."""
     with contextlib.suppress(OSError):
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)
+        fcntl.flock(os.open(place, flags, 0o600), fcntl.LOCK_EX if flags else fcntl.LOCK_SH)
 
 
 def end(command: subprocess.Popen[bytes], grace: float) -> None:
@@ -108,8 +113,9 @@ def main(arguments: list[str]) -> int:
     """Run the command until it or its client ends; its exit code, or 128 and the number of the signal that ended it."""
     lifeline, grace, folder, shared = int(arguments[0]), float(arguments[1]), Path(arguments[2]), arguments[3]
     woken = wakeups()
+    lock(folder / LOCK, os.O_RDWR | os.O_CREAT)
     if shared:
-        lock(shared)
+        lock(Path(shared))
     command = subprocess.Popen(
         arguments[4:],
         stdin=subprocess.DEVNULL,

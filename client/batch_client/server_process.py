@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from batch_client.errors import ServingError
+from batch_client.folders import LOCK, sweep_folders
 from batch_client.java import Java, java_command
 from batch_client.machine import cores, device, free_ports, gpus
 from batch_client.regions import new_folder, remove_folder
@@ -34,6 +35,7 @@ from batch_client.server_config import (
     parse_properties,
     with_tuning,
 )
+from batch_client.server_guard import clean
 from batch_client.server_lanes import Lane
 from batch_client.tuning import read_tuning
 
@@ -41,6 +43,7 @@ __all__ = ["ServerProcess", "launch", "settled"]
 
 # Between SIGTERM and SIGKILL. Java resets requests in flight at once, and then waits 3 s for nothing.
 JAVA_GRACE_SECONDS = 0.2
+PREFIX = "batch-client-server-"
 LOG_END_BYTES = 4 << 20  # of a log, where it is searched for what happened
 # Bytes of a Unix socket's path that the kernel takes; workers listen on such ones, named after ports of five digits.
 SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
@@ -110,7 +113,8 @@ def launch(
 ) -> ServerProcess:
     """Starts Java under its guard, in a new private folder. Raises ServingError when that can't be done."""
     try:
-        folder = Path(tempfile.mkdtemp(prefix="batch-client-server-"))
+        sweep_folders(Path(tempfile.gettempdir()), PREFIX, clean, LOCK)
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     except OSError as error:
         raise ServingError(f"the server can't be started: it needs a temporary folder ({error}); set TMPDIR to a place "
                            "that can be written") from error
@@ -196,9 +200,5 @@ def _remove(folder: Path, shared: Path | None, keep: Path | None) -> None:
         (folder / "models").chmod(0o700)
     if keep is None or keep.parent != folder:
         shutil.rmtree(folder, ignore_errors=True)
-        return
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        elif entry != keep:
-            entry.unlink(missing_ok=True)
+    else:
+        clean(folder)

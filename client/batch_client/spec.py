@@ -89,6 +89,8 @@ class ServerSpec:
             if "?" in endpoint or "#" in endpoint:
                 raise UsageError("--endpoint has a query or a fragment in its URL, which would be shown in logs and "
                                  "lead requests astray: wanted a URL such as http://host:8080")
+        if len({endpoint.rstrip("/") for endpoint in self.endpoints}) < len(self.endpoints):
+            raise UsageError(f"--endpoint {', '.join(self.endpoints)}: one of them is named twice")
         if self.endpoints and not self.model:
             raise UsageError("--endpoint also needs --model NAME, the name under which the server has the model")
         if self.token_files and self.token_command:

@@ -32,8 +32,10 @@ __all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "
 # obstore repeats 5xx and reads whose connection is lost itself; after this long a run is better stopped and resumed.
 RETRY_SECONDS = 60
 TRIES = 8  # of what obstore does not repeat itself
-_WEB = ("http", "https")
 AGAIN_SECONDS = 0.05  # before the second try; twice as long before each other one
+
+
+_WEB = ("http", "https")
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class ObjectStore:
                     raise
                 return None
             except foreign.GenericError as error:
-                if _BELOW_A_FILE.search(str(error)):
+                if _BELOW_A_FILE.search(_said(error)):
                     return None
                 raise
             return Blob(memoryview(data), result.meta.get("e_tag"))
@@ -142,7 +144,7 @@ class ObjectStore:
             except (FileNotFoundError, foreign.NotFoundError):
                 return None
             except foreign.GenericError as error:
-                if _BELOW_A_FILE.search(str(error)):
+                if _BELOW_A_FILE.search(_said(error)):
                     return None
                 raise
             return Meta(key, meta["size"], meta.get("e_tag"), meta["last_modified"].timestamp())
@@ -201,7 +203,7 @@ class ObjectStore:
         except (foreign.BaseError, OSError, ValueError) as error:
             raise _translate(error, doing, child_url(self.url, key)) from error
         except Exception as error:
-            if type(error).__name__ != "RustPanic":  # which obstore has no name for
+            if type(error).__name__ != "RustPanic":  # of its futures, which obstore has no name for
                 raise
             raise StorageError(f"{doing} {child_url(self.url, key)}: obstore gave up: look for missing parts and line "
                                "breaks in the variables that name the store and its credentials") from error
@@ -240,7 +242,8 @@ def child_url(url: str, key: str) -> str:
 def is_inside(url: str, place: str) -> bool:
     """Whether the store at one URL is the one at `place`, or below it; links of the file system are followed."""
     inner, outer = (_resolved(one) for one in (url, place))
-    return inner == outer or inner.startswith(f"{outer}/")
+    accounts = {split_url(one).hostname for one in (url, place) if "@" in split_url(one).netloc}
+    return len(accounts) < 2 and (inner == outer or inner.startswith(f"{outer}/"))
 
 
 # Other schemes of the same stores (object_store's `ObjectStoreScheme`).
@@ -253,7 +256,7 @@ def _resolved(url: str) -> str:
             url = Path(unquote(split_url(url).path)).resolve().as_uri()
     scheme, _, path = url.partition("://")
     scheme = _ALIASES.get(scheme.lower(), scheme.lower())
-    if scheme == "az":  # container@account, where the account may be a variable's
+    if scheme == "az":  # container@account, where the account may also be a variable's
         container, slash, rest = path.partition("/")
         path = container.partition("@")[0] + slash + rest
     # obstore takes a URL's escapes for what they stand for.
@@ -348,7 +351,7 @@ _METADATA_SERVICE = re.compile(r"169\.254\.169\.254|/latest/api/token")
 _NO_CREDENTIALS = re.compile(r"instance metadata|credential|MissingCredentials", re.IGNORECASE)
 _NO_BUCKET = re.compile(r"NoSuchBucket|bucket.{0,40}not (found|exist)", re.IGNORECASE)
 _ODD_NAME = re.compile(r'invalid path: Error parsing Path "(.*?)": ', re.DOTALL)
-_BELOW_A_FILE = re.compile(r"Not a directory \(os error")  # where a store of objects has none of that key
+_BELOW_A_FILE = re.compile(r"\(os error 20\)")  # where a store of objects has none of that key
 _LOST = re.compile(r"^HTTP error: ")
 _CUT_PAGE = re.compile(r"list response body")
 

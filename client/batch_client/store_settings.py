@@ -25,9 +25,11 @@ def plain_http(environ: Mapping[str, str]) -> bool:
 
 
 def s3_config(environ: Mapping[str, str], *, anonymous: bool) -> dict[str, Any]:
-    """Endpoint, region and credentials of S3, as obstore's `S3Config`; an empty variable counts as none.
+    """Endpoint, region and credentials of S3, as obstore's `S3Config`; an endpoint or a region that is empty counts as
+    none.
 
-    Raises UsageError for an endpoint that is no URL, CredentialsError for credentials that can't be read or sent.
+    Raises UsageError for an endpoint or a region that is none, CredentialsError for credentials that can't be read or
+    sent.
     """
     config: dict[str, Any] = {"region": _REGION}
     if anonymous:
@@ -37,10 +39,15 @@ def s3_config(environ: Mapping[str, str], *, anonymous: bool) -> dict[str, Any]:
     else:
         _require_whole_secrets(environ)
     if region := environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION"):
+        if not re.fullmatch("[!-~]+", region):
+            raise UsageError("the region in AWS_REGION or AWS_DEFAULT_REGION has white space or other signs in it: "
+                             "wanted one such as eu-west-1")
         config["region"] = region
     if endpoint := _endpoint(environ):
         config["endpoint"] = endpoint
-    elif any(name in environ for name in _S3_ENDPOINTS):
+    elif empty := [name for name in _S3_ENDPOINTS if name in environ]:
+        if environ.get("AWS_VIRTUAL_HOSTED_STYLE_REQUEST"):
+            raise UsageError(f"{empty[0]} is empty: unset it")  # what would take its place has the bucket in it
         config["endpoint"] = f"https://s3.{config['region']}.amazonaws.com"  # obstore's own, where it reads none
     return config
 
@@ -56,9 +63,9 @@ def _endpoint(environ: Mapping[str, str]) -> str:
 
 def _require_whole_secrets(environ: Mapping[str, str]) -> None:
     for name in _S3_SECRETS:
-        if re.search(r"[^!-~]", environ.get(name, "")):
-            raise CredentialsError(f"{name} has white space or other signs in it, such as a line break at its end, "
-                                   "which no request can carry: wanted the key alone")
+        if not re.fullmatch("[!-~]+", environ.get(name, "unset")):
+            raise CredentialsError(f"{name} is empty, or has white space or other signs in it, such as a line break at "
+                                   "its end: wanted the key alone, or unset it")
 
 
 def _profile_config(profile: str) -> dict[str, Any]:

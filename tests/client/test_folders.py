@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from batch_client.errors import ServingError
-from batch_client.folders import UNLOCKED_SECONDS, temporary_folder
+from batch_client.folders import LOCK, UNLOCKED_SECONDS, sweep_folders, temporary_folder
+from batch_client.server_guard import clean
 
 HOLDER = """
 import sys, time
@@ -29,14 +31,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_folder_is_gone_after_its_block_however_that_ends(place: Path) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ImportError("no boto3"), OSError("gone")])
+def test_a_folder_is_gone_after_its_block_however_that_ends(place: Path, error: BaseException) -> None:
     def interrupted() -> None:
         with temporary_folder("a") as folder:
             assert folder.stat().st_mode & 0o777 == 0o700
             (folder / "x").mkdir()
-            raise KeyboardInterrupt
+            raise error
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error if isinstance(error, type) else type(error)):
         interrupted()
     assert list(place.iterdir()) == []
 
@@ -45,6 +48,34 @@ def test_a_place_that_takes_no_folder_is_named(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(ServingError, match=r"nowhere.*set TMPDIR"), temporary_folder("a"):
         pytest.fail("there is no such place")
+
+
+def test_a_machine_without_any_place_for_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", nowhere)
+    with pytest.raises(ServingError, match=r"No usable temporary directory.*set TMPDIR"), temporary_folder("a"):
+        pytest.fail("there is no such place")
+
+
+def test_of_a_server_that_was_killed_with_its_guard_only_the_log_stays(place: Path) -> None:
+    folders = [place / f"batch-client-server-{name * 8}" for name in "abc"]
+    for folder in folders:
+        (folder / "tmp").mkdir(parents=True)
+        (folder / "tmp" / "weights").write_bytes(bytes(9))
+        for name in (LOCK, "key_file.json", "server-1.log"):
+            (folder / name).touch()
+        folder.chmod(0o700)
+    (folders[1] / LOCK).unlink()  # of one that has no guard yet, or of an earlier version
+    old = time.time() - 2 * UNLOCKED_SECONDS
+    for folder in folders:
+        os.utime(folder, (old, old))
+    with (folders[2] / LOCK).open("r+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        sweep_folders(place, "batch-client-server-", clean, LOCK)
+    assert [len(list(folder.iterdir())) for folder in folders] == [1, 3, 4]
+    assert (folders[0] / "server-1.log").exists()
 
 
 def test_what_a_killed_command_left_goes_with_the_next_of_its_kind_and_nothing_else_does(

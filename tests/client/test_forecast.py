@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from batch_client.calibrate import calibrate
 from batch_client.errors import StoppedError
-from batch_client.forecast import Answer, Prices, cost_of, forecast
+from batch_client.forecast import Answer, Prices, cost_of, forecast, measured
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.storage import MemoryStore
@@ -174,6 +174,16 @@ def test_a_source_that_is_done_before_the_time_is_up_is_forecast_too():
     assert found.forecast.seconds == pytest.approx(found.seconds)
     assert found.forecast.seconds_low <= found.seconds <= found.forecast.seconds_high
     assert found.forecast.records_per_s == pytest.approx(len(world.records) / found.seconds)
+
+
+def test_a_source_of_few_answers_that_was_scored_whole_has_the_time_that_it_took():
+    records = np.zeros((8, 3), np.uint8)
+    world = World(2, records=records, source=make_source(records, (8, 3)))
+    services = Services(world.server.servers(), world.source, MemoryStore("memory://out"),
+                        clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(0))
+    found = run_virtually(calibrate(world.spec(chunk_records=8), services))
+    assert (found.forecast.seconds, found.forecast.seconds_low) == (found.seconds, found.seconds)
+    assert measured(0, 1.0, None) is measured(5, 0.0, None) is None
 
 
 @pytest.mark.parametrize("parts", [1, 3, 5, 50])

@@ -410,6 +410,7 @@ def test_specs_of_parts_and_modes():
             ({"token_files": ["t", "u"]}, "--token-file: found 2 of them for 1 server, wanted one for all, or one for"),
             ({"patience": float("nan")}, "--patience nan: wanted at least 0"),
             ({"input": "a\0b"}, "input .*: wanted a URL or a path"),
+            ({"endpoints": ("http://h", "http://h/")}, "--endpoint http://h, http://h/: one of them is named twice"),
             ({"endpoints": ("http://h/\r\nX: y",)}, "--endpoint http://h/ X: y: wanted a URL such as"),
             ({"input": "s3://key:secret@bucket/in"}, "INPUT has a user name or password"),
             ({"output": "s3://key@bucket/out"}, "OUTPUT has a user name or password"),

@@ -37,12 +37,12 @@ def test_what_becomes_of_servers_has_a_line_each():
         def write(self, text):
             self.text += text
 
-    screen = Screen()
+    screen, reason = Screen(), "the connection broke: reset by peer"
     bar = ProgressBar(screen)
     bar(ServerAway("http://b", "the connection broke: reset\nby peer"))
     bar(ServerBack("http://b", 12.4))
     bar(ServerLeftOut("http://c: can't be reached"))
     assert screen.text.split("\n") == [
-        "", "http://b gives no sound answer (the connection broke: reset by peer): it is tried again until it does",
+        "", f"http://b gives no sound answer ({reason}): it is tried again while the run goes on",
         "", "http://b answers again, after 12 s",
         "", "going on without a server: http://c: can't be reached", ""]

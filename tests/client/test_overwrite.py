@@ -9,7 +9,7 @@ import pytest
 import zarr
 
 from batch_client import pipeline, plan
-from batch_client.errors import BrokenPromiseError, DataError, MismatchError, UsageError
+from batch_client.errors import BrokenPromiseError, CredentialsError, DataError, MismatchError, UsageError
 from batch_client.events import ChunkHeld
 from batch_client.layout import GENERATION_KEY, MANIFEST_KEY, REMOVING_KEY, SUCCESS_KEY
 from batch_client.pipeline import execute
@@ -242,6 +242,35 @@ def test_a_chunk_that_was_held_back_here_and_proven_without_failures_elsewhere_i
     run_virtually(run())
 
 
+def test_a_removal_that_can_not_look_at_what_is_read_leaves_the_output_as_it_was():
+    world = World(1)
+
+    class Refusing(MemoryStore):
+        async def get(self, key, start=None, stop=None):
+            raise CredentialsError("the store refused the credentials")
+
+    async def run():
+        assert (await world.live(calm(), Life())).published
+        before = dict(world.output.objects)
+        with pytest.raises(CredentialsError):
+            await remove_output(world.output, kept=[Refusing()])
+        assert world.output.objects == before
+
+    run_virtually(run())
+
+
+async def test_an_input_in_the_output_is_refused_where_it_is_named_from_above(tmp_path):
+    """INPUT is a group around OUTPUT, and its array one of OUTPUT's own, which would be overwritten."""
+    zarr.create_group(tmp_path / "all")
+    zarr.create_array(tmp_path / "all" / "out" / "y", data=np.zeros((4, 2)))
+    output = tmp_path / "all" / "out"
+    spec = RunSpec(input=tmp_path / "all", array="out/y", output=output, archive="m.mar", overwrite=True)
+    with pytest.raises(UsageError, match=r"INPUT .*/all/out/y is in OUTPUT .*/all/out: the output needs a place"):
+        async with serving(spec):
+            pytest.fail("it was opened")
+    assert (output / "y" / "zarr.json").exists()
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_what_is_reused_is_not_overwritten_under_another_name_of_its_place(again):
     """Two URLs that nothing tells to be one place: the mark of the removal does, also one that was cut off."""
@@ -271,6 +300,8 @@ def test_what_is_reused_is_not_overwritten_under_another_name_of_its_place(again
     ("azure://c/out/in", "az://c/out", True), ("abfss://c@a.dfs.core.windows.net/out", "adl://c/out", True),
     ("abfs://c@a.dfs.core.windows.net/out", "abfss://d@a.dfs.core.windows.net/out", False),
     ("gs://b/out", "s3://b/out", False),
+    ("abfss://c@one.dfs.core.windows.net/out", "abfss://c@two.dfs.core.windows.net/out", False),
+    ("az://c/out/in", "abfss://c@two.dfs.core.windows.net/out", True),
 ])
 def test_a_place_is_inside_another_by_its_folders(inner, outer, wanted):
     assert is_inside(inner, outer) == wanted

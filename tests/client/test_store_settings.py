@@ -34,13 +34,25 @@ def test_an_endpoint_that_is_no_url_is_named_by_its_variable(name, value):
 
 
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
-@pytest.mark.parametrize("value", ["hunter2\n", "hun ter2", "hunter2\u00e9"])
+@pytest.mark.parametrize("value", ["hunter2\n", "hun ter2", "hunter2\u00e9", ""])
 def test_credentials_that_no_request_can_carry_are_named_and_not_shown(name, value):
     environ = {**KEYS, name: value}
-    with pytest.raises(CredentialsError, match=f"^{name} has white space or other signs") as error:
+    wanted = f"^{name} is empty, or has white space or other signs .* or unset it$"
+    with pytest.raises(CredentialsError, match=wanted) as error:
         s3_config(environ, anonymous=False)
     assert "hun" not in str(error.value)
     assert s3_config(environ, anonymous=True)["skip_signature"]  # they are not sent
+
+
+@pytest.mark.parametrize("name", ["AWS_REGION", "AWS_DEFAULT_REGION"])
+def test_a_region_that_no_request_can_carry_is_said(name):
+    with pytest.raises(UsageError, match=r"^the region in AWS_REGION or AWS_DEFAULT_REGION has white space"):
+        s3_config({**KEYS, name: "eu-west-1\n"}, anonymous=False)
+
+
+def test_an_empty_endpoint_is_refused_where_the_bucket_is_in_the_host():
+    with pytest.raises(UsageError, match=r"^AWS_ENDPOINT_URL is empty: unset it$"):
+        s3_config({**KEYS, "AWS_ENDPOINT_URL": "", "AWS_VIRTUAL_HOSTED_STYLE_REQUEST": "true"}, anonymous=False)
 
 
 def test_only_an_endpoint_that_somebody_has_named_so_goes_without_tls():

@@ -210,7 +210,8 @@ def test_a_model_is_measured_in_requests_of_the_size_that_a_run_would_send(clean
 def test_what_cant_be_measured_is_named_as_it_was_given(words, said, toy_archive, clean_environ, tmp_path):
     (tmp_path / "w.safetensors").write_bytes(bytes(100))
     words = [str(toy_archive) if word == "ARCHIVE" else word for word in words]
-    done = run_cli(["bench", *words, "--budget", "5"], {**clean_environ, "TMPDIR": str(tmp_path)}, cwd=tmp_path)
+    environ = {**clean_environ, "TMPDIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = run_cli(["bench", *words, "--budget", "5"], environ, cwd=tmp_path)
     assert done.returncode == 69
     last = done.stderr.splitlines()[-1]
     assert last.startswith("batch-client: ")

@@ -155,7 +155,7 @@ STORES = [
     ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None, **NOBODY}, 77, "found no credentials"),
     ({"AWS_PROFILE": "nobody"}, 77, "could not be found"),
     ({"AWS_ENDPOINT_URL": "127.0.0.1:9000"}, 64, "AWS_ENDPOINT_URL is no URL of a server: wanted one such as"),
-    ({"AWS_ACCESS_KEY_ID": "key\n"}, 77, "AWS_ACCESS_KEY_ID has white space or other signs in it, such as a line"),
+    ({"AWS_ACCESS_KEY_ID": "key\n"}, 77, "AWS_ACCESS_KEY_ID is empty, or has white space or other signs in it, such"),
     ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, 74, "check the network and, where one is set, AWS_ENDPOINT_URL"),
 ]
 

@@ -11,6 +11,7 @@ from batch_client.dialect import Outcome, Verdict
 from batch_client.endpoint import Pool
 from batch_client.errors import DataError
 from batch_client.exchange import Prediction
+from batch_client.figures import counted
 from batch_client.pieces import Pieces
 from batch_client.plan import Span
 from batch_client.scorer import Scorer
@@ -102,7 +103,7 @@ def test_records_that_raise_exit_or_hang(scale, undisturbed, moody_server, s3_en
     part = ("--records", f"1024:{stop}")
     said = run(url, f"{output}-part", scale, moody_server.flags, s3_environ, *part, code=65)
     listed = [index for index in bad if 1024 <= index < stop]
-    assert f"{len(listed)} records failed" in said
+    assert f"{counted(len(listed), 'record')} failed" in said
     assert sorted(record["index"] for record in dead_letters(f"{output}-part", s3_environ)) == listed
     with pytest.raises(FileNotFoundError):
         open_output(f"{output}-part", s3_environ)

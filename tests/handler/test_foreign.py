@@ -67,6 +67,8 @@ def test_what_torchscript_says_is_what_the_operation_said():
     assert "TorchScript interpreter" in str(errors[1])
     assert said(errors[0]) == "IndexError: index out of range in self"
     assert said(errors[1]) == "RuntimeError: index out of range in self"
+    lost = str(errors[1]).replace("index out of range in self", "CUDA error: assert\nCompile with `TORCH_USE_CUDA_DSA`")
+    assert said(RuntimeError(lost)) == "RuntimeError: CUDA error: assert"
     assert said(RuntimeError("first\nsecond")) == "RuntimeError: first"
     assert said(RuntimeError(" \n")) == "RuntimeError"
 

@@ -78,7 +78,7 @@ def _said(event: ServerLeftOut | ServerAway | ServerBack | Stopping) -> str:
         case ServerLeftOut():
             return f"going on without a server: {event.reason}"
         case ServerAway():
-            return f"{event.endpoint} gives no sound answer ({event.reason}): it is tried again until it does"
+            return f"{event.endpoint} gives no sound answer ({event.reason}): it is tried again while the run goes on"
         case ServerBack():
             return f"{event.endpoint} answers again, after {event.seconds:.0f} s"
         case Stopping():

@@ -54,6 +54,8 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return "; ".join(value) or "no server"
     if isinstance(value, list):
         middle, low, high = map(_rounded, value)
         return f"{middle}  (95 %: {low} to {high})"
@@ -76,7 +78,7 @@ def _forecast(found: Calibration) -> dict[str, Any]:
         "calibrated_with_records": found.records,
         "calibrated_in_seconds": significant(found.seconds),
         "failed_in_calibration": found.failed,
-        **({"without_servers": "; ".join(found.left_out)} if found.left_out else {}),
+        "left_out": list(found.left_out),
         "seconds": None if guess is None else [significant(value) for value in
                                                (guess.seconds, guess.seconds_low, guess.seconds_high)],
         "records_per_s": None if guess is None else significant(guess.records_per_s),

@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,11 +82,12 @@ def _page_about(spec: RunSpec, page: Path | None) -> Iterator[tuple[Observer, ..
         yield ()
         return
     from batch_client.report import Report
-    from batch_client.storage import is_inside
+    from batch_client.storage import is_inside, open_store
+    from batch_client.urls import split_url
 
     require_writable(page, "--report")
-    place = spec.output if "://" in spec.output else _local_url(spec.output)
-    if is_inside(page.absolute().as_uri(), place):
+    local = split_url(spec.output).scheme in ("", "file")
+    if local and is_inside(page.absolute().as_uri(), open_store(spec.output).url):
         raise UsageError(f"--report {page} is in OUTPUT {spec.output}: wanted a place beside it")
     report = Report(spec.input)
     try:
@@ -98,12 +99,6 @@ def _page_about(spec: RunSpec, page: Path | None) -> Iterator[tuple[Observer, ..
             say(f"batch-client: {' '.join(str(second).split())}")
         raise
     _write(page, report)
-
-
-def _local_url(place: str) -> str:
-    with suppress(RuntimeError):  # a home that nobody has, which the run itself refuses
-        return Path(place).expanduser().absolute().as_uri()
-    return place
 
 
 def _write(page: Path, report: Report, ending: str = "") -> None:

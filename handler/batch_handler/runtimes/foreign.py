@@ -6,6 +6,7 @@ it goes into logs and replies.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ from batch_handler.runtimes.transform import ModelError
 __all__ = ["classify", "foreign", "raise_if_device", "said"]
 
 _MOST_SAID = 300  # characters
+_NAMED = re.compile(r"\w+(Error|Exception): ")
 _IN_TORCHSCRIPT = "The following operation failed in the TorchScript interpreter"
 # How the engines say that memory is full where they have no class for it.
 _MEMORY_TEXTS = (
@@ -34,12 +36,14 @@ _TORCH_LOST, _ONNX_LOST = "CUDA error", "CUDA failure"
 
 def said(error: BaseException) -> str:
     """An error in one line: its type and the first line of its text, 300 characters of it at most. TorchScript's own
-    first lines only say where it was; the last one is what the operation said.
+    first lines only say where it was; what the operation said begins with its error's name.
     """
     name, lines = type(error).__name__, [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return name
-    text = lines[-1].removeprefix(f"{name}: ") if lines[0].startswith(_IN_TORCHSCRIPT) else lines[0]
+    text = lines[0]
+    if text.startswith(_IN_TORCHSCRIPT):
+        text = next((line for line in lines[1:] if _NAMED.match(line)), lines[-1]).removeprefix(f"{name}: ")
     return f"{name}: {text[:_MOST_SAID]}"
 
 
