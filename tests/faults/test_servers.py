@@ -44,7 +44,8 @@ def test_java_killed_and_restarted_at_the_same_port_with_tokens_that_live_three_
         scale, sources, undisturbed, moody_archive, s3_environ, output, tmp_path):
     wanted = undisturbed(scale).root
     tokens = set()
-    with Served(moody_archive, tmp_path, PACE, port=free_port(), token_minutes=0.05) as server, Client(
+    # So slow that a token's half life, 1.5 s, passes between a start and the end.
+    with Served(moody_archive, tmp_path, 3 * PACE, port=free_port(), token_minutes=0.05) as server, Client(
             sources(scale), output, scale, server.flags, s3_environ) as client:
         for time in range(3 if scale is FULL else 1):
             client.until_chunks(4 * (time + 1))
