@@ -312,7 +312,8 @@ def _local_store(url: str) -> Store:
     if not given:  # would be the working folder
         raise UsageError("a place to read or write is empty: wanted s3://bucket/path, file:///path or a path")
     try:
-        path = Path(given).expanduser().absolute()
+        # One place has one URL, however it is spelt: a run that goes on compares where its records came from.
+        path = Path(given).expanduser().resolve()
         # obstore wants its root to exist, and a refused run must not leave an empty folder: so the root is the nearest
         # folder that exists, and the rest is part of each key; the first write makes the folders.
         root = path
@@ -325,8 +326,6 @@ def _local_store(url: str) -> Store:
     # RuntimeError: a home that nobody has.
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(f"{url}: not a path that can be read or written ({_first_line(error)})") from error
-    if ".." in path.relative_to(root).parts:
-        raise UsageError(f"{url}: has '..' after what is no folder: wanted a path without")
     prefix = path.relative_to(root).as_posix()
     # Below the root a folder goes with its last object, as on an object store.
     inner = obstores.LocalStore(prefix=root, automatic_cleanup=True)

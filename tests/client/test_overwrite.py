@@ -17,7 +17,7 @@ from batch_client.place import begin
 from batch_client.prepare import prepare, serving
 from batch_client.removal import contents_of, remove_output
 from batch_client.spec import RunSpec
-from batch_client.storage import MemoryStore, is_inside, open_store
+from batch_client.storage import MemoryStore
 from batch_client.transport import HttpReply
 from batch_client.verify import verify_output
 from batch_handler.oip import decode_request
@@ -292,35 +292,6 @@ def test_what_is_reused_is_not_overwritten_under_another_name_of_its_place(again
     run_virtually(run())
 
 
-@pytest.mark.parametrize(("inner", "outer", "wanted"), [
-    ("s3://b/out", "s3://b/out", True), ("s3://b/out/in", "s3://b/out", True), ("s3a://b/out/in", "s3://b/out/", True),
-    ("s3://b/out", "s3://b", True), ("s3://b/output", "s3://b/out", False), ("s3://b/out", "s3://b/out/in", False),
-    ("s3://c/out/in", "s3://b/out", False), ("s3://b/old%20x/in", "s3://b/old x", True),
-    ("S3://b/out", "s3://b/out", True), ("s3://b/old%2520x", "s3://b/old x", False),
-    ("azure://c/out/in", "az://c/out", True), ("abfss://c@a.dfs.core.windows.net/out", "adl://c/out", True),
-    ("abfs://c@a.dfs.core.windows.net/out", "abfss://d@a.dfs.core.windows.net/out", False),
-    ("gs://b/out", "s3://b/out", False),
-    ("abfss://c@one.dfs.core.windows.net/out", "abfss://c@two.dfs.core.windows.net/out", False),
-    ("az://c/out/in", "abfss://c@two.dfs.core.windows.net/out", True),
-])
-def test_a_place_is_inside_another_by_its_folders(inner, outer, wanted):
-    assert is_inside(inner, outer) == wanted
-
-
-def test_links_lead_to_the_same_place(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "link").symlink_to("out")
-    for name in ("out", "link/in", "out/../link"):
-        assert is_inside(open_store(str(tmp_path / name)).url, open_store(str(tmp_path / "out")).url)
-
-
-@pytest.mark.parametrize("path", ["a/../out", "a/%2e%2e/out", "./out", "out/.."])
-def test_a_path_of_a_bucket_has_no_dots(path):
-    """A store's library resolves them; so they would be another place than they are compared as."""
-    with pytest.raises(UsageError, match=r"has '\.' or '\.\.' in its path"):
-        open_store(f"s3://bucket/{path}", environ={})
-
-
 @pytest.mark.parametrize("name", [
     "notes.txt", "v2/_run/spec.json", "v2/zarr.json", "other/c/0/0", "y/c.txt", "y/d/c/0"])
 def test_an_overwrite_deletes_nothing_where_there_is_something_else(name):
@@ -444,24 +415,3 @@ async def test_a_place_that_can_not_be_written_is_refused_before_a_server_starts
     with pytest.raises(UsageError, match=wanted):
         async with serving(spec):
             pass
-
-
-@pytest.mark.parametrize("path", ["~nobody-has-this-home/x", "x" * 300])
-def test_a_path_that_can_not_be_is_refused(path):
-    with pytest.raises(UsageError, match="not a path that can be read or written"):
-        open_store(path)
-
-
-def test_a_path_through_what_is_no_folder_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"has '\.\.' after what is no folder"):
-        open_store(str(tmp_path / "absent" / ".." / "out"))
-
-
-@pytest.mark.parametrize("cut", ["#2", "?version=2", "#", "?"])
-@pytest.mark.parametrize("url", ["s3://b/run", "file:///tmp/run"])
-def test_a_url_that_goes_on_after_its_path_is_no_place(url, cut):
-    """What follows would be left out: `--overwrite` of run#2 would remove run."""
-    with pytest.raises(UsageError, match="wanted %23 for a '#'") as error:
-        open_store(url + cut)
-    assert "version" not in str(error.value)
-    assert open_store(f"file:///tmp/run{cut.replace('#', '%23').replace('?', '%3F')}").url.startswith("file:///tmp/run%")

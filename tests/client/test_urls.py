@@ -1,0 +1,62 @@
+"""Places by their URLs: what is one, which is inside which, and what is none."""
+
+import pytest
+
+from batch_client.errors import UsageError
+from batch_client.storage import is_inside, open_store
+
+
+@pytest.mark.parametrize(("inner", "outer", "wanted"), [
+    ("s3://b/out", "s3://b/out", True), ("s3://b/out/in", "s3://b/out", True), ("s3a://b/out/in", "s3://b/out/", True),
+    ("s3://b/out", "s3://b", True), ("s3://b/output", "s3://b/out", False), ("s3://b/out", "s3://b/out/in", False),
+    ("s3://c/out/in", "s3://b/out", False), ("s3://b/old%20x/in", "s3://b/old x", True),
+    ("S3://b/out", "s3://b/out", True), ("s3://b/old%2520x", "s3://b/old x", False),
+    ("azure://c/out/in", "az://c/out", True), ("abfss://c@a.dfs.core.windows.net/out", "adl://c/out", True),
+    ("abfs://c@a.dfs.core.windows.net/out", "abfss://d@a.dfs.core.windows.net/out", False),
+    ("gs://b/out", "s3://b/out", False),
+    ("abfss://c@one.dfs.core.windows.net/out", "abfss://c@two.dfs.core.windows.net/out", False),
+    ("az://c/out/in", "abfss://c@two.dfs.core.windows.net/out", True),
+])
+def test_a_place_is_inside_another_by_its_folders(inner, outer, wanted):
+    assert is_inside(inner, outer) == wanted
+
+
+def test_links_lead_to_the_same_place(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    for name in ("out", "link/in", "out/../link"):
+        assert is_inside(open_store(str(tmp_path / name)).url, open_store(str(tmp_path / "out")).url)
+
+
+@pytest.mark.parametrize("path", ["a/../out", "a/%2e%2e/out", "./out", "out/.."])
+def test_a_path_of_a_bucket_has_no_dots(path):
+    """A store's library resolves them; so they would be another place than they are compared as."""
+    with pytest.raises(UsageError, match=r"has '\.' or '\.\.' in its path"):
+        open_store(f"s3://bucket/{path}", environ={})
+
+
+@pytest.mark.parametrize("path", ["~nobody-has-this-home/x", "x" * 300])
+def test_a_path_that_can_not_be_is_refused(path):
+    with pytest.raises(UsageError, match="not a path that can be read or written"):
+        open_store(path)
+
+
+@pytest.mark.parametrize("cut", ["#2", "?version=2", "#", "?"])
+@pytest.mark.parametrize("url", ["s3://b/run", "file:///tmp/run"])
+def test_a_url_that_goes_on_after_its_path_is_no_place(url, cut):
+    """What follows would be left out: `--overwrite` of run#2 would remove run."""
+    with pytest.raises(UsageError, match="wanted %23 for a '#'") as error:
+        open_store(url + cut)
+    assert "version" not in str(error.value)
+    assert open_store(f"file:///tmp/run{cut.replace('#', '%23').replace('?', '%3F')}").url.startswith("file:///tmp/run%")
+
+
+@pytest.mark.parametrize("spelt", ["data/in.zarr", "link/in.zarr", "data/../data/in.zarr", "absent/../data/./in.zarr"])
+def test_a_path_has_one_url_however_it_is_spelt(spelt, tmp_path, monkeypatch):
+    """A run that goes on compares it: `../data` and a link to it would be other sources."""
+    (tmp_path / "data/in.zarr").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("data")
+    monkeypatch.chdir(tmp_path / "data")
+    place = (tmp_path / "data/in.zarr").resolve().as_uri()
+    for path in (str(tmp_path / spelt), f"../{spelt}", f"file://{tmp_path}/{spelt}"):
+        assert open_store(path).url == place
