@@ -3,9 +3,9 @@
 LIFELINE is the read end of a pipe whose write end only the client has. When it closes, because the client stopped the
 server or was killed, the command gets SIGTERM, after GRACE seconds SIGKILL, and then whatever is left of its process
 group: TorchServe's Java does not end with its parent, and a worker in the middle of a batch not with its Java. The
-unpacked model, the keys and all else in FOLDER go too but for the log, and all of SHARED, which is "" where there is
-none; a client that was killed can't remove them. Both are locked meanwhile: where guard and client are killed together,
-a later server finds them without a lock and does the same.
+unpacked model, the keys and all else in FOLDER go too but for the log, which is kept for a week, and all of SHARED,
+which is "" where there is none; a client that was killed can't remove them. Both are locked meanwhile: where guard and
+client are killed together, a later server finds them without a lock and does the same.
 
 Run as a file, not as a module, so that starting it imports nothing but the standard library.
 """
@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ __all__ = ["main"]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_SECONDS = 1.0
+LOG_SECONDS = 7 * 24 * 3600.0  # for which the log of a server whose client was killed is kept
 LOCK = "lock"  # in a folder on disk; as in folders.py
 
 
@@ -68,20 +70,30 @@ def wait(command: subprocess.Popen[bytes], lifeline: int, woken: int) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Removes what is in the command's folder but its log, and the folder where it has none."""
+    """Removes what is in the command's folder but a log that is not old, and the folder where there is none.
+
+    The lock stays with a log, so that a later server knows the folder as left and removes it in its time.
+    """
     with contextlib.suppress(OSError):
         (folder / "models").chmod(0o700)  # which its command may only read
     entries: list[Path] = []
     with contextlib.suppress(OSError):
         entries = list(folder.iterdir())
+    kept = {entry for entry in entries if entry.suffix == ".log" and _is_recent(entry)}
+    if kept:
+        kept.add(folder / LOCK)
     for entry in entries:
         with contextlib.suppress(OSError):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
-            elif entry.suffix != ".log":
+            elif entry not in kept:
                 entry.unlink()
     with contextlib.suppress(OSError):
         folder.rmdir()
+
+
+def _is_recent(log: Path) -> bool:
+    return time.time() - log.lstat().st_mtime < LOG_SECONDS
 
 
 def remove(folder: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from batch_client.errors import ServingError
 from batch_client.folders import LOCK, UNLOCKED_SECONDS, sweep_folders, temporary_folder
-from batch_client.server_guard import clean
+from batch_client.server_guard import LOG_SECONDS, clean
 
 HOLDER = """
 import sys, time
@@ -59,7 +59,7 @@ def test_a_machine_without_any_place_for_it_is_told(monkeypatch: pytest.MonkeyPa
         pytest.fail("there is no such place")
 
 
-def test_of_a_server_that_was_killed_with_its_guard_only_the_log_stays(place: Path) -> None:
+def test_of_a_server_that_was_killed_with_its_guard_only_the_log_stays_and_that_for_a_week(place: Path) -> None:
     folders = [place / f"batch-client-server-{name * 8}" for name in "abc"]
     for folder in folders:
         (folder / "tmp").mkdir(parents=True)
@@ -74,8 +74,12 @@ def test_of_a_server_that_was_killed_with_its_guard_only_the_log_stays(place: Pa
     with (folders[2] / LOCK).open("r+") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         sweep_folders(place, "batch-client-server-", clean, LOCK)
-    assert [len(list(folder.iterdir())) for folder in folders] == [1, 3, 4]
+    assert [len(list(folder.iterdir())) for folder in folders] == [2, 3, 4]
     assert (folders[0] / "server-1.log").exists()
+    os.utime(folders[0] / "server-1.log", (0, time.time() - LOG_SECONDS - 1))
+    os.utime(folders[0], (old, old))
+    sweep_folders(place, "batch-client-server-", clean, LOCK)
+    assert [folder.exists() for folder in folders] == [False, True, True]
 
 
 def test_what_a_killed_command_left_goes_with_the_next_of_its_kind_and_nothing_else_does(

@@ -69,7 +69,7 @@ def test_the_guard_ends_with_its_command_and_its_status(guarded):
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
-def test_all_but_the_log_goes(guarded, tmp_path):
+def test_all_but_the_log_goes_and_the_lock_by_which_it_is_known_later(guarded, tmp_path):
     for name in ("tmp/models", "models"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "models" / "m.mar").symlink_to(tmp_path)
@@ -79,7 +79,7 @@ def test_all_but_the_log_goes(guarded, tmp_path):
     guard, ours, _ = guarded(OBEDIENT)
     os.close(ours)
     guard.wait(30)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["server-1.log"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"server-1.log", "lock"}
 
 
 def test_shared_memory_goes_with_all_that_is_in_it_and_nothing_else(guarded, tmp_path, tmp_path_factory):
