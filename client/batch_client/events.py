@@ -15,6 +15,7 @@ from batch_client.plan import Plan
 
 __all__ = [
     "ChunkHeld",
+    "ChunkReused",
     "ChunkWritten",
     "Event",
     "Observer",
@@ -179,6 +180,15 @@ class ChunkWritten:
 
 
 @dataclass(frozen=True)
+class ChunkReused:
+    """An output chunk and its status row were copied from an earlier output, before the run scores anything."""
+
+    index: int
+    records: int
+    bytes_written: int
+
+
+@dataclass(frozen=True)
 class Stopping:
     """A stop was asked for: what is in flight is finished, nothing new begins."""
 
@@ -195,7 +205,8 @@ class Published:
 
 
 Event = (RunStarted | ServerLeftOut | ServerAway | ServerBack | StepBegan | StepEnded | RequestSent | RequestDone
-         | RequestRetried | RecordsScored | RecordFailed | ChunkHeld | ChunkWritten | Stopping | Published)
+         | RequestRetried | RecordsScored | RecordFailed | ChunkHeld | ChunkReused | ChunkWritten | Stopping
+         | Published)
 
 
 class Observer(Protocol):

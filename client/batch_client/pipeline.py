@@ -18,6 +18,7 @@ from batch_client.budget import ByteBudget, Lease
 from batch_client.errors import STOPPED, STOPPED_AT_ONCE, DataError, MismatchError, StoppedError, one_error
 from batch_client.events import (
     ChunkHeld,
+    ChunkReused,
     ChunkWritten,
     Event,
     Observer,
@@ -54,6 +55,7 @@ __all__ = ["execute", "plan_run"]
 DRAIN_SECONDS = 12.0
 # Failures beyond the accepted ones after which it is the model, not the records: no use in taking apart the rest.
 HOPELESS = 1000
+COPIES_AT_ONCE = 16  # of a reused output's chunks; on an object store it is the answers that take long
 NOT_FINITE = "the prediction is not finite"
 
 
@@ -208,14 +210,14 @@ class _Run:
     async def to_the_end(self, reusable: AsyncIterator[Row] | None) -> str | None:
         """Score what no ledger row proves, then publish. Returns the root hash, None if other parts are not done."""
         await self.view.refresh()
-        if self._services.reuse_store is not None and reusable is not None:
-            await self._reuse(self._services.reuse_store, reusable)
         contract = self._prepared.contract
         servers = sum(endpoint.left_out is None for endpoint in self._prepared.pool.endpoints)
-        self._emit(RunStarted(self._plan, self._spec.output, contract.name, contract.digest, self.view.records,
-                              contract.fingerprint, self._spec.in_flight * servers, contract.ceiling))
-        self._prepared.pool.tell(self._emit)
         try:
+            if self._services.reuse_store is not None and reusable is not None:
+                await self._reuse(self._services.reuse_store, reusable)
+            self._emit(RunStarted(self._plan, self._spec.output, contract.name, contract.digest, self.view.records,
+                                  contract.fingerprint, self._spec.in_flight * servers, contract.ceiling))
+            self._prepared.pool.tell(self._emit)
             await self._score_all()
         finally:
             # What is stored is stored, whatever happened since: prove it, so that a resume need not repeat it.
@@ -239,16 +241,29 @@ class _Run:
 
     async def _reuse(self, old: Store, rows: AsyncIterator[Row]) -> None:
         mine = self._plan.part(self._spec.part)
-        async for row in rows:
-            if self._stop.is_set():
-                return
-            if row.unit not in mine:
-                continue  # another client's part
-            await self._look_at_others()
-            if row.unit not in self.view:
-                await copy_chunks(old, self._store, row)
-                self.view.add(row)
-                await self._ledger.add(row)
+        places = asyncio.Semaphore(COPIES_AT_ONCE)
+        with one_error():
+            async with asyncio.TaskGroup() as tasks:
+                async for row in rows:
+                    if self._stop.is_set():
+                        return
+                    if row.unit not in mine:
+                        continue  # another client's part
+                    await self._look_at_others()
+                    if row.unit not in self.view:
+                        await places.acquire()
+                        lease = await self._budget.take(min(max(chunk.size for chunk in row.chunks), self._budget.most))
+                        tasks.create_task(self._copy(old, row, places, lease))
+
+    async def _copy(self, old: Store, row: Row, places: asyncio.Semaphore, lease: Lease) -> None:
+        try:
+            await copy_chunks(old, self._store, row)
+            self.view.add(row)
+            await self._ledger.add(row)
+            self._emit(ChunkReused(row.unit, row.records, sum(chunk.size for chunk in row.chunks)))
+        finally:
+            lease.release()
+            places.release()
 
     async def _score_all(self) -> None:
         watcher = asyncio.ensure_future(self._stop.wait())

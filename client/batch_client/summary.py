@@ -11,6 +11,7 @@ from typing import Any
 
 from batch_client.bottleneck import Bottleneck, find_bottleneck
 from batch_client.events import (
+    ChunkReused,
     ChunkWritten,
     Event,
     Published,
@@ -35,12 +36,12 @@ STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A finished run. `records` is the size of the output, `scored` what this run computed of it, `failed` and
-    `not_finite` its records without a prediction and with one that is NaN or infinite, `missing_chunks` source chunks
-    that were taken as the fill value for it; seconds are from the first read to publication (0 where it was published
-    before), `in_flight` is the limit that was found for each endpoint, 0 for one that was left out, whose reasons are
-    `left_out`; bytes are of records read from and chunks written to storage, peak memory is that of this process, its
-    imports included.
+    """A finished run. `records` is the size of the output, `scored` what this run computed of it and `reused` what it
+    copied from an earlier output, `failed` and `not_finite` its records without a prediction and with one that is NaN
+    or infinite, `missing_chunks` source chunks that were taken as the fill value for it; seconds are from the first
+    read to publication (0 where it was published before), `in_flight` is the limit that was found for each endpoint, 0
+    for one that was left out, whose reasons are `left_out`; bytes are of records read from and chunks written to
+    storage, peak memory is that of this process, its imports included.
 
     `limited_by` is a value of `bottleneck.Limit` and `advice` the next thing to turn, `time_shares` the run's time by
     what was waited for; None and empty where nothing was scored. `ceiling_records_per_s` is what the model alone was
@@ -52,6 +53,7 @@ class RunSummary:
 
     records: int
     scored: int
+    reused: int
     failed: int
     not_finite: int
     missing_chunks: int
@@ -106,7 +108,7 @@ class Tally:
         self._clock = clock
         self._timesheet = Timesheet(clock, cpu)
         self._sample = Sample(clock())
-        self._scored = self._requests = self._retries = self._read = self._written = 0
+        self._scored = self._requests = self._retries = self._read = self._written = self._reused = 0
         self._left_out: list[str] = []
         self._published = Published("", "")
 
@@ -123,6 +125,9 @@ class Tally:
                 self._sample.add(Answer(self._clock(), len(event.status)))
             case RequestRetried():
                 self._retries += 1
+            case ChunkReused():
+                self._reused += event.records
+                self._written += event.bytes_written
             case ChunkWritten():
                 self._scored += event.records
                 self._read += event.bytes_read
@@ -142,6 +147,7 @@ class Tally:
         return RunSummary(
             records=prepared.plan.count,
             scored=self._scored,
+            reused=self._reused,
             failed=counted.failed,
             not_finite=counted.not_finite,
             missing_chunks=counted.missing_chunks,

@@ -1,14 +1,23 @@
 """Reuse: a run that takes from an older output what it would compute again."""
 
+import asyncio
+import io
 import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from batch_client import pipeline
+from batch_client.cli.observers import ProgressBar
+from batch_client.cli.run import _sentence
 from batch_client.errors import DataError, MismatchError
+from batch_client.events import ChunkReused, RunStarted
 from batch_client.pipeline import execute, plan_run
 from batch_client.prepare import Services
+from batch_client.progress import progress_of
+from batch_client.report import Report
+from batch_client.report.page import render
 from batch_client.storage import MemoryStore
 from support.faulty import Life, calm
 from support.simulated import Breaking
@@ -51,7 +60,7 @@ def test_reuse_scores_what_changed_what_failed_and_what_was_appended():
         # Nobody has to remember the earlier run's chunks.
         summary = await execute(new.spec(reuse="memory://old", chunk_records=None), services)
         assert before == {}
-        assert summary.scored == 9 * CHUNK
+        assert (summary.scored, summary.reused, summary.records) == (9 * CHUNK, 91 * CHUNK, 100 * CHUNK)
         assert summary.root == fresh.root
         await new.check(fresh.root)
         wrong = Services(services.servers, services.source_store, MemoryStore("memory://x"), old.output,
@@ -61,6 +70,71 @@ def test_reuse_scores_what_changed_what_failed_and_what_was_appended():
         old.output.objects["y/c/7/0"] = b"altered"
         with pytest.raises(DataError, match="altered since it was published"):
             await execute(new.spec(reuse="memory://old"), wrong)
+
+    run_virtually(run())
+
+
+class Slow(MemoryStore):
+    """Every write takes a second; it knows the most that it was asked for at one time."""
+
+    def __init__(self, url):
+        super().__init__(url)
+        self.now = self.most = 0
+
+    async def create(self, key, data):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await asyncio.sleep(1)
+        self.now -= 1
+        return await super().create(key, data)
+
+
+def test_chunks_are_copied_side_by_side_and_seen(monkeypatch):
+    monkeypatch.setattr(pipeline, "COPIES_AT_ONCE", 5)
+    world, old, output = World(1), MemoryStore("memory://old"), Slow("memory://out")
+    seen = []
+
+    async def run():
+        await execute(replace(world.spec(), output="memory://old"), services_with(world, old))
+        summary = await execute(world.spec(reuse="memory://old"), services_with(world, output, old), (seen.append,))
+        assert output.most == 5
+        assert (summary.scored, summary.reused) == (0, summary.records)
+        assert summary.bytes_written == sum(len(data) for key, data in output.objects.items() if "/c/" in key)
+        copied = [event for event in seen if isinstance(event, ChunkReused)]
+        assert sum(event.records for event in copied) == summary.records
+        started = next(place for place, event in enumerate(seen) if isinstance(event, RunStarted))
+        assert seen.index(copied[-1]) < started
+        assert seen[started].done == summary.records
+        assert _sentence(summary).startswith(f"{summary.records} records copied, none scored, 0 failed")
+        report, screen = Report("memory://in"), io.StringIO()
+        bar = ProgressBar(screen)
+        for event in seen:
+            report(event)
+            bar(event)
+        bar.close()
+        page = render(report.data())
+        assert f"<dt>copied from an earlier output</dt><dd>{summary.records}</dd>" in page
+        assert "proven before" not in page
+        assert screen.getvalue().index("copying: ") < screen.getvalue().index(": 100%")
+
+    run_virtually(run())
+
+
+def test_a_copy_that_fails_leaves_what_was_copied_proven():
+    world, old, output = World(1), MemoryStore("memory://old"), MemoryStore("memory://out")
+
+    async def run():
+        await execute(replace(world.spec(), output="memory://old"), services_with(world, old))
+        whole = dict(old.objects)
+        last = max(key for key in old.objects if "/c/" in key)
+        old.objects[last] = b"altered"
+        with pytest.raises(DataError, match="altered since it was published"):
+            await execute(world.spec(reuse="memory://old"), services_with(world, output, old))
+        proven = (await progress_of(output)).done
+        assert proven > 0
+        old.objects = whole
+        summary = await execute(world.spec(reuse="memory://old"), services_with(world, output, old))
+        assert (summary.scored, summary.reused) == (0, summary.records - proven)
 
     run_virtually(run())
 

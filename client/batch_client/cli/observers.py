@@ -11,6 +11,7 @@ from tqdm import tqdm
 from batch_client.cli.stream import PatientStream
 from batch_client.events import (
     ChunkHeld,
+    ChunkReused,
     ChunkWritten,
     Event,
     Published,
@@ -42,11 +43,13 @@ class ProgressBar:
 
     def __call__(self, event: Event) -> None:
         match event:
+            case ChunkReused():
+                if self._bar is None:
+                    self._bar = self._new_bar("copying", None, 0)
+                self._bar.update(event.records)
             case RunStarted():
-                self._bar = tqdm(
-                    total=event.plan.count, initial=event.done, unit=" records", unit_scale=True, file=self._stream,
-                    desc=event.model, dynamic_ncols=self._stream.isatty(),
-                    mininterval=REDRAW_SECONDS if self._stream.isatty() else LINE_SECONDS)
+                self.close()  # that of copying
+                self._bar = self._new_bar(event.model, event.plan.count, event.done)
             case RequestSent():
                 self._in_flight += 1
             case RequestDone():
@@ -61,6 +64,11 @@ class ProgressBar:
             case ServerLeftOut() | ServerAway() | ServerBack() | Stopping():
                 # A line of its own, below what is there of the bar.
                 self._stream.write(f"\n{' '.join(_said(event).split())}\n")
+
+    def _new_bar(self, what: str, total: int | None, done: int) -> Any:
+        is_terminal = self._stream.isatty()
+        return tqdm(total=total, initial=done, unit=" records", unit_scale=True, file=self._stream, desc=what,
+                    dynamic_ncols=is_terminal, mininterval=REDRAW_SECONDS if is_terminal else LINE_SECONDS)
 
     def _advance(self, records: int) -> None:
         if self._bar is not None:
@@ -94,6 +102,7 @@ _LINES: dict[type[Event], tuple[str, str]] = {
     RequestRetried: ("warning", "request retried"),
     RecordFailed: ("warning", "record failed"),
     ChunkHeld: ("warning", "chunk held back"),
+    ChunkReused: ("info", "chunk reused"),
     ChunkWritten: ("info", "chunk written"),
     Stopping: ("warning", "stopping"),
     Published: ("info", "published"),

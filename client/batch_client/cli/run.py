@@ -146,13 +146,17 @@ def _sentence(summary: RunSummary) -> str:
     if summary.already_published:
         return f"{summary.output} was published already: {counted(summary.records, 'record')}, root {summary.root}"
     scored = f"{counted(summary.scored, 'record')} in {summary.seconds:.1f} s"
+    pace = f"{scored}, {number(summary.records_per_s)} records/s"
+    if summary.reused:
+        copied = f"{counted(summary.reused, 'record')} copied"
+        scored, pace = (f"{copied}, {one if summary.scored else 'none scored'}" for one in (scored, pace))
     if not summary.published:
         return (f"{scored}: this part is done, {summary.output} is published when all parts are"
                 f"{_limited_by(summary)}")
     not_finite = f"{summary.not_finite:,} not finite, " if summary.not_finite else ""
     missing = (f"{counted(summary.missing_chunks, 'missing input chunk')} taken as the fill value, "
                if summary.missing_chunks else "")
-    return (f"{scored}, {number(summary.records_per_s)} records/s, {summary.failed:,} failed, {not_finite}{missing}"
+    return (f"{pace}, {summary.failed:,} failed, {not_finite}{missing}"
             f"{counted(summary.retries, 'retry', 'retries')} → {summary.output}{_limited_by(summary)}")
 
 

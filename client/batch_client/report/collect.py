@@ -12,6 +12,7 @@ import numpy as np
 from batch_client.bottleneck import Bottleneck, find_bottleneck
 from batch_client.events import (
     ChunkHeld,
+    ChunkReused,
     ChunkWritten,
     Event,
     Published,
@@ -67,7 +68,8 @@ class ServerCounts:
 @dataclass(frozen=True)
 class ReportData:
     """All that a page needs. `ending` says why a run is not published, "" for one that is. `records` are those of the
-    whole run, `done` those proven before it began, `stored` those of the chunks written by it. Seconds are from the
+    whole run, `done` those proven before it began, `reused` those among them
+    that it copied from an earlier output, `stored` those of the chunks that it scored. Seconds are from the
     first read to the last event, and to the last prediction; `latency` is of answered requests, in seconds; `left_out`
     has the first reasons for servers that the run went on without; `scores` are the highest value of the output
     `score_name` of evenly spaced records that have one.
@@ -79,6 +81,7 @@ class ReportData:
     ending: str
     seconds: float
     last_prediction: float
+    reused: int
     stored: int
     held: int
     requests: int
@@ -145,10 +148,8 @@ class Report:
                 self._done(event)
             case RequestRetried():
                 self._retried(event)
-            case ChunkWritten():
-                self._counts.update(stored=event.records, read=event.bytes_read, written=event.bytes_written)
-            case ChunkHeld():
-                self._counts.update(held=1)
+            case ChunkReused() | ChunkWritten() | ChunkHeld():
+                self._counts.update(_of_chunk(event))
             case Published():
                 self._published = event
 
@@ -162,6 +163,7 @@ class Report:
             ending=ending,
             seconds=totals.seconds,
             last_prediction=self._last_prediction,
+            reused=self._counts["reused"],
             stored=self._counts["stored"],
             held=self._counts["held"],
             requests=self._counts["requests"],
@@ -250,6 +252,16 @@ def _sample(event: RecordsScored, row: int, output: str) -> Sample:
         highest=float(values.max()) if finite else float("nan"),
         picture=thumbnail(event.records[row]),
     )
+
+
+def _of_chunk(event: ChunkReused | ChunkWritten | ChunkHeld) -> dict[str, int]:
+    match event:
+        case ChunkReused():
+            return {"reused": event.records, "written": event.bytes_written}
+        case ChunkWritten():
+            return {"stored": event.records, "read": event.bytes_read, "written": event.bytes_written}
+        case ChunkHeld():
+            return {"held": 1}
 
 
 def _finite(values: list[float]) -> np.ndarray:

@@ -106,13 +106,15 @@ def _verdict(found: Bottleneck) -> str:
 
 def _figures(data: ReportData) -> list[tuple[str, str]]:
     rate = data.stored / data.seconds if data.seconds > 0 else 0.0
-    rows = [("records stored by this run", f"{data.stored:,}"), ("time", _seconds(data.seconds)),
+    rows = [("records scored and stored by this run", f"{data.stored:,}"), ("time", _seconds(data.seconds)),
             ("records stored/s", number(rate))]
     if data.started is not None:
         total = data.started.plan.count
         rows.insert(0, ("records of the output", f"{total:,}"))
-        if data.started.done:
-            rows.insert(1, ("proven before", f"{data.started.done:,}"))
+        if before := data.started.done - data.reused:
+            rows.insert(1, ("proven before", f"{before:,}"))
+        if data.reused:
+            rows.insert(1, ("copied from an earlier output", f"{data.reused:,}"))
         if data.started.ceiling is not None:
             rows += [("the model's ceiling, records/s", number(data.started.ceiling)),
                      ("percent of the ceiling", f"{100 * rate / data.started.ceiling:.0f} %")]
