@@ -98,10 +98,13 @@ def run(spec: RunSpec, observers: Iterable[Observer] = ()) -> RunSummary:
     return run_until_complete(run_async(spec, chosen))
 
 
-async def plan(spec: RunSpec) -> Plan:
-    """The sizes that `run_async` would choose; writes nothing and sends no record."""
+async def plan(spec: RunSpec, observers: Iterable[Observer] = ()) -> Plan:
+    """The sizes that `run_async` would choose; writes nothing and sends no record. Observers hear of servers that a
+    run would go on without.
+    """
+    chosen = _checked(spec, observers)
     async with serving(spec) as services:
-        return await plan_run(spec, services)
+        return await plan_run(spec, services, chosen)
 
 
 async def calibrate(spec: RunSpec) -> Calibration:

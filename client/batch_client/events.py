@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -34,6 +34,7 @@ __all__ = [
     "StepEnded",
     "Stopping",
     "timed",
+    "to_all",
 ]
 
 
@@ -213,6 +214,14 @@ class Observer(Protocol):
     """Anything that wants to know; called in the run's event loop, so it must be quick."""
 
     def __call__(self, event: Event, /) -> None: ...
+
+
+def to_all(observers: Sequence[Observer]) -> Callable[[Event], None]:
+    """What calls each of them with an event, in their order."""
+    def emit(event: Event) -> None:
+        for observer in observers:
+            observer(event)
+    return emit
 
 
 @contextmanager

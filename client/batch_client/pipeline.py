@@ -29,6 +29,7 @@ from batch_client.events import (
     Step,
     Stopping,
     timed,
+    to_all,
 )
 from batch_client.exchange import Exchange
 from batch_client.figures import counted
@@ -59,12 +60,14 @@ COPIES_AT_ONCE = 16  # of a reused output's chunks; on an object store it is the
 NOT_FINITE = "the prediction is not finite"
 
 
-async def plan_run(spec: RunSpec, services: Services) -> Plan:
-    """What `spec` would do; sends one metadata request a server and writes nothing.
+async def plan_run(spec: RunSpec, services: Services, observers: tuple[Observer, ...] = ()) -> Plan:
+    """What `spec` would do; sends one metadata request a server and writes nothing. Observers hear of servers that a
+    run would go on without.
 
     Raises what `execute` would raise before it writes.
     """
     prepared = await prepare(spec, services)
+    prepared.pool.tell(to_all(observers))
     _, root = await _found(spec, services.output_store, prepared)
     if root is None:
         await _reusable(spec, services, prepared)
@@ -80,11 +83,7 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     Raises the errors of `errors.py`; StoppedError after `stop`.
     """
     tally = Tally(services.clock, services.cpu)
-
-    def emit(event: Event) -> None:
-        for observer in (tally, *observers):
-            observer(event)
-
+    emit = to_all((tally, *observers))
     stop = stop or asyncio.Event()
     prepared = await prepare(spec, services)
     output = services.output_store

@@ -70,8 +70,10 @@ class Prepared:
     pool: Pool
 
 
-async def prepare(spec: RunSpec, services: Services) -> Prepared:
-    """Open the source, agree with the servers on the model, choose all sizes. Writes nothing.
+async def prepare(spec: RunSpec, services: Services,
+                  instead: str = "or let `run` have another OUTPUT, or --overwrite") -> Prepared:
+    """Open the source, agree with the servers on the model, choose all sizes. Writes nothing. `instead` says what else
+    can be done where the servers have another model than the output.
 
     Raises DataError, ServingError, CredentialsError, UsageError, or MismatchError when the servers have another model
     than the output that is there already.
@@ -80,7 +82,7 @@ async def prepare(spec: RunSpec, services: Services) -> Prepared:
     pool = Pool(services.servers.urls, spec.in_flight, services.clock, services.rng)
     begun = await _stored_run(services.output_store)
     stored = None if spec.overwrite else _model_of(begun, services.output_store, exact=spec.exact)
-    contract = await _agree(spec, services, pool, stored)
+    contract = await _agree(spec, services, pool, stored, instead)
     geometry = geometry_for(source, contract)
 
     def sized(earlier: Mapping[str, Any]) -> Prepared:
@@ -117,14 +119,14 @@ async def _open_apart(spec: RunSpec, source_store: Store, output_store: Store, r
 
 
 async def _agree(spec: RunSpec, services: Services, pool: Pool,
-                 stored: tuple[str, str, Mapping[str, object]] | None) -> ModelContract:
+                 stored: tuple[str, str, Mapping[str, object]] | None, instead: str) -> ModelContract:
     """The model of the run: `stored`, that of the output which is there already, else the first server's. Servers that
     can't be reached or have another one are left out.
     """
     agreed: list[ModelContract] = []
     wanted = stored
     whose, instead = (("the first server's", "or leave it out") if stored is None else (
-        f"that of OUTPUT {services.output_store.url}", "or let `run` have another OUTPUT, or --overwrite"))
+        f"that of OUTPUT {services.output_store.url}", instead))
     async with asyncio.TaskGroup() as tasks:
         asked = [tasks.create_task(_contract_or_error(services.servers, endpoint.url)) for endpoint in pool.endpoints]
     for endpoint, task in zip(pool.endpoints, asked, strict=True):

@@ -45,7 +45,7 @@ async def replay(spec: RunSpec, services: Services, count: int) -> Replay:
     """
     manifest = await read_manifest(services.output_store)
     require_exact(manifest)
-    prepared = await prepare(spec, services)
+    prepared = await prepare(spec, services, "or verify without --replay")
     prepared.identity.require_same(canonical_json(manifest.run), services.output_store.url,
                                    "what has changed since can't be scored again as it was")
     layout = await OutputLayout.open(prepared.plan, spec.codec)
@@ -83,7 +83,8 @@ async def _compare(wanted: Row, found: list[ChunkProof], store: Store) -> None:
     for there, now in zip(wanted.chunks, found, strict=True):
         if there != now:
             raise DataError(f"{store.url}: {now.key} scored again has SHA-256 {now.sha256}, published was "
-                            f"{there.sha256}")
+                            f"{there.sha256}: replay on another machine to learn which of the two computes otherwise; "
+                            "--deep says whether what is stored is what was published")
         blob = await store.get(there.key)
         stored = None if blob is None else await proof_of(there.key, blob.data)
         if stored != there:

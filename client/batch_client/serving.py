@@ -47,12 +47,12 @@ class Servers:
 async def open_servers(spec: ServerSpec) -> AsyncIterator[Servers]:
     """The servers that `spec` names; an embedded one ends with the block.
 
-    Raises ServingError when an archive can't be served here.
+    Raises ServingError when an archive can't be served here, CredentialsError for a token file that can't be read.
     """
     async with HttpTransport() as transport:
         if spec.archive is None:
             with closing(Regions()) as regions:
-                yield Servers(transport, _tokens_of(spec), spec.model or "", regions)
+                yield Servers(transport, await _tokens_of(spec), spec.model or "", regions)
             return
         from batch_client.archives import local_archive  # noqa: PLC0415 - only --archive needs it
         from batch_client.server import EmbeddedServer, ServerSettings  # noqa: PLC0415 - only --archive needs it
@@ -77,9 +77,11 @@ async def _keep_log_short(server: EmbeddedServer) -> None:
             await asyncio.sleep(LOG_SECONDS)
 
 
-def _tokens_of(spec: ServerSpec) -> dict[str, TokenSource]:
+async def _tokens_of(spec: ServerSpec) -> dict[str, TokenSource]:
     urls = [url.rstrip("/") for url in spec.endpoints]
     files = [FileTokens(Path(file)) for file in spec.token_files]
+    for file in files:  # one that is not there is a mistake, and no reason to go on without its server
+        await file.token()
     if len(files) > 1:
         return dict(zip(urls, files, strict=True))
     if files:
@@ -115,8 +117,10 @@ def turned_away(servers: Servers, url: str, verdict: Verdict) -> BatchClientErro
         if isinstance(servers.tokens[url], NoTokens):
             return CredentialsError(f"{url}: the server wants a token ({verdict.reason}): "
                                     "give one with --token-file or --token-command")
+        order = ("; the first --token-file is for the first --endpoint, and so on"
+                 if len(set(map(id, servers.tokens.values()))) > 1 else "")
         return CredentialsError(f"{url}: the server refuses the token ({verdict.reason}): "
-                                "give a valid one with --token-file or --token-command")
+                                f"give a valid one with --token-file or --token-command{order}")
     if verdict.outcome is Outcome.NO_MODEL:
         return ServingError(f"{url}: has no model {servers.model!r} ({verdict.reason}): check --model and the server's "
                             "models")

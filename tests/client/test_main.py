@@ -104,6 +104,39 @@ def test_a_whole_number_of_a_settings_file_is_taken_with_and_without_quotes(valu
     assert "--in-flight 0: wanted at least 1" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["7", "[7]", "[true]", "{a = 1}"])
+def test_a_flag_that_may_be_repeated_takes_nothing_but_texts(value, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "batch-client.toml").write_text(f"[run]\ntoken-file = {value}\n")
+    assert cli.main(["run", "in", "out", "--endpoint", "http://one", "--model", "m"]) == 64
+    assert "batch-client: batch-client.toml: [run] token-file is " in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "wanted"), [
+    (["--endpoint", "http://one", "--model", "m"],
+     "--endpoint URL (repeatable) or --archive MODEL.mar, not both (--archive is set in {file})"),
+    (["--patience", "-1"], "--patience': -1.0 is not in the range x>=0. (see batch-client run --help)"),
+    (["--in-flight", "0", "--part", "3/2"], "--in-flight 0: wanted at least 1"),
+    (["--part", "3/2"], "--max-failed -1: wanted at least 0 (--max-failed is set by BATCH_CLIENT_MAX_FAILED)"),
+])
+@pytest.mark.parametrize("named", [[], ["--config", "other.toml"]])
+def test_where_a_setting_came_from_that_nobody_typed_is_said(words, wanted, named, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BATCH_CLIENT_MAX_FAILED", "-1")
+    file = named[-1] if named else "batch-client.toml"
+    (tmp_path / file).write_text('[run]\narchive = "m.mar"\n')
+    assert cli.main([*named, "run", "in", "out", *words]) == 64
+    assert capfd.readouterr().err.endswith(f"{wanted.format(file=file)}\n")
+
+
+def test_where_a_value_came_from_that_is_none_is_said(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "batch-client.toml").write_text('[run]\nin-flight = "many"\n')
+    assert cli.main(["run", "in", "out"]) == 64
+    assert capfd.readouterr().err.endswith(
+        "(--in-flight is set in batch-client.toml; see batch-client run --help)\n")
+
+
 def test_a_standard_input_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, capfd):
     with (tmp_path / "written").open("wb") as written:  # as of a shell's 0>written
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.FileIO(written.fileno(), "rb", closefd=False)))

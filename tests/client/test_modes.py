@@ -11,7 +11,7 @@ import pytest
 from batch_client.calibrate import calibrate
 from batch_client.errors import DataError, MismatchError, StoppedError, UsageError
 from batch_client.events import ServerLeftOut
-from batch_client.pipeline import execute
+from batch_client.pipeline import execute, plan_run
 from batch_client.prepare import Services
 from batch_client.progress import progress_of
 from batch_client.replay import replay
@@ -236,6 +236,10 @@ def test_a_server_that_the_run_goes_on_without_is_named(root, other, reason):
         assert [limit > 0 for limit in summary.in_flight] == [True, False]
         found = await calibrate(world.spec(), services_on(two_servers(SimulatedServer(), other), world, world.output))
         assert found.left_out == (why,)
+        said.clear()
+        await plan_run(world.spec(), services_on(two_servers(SimulatedServer(), other), world, world.output),
+                       (said.append,))
+        assert said == [ServerLeftOut(why)]
 
     run_virtually(run())
 

@@ -16,6 +16,7 @@ import click
 
 from batch_client import __version__
 from batch_client.cli.stream import say
+from batch_client.cli.verb import CONFIG, origins
 from batch_client.errors import BatchClientError, StoppedError, StorageError, UsageError
 
 __all__ = ["main"]
@@ -32,7 +33,6 @@ VERBS = {
     "serve": "Serve an archive in the foreground.",
     "bench": "Measure how quick a model can be here, what limits a run, and the best settings.",
 }
-CONFIG = "batch-client.toml"
 ENVIRONMENT = "BATCH_CLIENT"
 # What click would cut off, take as 1 or raise TypeErrors of: a flag's type → what TOML may give for it. Numbers may be
 # in quotes, as on the command line.
@@ -111,7 +111,10 @@ def _defaults(path: Path, verb: str, table: Any) -> dict[str, Any]:
             if isinstance(option.type, kind) and (isinstance(value, bool) or not isinstance(value, taken)):
                 wanted = "a number" if float in taken else "a whole number"
                 raise UsageError(f"{path}: [{verb}] {name} is {str(value)[:100]}: wanted {wanted}")
-        defaults[str(option.name)] = [value] if option.multiple and isinstance(value, str) else value
+        values = [value] if option.multiple and isinstance(value, str) else value
+        if option.multiple and not (isinstance(values, list) and all(isinstance(one, str) for one in values)):
+            raise UsageError(f"{path}: [{verb}] {name} is {str(value)[:100]}: wanted a text, or a list of them")
+        defaults[str(option.name)] = values
     return defaults
 
 
@@ -147,7 +150,9 @@ def _report(error: BaseException) -> int:
             click.echo(error.format_message(), err=True)
             return UsageError.exit_code
         case click.UsageError(ctx=click.Context() as context):
-            message, code = f"{error.format_message()} (see {context.command_path} --help)", UsageError.exit_code
+            message, code = error.format_message(), UsageError.exit_code
+            named = origins(context, message)
+            message += f" ({named + '; ' if named else ''}see {context.command_path} --help)"
         case click.ClickException():
             message, code = f"{error.format_message()} (see batch-client --help)", UsageError.exit_code
         case click.Abort() | KeyboardInterrupt() | asyncio.CancelledError():

@@ -11,6 +11,7 @@ import click
 from batch_client.cli.options import AMOUNT, bytes_option, missing_option
 from batch_client.cli.pack import LOSES_NAN
 from batch_client.cli.stream import PatientStream, say
+from batch_client.cli.verb import Verb
 from batch_client.errors import StoppedError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ NOTES = {
 }
 
 
-@click.command("bench")
+@click.command("bench", cls=Verb)
 @click.argument("archive", metavar="ARCHIVE")
 @click.argument("input_url", metavar="[INPUT]", required=False)
 @click.option("--budget", type=AMOUNT, default=120.0, show_default=True, metavar="SECONDS",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from batch_client.cli.verb import Verb
 from batch_client.errors import DataError, ServingError, UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _NOTES = {
 }
 
 
-@click.command("pack")
+@click.command("pack", cls=Verb)
 @click.argument("model", type=FILE)
 @click.option("-o", "--output", type=FILE, help="The archive to write.  [default: NAME.mar]")
 @click.option("--name", help="The model's name for servers and clients.  [default: the file's]")

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batch_client.cli.options import AMOUNT, run_options, spec_of, typed_flags
+from batch_client.cli.verb import Verb
 from batch_client.errors import UsageError
 
 if TYPE_CHECKING:
     from batch_client.calibrate import Calibration
+    from batch_client.events import Event
     from batch_client.forecast import Prices
     from batch_client.plan import Plan
     from batch_client.spec import RunSpec
 
 
-@click.command("plan")
+@click.command("plan", cls=Verb)
 @click.argument("input_url", metavar="INPUT")
 @click.argument("output_url", metavar="OUTPUT")
 @run_options
@@ -30,6 +32,7 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
     """Show what `run` with the same words would do. Nothing is written, and no record is sent but with --calibrate."""
     from batch_client import api
     from batch_client.eventloop import run_verb
+    from batch_client.events import ServerLeftOut
     from batch_client.forecast import Prices
 
     asked = [options.pop(f"price_per_{what}") for what in ("hour", "1000_puts", "1000_gets")]
@@ -43,8 +46,14 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
         found = run_verb(api.calibrate(spec))
         figures = _figures(found.plan) | _forecast(found) | _cost(found.plan, prices, found, spec)
     else:
-        plan = run_verb(api.plan(spec))
-        figures = _figures(plan) | _cost(plan, prices, None, spec)
+        left_out: list[str] = []
+
+        def observe(event: Event) -> None:
+            if isinstance(event, ServerLeftOut):
+                left_out.append(event.reason)
+
+        plan = run_verb(api.plan(spec, (observe,)))
+        figures = _figures(plan) | {"left_out": left_out} | _cost(plan, prices, None, spec)
     if as_json:
         click.echo(json.dumps(figures))
         return

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batch_client.cli.options import array_options, server_options
+from batch_client.cli.verb import Verb
 from batch_client.errors import BatchClientError, DataError, ServingError, UsageError
 from batch_client.jsontext import parse_json
 
@@ -36,7 +37,7 @@ class _Query:
     body: bytes
 
 
-@click.command("predict")
+@click.command("predict", cls=Verb)
 @click.argument("query", metavar="QUERY")
 @server_options
 @array_options

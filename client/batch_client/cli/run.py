@@ -15,6 +15,7 @@ import click
 
 from batch_client.cli.options import run_options, spec_of
 from batch_client.cli.stream import say
+from batch_client.cli.verb import Verb
 from batch_client.errors import StoppedError, StorageError, UsageError
 from batch_client.files import replace_file, require_writable
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from batch_client.summary import RunSummary
 
 
-@click.command("run")
+@click.command("run", cls=Verb)
 @click.argument("input_url", metavar="INPUT")
 @click.argument("output_url", metavar="OUTPUT")
 @run_options

@@ -12,6 +12,7 @@ import click
 
 from batch_client.cli.options import WORKERS, split_workers
 from batch_client.cli.stream import PatientStream
+from batch_client.cli.verb import Verb
 from batch_client.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command(name="serve")
+@click.command("serve", cls=Verb)
 @click.argument("archive")
 @click.option("--workers", type=WORKERS, callback=split_workers, metavar="W[xT]", help="Worker processes, and "
               "threads of each, such as 2x4. Default: the tuning file's, else one a GPU or a core.")

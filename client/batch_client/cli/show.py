@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from batch_client.cli.verb import Verb
 from batch_client.errors import DataError, MismatchError, UsageError, in_one_line
 from batch_client.urls import split_url
 
@@ -38,7 +39,7 @@ _WEB = ("http", "https")  # whose servers need not say how large a file is
 _BLOCK_BYTES = 32 << 20
 
 
-@click.command("show")
+@click.command("show", cls=Verb)
 @click.argument("output_url", metavar="OUTPUT")
 @click.option("--labels", metavar="FILE.npy", help="The true classes (a .npy file or a Zarr array, path or URL): one "
               "for each record of the source, of the output, or of the range.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from batch_client.cli.verb import Verb
 from batch_client.errors import MismatchError, UsageError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from batch_client.storage import Store
 
 
-@click.command("status")
+@click.command("status", cls=Verb)
 @click.argument("output_url", metavar="OUTPUT")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("--clean", is_flag=True, help="List what an unpublished output holds, to be removed with --yes.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batch_client.cli.options import SERVER_OPTIONS, bytes_option, server_options, typed_flags
+from batch_client.cli.verb import Verb
 from batch_client.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from batch_client.verify import Verification
 
 
-@click.command("verify")
+@click.command("verify", cls=Verb)
 @click.argument("output_url", metavar="OUTPUT")
 @click.option("--deep", is_flag=True, help="Read every byte and compare it with the manifest.")
 @click.option("--replay", "replays", type=click.IntRange(1), metavar="N",
