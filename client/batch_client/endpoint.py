@@ -1,8 +1,8 @@
 """The servers of a run: how many requests each one holds, and whether it is well.
 
 A request goes to the healthy server with the smallest share of its limit in use. A server without room rests for a
-moment; one that keeps breaking is ejected for a while that doubles, and tried again with one request; one with another
-model never comes back.
+moment; one that keeps breaking is ejected for a while that doubles, and tried again with one request; one that is left
+out gets nothing, until `agreement.py` finds that it has the run's model after all.
 """
 
 from __future__ import annotations
@@ -53,6 +53,12 @@ class Endpoint:
     rests_until: float = float("-inf")
     other_model: str | None = None
     left_out: BatchClientError | None = None
+    left_out_at: float = 0.0
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether it was left out because it gave no usable answer, and may have one later."""
+        return isinstance(self.left_out, ServingError)
 
     def has_room(self, now: float) -> bool:
         if self.left_out is not None or now < self.rests_until:
@@ -74,6 +80,7 @@ class Pool:
         self._rng = rng
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
+        self._absence = asyncio.Event()
         self._emit: Callable[[Event], None] = lambda _: None
 
     def tell(self, emit: Callable[[Event], None]) -> None:
@@ -81,7 +88,7 @@ class Pool:
         self._emit = emit
         for endpoint in self.endpoints:
             if endpoint.left_out is not None:
-                emit(ServerLeftOut(str(endpoint.left_out)))
+                emit(_told(endpoint))
 
     @asynccontextmanager
     async def room(self, turn: AbstractAsyncContextManager[object] | None = None) -> AsyncIterator[Endpoint]:
@@ -188,8 +195,35 @@ class Pool:
             endpoint.lane = None
 
     def leave_out(self, endpoint: Endpoint, reason: BatchClientError) -> None:
-        """Never use this server again in this run. That is told once, and not of the last one, whose reason ends it."""
-        known, endpoint.left_out = endpoint.left_out, endpoint.left_out or reason
-        if known is None and any(other.left_out is None for other in self.endpoints):
-            self._emit(ServerLeftOut(str(reason)))
+        """Use this server no more. That is told once for each kind of reason, for good or not, and not of the last one,
+        whose reason ends the run.
+        """
+        if endpoint.left_out is None:
+            endpoint.left_out_at = self._clock()
+        elif not endpoint.is_absent or isinstance(reason, ServingError):
+            return
+        endpoint.left_out = reason
+        if any(other.left_out is None for other in self.endpoints):
+            self._emit(_told(endpoint))
         self._changed.set()
+        self._absence.set()
+
+    def take_back(self, endpoint: Endpoint) -> None:
+        """Use a server again that was left out."""
+        endpoint.left_out = None
+        endpoint.broken = endpoint.ejections = endpoint.turned_away = 0
+        endpoint.other_model = endpoint.refused_since = endpoint.refused_token = None
+        endpoint.rests_until = float("-inf")
+        self._emit(ServerBack(endpoint.url, self._clock() - endpoint.left_out_at))
+        self._changed.set()
+
+    async def absent(self) -> list[Endpoint]:
+        """Those that were left out because they gave no usable answer, and may have one later, once there are some."""
+        while not (found := [endpoint for endpoint in self.endpoints if endpoint.is_absent]):
+            self._absence.clear()
+            await self._absence.wait()
+        return found
+
+
+def _told(endpoint: Endpoint) -> ServerLeftOut:
+    return ServerLeftOut(str(endpoint.left_out), asked_again=endpoint.is_absent)

@@ -58,9 +58,12 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class ServerLeftOut:
-    """A server of the run is never asked again, for a reason that names it; the run goes on with the others."""
+    """The run goes on without a server, for a reason that names it. `asked_again`: it gave no usable answer, and comes
+    back (ServerBack) when it has the run's model later.
+    """
 
     reason: str
+    asked_again: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,9 @@ class ServerAway:
 
 @dataclass(frozen=True)
 class ServerBack:
-    """A server that was away has answered a request, so many seconds after its first attempt that broke."""
+    """A server that was away has answered a request, so many seconds after its first attempt that broke; or one that
+    was left out takes part, so many seconds after that.
+    """
 
     endpoint: str
     seconds: float

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 
+from batch_client.agreement import ask_again
 from batch_client.assemble import STATUS_NOT_FINITE, UnitAssembler
 from batch_client.budget import ByteBudget, Lease
 from batch_client.errors import STOPPED, STOPPED_AT_ONCE, DataError, MismatchError, StoppedError, one_error
@@ -267,16 +268,20 @@ class _Run:
     async def _score_all(self) -> None:
         watcher = asyncio.ensure_future(self._stop.wait())
         work = asyncio.ensure_future(self._units())
+        asker = asyncio.ensure_future(ask_again(
+            self._services.servers, self._prepared.pool, self._prepared.contract, exact=self._spec.exact))
         try:
             await asyncio.wait({watcher, work}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 self._emit(Stopping("asked to stop"))
                 await asyncio.wait({work}, timeout=DRAIN_SECONDS)
         finally:
-            watcher.cancel()
-            work.cancel()
-            await asyncio.wait({watcher, work})
+            for task in (watcher, work, asker):
+                task.cancel()
+            await asyncio.wait({watcher, work, asker})
         with one_error():
+            if not asker.cancelled():
+                asker.result()  # it ends by a bug alone
             finished = not work.cancelled() and work.result()
         if not finished and self._stop.is_set():
             raise StoppedError(STOPPED)

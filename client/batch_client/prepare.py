@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from batch_client.contract import ModelContract, fetch_contract
+from batch_client.agreement import ANY_NUMERICS, Wanted, agree
+from batch_client.contract import ModelContract
 from batch_client.endpoint import Pool
-from batch_client.errors import BatchClientError, DataError, MismatchError, UsageError
+from batch_client.errors import DataError, MismatchError, UsageError
 from batch_client.jsontext import canonical_json, parse_json
 from batch_client.layout import SPEC_KEY, SUCCESS_KEY
 from batch_client.plan import Geometry, Plan, RequestSize, make_plan
@@ -24,9 +24,6 @@ from batch_client.spec import RunIdentity, RunSpec
 from batch_client.storage import Store, is_inside, open_store
 
 __all__ = ["Prepared", "Services", "geometry_for", "prepare", "serving"]
-
-# The fingerprint in the identity of a run that is not exact: its records may be scored by numerics of any kind.
-ANY_NUMERICS = "any"
 
 
 @dataclass(frozen=True)
@@ -81,8 +78,8 @@ async def prepare(spec: RunSpec, services: Services,
     source = await _open_apart(spec, services.source_store, services.output_store, services.reuse_store)
     pool = Pool(services.servers.urls, spec.in_flight, services.clock, services.rng)
     begun = await _stored_run(services.output_store)
-    stored = None if spec.overwrite else _model_of(begun, services.output_store, exact=spec.exact)
-    contract = await _agree(spec, services, pool, stored, instead)
+    stored = None if spec.overwrite else _model_of(begun, services.output_store, instead, exact=spec.exact)
+    contract = await agree(services.servers, pool, stored, exact=spec.exact)
     geometry = geometry_for(source, contract)
 
     def sized(earlier: Mapping[str, Any]) -> Prepared:
@@ -118,83 +115,9 @@ async def _open_apart(spec: RunSpec, source_store: Store, output_store: Store, r
     return source
 
 
-async def _agree(spec: RunSpec, services: Services, pool: Pool,
-                 stored: tuple[str, str, Mapping[str, object]] | None, instead: str) -> ModelContract:
-    """The model of the run: `stored`, that of the output which is there already, else the first server's. Servers that
-    can't be reached or have another one are left out.
-    """
-    agreed: list[ModelContract] = []
-    wanted = stored
-    whose, instead = (("the first server's", "or leave it out") if stored is None else (
-        f"that of OUTPUT {services.output_store.url}", instead))
-    async with asyncio.TaskGroup() as tasks:
-        asked = [tasks.create_task(_contract_or_error(services.servers, endpoint.url)) for endpoint in pool.endpoints]
-    for endpoint, task in zip(pool.endpoints, asked, strict=True):
-        found = task.result()
-        if isinstance(found, BatchClientError):
-            pool.leave_out(endpoint, found)
-            continue
-        model = found.digest, found.fingerprint if spec.exact else ANY_NUMERICS
-        wanted = wanted or (*model, found.numerics)
-        if model != wanted[:2]:
-            pool.leave_out(endpoint, MismatchError(
-                f"{endpoint.url}: its model is {_named(*model, wanted[1])}, {whose} is {_named(*wanted[:2], model[1])}"
-                f"{_differing(wanted[2], found.numerics)}; serve that model in that way, {instead}"))
-            continue
-        if agreed and not _alike(found, agreed[0], exact=spec.exact):
-            pool.leave_out(endpoint, MismatchError(
-                f"{endpoint.url}: its model has another name, version, micro-batch, input or output than that of "
-                "another endpoint with the same digest; serve the same there, or leave it out"))
-            continue
-        endpoint.lane = found.bulk_lane
-        endpoint.shared_memory = found.shared_memory
-        agreed.append(found)
-    if not agreed:
-        raise next(endpoint.left_out for endpoint in pool.endpoints if endpoint.left_out is not None)
-    return replace(agreed[0], ceiling=_sum_of([found.ceiling for found in agreed]),
-                   shared_memory=_of_all([found.shared_memory for found in agreed]),
-                   bulk_lane=_of_all([found.bulk_lane for found in agreed]))
-
-
-_T = TypeVar("_T")
-
-
-def _of_all(offers: Sequence[_T | None]) -> _T | None:
-    """What may be reckoned with because every server offers it: the first's, if none has none."""
-    return None if None in offers else offers[0]
-
-
 def _request_size(contract: ModelContract, servers: Servers) -> RequestSize:
     return RequestSize.at(shared_memory=contract.shared_memory is not None,
                           alone=servers.alone or contract.bulk_lane is not None)
-
-
-def _sum_of(ceilings: Sequence[float | None]) -> float | None:
-    """What all servers could do together; unknown where it is unknown of one."""
-    known = [ceiling for ceiling in ceilings if ceiling is not None]
-    return sum(known) if len(known) == len(ceilings) else None
-
-
-def _alike(one: ModelContract, other: ModelContract, *, exact: bool) -> bool:
-    return one == other if exact else replace(one, fingerprint=other.fingerprint, numerics=other.numerics) == other
-
-
-async def _contract_or_error(servers: Servers, url: str) -> ModelContract | BatchClientError:
-    try:
-        return await fetch_contract(servers, url)
-    except BatchClientError as error:
-        return error
-
-
-def _named(digest: str, fingerprint: str, other: str) -> str:
-    """A model, with its numerics where those are not the other's."""
-    return digest if fingerprint == other else f"{digest} with numerics {fingerprint}"
-
-
-def _differing(wanted: Mapping[str, object], found: Mapping[str, object]) -> str:
-    """What of the numerics differs, such as `threads 2 there, 1 here`."""
-    names = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-    return "".join(f"; {name} is {found.get(name)!r} here, was {wanted.get(name)!r}" for name in names)
 
 
 async def _stored_run(store: Store) -> Mapping[str, Any]:
@@ -209,11 +132,12 @@ async def _stored_run(store: Store) -> Mapping[str, Any]:
     return stored if isinstance(stored, dict) else {}
 
 
-def _model_of(stored: Mapping[str, Any], store: Store, *, exact: bool) -> tuple[str, str, Mapping[str, object]] | None:
-    """Digest, fingerprint and numerics of the run that an output belongs to."""
+def _model_of(stored: Mapping[str, Any], store: Store, instead: str, *, exact: bool) -> Wanted | None:
+    """The model of the run that an output belongs to."""
     try:
         there = stored["exact"]
-        model = str(stored["model_digest"]), str(stored["fingerprint"]), dict(stored["numerics"])
+        model = Wanted(str(stored["model_digest"]), str(stored["fingerprint"]), dict(stored["numerics"]),
+                       f"that of OUTPUT {store.url}", instead)
     except (KeyError, TypeError, ValueError):
         return None
     if there != exact:

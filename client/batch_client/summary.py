@@ -19,7 +19,6 @@ from batch_client.events import (
     RequestDone,
     RequestRetried,
     RunStarted,
-    ServerLeftOut,
 )
 from batch_client.figures import significant
 from batch_client.forecast import Answer, Sample, forecast
@@ -40,8 +39,8 @@ class RunSummary:
     copied from an earlier output, `failed` and `not_finite` its records without a prediction and with one that is NaN
     or infinite, `missing_chunks` source chunks that were taken as the fill value for it; seconds are from the first
     read to publication (0 where it was published before), `in_flight` is the limit that was found for each endpoint, 0
-    for one that was left out, whose reasons are `left_out`; bytes are of records read from and chunks written to
-    storage, peak memory is that of this process, its imports included.
+    for one that was left out to the end, whose reasons are `left_out`; bytes are of records read from and chunks
+    written to storage, peak memory is that of this process, its imports included.
 
     `limited_by` is a value of `bottleneck.Limit` and `advice` the next thing to turn, `time_shares` the run's time by
     what was waited for; None and empty where nothing was scored. `ceiling_records_per_s` is what the model alone was
@@ -109,7 +108,6 @@ class Tally:
         self._timesheet = Timesheet(clock, cpu)
         self._sample = Sample(clock())
         self._scored = self._requests = self._retries = self._read = self._written = self._reused = 0
-        self._left_out: list[str] = []
         self._published = Published("", "")
 
     def __call__(self, event: Event) -> None:
@@ -117,8 +115,6 @@ class Tally:
         match event:
             case RunStarted():
                 self._sample = Sample(self._clock())
-            case ServerLeftOut():
-                self._left_out.append(event.reason)
             case RequestDone():
                 self._requests += 1
             case RecordsScored():
@@ -163,7 +159,7 @@ class Tally:
             requests=self._requests,
             retries=self._retries,
             in_flight=tuple(0 if endpoint.left_out else endpoint.limiter.limit for endpoint in prepared.pool.endpoints),
-            left_out=tuple(self._left_out),
+            left_out=tuple(str(endpoint.left_out) for endpoint in prepared.pool.endpoints if endpoint.left_out),
             bytes_read=self._read,
             bytes_written=self._written,
             peak_memory_bytes=peak_memory(),

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from batch_client.endpoint import EJECT_AFTER, EJECT_MOST_SECONDS, Pool
-from batch_client.errors import ServingError
+from batch_client.errors import MismatchError, ServingError
 from batch_client.events import ServerAway, ServerBack, ServerLeftOut
 
 
@@ -70,10 +70,11 @@ def test_who_is_left_out_is_told_once_and_the_last_one_by_its_error(pool):
     said = []
     pool.leave_out(first, ServingError("http://a: gone"))
     pool.tell(said.append)
-    assert said == [ServerLeftOut("http://a: gone")]
+    assert said == [ServerLeftOut("http://a: gone", asked_again=True)]
     pool.leave_out(first, ServingError("http://a: a request that was under way"))
+    assert said == [ServerLeftOut("http://a: gone", asked_again=True)]
     pool.leave_out(second, ServingError("http://b: gone"))
-    assert said == [ServerLeftOut("http://a: gone")]
+    assert len(said) == 1
     assert str(first.left_out) == "http://a: gone"
     assert str(second.left_out) == "http://b: gone"
 
@@ -83,7 +84,24 @@ def test_who_is_left_out_in_the_middle_is_told(pool):
     pool.tell(said.append)
     assert said == []
     pool.leave_out(pool.endpoints[1], ServingError("http://b: gone"))
-    assert said == [ServerLeftOut("http://b: gone")]
+    assert said == [ServerLeftOut("http://b: gone", asked_again=True)]
+
+
+async def test_who_is_taken_back_is_as_new_and_who_has_another_model_is_out_for_good(pool, clock):
+    said = []
+    pool.tell(said.append)
+    second = pool.endpoints[1]
+    second.broken, second.rests_until = EJECT_AFTER, clock.now + 1e6
+    pool.leave_out(second, ServingError("http://b: gone"))
+    clock.now += 60
+    pool.take_back(second)
+    assert said[1:] == [ServerBack("http://b", 60)]
+    assert second.has_room(clock.now)
+    pool.leave_out(second, ServingError("http://b: gone"))
+    pool.leave_out(second, MismatchError("http://b: another model"))
+    pool.leave_out(second, ServingError("http://b: gone"))
+    assert said[3:] == [ServerLeftOut("http://b: another model")]
+    assert not second.is_absent
 
 
 def test_a_server_that_breaks_for_more_than_a_moment_is_told_once_and_so_is_its_return(pool, clock):

@@ -1,26 +1,19 @@
 """Parts, several clients, overwrite, fast, status: the ways in which runs meet."""
 
 import asyncio
-import json
-import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from batch_client.calibrate import calibrate
 from batch_client.errors import DataError, MismatchError, StoppedError, UsageError
-from batch_client.events import ServerLeftOut
-from batch_client.pipeline import execute, plan_run
+from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.progress import progress_of
 from batch_client.replay import replay
-from batch_client.serving import Servers
 from batch_client.spec import Records, RunSpec
 from batch_client.storage import MemoryStore
-from batch_client.tokens import NoTokens
-from batch_client.transport import HttpReply, TransportError
-from batch_client.verify import verify_output
+from batch_client.transport import HttpReply
 from batch_handler.oip import HEADER_LENGTH, InferReply, Tensor, decode_request, encode_reply
 from support.faulty import Life, calm
 from support.simulated import URL, Breaking, SimulatedServer
@@ -161,127 +154,6 @@ class Unverified(SimulatedServer):
         reply = InferReply(request.id, "toy", self.version, (Tensor("y", y),))
         message = encode_reply(reply, binary={"y": True})
         return HttpReply(200, {HEADER_LENGTH.lower(): str(message.header_length)}, message.join())
-
-
-class OtherNumerics(SimulatedServer):
-    """Another kind of machine: other bits, another fingerprint, the same model."""
-
-    def __init__(self):
-        super().__init__()
-        self.fingerprint = "other numerics"
-
-    def predict(self, records, first_row):
-        return super().predict(records, first_row) + np.float32(2**-12)
-
-
-def two_servers(first, second):
-    class Two:
-        async def send(self, method, url, headers, parts, deadline):
-            server = first if url.startswith("http://one") else second
-            return await server.send(method, url, headers, parts, deadline)
-
-    return Servers(Two(), dict.fromkeys(("http://one", "http://two"), NoTokens()), "toy")
-
-
-def services_on(servers, world, output):
-    return Services(servers, world.source, output, clock=lambda: asyncio.get_running_loop().time(),
-                    rng=random.Random(1))
-
-
-def run_on(servers, world, output, *observers, **options):
-    return execute(world.spec(**options), services_on(servers, world, output), observers)
-
-
-def test_servers_that_differ_are_left_out_and_the_run_goes_on(root):
-    world = World(1)
-    first, second = SimulatedServer(), OtherNumerics()
-
-    async def run():
-        said = []
-        summary = await run_on(two_servers(first, second), world, world.output, said.append)
-        assert summary.root == root
-        assert second.requests == 0
-        (why,) = [event.reason for event in said if isinstance(event, ServerLeftOut)]
-        assert why.startswith("http://two: its model is sha256:model with numerics other numerics, the first server's")
-        other = MemoryStore("memory://other")
-        assert (await run_on(two_servers(second, first), world, other)).root != root
-
-    run_virtually(run())
-
-
-class Unreachable:
-    requests = 0
-
-    async def send(self, method, *_):
-        self.requests += method != "GET"
-        raise TransportError("nobody listens there")
-
-
-@pytest.mark.parametrize(("other", "reason"), [
-    (SimulatedServer(micro_batch=8), "http://two: its model has another name, version, micro-batch, input or output"),
-    (Unreachable(), "http://two: can't be reached (nobody listens there): check"),
-])
-def test_a_server_that_the_run_goes_on_without_is_named(root, other, reason):
-    """One with the same digest that takes other micro-batches, and one that can't be reached."""
-    world = World(1)
-
-    async def run():
-        said = []
-        summary = await run_on(two_servers(SimulatedServer(), other), world, world.output, said.append)
-        assert summary.root == root
-        assert other.requests == 0
-        (why,) = [event.reason for event in said if isinstance(event, ServerLeftOut)]
-        assert why.startswith(reason)
-        assert summary.left_out == (why,)
-        assert [limit > 0 for limit in summary.in_flight] == [True, False]
-        found = await calibrate(world.spec(), services_on(two_servers(SimulatedServer(), other), world, world.output))
-        assert found.left_out == (why,)
-        said.clear()
-        await plan_run(world.spec(), services_on(two_servers(SimulatedServer(), other), world, world.output),
-                       (said.append,))
-        assert said == [ServerLeftOut(why)]
-
-    run_virtually(run())
-
-
-def test_a_run_goes_on_with_the_server_that_has_its_model(root):
-    """A second life meets first a server with another version: it is the output that says which model is the run's."""
-    world = World(1)
-    newer = SimulatedServer(digest="sha256:newer")
-
-    async def run():
-        fate = calm()
-        fate.at, fate.kinds = set(range(40, 80)), ("crash before",)
-        await world.live(fate)
-        assert world.ends == ["crash"]
-        summary = await run_on(two_servers(newer, SimulatedServer()), world, world.output)
-        assert newer.requests == 0
-        assert summary.root == root
-        with pytest.raises(MismatchError, match="its model is sha256:newer"):
-            await run_on(two_servers(newer, newer), world, world.output, overwrite=False)
-
-    run_virtually(run())
-
-
-def test_a_fast_run_uses_all_servers_and_its_manifest_says_what_it_gives_up():
-    world = World(1)
-    first, second = SimulatedServer(seconds=0.01), OtherNumerics()
-
-    async def run():
-        summary = await run_on(two_servers(first, second), world, world.output, exact=False)
-        assert summary.published
-        assert first.requests > 0
-        assert second.requests > 0
-        manifest = json.loads(world.output.objects["_run/manifest.json"])
-        assert "given_up" in manifest
-        assert (await verify_output(world.output, deep=True)).records == len(world.records)
-        found = await opened(world.output)
-        np.testing.assert_allclose(found["y"], first.expected(world.records, CHUNK), atol=1e-2)
-        services = Services(two_servers(first, second), world.source, world.output, rng=random.Random(1))
-        with pytest.raises(UsageError, match="promises no equal bytes"):
-            await replay(world.spec(exact=False), services, 1)
-
-    run_virtually(run())
 
 
 def test_replay_finds_a_chunk_that_is_no_prediction_although_its_manifest_agrees(root):

@@ -125,6 +125,7 @@ def test_ticks_are_few_and_inside(low, width, most):
 @example(-sys.float_info.max, sys.float_info.max, 1)
 @example(0.0, 5e-324, 5)
 @example(1e300, float(np.nextafter(1e300, np.inf)), 5)
+@example(3.5000000005000004e16, 4.300000001300001e16, 4)
 def test_any_two_numbers_have_ticks(one, other, most):
     ticks = nice_ticks(one, other, most)
     assert 1 <= len(ticks) <= most + 3

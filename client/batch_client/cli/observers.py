@@ -84,7 +84,8 @@ class ProgressBar:
 def _said(event: ServerLeftOut | ServerAway | ServerBack | Stopping) -> str:
     match event:
         case ServerLeftOut():
-            return f"going on without a server: {event.reason}"
+            again = "; it is asked again while the run goes on" if event.asked_again else ""
+            return f"going on without a server: {event.reason}{again}"
         case ServerAway():
             return f"{event.endpoint} gives no sound answer ({event.reason}): it is tried again while the run goes on"
         case ServerBack():

@@ -23,6 +23,7 @@ _ROW = 14
 _BAR_HEIGHT = 34
 # Powers of ten below it are not exact enough for an axis.
 _LEAST_STEP = 1e-300
+_FACTORS = (1, 2, 5, 10)
 # No page may hold them: control characters, halves of surrogate pairs (names of files that are not UTF-8 have such,
 # and JSON can spell them), and what is no character. https://www.w3.org/TR/xml/#charsets
 _NO_CHARACTER = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
@@ -42,9 +43,17 @@ def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
     if not _LEAST_STEP < raw < math.inf:
         return [low]
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    factor = next(factor for factor in _FACTORS if factor * power >= raw * (1 - 1e-9))
+    ticks = _multiples(factor * power, low, high)
+    if len(ticks) == 1 and factor == 5:  # of a range that is little more than one and a half of that
+        finer = _multiples(2 * power, low, high)
+        ticks = finer if len(finer) <= most + 1 else ticks
+    return ticks or [low]
+
+
+def _multiples(step: float, low: float, high: float) -> list[float]:
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [at * step for at in range(first, last + 1) if math.isfinite(at * step)] or [low]
+    return [at * step for at in range(first, last + 1) if math.isfinite(at * step)]
 
 
 def columns(

@@ -1,0 +1,228 @@
+"""Several servers: those that differ, can't be reached, or come and go while a run goes on."""
+
+import asyncio
+import json
+import random
+
+import numpy as np
+import pytest
+
+from batch_client.agreement import AGAIN_SECONDS
+from batch_client.calibrate import calibrate
+from batch_client.errors import MismatchError, UsageError
+from batch_client.events import ServerBack, ServerLeftOut
+from batch_client.pipeline import execute, plan_run
+from batch_client.prepare import Services
+from batch_client.replay import replay
+from batch_client.serving import Servers
+from batch_client.storage import MemoryStore
+from batch_client.tokens import NoTokens
+from batch_client.transport import HttpReply, TransportError
+from batch_client.verify import verify_output
+from support.faulty import calm
+from support.simulated import SimulatedServer
+from support.virtual import run_virtually
+from support.world import CHUNK, World, opened, undisturbed
+
+
+@pytest.fixture(scope="module")
+def root():
+    return undisturbed()[0]
+
+
+class OtherNumerics(SimulatedServer):
+    """Another kind of machine: other bits, another fingerprint, the same model."""
+
+    def __init__(self):
+        super().__init__()
+        self.fingerprint = "other numerics"
+
+    def predict(self, records, first_row):
+        return super().predict(records, first_row) + np.float32(2**-12)
+
+
+def two_servers(first, second):
+    class Two:
+        async def send(self, method, url, headers, parts, deadline):
+            server = first if url.startswith("http://one") else second
+            return await server.send(method, url, headers, parts, deadline)
+
+    return Servers(Two(), dict.fromkeys(("http://one", "http://two"), NoTokens()), "toy")
+
+
+def services_on(servers, world, output):
+    return Services(servers, world.source, output, clock=lambda: asyncio.get_running_loop().time(),
+                    rng=random.Random(1))
+
+
+def run_on(servers, world, output, *observers, **options):
+    return execute(world.spec(**options), services_on(servers, world, output), observers)
+
+
+def test_servers_that_differ_are_left_out_and_the_run_goes_on(root):
+    world = World(1)
+    first, second = SimulatedServer(), OtherNumerics()
+
+    async def run():
+        said = []
+        summary = await run_on(two_servers(first, second), world, world.output, said.append)
+        assert summary.root == root
+        assert second.requests == 0
+        (why,) = [event.reason for event in said if isinstance(event, ServerLeftOut)]
+        assert why.startswith("http://two: its model is sha256:model with numerics other numerics, the first server's")
+        other = MemoryStore("memory://other")
+        assert (await run_on(two_servers(second, first), world, other)).root != root
+
+    run_virtually(run())
+
+
+class Unreachable:
+    requests = 0
+
+    async def send(self, method, *_):
+        self.requests += method != "GET"
+        raise TransportError("nobody listens there")
+
+
+@pytest.mark.parametrize(("other", "reason"), [
+    (SimulatedServer(micro_batch=8), "http://two: its model has another name, version, micro-batch, input or output"),
+    (Unreachable(), "http://two: can't be reached (nobody listens there): check"),
+])
+def test_a_server_that_the_run_goes_on_without_is_named(root, other, reason):
+    """One with the same digest that takes other micro-batches, and one that can't be reached."""
+    world = World(1)
+
+    async def run():
+        said = []
+        summary = await run_on(two_servers(SimulatedServer(), other), world, world.output, said.append)
+        assert summary.root == root
+        assert other.requests == 0
+        (why,) = [event.reason for event in said if isinstance(event, ServerLeftOut)]
+        assert why.startswith(reason)
+        assert summary.left_out == (why,)
+        assert [limit > 0 for limit in summary.in_flight] == [True, False]
+        found = await calibrate(world.spec(), services_on(two_servers(SimulatedServer(), other), world, world.output))
+        assert found.left_out == (why,)
+        said.clear()
+        await plan_run(world.spec(), services_on(two_servers(SimulatedServer(), other), world, world.output),
+                       (said.append,))
+        assert [event.reason for event in said] == [why]
+
+    run_virtually(run())
+
+
+class ComesLater:
+    """A server that nobody reaches at first, and after some seconds of the run's clock is `server`."""
+
+    def __init__(self, server, after):
+        self.server = server
+        self.after = after
+        self.began = asyncio.get_running_loop().time()
+
+    async def send(self, *arguments):
+        if asyncio.get_running_loop().time() < self.began + self.after:
+            raise TransportError("nobody listens there")
+        return await self.server.send(*arguments)
+
+
+def test_a_server_that_comes_up_while_a_run_goes_on_takes_part(root):
+    world = World(1)
+    first, second = SimulatedServer(seconds=20.0), SimulatedServer()
+
+    async def run():
+        said = []
+        summary = await run_on(two_servers(first, ComesLater(second, after=45.0)), world, world.output, said.append,
+                               in_flight=1)
+        assert summary.root == root
+        assert second.requests > 0
+        assert summary.left_out == ()
+        out, back = [event for event in said if isinstance(event, ServerLeftOut | ServerBack)]
+        assert out.asked_again
+        assert "http://two: can't be reached" in out.reason
+        assert (back.endpoint, round(back.seconds)) == ("http://two", 2 * AGAIN_SECONDS)
+
+    run_virtually(run())
+
+
+def test_a_server_that_comes_up_with_another_model_is_out_for_good(root):
+    world = World(1)
+    other = OtherNumerics()
+
+    async def run():
+        said = []
+        summary = await run_on(two_servers(SimulatedServer(seconds=20.0), ComesLater(other, after=10.0)), world,
+                               world.output, said.append, in_flight=1)
+        assert summary.root == root
+        assert other.requests == 0
+        out, for_good = [event for event in said if isinstance(event, ServerLeftOut | ServerBack)]
+        assert out.asked_again
+        assert not for_good.asked_again
+        assert "this run's is sha256:model with numerics numerics" in for_good.reason
+        assert summary.left_out == (for_good.reason,)
+
+    run_virtually(run())
+
+
+def test_a_model_that_is_gone_for_a_while_comes_back(root):
+    """As where a server starts again and loads it after it listens."""
+    world, began = World(1), 0.0
+
+    class Reloading(SimulatedServer):
+        async def send(self, method, url, headers, parts, deadline):
+            if 5.0 < asyncio.get_running_loop().time() - began < 25.0:
+                url = url.replace("toy", "nothing")
+                return HttpReply(404, {}, b'{"code": 404, "type": "ModelNotFoundException", "message": "no"}')
+            return await super().send(method, url, headers, parts, deadline)
+
+    second = Reloading(seconds=3.0)
+
+    async def run():
+        nonlocal began
+        began, said = asyncio.get_running_loop().time(), []
+        summary = await run_on(two_servers(SimulatedServer(seconds=20.0), second), world, world.output, said.append,
+                               in_flight=1)
+        assert (summary.root, summary.left_out) == (root, ())
+        assert [type(event) for event in said if isinstance(event, ServerLeftOut | ServerBack)] == [
+            ServerLeftOut, ServerBack]
+
+    run_virtually(run())
+
+
+def test_a_run_goes_on_with_the_server_that_has_its_model(root):
+    """A second life meets first a server with another version: it is the output that says which model is the run's."""
+    world = World(1)
+    newer = SimulatedServer(digest="sha256:newer")
+
+    async def run():
+        fate = calm()
+        fate.at, fate.kinds = set(range(40, 80)), ("crash before",)
+        await world.live(fate)
+        assert world.ends == ["crash"]
+        summary = await run_on(two_servers(newer, SimulatedServer()), world, world.output)
+        assert newer.requests == 0
+        assert summary.root == root
+        with pytest.raises(MismatchError, match="its model is sha256:newer"):
+            await run_on(two_servers(newer, newer), world, world.output, overwrite=False)
+
+    run_virtually(run())
+
+
+def test_a_fast_run_uses_all_servers_and_its_manifest_says_what_it_gives_up():
+    world = World(1)
+    first, second = SimulatedServer(seconds=0.01), OtherNumerics()
+
+    async def run():
+        summary = await run_on(two_servers(first, second), world, world.output, exact=False)
+        assert summary.published
+        assert first.requests > 0
+        assert second.requests > 0
+        manifest = json.loads(world.output.objects["_run/manifest.json"])
+        assert "given_up" in manifest
+        assert (await verify_output(world.output, deep=True)).records == len(world.records)
+        found = await opened(world.output)
+        np.testing.assert_allclose(found["y"], first.expected(world.records, CHUNK), atol=1e-2)
+        services = Services(two_servers(first, second), world.source, world.output, rng=random.Random(1))
+        with pytest.raises(UsageError, match="promises no equal bytes"):
+            await replay(world.spec(exact=False), services, 1)
+
+    run_virtually(run())
