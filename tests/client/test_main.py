@@ -11,6 +11,7 @@ import click
 import pytest
 
 from batch_client import cli
+from batch_client.errors import StoppedError
 from support.cli import command
 
 
@@ -113,20 +114,75 @@ def test_a_flag_that_may_be_repeated_takes_nothing_but_texts(value, tmp_path, mo
 
 
 @pytest.mark.parametrize(("words", "wanted"), [
-    (["--endpoint", "http://one", "--model", "m"],
-     "--endpoint URL (repeatable) or --archive MODEL.mar, not both (--archive is set in {file})"),
+    ([], "or --archive MODEL.mar, not both (--endpoint is set in {file}, --archive is set in {file})"),
     (["--patience", "-1"], "--patience': -1.0 is not in the range x>=0. (see batch-client run --help)"),
-    (["--in-flight", "0", "--part", "3/2"], "--in-flight 0: wanted at least 1"),
-    (["--part", "3/2"], "--max-failed -1: wanted at least 0 (--max-failed is set by BATCH_CLIENT_MAX_FAILED)"),
+    (["--archive", "m.mar", "--in-flight", "0"], "--in-flight 0: wanted at least 1"),
+    (["--archive", "m.mar"], "--max-failed -1: wanted at least 0 (--max-failed is set by BATCH_CLIENT_MAX_FAILED)"),
 ])
 @pytest.mark.parametrize("named", [[], ["--config", "other.toml"]])
 def test_where_a_setting_came_from_that_nobody_typed_is_said(words, wanted, named, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BATCH_CLIENT_MAX_FAILED", "-1")
     file = named[-1] if named else "batch-client.toml"
-    (tmp_path / file).write_text('[run]\narchive = "m.mar"\n')
+    (tmp_path / file).write_text('[run]\narchive = "m.mar"\nendpoint = "http://one"\n')
     assert cli.main([*named, "run", "in", "out", *words]) == 64
     assert capfd.readouterr().err.endswith(f"{wanted.format(file=file)}\n")
+
+
+@pytest.fixture
+def specs(monkeypatch):
+    """What `run` would do, and what else is asked for, instead of doing it."""
+    seen = []
+
+    async def stop(spec, *_):
+        seen.append(spec)
+        raise StoppedError("seen")
+
+    monkeypatch.setattr("batch_client.api.run_async", stop)
+    return seen
+
+
+@pytest.mark.parametrize(("words", "variables", "settings", "wanted"), [
+    (["--endpoint", "http://one", "--model", "m"], {}, 'archive = "m.mar"', {"archive": None}),
+    (["--archive", "m.mar"], {"ENDPOINT": "http://one", "MODEL": "m"}, "", {"endpoints": (), "model": None}),
+    ([], {"ARCHIVE": "m.mar"}, 'endpoint = "http://one"', {"endpoints": (), "archive": "m.mar"}),
+    (["--archive", "m.mar"], {"TOKEN_FILE": "a:b"}, "", {"token_files": ()}),
+    (["--archive", "m.mar"], {"TOKEN_FILE": "a", "TOKEN_COMMAND": "c"}, "", {"token_files": (), "token_command": None}),
+    (["--endpoint", "http://one", "--model", "m", "--token-file", "a"], {"TOKEN_COMMAND": "c"}, "",
+     {"token_files": ("a",), "token_command": None}),
+    (["--endpoint", "http://one", "--model", "m", "--token-command", "c"], {}, 'token-file = ["a", "b"]',
+     {"token_files": (), "token_command": "c"}),
+])
+def test_of_flags_that_exclude_each_other_the_nearest_is_taken(
+        words, variables, settings, wanted, specs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in variables.items():
+        monkeypatch.setenv(f"BATCH_CLIENT_{name}", value)
+    (tmp_path / "batch-client.toml").write_text(f"[run]\n{settings}\n")
+    assert cli.main(["run", "in", "out", *words]) == 75
+    assert {name: getattr(specs[0], name) for name in wanted} == wanted
+
+
+def test_flags_that_exclude_each_other_are_refused_where_they_are_as_near(monkeypatch, capfd):
+    monkeypatch.setenv("BATCH_CLIENT_TOKEN_FILE", "a")
+    monkeypatch.setenv("BATCH_CLIENT_TOKEN_COMMAND", "c")
+    assert cli.main(["run", "in", "out", "--endpoint", "http://one", "--model", "m"]) == 64
+    assert "--token-file and --token-command: wanted one or the other (--token-file is set by" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value", "words", "code", "said"), [
+    ("YES", "1", ["status", "no-output"], 78, "no output of batch-client"),
+    ("OUTPUT", "x", ["bench", "no.mar"], 69, "no.mar: there is no such file"),
+    ("SIGNATURE", "none.toml", ["pack", "m.pt", "--input", "x:float32:zero"], 64, "--input 'zero': wanted a shape"),
+])
+def test_a_variable_for_another_command_is_passed_over(name, value, words, code, said, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.pt").touch()
+    monkeypatch.setenv(f"BATCH_CLIENT_{name}", value)
+    assert cli.main(words) == code
+    error = capfd.readouterr().err
+    assert said in error
+    assert name.lower() not in error
 
 
 def test_where_a_value_came_from_that_is_none_is_said(tmp_path, monkeypatch, capfd):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batch_client.cli.options import AMOUNT, bytes_option, missing_option
+from batch_client.cli.options import AMOUNT, bytes_option, missing_option, typed_flags
 from batch_client.cli.pack import LOSES_NAN
 from batch_client.cli.stream import PatientStream, say
 from batch_client.cli.verb import Verb
@@ -50,6 +50,8 @@ def command(input_url: str | None, *, as_json: bool, **options: Any) -> None:
     from batch_client.bench.session import BenchSpec, bench
     from batch_client.eventloop import run_verb
 
+    if input_url is None and not typed_flags("output"):
+        options["output"] = None  # of a variable or a file, for another command
     spec = BenchSpec(input=input_url, **options)
     stream = PatientStream()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from batch_client.spec import RunSpec
 
 __all__ = ["AMOUNT", "BYTES", "SERVER_OPTIONS", "WORKERS", "ByteSize", "FiniteRange", "WorkersAndThreads",
-           "array_options", "bytes_option", "run_options", "server_options", "spec_of", "split_workers", "typed_flags"]
+           "array_options", "bytes_option", "keep_nearest", "run_options", "server_options", "spec_of", "split_workers",
+           "typed_flags"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -97,6 +98,9 @@ _server_flags = _stack(
 )
 
 
+# Of a setting, from the nearest to the farthest.
+_SOURCES = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP,
+            ParameterSource.DEFAULT)
 # The parameters of `_server_flags`.
 SERVER_OPTIONS = ("endpoints", "archive", "model", "token_files", "token_command", "workers")
 # What the flags of the one way to score, by their parameter, make useless: flags of the other way.
@@ -110,15 +114,39 @@ def server_options(function: F) -> F:
     """The flags that say what scores, and a refusal of those that would say nothing."""
     @wraps(function)
     def checked(*arguments: Any, **options: Any) -> Any:
+        keep_nearest(options, ("endpoints",), ("archive",))
+        keep_nearest(options, ("token_files",), ("token_command",))
         ways = [_USELESS_BESIDE[name] for name in _USELESS_BESIDE if options.get(name)]
         if len(ways) == 1:  # both are refused as that
             ((flag, useless, wanted),) = ways
-            # Of variables and files it is no mistake: they are for other commands too.
             if typed := typed_flags(*useless):
                 raise UsageError(f"{typed} says nothing beside {flag}: it is for {wanted}")
+            _pass_over(options, useless)  # of variables and files it is no mistake: they are for other commands too
         return function(*arguments, **options)
 
     return _server_flags(cast("F", checked))
+
+
+def keep_nearest(options: dict[str, Any], *groups: Sequence[str]) -> None:
+    """Of groups of parameters that exclude each other, pass over those that were given farther from the command than
+    another: a flag wins over a variable, a variable over the settings file. Those that are as near stay, to be refused.
+    """
+    given = {group: min(distances) for group in groups
+             if (distances := [_distance(name) for name in group if options.get(name)])}
+    for group, distance in given.items():
+        if distance > min(given.values()):
+            _pass_over(options, group)
+
+
+def _distance(name: str) -> int:
+    source = click.get_current_context().get_parameter_source(name)
+    return _SOURCES.index(source) if source in _SOURCES else 0
+
+
+def _pass_over(options: dict[str, Any], names: Sequence[str]) -> None:
+    """As if these parameters were not given."""
+    empty = {tuple: (), bool: False}
+    options.update({name: empty.get(type(options[name])) for name in names if name in options})
 
 
 def typed_flags(*names: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from batch_client.cli.options import keep_nearest
 from batch_client.cli.verb import Verb
 from batch_client.errors import DataError, ServingError, UsageError
 
@@ -25,6 +26,9 @@ _NOTES = {
     "torchscript": [LOSES_NAN["torchscript"]],
     "aot": ["compiled for CPUs like this one, and for this version of torch", LOSES_NAN["aot"]],
 }
+
+
+_SIGNATURE_FLAGS = ("input_text", "model_shape", "scale", "softmax", "output_name")  # what --signature is instead of
 
 
 @click.command("pack", cls=Verb)
@@ -102,8 +106,9 @@ def command(model: Path, **options: Any) -> None:
 def _draft(model: Path, options: dict[str, Any]) -> SignatureDraft:
     from batch_handler.signature import InputSpec, OutputDraft, SignatureDraft, SignatureError, parse_signature
 
+    keep_nearest(options, ("signature",), _SIGNATURE_FLAGS)
     signature: Path | None = options["signature"]
-    flags = [flag for flag in ("input_text", "model_shape", "scale", "softmax", "output_name") if options[flag]]
+    flags = [flag for flag in _SIGNATURE_FLAGS if options[flag]]
     if signature is not None:
         if flags:
             flag = flags[0].replace("_text", "").replace("_", "-")

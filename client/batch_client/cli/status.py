@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from batch_client.cli.options import typed_flags
 from batch_client.cli.verb import Verb
 from batch_client.errors import MismatchError, UsageError
 
@@ -32,7 +33,7 @@ def command(output_url: str, *, as_json: bool, clean: bool, yes: bool, anonymous
     if clean:
         click.echo(run_verb(_clean(store, yes=yes)))
         return
-    if yes:
+    if yes and typed_flags("yes"):
         raise UsageError("--yes: wanted only together with --clean")
     click.echo(run_verb(_status(store, as_json=as_json)))
 
