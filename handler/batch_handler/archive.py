@@ -108,7 +108,8 @@ class PackRequest:
     gives. `golden` is a .npy (one input) or .npz file, or arrays by input name; by default a few random records.
     `runtime` None is the first of `runtimes_for`; "aot" compiles the module that the file holds, "onnx" exports it.
     `micro_batch` None is the number of records that a graph is fixed to, else `DEFAULT_MICRO_BATCH`.
-    `model_config` is the text of TorchServe's `model-config.yaml`.
+    `model_config` is the text of TorchServe's `model-config.yaml`. `scratch` is the folder for what is made on the way,
+    None the system's own.
     """
 
     model: Path
@@ -123,13 +124,15 @@ class PackRequest:
     trust_pickle: bool = False
     micro_batch: int | None = None
     golden: Path | Mapping[str, Array] | None = None
+    scratch: Path | None = None
 
 
 def pack(request: PackRequest) -> Path:
     """Write the archive of `request` and return its path; raises `ArchiveError`."""
     try:
         check_name(request.name, request.version)
-        with _without_working_folder(), tempfile.TemporaryDirectory(prefix="batch-pack-") as temporary:
+        with _without_working_folder(), tempfile.TemporaryDirectory(
+                prefix="batch-pack-", dir=request.scratch) as temporary:
             directory = Path(temporary)
             description = _stage(request, directory)
             text = json.dumps(description.to_json(), indent=1, ensure_ascii=False).encode()

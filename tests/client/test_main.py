@@ -163,6 +163,11 @@ def test_of_flags_that_exclude_each_other_the_nearest_is_taken(
     assert {name: getattr(specs[0], name) for name in wanted} == wanted
 
 
+def test_what_is_to_be_removed_is_no_json(capfd):
+    assert cli.main(["status", "out", "--clean", "--json"]) == 64
+    assert "--clean and --json: what is to be removed is listed as text" in capfd.readouterr().err
+
+
 def test_flags_that_exclude_each_other_are_refused_where_they_are_as_near(monkeypatch, capfd):
     monkeypatch.setenv("BATCH_CLIENT_TOKEN_FILE", "a")
     monkeypatch.setenv("BATCH_CLIENT_TOKEN_COMMAND", "c")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 import zarr
 
 from batch_client.cli import main
@@ -121,6 +122,35 @@ def test_a_verb_that_is_ended_takes_its_server_and_files_with_it(number, ignored
     assert list(short.iterdir()) == []
     psutil.wait_procs(family, timeout=30)
     assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_what_a_pack_that_was_killed_has_left_goes_with_the_next(clean_environ, tmp_path):
+    (tmp_path / "net.py").write_text(SLOW_TO_BUILD)
+    torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "weights.pt")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    words = ["pack", "weights.pt", "--arch", "net.py:build", "--input", "x:float32:3"]
+    environ = {**clean_environ, "TMPDIR": str(temporary)}
+    with subprocess.Popen(command(*words), env={**environ, "SLOW": "1"}, cwd=tmp_path, stdout=subprocess.PIPE,
+                          text=True) as process:
+        assert process.stdout.readline() == "building\n"
+        process.kill()
+    (left,) = temporary.iterdir()
+    assert list(left.glob("batch-pack-*/*"))
+    os.utime(left, (0, 0))
+    run_cli(words, environ, cwd=tmp_path, check=True)
+    assert list(temporary.iterdir()) == []
+
+
+SLOW_TO_BUILD = """
+import os, time, torch
+
+def build():
+    if "SLOW" in os.environ:
+        print("building", flush=True)
+        time.sleep(600)
+    return torch.nn.Linear(3, 2)
+"""
 
 
 def words_of(process):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ def command(model: Path, **options: Any) -> None:
         from batch_handler import archive
     except ImportError as error:
         raise ServingError(f'packing needs {error.name}: pip install "batch-client[serve]"') from error
+    from batch_client.folders import temporary_folder
     from batch_client.resources import serve_config_dir
     from batch_handler.fields import SignatureError
 
@@ -89,7 +91,8 @@ def command(model: Path, **options: Any) -> None:
             micro_batch=options["micro_batch"] or draft.micro_batch,
             golden=options["golden"],
         )
-        path = archive.pack(request)
+        with temporary_folder("pack") as scratch:
+            path = archive.pack(replace(request, scratch=scratch))
         description = archive.read_description(path)
     except (SignatureError, archive.ArchiveError) as error:
         raise DataError(str(error)) from error

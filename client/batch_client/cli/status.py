@@ -31,6 +31,8 @@ def command(output_url: str, *, as_json: bool, clean: bool, yes: bool, anonymous
 
     store = open_store(output_url, anonymous=anonymous)
     if clean:
+        if typed_flags("as_json"):
+            raise UsageError("--clean and --json: what is to be removed is listed as text")
         click.echo(run_verb(_clean(store, yes=yes)))
         return
     if yes and typed_flags("yes"):
