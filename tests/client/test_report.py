@@ -8,6 +8,7 @@ import re
 import sys
 import tracemalloc
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -191,6 +192,17 @@ def reported(seconds, steps, names=1):
         report(scored(step * 40, rng))
         report(ChunkWritten(step, 40, 1, 100, 10))
     return report
+
+
+@pytest.mark.parametrize("found", [1, 2, 7, 8, 9, 15, 16])
+def test_samples_are_from_the_whole_run_and_as_many_as_there_is_room_for(found):
+    data = reported(60.0, 50).data()
+    samples = [replace(data.samples[0], index=1000 + number) for number in range(found)]
+    rows = [["".join(cell.itertext()) for cell in row] for row in parsed(render(replace(data, samples=samples))).iter(
+        f"{HTML}tr")]
+    shown = [row[0] for row in rows if row and row[0].startswith("1,0")]
+    assert len(set(shown)) == min(found, 8)
+    assert (shown[0], shown[-1]) == ("1,000", f"{999 + found:,}")
 
 
 def test_what_others_say_is_text_and_nothing_is_loaded():
