@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from batch_client.assemble import UnitAssembler
 from batch_client.budget import ByteBudget
 from batch_client.errors import DataError, MismatchError, UsageError
+from batch_client.events import Observer, to_all
 from batch_client.exchange import Exchange
 from batch_client.jsontext import canonical_json
 from batch_client.layout import OutputLayout
@@ -37,8 +38,9 @@ def require_exact(manifest: Manifest) -> None:
         raise UsageError("--replay: a --fast run promises no equal bytes")
 
 
-async def replay(spec: RunSpec, services: Services, count: int) -> Replay:
-    """Score `count` random chunks of the output of `spec` again. Writes nothing.
+async def replay(spec: RunSpec, services: Services, count: int, observers: tuple[Observer, ...] = ()) -> Replay:
+    """Score `count` random chunks of the output of `spec` again. Writes nothing. Observers hear of its servers and
+    requests.
 
     Raises DataError when a byte differs, of what is stored as of what is scored now, MismatchError when source, model
     or numerics are no longer those of the run, UsageError for a run that promised no equal bytes.
@@ -49,9 +51,11 @@ async def replay(spec: RunSpec, services: Services, count: int) -> Replay:
     prepared.identity.require_same(canonical_json(manifest.run), services.output_store.url,
                                    "what has changed since can't be scored again as it was")
     layout = await OutputLayout.open(prepared.plan, spec.codec)
+    emit = to_all(observers)
+    prepared.pool.tell(emit)
     exchange = Exchange(servers=services.servers, pool=prepared.pool, contract=prepared.contract, exact=True,
-                        patience=spec.patience, clock=services.clock, rng=services.rng, emit=lambda _: None)
-    scorer = Scorer(exchange, prepared.plan.micro_batch, lambda _: None)
+                        patience=spec.patience, clock=services.clock, rng=services.rng, emit=emit)
+    scorer = Scorer(exchange, prepared.plan.micro_batch, emit)
     chosen = set(services.rng.sample(range(prepared.plan.unit_count), min(count, prepared.plan.unit_count)))
     published = {row.unit: row async for row in manifest_rows(services.output_store, manifest) if row.unit in chosen}
     records = 0

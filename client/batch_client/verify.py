@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+import itertools
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from zarr.api import asynchronous as zarr_async
@@ -23,7 +25,10 @@ from batch_client.zarrstore import SourceStore
 __all__ = ["Verification", "verify_output"]
 
 READS_AT_ONCE = 16
+READ_BYTES = 64 << 20
 NAMED = 5
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,10 @@ class _Problems:
             raise DataError(f"{store.url} is not what was published: {'; '.join(self.named)}{more}")
 
 
-async def verify_output(store: Store, *, deep: bool = False) -> Verification:
-    """Check a published output against its manifest. Neither the rows nor the listing are held.
+async def verify_output(store: Store, *, deep: bool = False,
+                        advance: Callable[[int, int], None] = lambda *_: None) -> Verification:
+    """Check a published output against its manifest. Neither the rows nor the listing are held. `advance` is called
+    with the bytes that were read of the chunks, and all that are to be read.
 
     Raises MismatchError when there is no published output, DataError naming what is missing or other than proven.
     """
@@ -72,7 +79,7 @@ async def verify_output(store: Store, *, deep: bool = False) -> Verification:
     await _coverage(store, manifest, problems)
     objects, nbytes = await _sizes(store, manifest, problems)
     if deep and not problems.count:
-        await _bytes(store, manifest, problems)
+        await _bytes(store, manifest, problems, lambda done: advance(min(done, nbytes), nbytes))
     if deep and not problems.count:
         await _statuses(store, manifest, problems)
     problems.require_none(store)
@@ -152,24 +159,36 @@ async def _proofs(store: Store, manifest: Manifest) -> AsyncIterator[ChunkProof]
         yield proof
 
 
-async def _bytes(store: Store, manifest: Manifest, problems: _Problems) -> None:
-    """Objects that have other bytes than were proven; read a bounded number at a time."""
-    batch: list[ChunkProof] = []
-    async for proof in _proofs(store, manifest):
-        batch.append(proof)
-        if len(batch) == READS_AT_ONCE:
-            await _compare(store, batch, problems)
-            batch = []
-    await _compare(store, batch, problems)
+async def _bytes(store: Store, manifest: Manifest, problems: _Problems, advance: Callable[[int], None]) -> None:
+    """Objects that have other bytes than were proven."""
+    done = 0
+    async for batch in _batches(_proofs(store, manifest), lambda proof: proof.size):
+        for proof, found in zip(batch, await _all(_sha256(store, proof.key) for proof in batch), strict=True):
+            if found != proof.sha256:
+                problems.add(f"{proof.key} has SHA-256 {found}, wanted {proof.sha256}")
+            done += proof.size
+        advance(done)
 
 
-async def _compare(store: Store, proofs: Sequence[ChunkProof], problems: _Problems) -> None:
+async def _batches(items: AsyncIterator[_T], size: Callable[[_T], int]) -> AsyncIterator[list[_T]]:
+    """As many as are read at a time: a number of them, or bytes, of which one item may have more."""
+    batch: list[_T] = []
+    nbytes = 0
+    async for item in items:
+        if batch and (len(batch) == READS_AT_ONCE or nbytes + size(item) > READ_BYTES):
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(item)
+        nbytes += size(item)
+    if batch:
+        yield batch
+
+
+async def _all(reads: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
     with one_error():
         async with asyncio.TaskGroup() as tasks:
-            found = [tasks.create_task(_sha256(store, proof.key)) for proof in proofs]
-    for proof, task in zip(proofs, found, strict=True):
-        if task.result() != proof.sha256:
-            problems.add(f"{proof.key} has SHA-256 {task.result()}, wanted {proof.sha256}")
+            found = [tasks.create_task(read) for read in reads]
+    return [task.result() for task in found]
 
 
 async def _sha256(store: Store, key: str) -> str:
@@ -180,11 +199,16 @@ async def _sha256(store: Store, key: str) -> str:
 async def _statuses(store: Store, manifest: Manifest, problems: _Problems) -> None:
     """Units whose status, as a reader finds it, is not what its row counts."""
     status = await zarr_async.open_array(store=SourceStore(store), path=STATUS.name, mode="r")
-    at = 0
-    async for row in manifest_rows(store, manifest):
-        found = np.asarray(await status.getitem(slice(at, at + row.records)))
-        at += row.records
-        counts = tuple(int((found == value).sum()) for value in (STATUS_OK, STATUS_FAILED, STATUS_NOT_FINITE))
-        if counts != (row.ok, row.failed, row.not_finite):
-            problems.add(f"chunk {row.unit} of {STATUS.name} counts {counts} (ok, failed, not finite), wanted "
-                         f"{(row.ok, row.failed, row.not_finite)}")
+
+    async def counted(start: int, stop: int) -> tuple[int, ...]:
+        found = np.asarray(await status.getitem(slice(start, stop)))
+        return tuple(int((found == value).sum()) for value in (STATUS_OK, STATUS_FAILED, STATUS_NOT_FINITE))
+
+    stop = 0
+    async for batch in _batches(manifest_rows(store, manifest), lambda row: row.records):
+        stops = list(itertools.accumulate((row.records for row in batch), initial=stop))
+        stop = stops[-1]
+        for row, counts in zip(batch, await _all(itertools.starmap(counted, itertools.pairwise(stops))), strict=True):
+            if counts != (row.ok, row.failed, row.not_finite):
+                problems.add(f"chunk {row.unit} of {STATUS.name} counts {counts} (ok, failed, not finite), wanted "
+                             f"{(row.ok, row.failed, row.not_finite)}")

@@ -26,11 +26,18 @@ from batch_client.events import (
     Stopping,
 )
 
-__all__ = ["LogLines", "ProgressBar"]
+__all__ = ["LogLines", "ProgressBar", "new_bar"]
 
 # A bar that goes to a file or a log collector is a line now and then.
 REDRAW_SECONDS = 0.2
 LINE_SECONDS = 10.0
+
+
+def new_bar(stream: PatientStream, what: str, total: int | None, done: int = 0, unit: str = " records") -> Any:
+    """A bar on a terminal, a line now and then elsewhere."""
+    is_terminal = stream.isatty()
+    return tqdm(total=total, initial=done, unit=unit, unit_scale=True, file=stream, desc=what,
+                dynamic_ncols=is_terminal, mininterval=REDRAW_SECONDS if is_terminal else LINE_SECONDS)
 
 
 class ProgressBar:
@@ -45,11 +52,11 @@ class ProgressBar:
         match event:
             case ChunkReused():
                 if self._bar is None:
-                    self._bar = self._new_bar("copying", None, 0)
+                    self._bar = new_bar(self._stream, "copying", None)
                 self._bar.update(event.records)
             case RunStarted():
                 self.close()  # that of copying
-                self._bar = self._new_bar(event.model, event.plan.count, event.done)
+                self._bar = new_bar(self._stream, event.model, event.plan.count, event.done)
             case RequestSent():
                 self._in_flight += 1
             case RequestDone():
@@ -64,11 +71,6 @@ class ProgressBar:
             case ServerLeftOut() | ServerAway() | ServerBack() | Stopping():
                 # A line of its own, below what is there of the bar.
                 self._stream.write(f"\n{' '.join(_said(event).split())}\n")
-
-    def _new_bar(self, what: str, total: int | None, done: int) -> Any:
-        is_terminal = self._stream.isatty()
-        return tqdm(total=total, initial=done, unit=" records", unit_scale=True, file=self._stream, desc=what,
-                    dynamic_ncols=is_terminal, mininterval=REDRAW_SECONDS if is_terminal else LINE_SECONDS)
 
     def _advance(self, records: int) -> None:
         if self._bar is not None:

@@ -14,6 +14,7 @@ from batch_client.errors import UsageError
 
 if TYPE_CHECKING:
     from batch_client.replay import Replay
+    from batch_client.storage import Store
     from batch_client.verify import Verification
 
 
@@ -56,11 +57,12 @@ def command(output_url: str, *, deep: bool, replays: int | None, as_json: bool, 
 async def _verify(output_url: str, deep: bool, replays: int | None,  # noqa: FBT001 - called once, right above
                   options: dict[str, Any]) -> tuple[Verification, Replay | None]:
     from batch_client.storage import open_store
-    from batch_client.verify import verify_output
 
     store = open_store(output_url, anonymous=options["anonymous"])
     if replays is None:
-        return await verify_output(store, deep=deep), None
+        return await _proven(store, deep=deep), None
+    from batch_client.cli.observers import ProgressBar
+    from batch_client.cli.stream import PatientStream
     from batch_client.manifest import read_manifest
     from batch_client.prepare import serving
     from batch_client.publish import published_manifest
@@ -72,10 +74,37 @@ async def _verify(output_url: str, deep: bool, replays: int | None,  # noqa: FBT
     spec = RunSpec(input="memory://", output=output_url, **options)
     if (manifest := await published_manifest(store)) is not None:
         require_exact(manifest)
-    verification = await verify_output(store, deep=deep)
+    verification = await _proven(store, deep=deep)
     run = (await read_manifest(store)).run
     spec = replace(
         spec, input=run["source"], array=run["source_array"] or None, records=Records(run["start"], run["stop"]),
         chunk_records=run["grid_records"], codec=run["codec"], exact=run["exact"])
-    async with serving(spec) as services:
-        return verification, await replay(spec, services, replays)
+    stream = PatientStream()
+    try:
+        async with serving(spec) as services:
+            return verification, await replay(spec, services, replays, (ProgressBar(stream),))
+    finally:
+        stream.close()
+
+
+async def _proven(store: Store, *, deep: bool) -> Verification:
+    """What `verify_output` finds, with a bar for the bytes that are read."""
+    from batch_client.verify import verify_output
+
+    if not deep:
+        return await verify_output(store)
+    from batch_client.cli.observers import new_bar
+    from batch_client.cli.stream import PatientStream
+
+    stream = PatientStream()
+    bar = new_bar(stream, "reading", None, unit="B")
+
+    def advance(done: int, whole: int) -> None:
+        bar.total = whole
+        bar.update(done - bar.n)
+
+    try:
+        return await verify_output(store, deep=True, advance=advance)
+    finally:
+        bar.close()
+        stream.close()
