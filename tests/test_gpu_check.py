@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from batch_handler.archive import PackRequest, pack
-from batch_handler.signature import InputSpec, OutputDraft
+from batch_handler.draft import OutputDraft
+from batch_handler.signature import InputSpec
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_check.py"
 REPEATABLE = "torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))"

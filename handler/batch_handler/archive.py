@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from batch_handler.draft import OutputDraft
 from batch_handler.golden import golden_outputs, golden_records
 from batch_handler.model import (
     DESCRIPTION_FILE,
@@ -47,7 +48,6 @@ from batch_handler.signature import (
     Golden,
     InputSpec,
     ModelDescription,
-    OutputDraft,
     OutputSpec,
     SignatureError,
     Weights,
@@ -108,6 +108,7 @@ class PackRequest:
     gives. `golden` is a .npy (one input) or .npz file, or arrays by input name; by default a few random records.
     `runtime` None is the first of `runtimes_for`; "aot" compiles the module that the file holds, "onnx" exports it.
     `micro_batch` None is the number of records that a graph is fixed to, else `DEFAULT_MICRO_BATCH`.
+    `tolerance` is how far a worker may be from the golden outputs, of a record's largest number; None is 1e-5.
     `model_config` is the text of TorchServe's `model-config.yaml`. `scratch` is the folder for what is made on the way,
     None the system's own.
     """
@@ -124,6 +125,7 @@ class PackRequest:
     trust_pickle: bool = False
     micro_batch: int | None = None
     golden: Path | Mapping[str, Array] | None = None
+    tolerance: float | None = None
     scratch: Path | None = None
 
 
@@ -219,7 +221,7 @@ def _stage(request: PackRequest, directory: Path) -> ModelDescription:
     arch, arch_file = _stage_arch(request.arch, directory)
     weights = Weights(_WEIGHTS_FILES[kind], kind, arch)
     shutil.copyfile(request.model, directory / weights.file)
-    inputs = request.inputs or graph_inputs(kind, directory / weights.file)
+    inputs = graph_inputs(kind, directory / weights.file, request.inputs)
     for spec in inputs:
         _require_same_order(spec)
     taken, given = [spec.name for spec in inputs], [draft.name for draft in request.outputs]
@@ -239,7 +241,8 @@ def _stage(request: PackRequest, directory: Path) -> ModelDescription:
         weights=weights,
         inputs=inputs,
         outputs=specs,
-        golden=Golden(_GOLDEN_FILE, len(records[0]), _TOLERANCE),
+        golden=Golden(_GOLDEN_FILE, len(records[0]),
+                      _TOLERANCE if request.tolerance is None else request.tolerance),
         micro_batch=micro_batch,
         files={name: _entry(directory / name) for name in files},
     )

@@ -27,6 +27,7 @@ __all__ = [
     "list_of",
     "number",
     "numbers",
+    "part",
     "shape_of",
     "text",
 ]
@@ -114,6 +115,14 @@ def number(value: Any, field: str, where: str) -> float:
         found = None
     if found is None or not math.isfinite(found):
         raise SignatureError(f'{field} of {where} is {value!r}, wanted a number or a fraction as "1/255"')
+    return found
+
+
+def part(value: Any, field: str, where: str) -> float:
+    """A number from 0 to below 1, as `number` takes it."""
+    found = number(value, field, where)
+    if not 0 <= found < 1:
+        raise SignatureError(f"{field} of {where} is {found:g}, wanted a number from 0 to below 1, such as 1e-4")
     return found
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from batch_handler.draft import OutputDraft
 from batch_handler.oip import Array, OipError, datatype_of
 from batch_handler.runtimes.foreign import raise_if_device, said
 from batch_handler.runtimes.transform import ModelError, Preprocess, collect
-from batch_handler.signature import InputSpec, OutputDraft, OutputSpec, SignatureError
+from batch_handler.signature import InputSpec, OutputSpec, SignatureError
 
 __all__ = ["golden_outputs", "golden_records"]
 
@@ -117,8 +118,8 @@ def _hint(inputs: Sequence[InputSpec], says: str) -> str:
     """
     if "shape" in says or "size" in says:
         return "; model_shape (--model-shape, or in the --signature file) says in which shape it takes a record"
-    plain = [spec for spec in inputs if (spec.scale, spec.mean, spec.std) == (None, None, None)]
-    cast = sorted({spec.dtype.name for spec in plain if spec.cast and spec.dtype.kind in "iu"})
+    cast = sorted({spec.dtype.name for spec in inputs if spec.cast and not spec.scaled
+                   and spec.dtype.kind in "iuf" and spec.dtype != np.float32})
     return f"; records become float32; cast = false in a --signature file keeps {' and '.join(cast)}" if cast else ""
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +94,22 @@ def open_plainly(
     return PlainModel(module, fixed_records(module)), module
 
 
-def graph_inputs(kind: str, path: Path) -> tuple[InputSpec, ...]:
-    """What an ONNX graph says that a record is; raises `ModelFileError` for what is none, `SignatureError` where the
-    graph does not say it.
+def graph_inputs(kind: str, path: Path, given: Sequence[InputSpec]) -> tuple[InputSpec, ...]:
+    """What a record is: as `given`, but not cast where an ONNX graph takes what travels; or what the graph says.
+
+    Raises `ModelFileError` for what is no graph and has no inputs given, `SignatureError` where the graph leaves sizes
+    open, `ModelError` where it has other inputs.
     """
     if kind != "onnx":
-        raise ModelFileError("the signature has no inputs, wanted at least one")
-    return open_graph(path, _CPU, optimised=False)[0].specs()
+        if not given:
+            raise ModelFileError("the signature has no inputs, wanted at least one")
+        return tuple(given)
+    graph, _ = open_graph(path, _CPU, [spec.name for spec in given], optimised=False)
+    if not given:
+        return graph.specs()
+    # A graph of another number of inputs is refused when it is called.
+    return tuple(replace(spec, cast=False) if taken == spec.dtype.name != "float32" and not spec.scaled else spec
+                 for spec, taken in zip_longest(given, graph.dtypes()[:len(given)]))
 
 
 def _kind_of_zip(path: Path) -> str | None:

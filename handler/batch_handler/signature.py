@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,9 +41,7 @@ __all__ = [
     "Golden",
     "InputSpec",
     "ModelDescription",
-    "OutputDraft",
     "OutputSpec",
-    "SignatureDraft",
     "SignatureError",
     "Weights",
     "canonical_json",
@@ -52,7 +49,6 @@ __all__ = [
     "check_name",
     "check_runtime",
     "digest_of",
-    "parse_signature",
     "runtimes_for",
 ]
 
@@ -99,8 +95,10 @@ class InputSpec:
                 f"model_shape of input {self.name} is {list(self.model_shape)}, "
                 f"wanted as many elements as its shape {list(self.shape)}"
             )
-        if not self.cast and (self.scale, self.mean, self.std) != (None, None, None):
+        if not self.cast and self.scaled:
             raise SignatureError(f"input {self.name} has cast = false, wanted no scale, mean or std beside it")
+        if self.scale == 0:
+            raise SignatureError(f"scale of input {self.name} is 0, which would make all records alike")
         for field, values in (("mean", self.mean), ("std", self.std)):
             self._check_channels(field, values)
 
@@ -115,6 +113,11 @@ class InputSpec:
             )
         if field == "std" and 0.0 in values:
             raise SignatureError(f"std of input {self.name} holds 0, wanted numbers to divide by")
+
+    @property
+    def scaled(self) -> bool:
+        """Whether its numbers are changed on the way into the model."""
+        return (self.scale, self.mean, self.std) != (None, None, None)
 
     @property
     def model_dtype(self) -> np.dtype[Any]:
@@ -327,60 +330,6 @@ class ModelDescription:
             micro_batch=count(fields["micro_batch"], "micro_batch"),
             files=_files(fields["files"]),
         )
-
-
-@dataclass(frozen=True)
-class OutputDraft:
-    """An output whose dtype and shape, where None, are found by running the model."""
-
-    name: str
-    dtype: np.dtype[Any] | None = None
-    shape: tuple[int, ...] | None = None
-    softmax: bool = False
-
-    @classmethod
-    def from_json(cls, value: Any) -> OutputDraft:
-        """Read an output of a signature file."""
-        fields = as_object(value, "an output", ("name", "dtype", "shape", "softmax"))
-        name = text(fields, "name", "an output")
-        where = f"output {name}"
-        return cls(
-            name,
-            None if fields.get("dtype") is None else dtype_of(fields["dtype"], where),
-            None if fields.get("shape") is None else shape_of(fields["shape"], "shape", where),
-            flag(fields, "softmax", where, default=False),
-        )
-
-
-@dataclass(frozen=True)
-class SignatureDraft:
-    """What a signature file says; everything that it leaves out is None."""
-
-    name: str | None
-    version: str | None
-    micro_batch: int | None
-    inputs: tuple[InputSpec, ...]
-    outputs: tuple[OutputDraft, ...]
-
-
-def parse_signature(toml: str) -> SignatureDraft:
-    """Read a signature file (TOML: `[model]`, `[[inputs]]`, `[[outputs]]`)."""
-    try:
-        value = tomllib.loads(toml)
-    except (ValueError, RecursionError) as error:  # beside TOML's own, an integer of over 4300 digits
-        raise SignatureError(f"the signature is not TOML: {error}") from error
-    fields = as_object(value, "the signature", ("model", "inputs", "outputs"))
-    model = as_object(fields.get("model", {}), "[model]", ("name", "version", "micro_batch"))
-    micro_batch = model.get("micro_batch")
-    if micro_batch is not None:
-        check_micro_batch(count(micro_batch, "micro_batch"))
-    return SignatureDraft(
-        name=None if model.get("name") is None else text(model, "name", "[model]"),
-        version=None if model.get("version") is None else text(model, "version", "[model]"),
-        micro_batch=micro_batch,
-        inputs=tuple(InputSpec.from_json(item) for item in list_of(fields, "inputs", [])),
-        outputs=tuple(OutputDraft.from_json(item) for item in list_of(fields, "outputs", [])),
-    )
 
 
 def canonical_json(value: Any) -> bytes:

@@ -16,7 +16,8 @@ def make_moody(tmp_path_factory):
     import torch
 
     from batch_handler.archive import PackRequest, pack
-    from batch_handler.signature import InputSpec, OutputDraft
+    from batch_handler.draft import OutputDraft
+    from batch_handler.signature import InputSpec
 
     @functools.cache
     def make(seed):

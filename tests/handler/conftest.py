@@ -16,11 +16,12 @@ import torch
 from batch_handler import oip
 from batch_handler.archive import PackRequest, pack
 from batch_handler.counts import Counts
+from batch_handler.draft import OutputDraft
 from batch_handler.exchange import Exchange
 from batch_handler.model import Model
 from batch_handler.service import METRICS, Service
 from batch_handler.shared import SharedMemory
-from batch_handler.signature import InputSpec, OutputDraft
+from batch_handler.signature import InputSpec
 
 ARCH = '''
 import torch

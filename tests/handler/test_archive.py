@@ -16,9 +16,12 @@ from safetensors.torch import save_file
 
 from batch_client.cli import main
 from batch_handler.archive import ArchiveError, pack, read_description
+from batch_handler.draft import OutputDraft
 from batch_handler.model import Model
 from batch_handler.modelfile import ModelFileError, detect_kind
-from batch_handler.signature import InputSpec, OutputDraft
+from batch_handler.runtimes.transform import ModelError, joined
+from batch_handler.signature import InputSpec, OutputSpec, SignatureError
+from support.onnx_files import model, node, value_info
 
 
 def reference(module, images):
@@ -334,3 +337,41 @@ def test_a_model_that_is_not_there_is_said_before_anything_is_asked(flags, tmp_p
 def test_a_name_that_no_file_can_have_is_not_there_either(capsys):
     assert main(["pack", "x" * 5000]) == 65
     assert capsys.readouterr().err == f"batch-client: {'x' * 200} is not a file\n"
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(7, "i8"), (6, "i4"), (11, "f8"), (10, "f2")])
+@pytest.mark.parametrize("sizes", [["n", 4], ["n", "m"]])
+def test_what_a_graph_takes_as_it_travels_is_not_cast(kind, dtype, sizes, pack_request, tmp_path):
+    nodes = [node("Abs", ["x"], ["y"])]
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model(nodes, [value_info("x", sizes, kind)], [value_info("y", sizes, kind)]))
+    request = dataclasses.replace(pack_request, model=path, output=tmp_path / "m.mar", arch=None, outputs=(),
+                                  inputs=(InputSpec("x", np.dtype(dtype), (4,), (4,)),))
+    packed = read_description(pack(request))
+    assert (packed.inputs[0].cast, packed.outputs[0].dtype) == (False, np.dtype(dtype))
+    other = dataclasses.replace(request, inputs=(InputSpec("x", np.dtype("u1"), (4,), (4,)),))
+    with pytest.raises(ArchiveError, match=r"m\.onnx: the model raised"):
+        pack(other)
+
+
+@pytest.mark.parametrize(("dtype", "hint"), [("f8", True), ("f2", True), ("i8", True), ("f4", False)])
+def test_who_wanted_numbers_as_they_travel_is_told_how(dtype, hint, pack_request, tmp_path):
+    layer = torch.nn.Linear(4, 2).to(torch.float64 if dtype == "f4" else getattr(torch, np.dtype(dtype).name)
+                                     if dtype != "i8" else torch.float64)
+    torch.save(layer, tmp_path / "m.pt")
+    request = dataclasses.replace(pack_request, model=tmp_path / "m.pt", output=tmp_path / "m.mar", arch=None,
+                                  outputs=(), trust_pickle=True, inputs=(InputSpec("x", np.dtype(dtype), (4,), (4,)),))
+    with pytest.raises(ArchiveError, match="the model raised RuntimeError") as caught:
+        pack(request)
+    assert (f"cast = false in a --signature file keeps {np.dtype(dtype).name}" in str(caught.value)) == hint
+
+
+def test_a_scale_of_nothing_is_refused(pack_request):
+    with pytest.raises(SignatureError, match="scale of input x is 0, which would make all records alike"):
+        InputSpec("x", np.dtype("u1"), (4,), (4,), scale=0.0)
+
+
+def test_outputs_of_other_shapes_than_each_other_are_named_in_the_archives_words():
+    specs = (OutputSpec("scores", np.dtype("f4"), (7,)),)
+    with pytest.raises(ModelError, match=r"output scores has shapes \[8, 6\] and \[8, 7\], wanted \[8, 7\]"):
+        joined([[torch.zeros(8, 7), torch.zeros(8, 6)]], specs)

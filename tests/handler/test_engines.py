@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from batch_client.cli import main
 from batch_handler.archive import ArchiveError, pack, read_description
+from batch_handler.draft import OutputDraft
 from batch_handler.model import Model, ModelLoadError, Tuning
 from batch_handler.modelfile import ModelFileError, detect_kind
 from batch_handler.runtimes.aot import missing_instructions
 from batch_handler.runtimes.protobuf import fields_of
 from batch_handler.scoring import Query, Score
-from batch_handler.signature import KINDS, InputSpec, OutputDraft, digest_of, runtimes_for
+from batch_handler.signature import KINDS, InputSpec, digest_of, runtimes_for
 from support.onnx_files import INT64, STRING, external, field, message, model, node, tensor, tiny_onnx, value_info
 
 

@@ -12,7 +12,7 @@ import torch
 
 from batch_client.cli import main
 from batch_handler.archive import ArchiveError, pack
-from batch_handler.signature import OutputDraft
+from batch_handler.draft import OutputDraft
 
 BROKEN = """
 import torch

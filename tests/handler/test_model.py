@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from batch_handler.draft import parse_signature
 from batch_handler.fields import number
 from batch_handler.model import Model, ModelLoadError, Tuning, check_files, read_description
 from batch_handler.signature import (
@@ -18,7 +19,6 @@ from batch_handler.signature import (
     OutputSpec,
     SignatureError,
     digest_of,
-    parse_signature,
 )
 
 

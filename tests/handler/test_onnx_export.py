@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from batch_handler.archive import ArchiveError, pack, read_description
+from batch_handler.draft import OutputDraft
 from batch_handler.model import Model, ModelLoadError, Tuning
-from batch_handler.signature import InputSpec, OutputDraft
+from batch_handler.signature import InputSpec
 
 
 class Several(torch.nn.Module):

@@ -11,8 +11,9 @@ import torch
 
 from batch_handler import model as models
 from batch_handler.archive import ArchiveError, pack
+from batch_handler.draft import parse_signature
 from batch_handler.model import Model, ModelLoadError, Tuning
-from batch_handler.signature import InputSpec
+from batch_handler.signature import InputSpec, SignatureError
 
 WIDTH = 8
 FLOATS = InputSpec("x", np.dtype("f4"), (WIDTH,), (WIDTH,))
@@ -137,3 +138,82 @@ def test_no_number_is_tried_that_no_golden_record_has_at_its_place(spec, packing
 
 def test_one_record_at_a_time_has_nothing_beside_it(packing):
     assert pack(packing(Row(share_of_the_largest), micro_batch=1, golden={"x": np.ones((1, WIDTH), "f4")})).is_file()
+
+
+class Large(torch.nn.Module):
+    """Numbers of some thousands beside small ones, as of features before a last layer: float32 is exact to a part of
+    the large ones.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(WIDTH, 512), torch.nn.ReLU(), torch.nn.Linear(512, 64))
+
+    def forward(self, x):
+        return self.layers(x * 1000.0)
+
+
+@pytest.mark.parametrize("runtime", ["eager", "torchscript", "onnx"])
+@pytest.mark.parametrize("micro_batch", [1, 4, 128])
+def test_sums_of_float32_are_held_to_the_largest_of_them(runtime, micro_batch, packing, unpack):
+    directory = unpack(pack(packing(Large(), runtime=runtime, micro_batch=micro_batch)))
+    assert Model.open(directory, Tuning(micro_batch=16)).golden_difference < 1e-5
+
+
+class Placed(torch.nn.Module):
+    """The positions of a sequence are those of its batch: axis 0 is another's."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.layer, self.step = torch.nn.Linear(WIDTH, 3), step
+
+    def forward(self, x):
+        return self.layer(x) + self.step * torch.arange(len(x))[:, None]
+
+
+@pytest.mark.parametrize("micro_batch", [2, 8, 33])
+def test_a_model_that_looks_at_a_records_place_is_not_packed(micro_batch, packing):
+    with pytest.raises(ArchiveError, match=r"depend on a record's place in the micro-batch: output \w+ of the same .*: "
+                                           "a model that takes its records along axis 0 and nothing else there$"):
+        pack(packing(Placed(1.0), micro_batch=micro_batch, golden={"x": np.ones((1, WIDTH), "f4")}))
+    pack(packing(Placed(1e-7), micro_batch=micro_batch, golden={"x": np.ones((1, WIDTH), "f4")}))
+
+
+def dropping(y):
+    return torch.nn.functional.dropout(y, 0.5, training=True)
+
+
+def test_a_model_that_leaves_something_to_chance_is_told_so(packing):
+    with pytest.raises(ArchiveError, match=r"the model leaves something to chance: .*: a model in eval mode, without "
+                                           r"dropout$"):
+        pack(packing(Row(dropping)))
+
+
+class Unsteady(torch.nn.Module):
+    """Other numbers for one record than for several, as where sums cancel."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(WIDTH, 3)
+
+    def forward(self, x):
+        return self.layer(x) + (1e-3 if len(x) > 4 else 0.0)
+
+
+def test_how_far_a_worker_may_be_is_the_signatures_to_say(packing, unpack):
+    with pytest.raises(ArchiveError, match="pack again with another runtime, or with a larger tolerance under "):
+        pack(packing(Unsteady()))
+    directory = unpack(pack(packing(Unsteady(), tolerance=1e-2)))
+    assert 1e-4 < Model.open(directory).golden_difference < 1e-2
+
+
+@pytest.mark.parametrize(("line", "wanted"), [
+    ("tolerance = 0.001", 0.001), ('tolerance = "1/1000"', 0.001), ("", None), ("tolerance = true", "wanted a number"),
+    ("tolerance = 1", "wanted a number from 0"), ("tolerance = -1", "wanted a number from 0"),
+])
+def test_a_signature_says_the_tolerance(line, wanted):
+    if isinstance(wanted, str):
+        with pytest.raises(SignatureError, match=wanted):
+            parse_signature(f"[model]\n{line}\n")
+    else:
+        assert parse_signature(f"[model]\n{line}\n").tolerance == wanted

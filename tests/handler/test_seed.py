@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from batch_handler.archive import PackRequest, pack
+from batch_handler.draft import OutputDraft
 from batch_handler.model import Model
 from batch_handler.runtimes.protobuf import fields_of
-from batch_handler.signature import InputSpec, OutputDraft
+from batch_handler.signature import InputSpec
 
 SEED = Path(__file__).parents[3] / "shared" / "seed"
 

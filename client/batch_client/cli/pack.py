@@ -15,7 +15,7 @@ from batch_client.cli.verb import Verb
 from batch_client.errors import DataError, ServingError, UsageError
 
 if TYPE_CHECKING:
-    from batch_handler.signature import SignatureDraft
+    from batch_handler.draft import SignatureDraft
 
 FILE = click.Path(path_type=Path)
 # What runtimes do that fuse a convolution with its ReLU.
@@ -90,6 +90,7 @@ def command(model: Path, **options: Any) -> None:
             trust_pickle=options["trust_pickle"],
             micro_batch=options["micro_batch"] or draft.micro_batch,
             golden=options["golden"],
+            tolerance=draft.tolerance,
         )
         with temporary_folder("pack") as scratch:
             path = archive.pack(replace(request, scratch=scratch))
@@ -107,7 +108,8 @@ def command(model: Path, **options: Any) -> None:
 
 
 def _draft(model: Path, options: dict[str, Any]) -> SignatureDraft:
-    from batch_handler.signature import InputSpec, OutputDraft, SignatureDraft, SignatureError, parse_signature
+    from batch_handler.draft import OutputDraft, SignatureDraft, parse_signature
+    from batch_handler.signature import InputSpec, SignatureError
 
     keep_nearest(options, ("signature",), _SIGNATURE_FLAGS)
     signature: Path | None = options["signature"]

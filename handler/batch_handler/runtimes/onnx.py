@@ -87,6 +87,11 @@ class OnnxGraph:
             specs.append(InputSpec(node.name, np.dtype(dtype), shape, shape, cast=dtype == "float32"))
         return tuple(specs)
 
+    def dtypes(self) -> tuple[str | None, ...]:
+        """What the graph takes of each input, in the order of the signature's, as numpy names it."""
+        types = {node.name: _DTYPES.get(node.type) for node in self._session.get_inputs()}
+        return tuple(types[name] for name in self._inputs)
+
     def __call__(self, *inputs: Tensor) -> Any:
         if len(inputs) != len(self._inputs):
             raise ModelError(f"the graph takes {len(self._inputs)} inputs, the signature has {len(inputs)}")

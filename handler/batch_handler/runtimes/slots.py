@@ -180,9 +180,10 @@ class SlotRuntime:
             outputs = by_output(map(self._forward_one, parts), self._outputs)
             if not share_memory(outputs):
                 self._cleared = max(self._cleared, len(parts))
-                return joined(outputs)
+                return joined(outputs, self._outputs)
             self._overwrites, records = True, kept
-        return joined(by_output(map(self._forward_one, self._micro_batches(records)), self._outputs, copy=True))
+        copies = by_output(map(self._forward_one, self._micro_batches(records)), self._outputs, copy=True)
+        return joined(copies, self._outputs)
 
     def _micro_batches(self, records: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         return list(zip(*(torch.split(tensor, self._micro_batch) for tensor in records), strict=True))

@@ -116,11 +116,19 @@ def share_memory(outputs: Sequence[Sequence[Tensor]]) -> bool:
     )
 
 
-def joined(outputs: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+def joined(outputs: Sequence[Sequence[Tensor]], specs: Sequence[OutputSpec]) -> tuple[Tensor, ...]:
     """One tensor an output, the rows of its micro-batches one after another.
 
-    Stacked and flattened, not concatenated: that fails where one of them has more rows, or other axes, than the others.
+    Stacked and flattened, not concatenated: raises `ModelError` where one of them has more rows, or other axes, than
+    the others.
     """
+    for tensors, spec in zip(outputs, specs, strict=True):
+        shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+        if len(shapes) > 1:
+            rows = len(tensors[0])
+            raise ModelError(
+                f"output {spec.name} has shapes {list(shapes[0])} and {list(shapes[-1])}, wanted {[rows, *spec.shape]}"
+            )
     return tuple(torch.stack(tuple(tensors)).flatten(0, 1) for tensors in outputs)
 
 
