@@ -8,7 +8,7 @@ Units of work are begun lazily; a byte budget bounds what is read ahead, the poo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -44,7 +44,7 @@ from batch_client.prepare import Prepared, Services, prepare
 from batch_client.publish import publish, published_manifest
 from batch_client.removal import contents_of, remove_output
 from batch_client.reuse import copy_chunks, reusable_rows
-from batch_client.scorer import Scorer
+from batch_client.scorer import HopelessError, Scorer
 from batch_client.spec import RunSpec
 from batch_client.storage import Store, child_url
 from batch_client.stream import UnitStream
@@ -192,6 +192,7 @@ class _Run:
         self._refreshed_at = services.clock()
         self._writing: dict[int, int] = {}
         self._held: dict[int, int] = {}
+        self._listed: set[int] = set()
         self._budget = ByteBudget(spec.max_bytes_in_flight)
         exchange = Exchange(
             servers=services.servers, pool=prepared.pool, contract=prepared.contract, exact=spec.exact,
@@ -335,7 +336,7 @@ class _Run:
                 failures.append(RecordFailed(unit.start + int(place), NOT_FINITE, 1))
                 self._emit(failures[-1])
         if failures:
-            await self._ledger.list_failures(unit.index, sorted(failures, key=lambda failure: failure.index))
+            await self._list(failures)
         if not self._accept(unit, assembler):
             return
         with self._timed(Step.WRITE):
@@ -346,6 +347,16 @@ class _Run:
         self._emit(ChunkWritten(unit.index, unit.count, row.failed, stream.nbytes,
                                 sum(chunk.size for chunk in row.chunks), adopted))
 
+    async def _list(self, failures: Sequence[RecordFailed]) -> None:
+        """Write the dead letters of units that have none yet."""
+        by_unit: dict[int, list[RecordFailed]] = {}
+        for failure in sorted(failures, key=lambda failure: failure.index):
+            by_unit.setdefault(self._plan.unit_of(failure.index), []).append(failure)
+        for unit, found in by_unit.items():
+            if unit not in self._listed:
+                self._listed.add(unit)
+                await self._ledger.list_failures(unit, found)
+
     async def _score(self, span: Span, records: Pieces, lease: Lease, assembler: UnitAssembler,
                      failures: list[RecordFailed]) -> None:
         self._under_way.set()
@@ -354,6 +365,10 @@ class _Run:
             assembler.place(span, scored.outputs, scored.status)
             failures.extend(scored.failures)
             self._emit(RecordsScored(span.start, records, scored.outputs, scored.status))
+        except HopelessError as error:
+            await self._list(error.failures)
+            where = child_url(self._store.url, FAILED_PREFIX)
+            raise DataError(f"{error}; those that were found are listed in {where}") from error
         finally:
             lease.release()
 

@@ -220,6 +220,10 @@ class Plan:
         start = self.start + index * self.chunk_records
         return Unit(index, start, min(start + self.chunk_records, self.stop))
 
+    def unit_of(self, record: int) -> int:
+        """The index of the unit that record number `record` of the source is in."""
+        return (record - self.start) // self.chunk_records
+
     def units(self) -> Iterator[Unit]:
         return (self.unit(index) for index in range(self.unit_count))
 

@@ -9,7 +9,7 @@ server is well. For one such record among n this takes at most 2⌈log₂ n⌉ +
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +24,7 @@ from batch_client.figures import counted
 from batch_client.pieces import Pieces
 from batch_client.plan import Span
 
-__all__ = ["Scored", "Scorer"]
+__all__ = ["HopelessError", "Scored", "Scorer"]
 
 # The model or its worker failed on the same request this many times: the request is a suspect.
 SUSPECT_AFTER = 2
@@ -60,13 +60,21 @@ class _Case:
         self.status = np.full(self.span.count, STATUS_FAILED, np.uint8)
 
 
+class HopelessError(DataError):
+    """More records failed than a run takes apart; `failures` are all that were found."""
+
+    def __init__(self, message: str, failures: Sequence[RecordFailed]) -> None:
+        super().__init__(message)
+        self.failures = failures
+
+
 class _CompanyError(Exception):
     """A worker died under a probe that was not alone there: nothing is known of its records."""
 
-    def __init__(self, verdict: Verdict, failed: int) -> None:
+    def __init__(self, verdict: Verdict, failures: Sequence[RecordFailed]) -> None:
         super().__init__(verdict.reason)
         self.verdict = verdict
-        self.failed = failed  # records that were given up before it
+        self.failures = failures  # records that were given up before it
 
 
 class Scorer:
@@ -81,13 +89,13 @@ class Scorer:
         self._micro_batch = micro_batch
         self._emit = emit
         self._most_failed = most_failed
-        self._failed = 0
+        self._found: dict[int, RecordFailed] = {}
 
     async def score(self, span: Span, rows: Pieces) -> Scored:
         """Predictions for `rows` (n, *record shape of the source), whose places begin at `span.first_row`.
 
-        Raises DataError when the server fails on zeros too, takes no request of this size, or more records failed than
-        `most_failed`, and what `Exchange.ask` raises.
+        Raises DataError when the server fails on zeros too or takes no request of this size, HopelessError when more
+        records failed than `most_failed`, and what `Exchange.ask` raises.
         """
         failed = 0
         while True:
@@ -121,7 +129,8 @@ class Scorer:
         try:
             case = await self._take_apart(span, rows, verdict)
         except _CompanyError as error:
-            self._failed -= error.failed
+            for failure in error.failures:
+                del self._found[failure.index]
             case = await self._take_apart(span, rows, error.verdict)
         for failure in case.failures:
             self._emit(failure)
@@ -185,13 +194,14 @@ class Scorer:
             verdict = answer
         reason = verdict.reason or verdict.outcome.value
         case.failures.append(RecordFailed(case.span.start + row, reason, FAILURES_ALONE))
-        self._failed += 1
-        if self._failed > self._most_failed:
+        self._found[case.span.start + row] = case.failures[-1]
+        if len(self._found) > self._most_failed:
             for failure in case.failures:
                 self._emit(failure)
-            raise DataError(f"{counted(self._failed, 'record')} failed alone, the last of them record "
-                            f"{case.span.start + row} ({reason}): then it is the model and not a few records; mend "
-                            "it, or leave these records out with --records")
+            raise HopelessError(
+                f"{counted(len(self._found), 'record')} failed alone, the last of them record {case.span.start + row} "
+                f"({reason}): then it is the model and not a few records; mend it, or leave these records out with "
+                "--records", tuple(self._found.values()))
 
     async def _probe(self, case: _Case, low: int, high: int) -> Prediction | Verdict:
         """Records [low, high) in their places, zeros in all others; what they give is kept.
@@ -206,5 +216,5 @@ class Scorer:
                 array[low:high] = answer.outputs[name][low:high]
             case.status[low:high] = answer.status[low:high]
         elif not case.alone and answer.outcome not in _OF_ONE_REQUEST:
-            raise _CompanyError(answer, len(case.failures))
+            raise _CompanyError(answer, case.failures)
         return answer

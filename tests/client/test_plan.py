@@ -29,6 +29,12 @@ def test_units_cover_the_range_once_and_in_order(plan):
 
 
 @given(plans())
+def test_a_record_is_in_the_unit_that_has_it(plan):
+    for unit in (plan.unit(0), plan.unit(plan.unit_count // 2), plan.unit(plan.unit_count - 1)):
+        assert {plan.unit_of(unit.start), plan.unit_of(unit.stop - 1)} == {unit.index}
+
+
+@given(plans())
 def test_requests_tile_each_unit_inside_one_grid_chunk_and_keep_the_places_of_the_whole_source(plan):
     total = 0
     for unit in plan.units():

@@ -1,5 +1,6 @@
 """What a run refuses: sources that can't be scored, missing and damaged chunks; and what a plan refuses with it."""
 
+import json
 import warnings
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 import zarr
 from zarr.storage import MemoryStore as ZarrMemory
 
+from batch_client import pipeline
 from batch_client.cli.options import SERVER_OPTIONS, server_options
 from batch_client.cli.run import _sentence
 from batch_client.errors import DataError, MismatchError, UsageError
@@ -17,8 +19,11 @@ from batch_client.publish import published_manifest
 from batch_client.replay import replay
 from batch_client.spec import Records
 from batch_client.storage import MemoryStore
+from support.faulty import calm
 from support.runs import records_of, refused, services, source_of, spec
-from support.simulated import SimulatedServer
+from support.simulated import Breaking, SimulatedServer
+from support.virtual import run_virtually
+from support.world import CHUNK, World, make_source
 
 
 async def test_a_plan_refuses_what_its_run_would_refuse_before_it_writes():
@@ -185,3 +190,23 @@ def test_all_flags_for_servers_are_known_to_verify():
         """Takes nothing else."""
 
     assert {parameter.name for parameter in command.params} == set(SERVER_OPTIONS)
+
+
+def test_what_was_found_bad_is_listed_where_there_is_too_much_of_it(monkeypatch):
+    monkeypatch.setattr(pipeline, "HOPELESS", 20)
+    records = np.full((10 * CHUNK, 3), 255, np.uint8)
+    records[:2 * CHUNK] = 1
+    records[2] = 255
+    world = World(1, server=Breaking(seconds=0.01), records=records, source=make_source(records, (CHUNK, 3)))
+
+    async def run():
+        with pytest.raises(DataError, match=r"2\d records failed alone, .*; those that were found are listed in "
+                                            r"memory://out/_run/failed/$"):
+            await world.live(calm())
+        letters = [json.loads(data) for key, data in world.output.objects.items() if key.startswith("_run/failed/")]
+        listed = [failure["index"] for letter in letters for failure in letter["records"]]
+        assert len(listed) == len(set(listed)) > 20
+        assert set(listed) <= {2, *range(2 * CHUNK, 10 * CHUNK)}
+        assert all(failure["index"] // CHUNK == letter["unit"] for letter in letters for failure in letter["records"])
+
+    run_virtually(run())
