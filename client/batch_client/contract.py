@@ -120,8 +120,9 @@ def contract_of(url: str, body: bytes) -> ModelContract:
     except (OipError, ValueError) as error:
         raise ServingError(f"{url}: its model metadata is not Open Inference Protocol v2: {error}") from error
     if len(metadata.inputs) != 1:
+        record = ", ".join(f'"{spec.name}": …' for spec in metadata.inputs)
         raise ServingError(f"{url}: model {metadata.name} takes {len(metadata.inputs)} inputs: wanted a model of one; "
-                           "predict takes several, as JSON by input name")
+                           f"predict takes several, as JSON: [{{{record}}}]")
     one = metadata.inputs[0]
     for spec in metadata.outputs:
         if not OUTPUT_NAME.fullmatch(spec.name) or spec.name == STATUS_ARRAY:

@@ -233,7 +233,7 @@ async def _nothing_there(store: SourceStore, where: str, array: str | None) -> s
     if names:
         found = f"the group has {', '.join(names[:SHOWN])}"
         return f"{where}: no such array; {found}: name one with --array" if array else (
-            f"{where}: this is a group; {found}: name one with --array")
+            f"{where}: this is a group; {found}: name one with --array, or as {child_url(where, names[0])}")
     return f"{where}: no Zarr array there (no zarr.json and no .zarray): name the place of an array or of a group"
 
 

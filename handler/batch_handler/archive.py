@@ -90,6 +90,8 @@ __all__ = ["handle"]
 '''
 # What errors call the code of a file, or the module that it becomes; see `_stage_arch`.
 _ARCH_COPY = re.compile(r"\barch_[0-9a-f]{8}\b(\.py:\w+)?")
+# What an exported program says that takes no more records.
+_GUARD = re.compile(r"Guard failed: \w+\.size\(\)\[0\] <= (\d+)")
 # What zip can say at the earliest: archives of equal content are equal files.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CREATED = "01/01/1980 00:00:00"
@@ -148,7 +150,9 @@ def pack(request: PackRequest) -> Path:
         known = SignatureError | ModelError | DeviceError | MemoryError
         if isinstance(error, ModelLoadError) and isinstance(cause, known):
             shown = str(classify(cause))  # without the folder that it was loaded from, which nobody knows
-        raise ArchiveError(f"{request.model.name}: {_as_given(shown, request.arch)}") from error
+        bound = _GUARD.search(shown)
+        hint = f": say --micro-batch {bound[1]}, or less" if bound else ""
+        raise ArchiveError(f"{request.model.name}: {_as_given(shown, request.arch)}{hint}") from error
     except MemoryError as error:
         raise ArchiveError(f"{request.model.name}: {classify(error)}") from error
     except OSError as error:

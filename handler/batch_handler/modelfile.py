@@ -139,6 +139,9 @@ def _kind_of_pickle(path: Path) -> str:
         if isinstance(error, pickle.UnpicklingError) and _is_pickle(path):
             return "pickle"
         raise_if_device(error)
+        if path.suffix == ".py":
+            raise ModelFileError(f"{path.name} is Python: wanted a file of weights, and --arch {path.name}:CALLABLE "
+                                 "beside it") from error
         raise ModelFileError(f"{path.name} is not a model file that torch can read: {said(error)}") from error
     if _is_state_dict(value):
         return "state_dict"

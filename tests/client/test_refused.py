@@ -192,6 +192,21 @@ def test_all_flags_for_servers_are_known_to_verify():
     assert {parameter.name for parameter in command.params} == set(SERVER_OPTIONS)
 
 
+def test_a_published_output_says_what_is_bad_in_it_when_it_is_asked_for_again():
+    records = np.ones((10 * CHUNK, 3), np.uint8)
+    records[2] = 255
+    world = World(1, server=Breaking(), records=records, source=make_source(records, (CHUNK, 3)))
+
+    async def run():
+        await world.live(calm(), max_failed=1)
+        again = await world.live(calm())
+        assert _sentence(again).startswith("memory://out was published already: 80 records, 1 failed, root sha256:")
+        assert ", 1 failed, 3 not finite, root" in _sentence(replace(again, not_finite=3))
+        assert " 80 records, root" in _sentence(replace(again, failed=0))
+
+    run_virtually(run())
+
+
 def test_what_was_found_bad_is_listed_where_there_is_too_much_of_it(monkeypatch):
     monkeypatch.setattr(pipeline, "HOPELESS", 20)
     records = np.full((10 * CHUNK, 3), 255, np.uint8)

@@ -375,3 +375,32 @@ def test_outputs_of_other_shapes_than_each_other_are_named_in_the_archives_words
     specs = (OutputSpec("scores", np.dtype("f4"), (7,)),)
     with pytest.raises(ModelError, match=r"output scores has shapes \[8, 6\] and \[8, 7\], wanted \[8, 7\]"):
         joined([[torch.zeros(8, 7), torch.zeros(8, 6)]], specs)
+
+
+def test_code_instead_of_weights_is_told_what_is_wanted(pack_request, tmp_path):
+    (tmp_path / "net.py").write_text("import torch\n")
+    with pytest.raises(ArchiveError, match=r"^net\.py is Python: wanted a file of weights, and --arch net\.py:"):
+        pack(dataclasses.replace(pack_request, model=tmp_path / "net.py"))
+
+
+def test_a_program_for_fewer_records_names_its_micro_batch(pack_request, tmp_path):
+    many = torch.export.Dim("many", min=1, max=64)
+    program = torch.export.export(torch.nn.Linear(4, 2), (torch.zeros(8, 4),), dynamic_shapes=({0: many},))
+    torch.export.save(program, tmp_path / "m.pt2")
+    request = dataclasses.replace(
+        pack_request, model=tmp_path / "m.pt2", output=tmp_path / "m.mar", arch=None, outputs=(), trust_pickle=True,
+        inputs=(InputSpec("x", np.dtype("f4"), (4,), (4,)),), micro_batch=65)
+    with pytest.raises(ArchiveError, match=r"say --micro-batch 64, or less$"):
+        pack(request)
+    assert pack(dataclasses.replace(request, micro_batch=64)).is_file()
+
+
+def test_outputs_that_no_run_can_carry_are_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.nn.Linear(2, 200_000), "wide.pt")
+    words = ["pack", "wide.pt", "--trust-pickle", "--input", "x:float32:2", "--micro-batch"]
+    assert main([*words, "128"]) == 0
+    assert "a micro-batch have 102,400,000 bytes and a reply at most 62,914,560: runs need a smaller" in (
+        capsys.readouterr().err)
+    assert main([*words, "64"]) == 0
+    assert "smaller" not in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import replace
@@ -67,6 +68,7 @@ def command(model: Path, **options: Any) -> None:
     except ImportError as error:
         raise ServingError(f'packing needs {error.name}: pip install "batch-client[serve]"') from error
     from batch_client.folders import temporary_folder
+    from batch_client.plan import MAX_REPLY_BYTES
     from batch_client.resources import serve_config_dir
     from batch_handler.fields import SignatureError
 
@@ -99,6 +101,11 @@ def command(model: Path, **options: Any) -> None:
         raise DataError(str(error)) from error
     for note in _NOTES.get(description.runtime, ()):
         click.echo(f"note: {note}", err=True)
+    nbytes = description.micro_batch * sum(output.dtype.itemsize * math.prod(output.shape)
+                                           for output in description.outputs)
+    if nbytes > MAX_REPLY_BYTES:
+        click.echo(f"note: the outputs of a micro-batch have {nbytes:,} bytes and a reply at most {MAX_REPLY_BYTES:,}: "
+                   "runs need a smaller --micro-batch", err=True)
     for spec in description.inputs:
         becomes = "" if spec.model_dtype == spec.dtype else f" (as {spec.model_dtype} in the model)"
         click.echo(f"takes {spec.name}: {spec.dtype} {spec.shape}{becomes}", err=True)
@@ -175,7 +182,8 @@ def _input_of(options: dict[str, Any]) -> tuple[str, str, list[int]]:
     text: str | None = options["input_text"]
     if text is not None:
         if text.count(":") != 2:
-            raise UsageError(f"--input {text!r}: wanted NAME:DTYPE:SHAPE, such as image:uint8:28x28")
+            raise UsageError(f"--input {text!r}: wanted NAME:DTYPE:SHAPE, such as image:uint8:28x28, or x:float32: for "
+                             "one number a record")
         name, dtype, shape = text.split(":")
         return name, dtype, _shape_of("--input", shape)
     golden: Path | None = options["golden"]

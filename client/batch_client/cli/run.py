@@ -145,7 +145,10 @@ def _sentence(summary: RunSummary) -> str:
     from batch_client.figures import counted, number
 
     if summary.already_published:
-        return f"{summary.output} was published already: {counted(summary.records, 'record')}, root {summary.root}"
+        bad = "".join(f", {count:,} {what}" for count, what in (
+            (summary.failed, "failed"), (summary.not_finite, "not finite")) if count)
+        return (f"{summary.output} was published already: {counted(summary.records, 'record')}{bad}, root "
+                f"{summary.root}")
     scored = f"{counted(summary.scored, 'record')} in {summary.seconds:.1f} s"
     pace = f"{scored}, {number(summary.records_per_s)} records/s"
     if summary.reused:
