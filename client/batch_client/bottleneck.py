@@ -31,7 +31,7 @@ class Waiting(Enum):
     """What is waited for at an instant."""
 
     SERVERS = "requests wait for room, or everything that may be held is at the servers"
-    REST = "requests wait, and no server takes any"
+    REST = "requests wait, and no server takes any, or those that are under way look for bad records"
     READ = "records are read"
     BUDGET = "requests in flight hold all bytes that may be held"
     WRITE = "output chunks are stored"
@@ -65,8 +65,9 @@ class Totals:
     in_flight: the most requests that may be in flight. requests, request_seconds, compute_seconds: of attempts that
     gave a result, from send to last byte, and in the model as the servers say (0 where they do not). least_overhead:
     the shortest time that a request took beyond its computing, averaged where it differs between servers or changes
-    during the run (`timesheet.py`). wasted_seconds: of attempts without a result.
-    cpu_seconds: of the thread of the event loop. failed: records that were found to fail by themselves.
+    during the run (`timesheet.py`). wasted_seconds: of attempts without a result. Probes, which look for the reason of
+    one, are in none of these. cpu_seconds: of the thread of the event loop. failed: records that were found to fail by
+    themselves.
     """
 
     seconds: float
@@ -243,7 +244,8 @@ def _evidence(limit: Limit, totals: Totals, shares: Mapping[Limit, float], of_ce
         Limit.READING: f"the servers had too little to do while records were read, {share}",
         Limit.WRITING: f"the servers had too little to do while output chunks were stored, {share}",
         Limit.CLIENT: f"nothing was read, asked or stored for {share}",
-        Limit.FAILURES: f"requests gave no result, or found no server that took them, for {share}",
+        Limit.FAILURES: f"requests gave no result, looked for the reason, or found no server that took them, for "
+                        f"{share}",
         Limit.ENDS: f"{share} was before the first request or after the last reply",
     }[limit]
 

@@ -111,10 +111,13 @@ class StepEnded:
 
 @dataclass(frozen=True)
 class RequestSent:
-    """An attempt begins; a RequestDone or a RequestRetried follows, or the run ends."""
+    """An attempt begins; a RequestDone or a RequestRetried follows, or the run ends. A probe looks for what was bad in
+    one that failed.
+    """
 
     endpoint: str
     records: int
+    probe: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ class RequestDone:
     bytes_received: int
     seconds: float
     compute_ms: float
+    probe: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,7 @@ class RequestRetried:
     reason: str
     delay: float
     seconds: float
+    probe: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -80,7 +80,7 @@ class Prediction:
 class _Attempt:
     """One attempt at a request: its body, its id, and the extents of its outputs in the region that it has, if any.
 
-    read_bytes: of the outputs that were read there.
+    read_bytes: of the outputs that were read there. probe: it looks for what is bad in a request that failed.
     """
 
     message: Message
@@ -88,6 +88,7 @@ class _Attempt:
     extents: frozenset[Extent] = frozenset()
     region: Region | None = None
     read_bytes: int = 0
+    probe: bool = False
 
     def read(self, name: str, offset: int, size: int) -> bytearray:
         """An output that the server has put into region `name`; raises OipError where none was to be there."""
@@ -146,7 +147,7 @@ class Exchange:
     async def ask(self, span: Span, rows: Pieces, room: Room | None = None) -> Prediction | Verdict:
         """The prediction for `rows` (n, *source's record shape), or a verdict for which they may be to blame.
 
-        `room` is the pool's way to a server, `Pool.room` unless the caller holds another.
+        `room` is the way to a server of a caller that takes a request apart; None is the pool's.
 
         Raises StoppedError when no server answered anything for longer than patience, CredentialsError for a token
         that stays refused, MismatchError or ServingError when no server is left.
@@ -158,6 +159,7 @@ class Exchange:
                     endpoint = await held.enter_async_context((room or self.pool.room)())
                 # Only now: records that wait for room are held once, as they were read.
                 attempt = self._placed(endpoint, span, rows.each(self._contract.on_the_wire), held)
+                attempt.probe = room is not None
                 sent_at, lane = self._clock(), endpoint.lane
                 verdict, prediction = await self._attempt(endpoint, attempt, span, tries)
                 if verdict.outcome is Outcome.NO_MODEL:
@@ -167,9 +169,9 @@ class Exchange:
             if prediction is not None:
                 return prediction
             if _is_suspect(verdict, tries):
-                self._emit(RequestRetried(endpoint.url, str(verdict), 0.0, seconds))
+                self._emit(RequestRetried(endpoint.url, str(verdict), 0.0, seconds, attempt.probe))
                 return verdict
-            await self._before_next(endpoint, verdict, tries, seconds)
+            await self._before_next(endpoint, verdict, tries, seconds, probe=attempt.probe)
 
     def now(self) -> float:
         return self._clock()
@@ -246,7 +248,7 @@ class Exchange:
         tries.made += 1
         message = attempt.message
         started = self._clock()
-        self._emit(RequestSent(endpoint.url, span.count))
+        self._emit(RequestSent(endpoint.url, span.count, attempt.probe))
         refused, endpoint.refused_token = endpoint.refused_token, None
         try:
             token = await self._tokens[endpoint.url].token(refused)
@@ -286,7 +288,7 @@ class Exchange:
         if attempt.extents and not attempt.read_bytes:
             endpoint.shared_outputs = False  # no room, or a server that does not know of it
         self._emit(RequestDone(endpoint.url, span.count, attempt.message.nbytes, len(reply.body) + attempt.read_bytes,
-                               self._clock() - started, prediction.compute * 1e3))
+                               self._clock() - started, prediction.compute * 1e3, attempt.probe))
         return Verdict(Outcome.RESULT), prediction
 
     def _learn(self, endpoint: Endpoint, verdict: Verdict, prediction: Prediction | None, sent_at: float) -> None:
@@ -308,7 +310,8 @@ class Exchange:
             case Outcome.OTHER_MODEL:
                 self.pool.strange(endpoint, verdict.reason)
 
-    async def _before_next(self, endpoint: Endpoint, verdict: Verdict, tries: _Tries, seconds: float) -> None:
+    async def _before_next(self, endpoint: Endpoint, verdict: Verdict, tries: _Tries, seconds: float, *,
+                           probe: bool) -> None:
         idle = self.out_of_patience(tries.began)
         if idle is not None:
             raise StoppedError(f"no request was answered for {idle:.0f} s (--patience {self._patience:g}); the last "
@@ -317,7 +320,7 @@ class Exchange:
         # A server without room, or that wants another token, rests for all requests (pool): nothing to wait for here.
         rests = verdict.outcome in (Outcome.BUSY, Outcome.TOKEN)
         delay = 0.0 if rests else full_jitter(tries.made, self._rng)
-        self._emit(RequestRetried(endpoint.url, str(verdict), delay, seconds))
+        self._emit(RequestRetried(endpoint.url, str(verdict), delay, seconds, probe))
         if not rests:
             await self._wait(delay)
 

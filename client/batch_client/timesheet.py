@@ -43,7 +43,7 @@ class Timesheet:
         self._at = 0.0
         self._most = 1
         self._steps: Counter[Step] = Counter()
-        self._in_flight = 0
+        self._in_flight = self._probes = 0
         self._waited: defaultdict[tuple[Waiting, int], float] = defaultdict(float)
         # Since nothing is in flight: the end, unless another request follows.
         self._since: defaultdict[tuple[Waiting, int], float] = defaultdict(float)
@@ -65,13 +65,12 @@ class Timesheet:
                 self._steps[event.step] -= 1
                 self._granted += event.step is Step.ROOM
             case RequestSent():
+                self._probes += event.probe
                 self._send()
-            case RequestRetried():
+            case RequestRetried() | RequestDone():
                 self._in_flight -= 1
-                self._wasted_seconds += event.seconds
-            case RequestDone():
-                self._in_flight -= 1
-                self._done(event)
+                self._probes -= event.probe
+                self._answered(event)
             case RecordFailed():
                 self._failed += 1
 
@@ -101,7 +100,12 @@ class Timesheet:
         self._granted = 0
         self._in_flight += 1
 
-    def _done(self, event: RequestDone) -> None:
+    def _answered(self, event: RequestRetried | RequestDone) -> None:
+        if event.probe:
+            return  # where nothing else was under way, its time is that of failures already
+        if isinstance(event, RequestRetried):
+            self._wasted_seconds += event.seconds
+            return
         self._requests += 1
         self._request_seconds += event.seconds
         compute = min(event.compute_ms / 1e3, event.seconds)
@@ -115,12 +119,17 @@ class Timesheet:
             return
         now = self._clock()
         account = self._waited if self._in_flight or not self._sent else self._since
-        account[self._waiting(), min(self._in_flight, MOST_LEVELS)] += now - self._at
+        waiting = self._waiting()
+        # What looks for bad records says nothing of how many requests the servers need.
+        level = 0 if waiting is Waiting.REST else min(self._in_flight, MOST_LEVELS)
+        account[waiting, level] += now - self._at
         self._at = now
 
     def _waiting(self) -> Waiting:
         if not self._sent:
             return Waiting.ENDS
+        if self._probes and self._probes == self._in_flight:
+            return Waiting.REST
         if self._in_flight and self._steps[Step.ROOM]:
             return Waiting.SERVERS
         if self._steps[Step.ROOM] or (self._steps[Step.PAUSE] and not self._in_flight):

@@ -20,6 +20,7 @@ from batch_client.spec import RunSpec
 from batch_client.storage import MemoryStore
 from batch_client.timesheet import Timesheet
 from batch_client.transport import HttpReply
+from batch_handler.oip import HEADER_LENGTH, decode_request
 from support.plans import plan_of
 from support.simulated import URL, SimulatedServer
 from support.virtual import run_virtually
@@ -136,6 +137,40 @@ def test_records_that_fail_are_what_is_said_where_looking_for_them_took_the_time
     assert servers.limit is records.limit is Limit.FAILURES
     assert "servers' logs" in servers.advice
     assert records.advice.startswith("records that fail are looked for one by one")
+
+
+class Dying(Workers):
+    """A record that begins with 255 ends the worker, which starts again for ten seconds."""
+
+    async def send(self, method, url, headers, parts, deadline):
+        if method == "POST":
+            request = decode_request(b"".join(parts), int(headers[HEADER_LENGTH]), max_tensor_bytes=1 << 20)
+            if (request.inputs[0].data[:, 0] == 255).any():
+                self.back = asyncio.get_running_loop().time() + 10.0
+                return HttpReply(500, {}, b'{"code": 500, "type": "InternalServerException", "message": "died"}')
+            await asyncio.sleep(self.back - asyncio.get_running_loop().time())
+        return await super().send(method, url, headers, parts, deadline)
+
+    back = 0.0
+
+
+def test_a_server_that_starts_again_for_each_record_that_ends_it_is_no_far_one():
+    records = RECORDS.copy()
+    records[70, 0] = 255
+    source = make_source(records, (16, 3))
+
+    async def run():
+        served = Dying(compute=0.05)
+        services = Services(served.servers(), source, MemoryStore("memory://out"),
+                            rng=random.Random(3), clock=lambda: asyncio.get_running_loop().time(), cpu=lambda: 0.0)
+        spec = RunSpec(input="memory://slow", output="memory://out", endpoints=(URL,), model="toy", chunk_records=16,
+                       request_records=4, in_flight=4, max_failed=1)
+        return await execute(spec, services)
+
+    summary = run_virtually(run())
+    assert summary.failed == 1
+    assert summary.limited_by == Limit.FAILURES.value
+    assert summary.advice.startswith("records that fail are looked for one by one")
 
 
 def test_what_made_it_slow_is_what_is_named(source):
