@@ -89,6 +89,12 @@ def test_a_report_in_the_output_is_refused_before_the_run(page, tmp_path, monkey
     assert f"--report {page} is in OUTPUT out: wanted a place beside it" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("page", ["s3://bucket/report.html", "file:///tmp/report.html"])
+def test_a_report_has_no_url(page, capfd):
+    assert cli.main(["run", "in", "out", "--archive", "m.mar", "--report", page]) == 64
+    assert "wanted a file on this machine, not a URL" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("value", ['"http://one"', '["http://one"]'])
 def test_a_flag_that_may_be_repeated_takes_a_list_or_one_value_in_a_settings_file(value, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)

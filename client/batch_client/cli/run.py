@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -86,6 +87,8 @@ def _page_about(spec: RunSpec, page: Path | None) -> Iterator[tuple[Observer, ..
     from batch_client.storage import is_inside, open_store
     from batch_client.urls import split_url
 
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(page)):  # pathlib has made one slash of two
+        raise UsageError(f"--report {page}: wanted a file on this machine, not a URL")
     require_writable(page, "--report")
     local = split_url(spec.output).scheme in ("", "file")
     if local and is_inside(page.absolute().as_uri(), open_store(spec.output).url):
