@@ -70,7 +70,8 @@ async def ask_again(servers: Servers, pool: Pool, contract: ModelContract, *, ex
         await pool.absent()
         await asyncio.sleep(AGAIN_SECONDS)
         for endpoint, found in await _asked(servers, await pool.absent()):
-            if isinstance(found, BatchClientError):
+            # What was under way meanwhile may have shown another model.
+            if isinstance(found, BatchClientError) or not endpoint.is_absent:
                 continue
             refusal = _refusal(found, wanted, contract, exact=exact)
             if refusal:

@@ -8,7 +8,15 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
 from batch_client.errors import DataError, StoppedError
-from batch_client.events import Event, RecordFailed, RecordsScored, RequestRetried, RunStarted, ServerLeftOut
+from batch_client.events import (
+    Event,
+    RecordFailed,
+    RecordsScored,
+    RequestRetried,
+    RunStarted,
+    ServerJoined,
+    ServerLeftOut,
+)
 from batch_client.forecast import Answer, Forecast, Sample, forecast, measured
 from batch_client.pipeline import execute, plan_run
 from batch_client.plan import Plan
@@ -46,7 +54,7 @@ class _Watcher:
         self.plan: Plan | None = None
         self.failed = 0
         self.refused = ""
-        self.left_out: list[str] = []
+        self.left_out: dict[str, str] = {}
         self.began = services.clock()
         self.sample = Sample(self.began)
         self._clock = services.clock
@@ -62,7 +70,9 @@ class _Watcher:
             case RequestRetried():
                 self.refused = f"{event.endpoint} said: {event.reason}"
             case ServerLeftOut():
-                self.left_out.append(event.reason)
+                self.left_out[event.endpoint] = event.reason
+            case ServerJoined():
+                self.left_out.pop(event.endpoint, None)
             case RecordFailed():
                 self.failed += 1
         if self.sample.enough(self._clock()):
@@ -115,4 +125,4 @@ async def calibrate(spec: RunSpec, services: Services) -> Calibration:
     found = forecast(answers, records)
     if scored == plan.count:  # all of it: that took what it took, and a part its share
         found = measured(records, seconds * records / plan.count, found)
-    return Calibration(plan, found, scored, watcher.failed, tuple(watcher.left_out), seconds, peak_memory())
+    return Calibration(plan, found, scored, watcher.failed, tuple(watcher.left_out.values()), seconds, peak_memory())

@@ -15,15 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batch_client.errors import BatchClientError, MismatchError, ServingError
-from batch_client.events import Event, ServerAway, ServerBack, ServerLeftOut
+from batch_client.events import Event, ServerAway, ServerBack, ServerJoined, ServerLeftOut
 from batch_client.limiter import Limiter
 from batch_client.retry import full_jitter
+from batch_client.tokens import NoTokenError
 
 __all__ = ["Endpoint", "Pool", "Room"]
 
 EJECT_AFTER = 3
 EJECT_SECONDS = 1.0
 EJECT_MOST_SECONDS = 30.0
+# Why a server is left out that may have the run's model later: it is not up, or has not said its token yet.
+_OF_ABSENT = (ServingError, NoTokenError)
 AWAY_AFTER = 2  # ejections without an answer between them: what breaks for a second is not worth a word
 
 
@@ -58,7 +61,7 @@ class Endpoint:
     @property
     def is_absent(self) -> bool:
         """Whether it was left out because it gave no usable answer, and may have one later."""
-        return isinstance(self.left_out, ServingError)
+        return isinstance(self.left_out, _OF_ABSENT)
 
     def has_room(self, now: float) -> bool:
         if self.left_out is not None or now < self.rests_until:
@@ -82,13 +85,25 @@ class Pool:
         self._changed = asyncio.Event()
         self._absence = asyncio.Event()
         self._emit: Callable[[Event], None] = lambda _: None
+        self._asks_again = False
 
-    def tell(self, emit: Callable[[Event], None]) -> None:
-        """Call `emit` with what happens to servers from now on, and first for those that are left out already."""
-        self._emit = emit
+    @property
+    def usable(self) -> int:
+        """How many servers are not left out."""
+        return sum(endpoint.left_out is None for endpoint in self.endpoints)
+
+    def tell(self, emit: Callable[[Event], None], *, asks_again: bool = False) -> None:
+        """Call `emit` with what happens to servers from now on, and first for those that are left out already.
+        `asks_again`: somebody asks the absent ones, so that they may be taken back.
+        """
+        self._emit, self._asks_again = emit, asks_again
         for endpoint in self.endpoints:
-            if endpoint.left_out is not None:
-                emit(_told(endpoint))
+            self._say_left_out(endpoint)
+
+    def _say_left_out(self, endpoint: Endpoint) -> None:
+        if endpoint.left_out is not None:
+            again = self._asks_again and endpoint.is_absent
+            self._emit(ServerLeftOut(endpoint.url, str(endpoint.left_out), asked_again=again))
 
     @asynccontextmanager
     async def room(self, turn: AbstractAsyncContextManager[object] | None = None) -> AsyncIterator[Endpoint]:
@@ -200,21 +215,22 @@ class Pool:
         """
         if endpoint.left_out is None:
             endpoint.left_out_at = self._clock()
-        elif not endpoint.is_absent or isinstance(reason, ServingError):
+        elif not endpoint.is_absent or isinstance(reason, _OF_ABSENT):
             return
         endpoint.left_out = reason
-        if any(other.left_out is None for other in self.endpoints):
-            self._emit(_told(endpoint))
+        if self.usable:
+            self._say_left_out(endpoint)
         self._changed.set()
         self._absence.set()
 
     def take_back(self, endpoint: Endpoint) -> None:
-        """Use a server again that was left out."""
-        endpoint.left_out = None
+        """Use a server again that was left out, as a new one."""
+        endpoint.left_out, endpoint.shared_outputs = None, True
         endpoint.broken = endpoint.ejections = endpoint.turned_away = 0
         endpoint.other_model = endpoint.refused_since = endpoint.refused_token = None
         endpoint.rests_until = float("-inf")
-        self._emit(ServerBack(endpoint.url, self._clock() - endpoint.left_out_at))
+        self._emit(ServerJoined(endpoint.url, self._clock() - endpoint.left_out_at,
+                                sum(one.limiter.most for one in self.endpoints if one.left_out is None)))
         self._changed.set()
 
     async def absent(self) -> list[Endpoint]:
@@ -223,7 +239,3 @@ class Pool:
             self._absence.clear()
             await self._absence.wait()
         return found
-
-
-def _told(endpoint: Endpoint) -> ServerLeftOut:
-    return ServerLeftOut(str(endpoint.left_out), asked_again=endpoint.is_absent)

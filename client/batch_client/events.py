@@ -28,6 +28,7 @@ __all__ = [
     "RunStarted",
     "ServerAway",
     "ServerBack",
+    "ServerJoined",
     "ServerLeftOut",
     "Step",
     "StepBegan",
@@ -58,10 +59,11 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class ServerLeftOut:
-    """The run goes on without a server, for a reason that names it. `asked_again`: it gave no usable answer, and comes
-    back (ServerBack) when it has the run's model later.
+    """The run goes on without a server, for a reason that names it. `asked_again`: it gave no usable answer, and joins
+    when it has the run's model later.
     """
 
+    endpoint: str
     reason: str
     asked_again: bool = False
 
@@ -76,12 +78,21 @@ class ServerAway:
 
 @dataclass(frozen=True)
 class ServerBack:
-    """A server that was away has answered a request, so many seconds after its first attempt that broke; or one that
-    was left out takes part, so many seconds after that.
+    """A server that was away has answered a request, so many seconds after its first attempt that broke."""
+
+    endpoint: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ServerJoined:
+    """A server that was left out takes part, so many seconds after that. `in_flight` is the most requests that all
+    servers of the run together may hold by now.
     """
 
     endpoint: str
     seconds: float
+    in_flight: int
 
 
 class Step(Enum):
@@ -215,9 +226,9 @@ class Published:
     already: bool = False
 
 
-Event = (RunStarted | ServerLeftOut | ServerAway | ServerBack | StepBegan | StepEnded | RequestSent | RequestDone
-         | RequestRetried | RecordsScored | RecordFailed | ChunkHeld | ChunkReused | ChunkWritten | Stopping
-         | Published)
+Event = (RunStarted | ServerLeftOut | ServerJoined | ServerAway | ServerBack | StepBegan | StepEnded | RequestSent
+         | RequestDone | RequestRetried | RecordsScored | RecordFailed | ChunkHeld | ChunkReused | ChunkWritten
+         | Stopping | Published)
 
 
 class Observer(Protocol):

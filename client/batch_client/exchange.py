@@ -137,7 +137,7 @@ class Exchange:
         self._clock = clock
         self._rng = rng
         self._emit = emit
-        self._bucket = RetryBucket(sum(endpoint.left_out is None for endpoint in pool.endpoints))
+        self._bucket = RetryBucket(pool.usable)
         self._repeating = asyncio.Lock()
         self._last_success = clock()
         self._version: str | None = None
@@ -185,6 +185,7 @@ class Exchange:
         with timed(Step.PAUSE, self._emit, self._clock):
             await asyncio.sleep(seconds)
             async with self._repeating:
+                self._bucket.resize(self.pool.usable)
                 while again := self._bucket.delay(self._clock()):  # noqa: ASYNC110 - it says when to ask again
                     await asyncio.sleep(again)
 

@@ -192,7 +192,8 @@ class _Run:
         self._refreshed_at = services.clock()
         self._writing: dict[int, int] = {}
         self._held: dict[int, int] = {}
-        self._listed: set[int] = set()
+        self._found: dict[int, list[RecordFailed]] = {}  # of units that are being scored
+        self._giving_up = asyncio.Lock()
         self._budget = ByteBudget(spec.max_bytes_in_flight)
         exchange = Exchange(
             servers=services.servers, pool=prepared.pool, contract=prepared.contract, exact=spec.exact,
@@ -212,13 +213,13 @@ class _Run:
         """Score what no ledger row proves, then publish. Returns the root hash, None if other parts are not done."""
         await self.view.refresh()
         contract = self._prepared.contract
-        servers = sum(endpoint.left_out is None for endpoint in self._prepared.pool.endpoints)
+        pool = self._prepared.pool
         try:
             if self._services.reuse_store is not None and reusable is not None:
                 await self._reuse(self._services.reuse_store, reusable)
             self._emit(RunStarted(self._plan, self._spec.output, contract.name, contract.digest, self.view.records,
-                                  contract.fingerprint, self._spec.in_flight * servers, contract.ceiling))
-            self._prepared.pool.tell(self._emit)
+                                  contract.fingerprint, self._spec.in_flight * pool.usable, contract.ceiling))
+            pool.tell(self._emit, asks_again=True)
             await self._score_all()
         finally:
             # What is stored is stored, whatever happened since: prove it, so that a resume need not repeat it.
@@ -253,7 +254,9 @@ class _Run:
                     await self._look_at_others()
                     if row.unit not in self.view:
                         await places.acquire()
-                        lease = await self._budget.take(min(max(chunk.size for chunk in row.chunks), self._budget.most))
+                        # An object, and what is at its place already.
+                        nbytes = 2 * max(chunk.size for chunk in row.chunks)
+                        lease = await self._budget.take(min(nbytes, self._budget.most))
                         tasks.create_task(self._copy(old, row, places, lease))
 
     async def _copy(self, old: Store, row: Row, places: asyncio.Semaphore, lease: Lease) -> None:
@@ -272,8 +275,8 @@ class _Run:
         asker = asyncio.ensure_future(ask_again(
             self._services.servers, self._prepared.pool, self._prepared.contract, exact=self._spec.exact))
         try:
-            await asyncio.wait({watcher, work}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            await asyncio.wait({watcher, work, asker}, return_when=asyncio.FIRST_COMPLETED)
+            if watcher.done() and not work.done():
                 self._emit(Stopping("asked to stop"))
                 await asyncio.wait({work}, timeout=DRAIN_SECONDS)
         finally:
@@ -281,9 +284,9 @@ class _Run:
                 task.cancel()
             await asyncio.wait({watcher, work, asker})
         with one_error():
-            if not asker.cancelled():
-                asker.result()  # it ends by a bug alone
             finished = not work.cancelled() and work.result()
+            if not asker.cancelled():
+                asker.result()  # it ends by an error alone: a bug, or an observer's
         if not finished and self._stop.is_set():
             raise StoppedError(STOPPED)
 
@@ -324,7 +327,7 @@ class _Run:
 
     async def _unit(self, unit: Unit, rank: int) -> None:
         assembler = UnitAssembler(unit, self._plan.outputs)
-        failures: list[RecordFailed] = []
+        failures = self._found[unit.index] = []
         stream = UnitStream(self._prepared.source, self._plan, unit, self._budget, self._spec.allow_missing,
                             rank, self._timed)
         async with asyncio.TaskGroup() as tasks:
@@ -336,7 +339,8 @@ class _Run:
                 failures.append(RecordFailed(unit.start + int(place), NOT_FINITE, 1))
                 self._emit(failures[-1])
         if failures:
-            await self._list(failures)
+            await self._list(unit.index, failures)
+        del self._found[unit.index]
         if not self._accept(unit, assembler):
             return
         with self._timed(Step.WRITE):
@@ -347,15 +351,19 @@ class _Run:
         self._emit(ChunkWritten(unit.index, unit.count, row.failed, stream.nbytes,
                                 sum(chunk.size for chunk in row.chunks), adopted))
 
-    async def _list(self, failures: Sequence[RecordFailed]) -> None:
-        """Write the dead letters of units that have none yet."""
-        by_unit: dict[int, list[RecordFailed]] = {}
-        for failure in sorted(failures, key=lambda failure: failure.index):
-            by_unit.setdefault(self._plan.unit_of(failure.index), []).append(failure)
-        for unit, found in by_unit.items():
-            if unit not in self._listed:
-                self._listed.add(unit)
-                await self._ledger.list_failures(unit, found)
+    async def _list(self, unit: int, failures: Sequence[RecordFailed]) -> None:
+        await self._ledger.list_failures(unit, sorted(failures, key=lambda failure: failure.index))
+
+    async def _list_what_was_found(self, more: Sequence[RecordFailed]) -> None:
+        """Write the dead letters of all units that are being scored, before the first error ends them."""
+        async with self._giving_up:
+            for failure in more:
+                found = self._found[self._plan.unit_of(failure.index)]
+                if failure not in found:
+                    found.append(failure)
+            for unit, found in list(self._found.items()):
+                if found:
+                    await self._list(unit, found)
 
     async def _score(self, span: Span, records: Pieces, lease: Lease, assembler: UnitAssembler,
                      failures: list[RecordFailed]) -> None:
@@ -366,7 +374,7 @@ class _Run:
             failures.extend(scored.failures)
             self._emit(RecordsScored(span.start, records, scored.outputs, scored.status))
         except HopelessError as error:
-            await self._list(error.failures)
+            await self._list_what_was_found(error.failures)
             where = child_url(self._store.url, FAILED_PREFIX)
             raise DataError(f"{error}; those that were found are listed in {where}") from error
         finally:

@@ -31,6 +31,13 @@ class RetryBucket:
         self._between_probes = PROBE_SECONDS / servers
         self._next_probe = float("-inf")
 
+    def resize(self, servers: int) -> None:
+        """There are more servers, or fewer, by now: what is saved stays, and each new one brings its reserve."""
+        most = RESERVE * max(1, servers)
+        self._tokens = min(most, self._tokens + max(0.0, most - self._most))
+        self._most = most
+        self._between_probes = PROBE_SECONDS / max(1, servers)
+
     def succeeded(self) -> None:
         self._tokens = min(self._most, self._tokens + GAIN)
 

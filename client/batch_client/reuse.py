@@ -60,5 +60,5 @@ async def _copy(old: Store, new: Store, key: str, sha256: str) -> None:
     if blob is None or hashlib.sha256(blob.data).hexdigest() != sha256:
         raise DataError(f"--reuse {child_url(old.url, key)}: {'missing' if blob is None else 'altered'} since it was "
                         "published: run batch-client verify on it, or score everything again without --reuse")
-    if not await put_same(new, key, bytes(blob.data)):
+    if not await put_same(new, key, blob.data):
         raise BrokenPromiseError(f"{child_url(new.url, key)} holds other bytes than the output it is reused from")

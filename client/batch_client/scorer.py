@@ -44,7 +44,7 @@ class Scored:
     failures: tuple[RecordFailed, ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Case:
     """A suspect request while it is taken apart."""
 
@@ -61,7 +61,7 @@ class _Case:
 
 
 class HopelessError(DataError):
-    """More records failed than a run takes apart; `failures` are all that were found."""
+    """More records failed than a run takes apart; `failures` are those of the requests that were being taken apart."""
 
     def __init__(self, message: str, failures: Sequence[RecordFailed]) -> None:
         super().__init__(message)
@@ -71,10 +71,10 @@ class HopelessError(DataError):
 class _CompanyError(Exception):
     """A worker died under a probe that was not alone there: nothing is known of its records."""
 
-    def __init__(self, verdict: Verdict, failures: Sequence[RecordFailed]) -> None:
+    def __init__(self, verdict: Verdict, failed: int) -> None:
         super().__init__(verdict.reason)
         self.verdict = verdict
-        self.failures = failures  # records that were given up before it
+        self.failed = failed  # records that were given up before it
 
 
 class Scorer:
@@ -89,7 +89,8 @@ class Scorer:
         self._micro_batch = micro_batch
         self._emit = emit
         self._most_failed = most_failed
-        self._found: dict[int, RecordFailed] = {}
+        self._failed = 0
+        self._open: list[_Case] = []
 
     async def score(self, span: Span, rows: Pieces) -> Scored:
         """Predictions for `rows` (n, *record shape of the source), whose places begin at `span.first_row`.
@@ -129,8 +130,7 @@ class Scorer:
         try:
             case = await self._take_apart(span, rows, verdict)
         except _CompanyError as error:
-            for failure in error.failures:
-                del self._found[failure.index]
+            self._failed -= error.failed
             case = await self._take_apart(span, rows, error.verdict)
         for failure in case.failures:
             self._emit(failure)
@@ -146,8 +146,12 @@ class Scorer:
             return await self._case(_Case(span, rows, room, alone=True), verdict)
 
     async def _case(self, case: _Case, verdict: Verdict) -> _Case:
-        await self._require_health(case)
-        await self._narrow(case, 0, case.span.count, verdict)
+        self._open.append(case)
+        try:
+            await self._require_health(case)
+            await self._narrow(case, 0, case.span.count, verdict)
+        finally:
+            self._open.remove(case)
         return case
 
     async def _require_health(self, case: _Case) -> None:
@@ -194,14 +198,14 @@ class Scorer:
             verdict = answer
         reason = verdict.reason or verdict.outcome.value
         case.failures.append(RecordFailed(case.span.start + row, reason, FAILURES_ALONE))
-        self._found[case.span.start + row] = case.failures[-1]
-        if len(self._found) > self._most_failed:
+        self._failed += 1
+        if self._failed > self._most_failed:
             for failure in case.failures:
                 self._emit(failure)
             raise HopelessError(
-                f"{counted(len(self._found), 'record')} failed alone, the last of them record {case.span.start + row} "
+                f"{counted(self._failed, 'record')} failed alone, the last of them record {case.span.start + row} "
                 f"({reason}): then it is the model and not a few records; mend it, or leave these records out with "
-                "--records", tuple(self._found.values()))
+                "--records", [failure for one in self._open for failure in one.failures])
 
     async def _probe(self, case: _Case, low: int, high: int) -> Prediction | Verdict:
         """Records [low, high) in their places, zeros in all others; what they give is kept.
@@ -216,5 +220,5 @@ class Scorer:
                 array[low:high] = answer.outputs[name][low:high]
             case.status[low:high] = answer.status[low:high]
         elif not case.alone and answer.outcome not in _OF_ONE_REQUEST:
-            raise _CompanyError(answer, case.failures)
+            raise _CompanyError(answer, len(case.failures))
         return answer

@@ -93,7 +93,10 @@ def clean(folder: Path) -> None:
 
 
 def _is_recent(log: Path) -> bool:
-    return time.time() - log.lstat().st_mtime < LOG_SECONDS
+    try:
+        return time.time() - log.lstat().st_mtime < LOG_SECONDS
+    except OSError:  # somebody else has removed it
+        return False
 
 
 def remove(folder: Path) -> None:
@@ -138,9 +141,11 @@ def main(arguments: list[str]) -> int:
         wait(command, lifeline, woken)
     finally:
         end(command, grace)
-        clean(folder)
-        if shared:
-            remove(Path(shared))
+        try:
+            clean(folder)
+        finally:
+            if shared:
+                remove(Path(shared))
     return command.returncode if command.returncode >= 0 else 128 - command.returncode
 
 

@@ -47,12 +47,12 @@ class Servers:
 async def open_servers(spec: ServerSpec) -> AsyncIterator[Servers]:
     """The servers that `spec` names; an embedded one ends with the block.
 
-    Raises ServingError when an archive can't be served here, CredentialsError for a token file that can't be read.
+    Raises ServingError when an archive can't be served here.
     """
     async with HttpTransport() as transport:
         if spec.archive is None:
             with closing(Regions()) as regions:
-                yield Servers(transport, await _tokens_of(spec), spec.model or "", regions)
+                yield Servers(transport, _tokens_of(spec), spec.model or "", regions)
             return
         from batch_client.archives import local_archive  # noqa: PLC0415 - only --archive needs it
         from batch_client.server import EmbeddedServer, ServerSettings  # noqa: PLC0415 - only --archive needs it
@@ -77,11 +77,9 @@ async def _keep_log_short(server: EmbeddedServer) -> None:
             await asyncio.sleep(LOG_SECONDS)
 
 
-async def _tokens_of(spec: ServerSpec) -> dict[str, TokenSource]:
+def _tokens_of(spec: ServerSpec) -> dict[str, TokenSource]:
     urls = [url.rstrip("/") for url in spec.endpoints]
     files = [FileTokens(Path(file)) for file in spec.token_files]
-    for file in files:  # one that is not there is a mistake, and no reason to go on without its server
-        await file.token()
     if len(files) > 1:
         return dict(zip(urls, files, strict=True))
     if files:

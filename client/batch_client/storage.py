@@ -226,7 +226,7 @@ async def _repeated(call: Callable[[], Awaitable[None]]) -> None:
         await asyncio.sleep(AGAIN_SECONDS * 2**tries)
 
 
-async def put_same(store: Store, key: str, data: bytes) -> bool:
+async def put_same(store: Store, key: str, data: bytes | memoryview) -> bool:
     """Write unless it exists: whether `key` holds `data` afterwards: written now, or found there."""
     if await store.create(key, data):
         return True
@@ -312,8 +312,7 @@ def _local_store(url: str) -> Store:
     if not given:  # would be the working folder
         raise UsageError("a place to read or write is empty: wanted s3://bucket/path, file:///path or a path")
     try:
-        # One place has one URL, however it is spelt: a run that goes on compares where its records came from.
-        path = Path(given).expanduser().resolve()
+        path = _plain(Path(given).expanduser().absolute())
         # obstore wants its root to exist, and a refused run must not leave an empty folder: so the root is the nearest
         # folder that exists, and the rest is part of each key; the first write makes the folders.
         root = path
@@ -330,6 +329,14 @@ def _local_store(url: str) -> Store:
     # Below the root a folder goes with its last object, as on an object store.
     inner = obstores.LocalStore(prefix=root, automatic_cleanup=True)
     return ObjectStore(path.as_uri(), inner, "" if prefix == "." else prefix + "/")
+
+
+def _plain(path: Path) -> Path:
+    """Without '.' and '..': a run that goes on compares where its records came from. Links stay, since they may lead to
+    one place by another way on each machine; but behind one '..' is what the system says it is.
+    """
+    plain = Path(os.path.normpath(path))
+    return plain if plain.resolve() == path.resolve() else path.resolve()
 
 
 def _range_options(start: int | None, stop: int | None) -> obstore.GetOptions | None:

@@ -19,6 +19,7 @@ from batch_client.events import (
     RequestDone,
     RequestRetried,
     RunStarted,
+    ServerJoined,
 )
 from batch_client.figures import significant
 from batch_client.forecast import Answer, Sample, forecast
@@ -44,7 +45,7 @@ class RunSummary:
 
     `limited_by` is a value of `bottleneck.Limit` and `advice` the next thing to turn, `time_shares` the run's time by
     what was waited for; None and empty where nothing was scored. `ceiling_records_per_s` is what the model alone was
-    measured at on the servers of the run, None where they do not say.
+    measured at on the servers of the run, None where they do not say, and where one joined later.
 
     `forecast_seconds` is what `plan --calibrate` would have forecast for these records from the run's first seconds,
     `forecast_error` how far that was off: 0.1 is a tenth too long. None for runs too short for a forecast.
@@ -109,12 +110,15 @@ class Tally:
         self._sample = Sample(clock())
         self._scored = self._requests = self._retries = self._read = self._written = self._reused = 0
         self._published = Published("", "")
+        self._joined = False
 
     def __call__(self, event: Event) -> None:
         self._timesheet(event)
         match event:
             case RunStarted():
                 self._sample = Sample(self._clock())
+            case ServerJoined():
+                self._joined = True
             case RequestDone():
                 self._requests += 1
             case RecordsScored():
@@ -137,7 +141,8 @@ class Tally:
         totals = self._timesheet.totals()
         seconds = totals.seconds  # up to the last event, as in a report
         rate = self._scored / seconds if seconds > 0 else 0.0
-        ceiling = contract.ceiling
+        # Of the servers that the run began with: what all can do is not known once there are more.
+        ceiling = None if self._joined else contract.ceiling
         found = find_bottleneck(totals, None if ceiling is None else rate / ceiling)
         expected = forecast(self._sample.answers, self._scored) if self._sample.enough(self._clock()) else None
         return RunSummary(

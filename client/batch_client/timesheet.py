@@ -17,6 +17,7 @@ from batch_client.events import (
     RequestRetried,
     RequestSent,
     RunStarted,
+    ServerJoined,
     Step,
     StepBegan,
     StepEnded,
@@ -73,6 +74,8 @@ class Timesheet:
                 self._answered(event)
             case RecordFailed():
                 self._failed += 1
+            case ServerJoined():
+                self._most = min(event.in_flight, MOST_LEVELS)
 
     def totals(self) -> Totals:
         """The sums up to the last event."""

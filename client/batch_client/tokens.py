@@ -10,10 +10,14 @@ from typing import Protocol
 
 from batch_client.errors import CredentialsError, UsageError
 
-__all__ = ["CommandTokens", "FileTokens", "NoTokens", "TokenSource", "authorization"]
+__all__ = ["CommandTokens", "FileTokens", "NoTokenError", "NoTokens", "TokenSource", "authorization"]
 
 COMMAND_SECONDS = 60
 VISIBLE = range(ord("!"), ord("~") + 1)  # what a header can carry of a token (RFC 6750, section 2.1)
+
+
+class NoTokenError(CredentialsError):
+    """There is no token now: a server writes its file when it is ready, and removes it at its end."""
 
 
 class TokenSource(Protocol):
@@ -101,7 +105,7 @@ class FileTokens:
             try:
                 text = self._path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise CredentialsError(f"--token-file {self._path}: can't be read: {error}") from error
+                raise NoTokenError(f"--token-file {self._path}: can't be read: {error}") from error
             self._token = _one_word(f"--token-file {self._path}", text)
         return self._token
 

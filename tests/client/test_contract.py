@@ -8,8 +8,7 @@ import pytest
 from batch_client import contract
 from batch_client.contract import contract_of, fetch_contract
 from batch_client.errors import CredentialsError, ServingError
-from batch_client.serving import Servers, open_servers
-from batch_client.spec import ServerSpec
+from batch_client.serving import Servers
 from batch_client.transport import HttpReply
 from support.simulated import URL, SimulatedServer
 from support.virtual import run_virtually
@@ -98,15 +97,6 @@ async def test_a_token_that_is_refused_at_the_first_question_is_asked_for_anew()
         await fetch_contract(Servers(Guarded(), {URL: Tokens("old")}, "toy"), URL)
     with pytest.raises(CredentialsError, match=r"the first --token-file is for the first --endpoint, and so on$"):
         await fetch_contract(Servers(Guarded(), {URL: Tokens("b"), "http://other": Tokens("a")}, "toy"), URL)
-
-
-async def test_a_token_file_that_is_not_there_is_refused_and_not_its_server_left_out(tmp_path):
-    (tmp_path / "one").write_text("secret")
-    spec = ServerSpec(endpoints=("http://one", "http://two"), model="m",
-                      token_files=(tmp_path / "one", tmp_path / "two"))
-    with pytest.raises(CredentialsError, match=r"--token-file .*two: can't be read: .*No such file"):
-        async with open_servers(spec):
-            pass
 
 
 def test_memory_is_shared_with_our_own_handler_only(tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import pytest
 
 from batch_client.endpoint import EJECT_AFTER, EJECT_MOST_SECONDS, Pool
 from batch_client.errors import MismatchError, ServingError
-from batch_client.events import ServerAway, ServerBack, ServerLeftOut
+from batch_client.events import ServerAway, ServerBack, ServerJoined, ServerLeftOut
+from batch_client.tokens import NoTokenError
 
 
 class Clock:
@@ -69,10 +70,10 @@ def test_who_is_left_out_is_told_once_and_the_last_one_by_its_error(pool):
     first, second = pool.endpoints
     said = []
     pool.leave_out(first, ServingError("http://a: gone"))
-    pool.tell(said.append)
-    assert said == [ServerLeftOut("http://a: gone", asked_again=True)]
+    pool.tell(said.append)  # by who does not ask again, as a plan
+    assert said == [ServerLeftOut("http://a", "http://a: gone")]
     pool.leave_out(first, ServingError("http://a: a request that was under way"))
-    assert said == [ServerLeftOut("http://a: gone", asked_again=True)]
+    assert len(said) == 1
     pool.leave_out(second, ServingError("http://b: gone"))
     assert len(said) == 1
     assert str(first.left_out) == "http://a: gone"
@@ -81,26 +82,29 @@ def test_who_is_left_out_is_told_once_and_the_last_one_by_its_error(pool):
 
 def test_who_is_left_out_in_the_middle_is_told(pool):
     said = []
-    pool.tell(said.append)
+    pool.tell(said.append, asks_again=True)
     assert said == []
     pool.leave_out(pool.endpoints[1], ServingError("http://b: gone"))
-    assert said == [ServerLeftOut("http://b: gone", asked_again=True)]
+    assert said == [ServerLeftOut("http://b", "http://b: gone", asked_again=True)]
 
 
 async def test_who_is_taken_back_is_as_new_and_who_has_another_model_is_out_for_good(pool, clock):
     said = []
-    pool.tell(said.append)
+    pool.tell(said.append, asks_again=True)
     second = pool.endpoints[1]
+    second.shared_outputs = False
     second.broken, second.rests_until = EJECT_AFTER, clock.now + 1e6
     pool.leave_out(second, ServingError("http://b: gone"))
     clock.now += 60
     pool.take_back(second)
-    assert said[1:] == [ServerBack("http://b", 60)]
+    assert said[1:] == [ServerJoined("http://b", 60, sum(one.limiter.most for one in pool.endpoints))]
     assert second.has_room(clock.now)
-    pool.leave_out(second, ServingError("http://b: gone"))
+    assert second.shared_outputs
+    pool.leave_out(second, NoTokenError("http://b: no token"))
+    assert second.is_absent
     pool.leave_out(second, MismatchError("http://b: another model"))
     pool.leave_out(second, ServingError("http://b: gone"))
-    assert said[3:] == [ServerLeftOut("http://b: another model")]
+    assert said[3:] == [ServerLeftOut("http://b", "http://b: another model")]
     assert not second.is_absent
 
 

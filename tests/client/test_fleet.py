@@ -3,20 +3,21 @@
 import asyncio
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from batch_client.agreement import AGAIN_SECONDS
 from batch_client.calibrate import calibrate
-from batch_client.errors import MismatchError, UsageError
-from batch_client.events import ServerBack, ServerLeftOut
+from batch_client.errors import CredentialsError, MismatchError, UsageError
+from batch_client.events import ServerJoined, ServerLeftOut
 from batch_client.pipeline import execute, plan_run
 from batch_client.prepare import Services
 from batch_client.replay import replay
 from batch_client.serving import Servers
 from batch_client.storage import MemoryStore
-from batch_client.tokens import NoTokens
+from batch_client.tokens import FileTokens, NoTokens
 from batch_client.transport import HttpReply, TransportError
 from batch_client.verify import verify_output
 from support.faulty import calm
@@ -136,10 +137,63 @@ def test_a_server_that_comes_up_while_a_run_goes_on_takes_part(root):
         assert summary.root == root
         assert second.requests > 0
         assert summary.left_out == ()
-        out, back = [event for event in said if isinstance(event, ServerLeftOut | ServerBack)]
+        out, back = [event for event in said if isinstance(event, ServerLeftOut | ServerJoined)]
         assert out.asked_again
         assert "http://two: can't be reached" in out.reason
-        assert (back.endpoint, round(back.seconds)) == ("http://two", 2 * AGAIN_SECONDS)
+        assert (back.endpoint, round(back.seconds), back.in_flight) == ("http://two", 2 * AGAIN_SECONDS, 2)
+        assert (summary.ceiling_records_per_s, summary.percent_of_ceiling) == (None, None)
+
+    run_virtually(run())
+
+
+def test_a_server_whose_token_is_not_written_yet_comes_later(root, tmp_path):
+    """`serve --token-out` writes it when the server is ready."""
+    world = World(1)
+    files = [tmp_path / name for name in ("one", "two")]
+    files[0].write_text("token")
+    second = SimulatedServer()
+
+    async def run():
+        said = []
+        servers = two_servers(SimulatedServer(seconds=20.0), second)
+        servers = replace(servers, tokens=dict(zip(servers.urls, map(FileTokens, files), strict=True)))
+        asyncio.get_running_loop().call_later(10.0, files[1].write_text, "token")
+        summary = await run_on(servers, world, world.output, said.append, in_flight=1)
+        assert (summary.root, summary.left_out) == (root, ())
+        assert second.requests > 0
+        assert [type(event) for event in said if isinstance(event, ServerLeftOut | ServerJoined)] == [
+            ServerLeftOut, ServerJoined]
+
+    run_virtually(run())
+
+
+def test_where_no_token_can_be_read_the_first_files_error_is_the_runs(tmp_path):
+    world = World(1)
+
+    async def run():
+        servers = two_servers(SimulatedServer(), SimulatedServer())
+        servers = replace(servers, tokens={url: FileTokens(tmp_path / url[-3:]) for url in servers.urls})
+        with pytest.raises(CredentialsError, match=r"--token-file .*one: can't be read: .*No such file"):
+            await run_on(servers, world, world.output)
+
+    run_virtually(run())
+
+
+def test_an_observer_that_fails_at_a_server_that_comes_up_ends_the_run_there_and_then():
+    world = World(1)
+
+    def observe(event):
+        match event:
+            case ServerJoined():
+                raise RuntimeError("not ready for it")
+
+    async def run():
+        servers = two_servers(SimulatedServer(seconds=20.0), ComesLater(SimulatedServer(), after=45.0))
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(RuntimeError, match="not ready for it"):
+            await run_on(servers, world, world.output, observe, in_flight=1)
+        assert asyncio.get_running_loop().time() - began < 3 * AGAIN_SECONDS
+        assert "_SUCCESS" not in world.output.objects
 
     run_virtually(run())
 
@@ -154,7 +208,7 @@ def test_a_server_that_comes_up_with_another_model_is_out_for_good(root):
                                world.output, said.append, in_flight=1)
         assert summary.root == root
         assert other.requests == 0
-        out, for_good = [event for event in said if isinstance(event, ServerLeftOut | ServerBack)]
+        out, for_good = [event for event in said if isinstance(event, ServerLeftOut | ServerJoined)]
         assert out.asked_again
         assert not for_good.asked_again
         assert "this run's is sha256:model with numerics numerics" in for_good.reason
@@ -182,8 +236,8 @@ def test_a_model_that_is_gone_for_a_while_comes_back(root):
         summary = await run_on(two_servers(SimulatedServer(seconds=20.0), second), world, world.output, said.append,
                                in_flight=1)
         assert (summary.root, summary.left_out) == (root, ())
-        assert [type(event) for event in said if isinstance(event, ServerLeftOut | ServerBack)] == [
-            ServerLeftOut, ServerBack]
+        assert [type(event) for event in said if isinstance(event, ServerLeftOut | ServerJoined)] == [
+            ServerLeftOut, ServerJoined]
 
     run_virtually(run())
 

@@ -6,7 +6,7 @@ import threading
 
 from batch_client.cli.observers import LogLines, ProgressBar
 from batch_client.cli.stream import MOST_WAITING, PatientStream
-from batch_client.events import ServerAway, ServerBack, ServerLeftOut, Stopping
+from batch_client.events import ServerAway, ServerBack, ServerJoined, ServerLeftOut, Stopping
 
 
 def test_log_lines_that_are_dropped_are_whole_lines():
@@ -41,8 +41,11 @@ def test_what_becomes_of_servers_has_a_line_each():
     bar = ProgressBar(screen)
     bar(ServerAway("http://b", "the connection broke: reset\nby peer"))
     bar(ServerBack("http://b", 12.4))
-    bar(ServerLeftOut("http://c: can't be reached"))
+    bar(ServerLeftOut("http://c", "http://c: can't be reached", asked_again=True))
+    bar(ServerLeftOut("http://d", "http://d: another model"))
+    bar(ServerJoined("http://c", 60.0, 64))
     assert screen.text.split("\n") == [
         "", f"http://b gives no sound answer ({reason}): it is tried again while the run goes on",
         "", "http://b answers again, after 12 s",
-        "", "going on without a server: http://c: can't be reached", ""]
+        "", "going on without a server: http://c: can't be reached; it is asked again while the run goes on",
+        "", "going on without a server: http://d: another model", "", "http://c takes part from now on", ""]

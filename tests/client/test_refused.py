@@ -1,5 +1,6 @@
 """What a run refuses: sources that can't be scored, missing and damaged chunks; and what a plan refuses with it."""
 
+import asyncio
 import json
 import warnings
 from dataclasses import replace
@@ -213,14 +214,21 @@ def test_what_was_found_bad_is_listed_where_there_is_too_much_of_it(monkeypatch)
     records[:2 * CHUNK] = 1
     records[2] = 255
     world = World(1, server=Breaking(seconds=0.01), records=records, source=make_source(records, (CHUNK, 3)))
+    create = world.output.create
+
+    async def slow(key, data):
+        await asyncio.sleep(0.1 if key.startswith("_run/failed/") else 0.0)
+        return await create(key, data)
+
+    monkeypatch.setattr(world.output, "create", slow)
 
     async def run():
         with pytest.raises(DataError, match=r"2\d records failed alone, .*; those that were found are listed in "
-                                            r"memory://out/_run/failed/$"):
+                                            r"memory://out/_run/failed/$") as caught:
             await world.live(calm())
         letters = [json.loads(data) for key, data in world.output.objects.items() if key.startswith("_run/failed/")]
         listed = [failure["index"] for letter in letters for failure in letter["records"]]
-        assert len(listed) == len(set(listed)) > 20
+        assert len(listed) == len(set(listed)) == int(str(caught.value).split()[0]) > 20
         assert set(listed) <= {2, *range(2 * CHUNK, 10 * CHUNK)}
         assert all(failure["index"] // CHUNK == letter["unit"] for letter in letters for failure in letter["records"])
 

@@ -26,6 +26,7 @@ from batch_client.events import (
     RequestSent,
     RunStarted,
     ServerAway,
+    ServerJoined,
     ServerLeftOut,
 )
 from batch_client.pieces import Pieces
@@ -208,7 +209,11 @@ def test_samples_are_from_the_whole_run_and_as_many_as_there_is_room_for(found):
 def test_what_others_say_is_text_and_nothing_is_loaded():
     report = reported(60.0, 50)
     report(Published(f"memory://{NASTY}", "sha256:root"))
-    report(ServerLeftOut(f"http://two: {NASTY}"))
+    report(ServerLeftOut("http://two", f"http://two: {NASTY}"))
+    report(ServerLeftOut("http://late", "http://late: can't be reached"))
+    assert "of the ceiling" in "".join(parsed(render(report.data(NASTY))).itertext())
+    report(ServerJoined("http://late", 60.0, 64))
+    assert report.data().started.ceiling is None
     report(ServerAway("http://two", NASTY))
     page = render(report.data(NASTY))
     root = parsed(page)
@@ -222,8 +227,9 @@ def test_what_others_say_is_text_and_nothing_is_loaded():
     assert "Gone on without a server: http://two: <script>alert('x')" in text
     cells = [["".join(cell.itertext()) for cell in row] for row in root.iter(f"{HTML}tr")]
     assert ["http://two", "0", "0", "0", "1"] in cells
+    assert "http://late" not in text
     assert "Limited by" in text
-    assert "of the ceiling" in text
+    assert "of the ceiling" not in text
     # The clock of a request begins before there is a connection for it.
     assert "From asking for a connection to the last byte" in text
     assert len([1 for _ in root.iter(f"{SVG}svg")]) == 5
@@ -232,7 +238,7 @@ def test_what_others_say_is_text_and_nothing_is_loaded():
 def test_a_report_stays_small_however_long_the_run():
     long = reported(1e7, 3000, names=100)
     for number in range(100):
-        long(ServerLeftOut(f"http://{number}"))
+        long(ServerLeftOut(f"http://{number}", f"http://{number}: gone"))
     data = long.data()
     assert len(data.left_out) == MOST_NAMES
     assert f"Gone on without a server: and {100 - MOST_NAMES} more" in render(data)

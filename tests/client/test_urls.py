@@ -51,12 +51,22 @@ def test_a_url_that_goes_on_after_its_path_is_no_place(url, cut):
     assert open_store(f"file:///tmp/run{cut.replace('#', '%23').replace('?', '%3F')}").url.startswith("file:///tmp/run%")
 
 
-@pytest.mark.parametrize("spelt", ["data/in.zarr", "link/in.zarr", "data/../data/in.zarr", "absent/../data/./in.zarr"])
+@pytest.mark.parametrize("spelt", ["data/in.zarr", "data/../data/in.zarr", "absent/../data/./in.zarr",
+                                   "link/../data/in.zarr", "deep/../in.zarr"])
 def test_a_path_has_one_url_however_it_is_spelt(spelt, tmp_path, monkeypatch):
-    """A run that goes on compares it: `../data` and a link to it would be other sources."""
+    """A run that goes on compares it: `../data` would be another source."""
     (tmp_path / "data/in.zarr").mkdir(parents=True)
+    (tmp_path / "data/sub").mkdir()
     (tmp_path / "link").symlink_to("data")
+    (tmp_path / "deep").symlink_to("data/sub")
     monkeypatch.chdir(tmp_path / "data")
-    place = (tmp_path / "data/in.zarr").resolve().as_uri()
+    place = (tmp_path / "data/in.zarr").as_uri()
     for path in (str(tmp_path / spelt), f"../{spelt}", f"file://{tmp_path}/{spelt}"):
         assert open_store(path).url == place
+
+
+def test_a_link_is_a_place_of_its_own(tmp_path):
+    """On another machine it may lead to the same records by another way."""
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "data").symlink_to("mount")
+    assert open_store(str(tmp_path / "data/in.zarr")).url == (tmp_path / "data/in.zarr").as_uri()

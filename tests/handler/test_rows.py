@@ -49,6 +49,10 @@ def in_order(y):
     return y.sort(0).values
 
 
+def small_beside_large(y):
+    return torch.cat([torch.full_like(y, 1e6), y - y.mean(0)], 1)
+
+
 def as_it_is(y):
     return y
 
@@ -95,7 +99,7 @@ def packing(tmp_path, pack_request):
     return request
 
 
-MIXED = [share_of_the_largest, fake_quantised, summed, in_order]
+MIXED = [share_of_the_largest, fake_quantised, summed, in_order, small_beside_large]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -160,6 +164,18 @@ def test_sums_of_float32_are_held_to_the_largest_of_them(runtime, micro_batch, p
     assert Model.open(directory, Tuning(micro_batch=16)).golden_difference < 1e-5
 
 
+def test_a_number_is_held_to_the_largest_of_its_place_and_not_of_its_record():
+    wanted = np.array([[1e6, 0.1, np.inf], [2e6, 0.9, np.nan]], np.float32)
+    largest = models._largest(wanted)
+    np.testing.assert_array_equal(largest, [2e6, np.float32(0.9), 0])
+    assert models._difference(wanted + np.float32([1, 0, 0]), wanted, largest) == pytest.approx(5e-7)
+    assert models._difference(wanted + np.float32([0, 0.1, 0]), wanted, largest) == pytest.approx(0.1)
+    assert models._difference(wanted, wanted[::-1], largest) == np.inf
+    classes = np.array([[200_000, 3]])
+    assert models._largest(classes) is None
+    assert models._difference(np.array([[200_000, 4]]), classes, None) > 0.1
+
+
 class Placed(torch.nn.Module):
     """The positions of a sequence are those of its batch: axis 0 is another's."""
 
@@ -174,7 +190,7 @@ class Placed(torch.nn.Module):
 @pytest.mark.parametrize("micro_batch", [2, 8, 33])
 def test_a_model_that_looks_at_a_records_place_is_not_packed(micro_batch, packing):
     with pytest.raises(ArchiveError, match=r"depend on a record's place in the micro-batch: output \w+ of the same .*: "
-                                           "a model that takes its records along axis 0 and nothing else there$"):
+                                           "pack a model that takes its records along axis 0 and nothing else there"):
         pack(packing(Placed(1.0), micro_batch=micro_batch, golden={"x": np.ones((1, WIDTH), "f4")}))
     pack(packing(Placed(1e-7), micro_batch=micro_batch, golden={"x": np.ones((1, WIDTH), "f4")}))
 

@@ -22,6 +22,7 @@ from batch_client.events import (
     RunStarted,
     ServerAway,
     ServerBack,
+    ServerJoined,
     ServerLeftOut,
     Stopping,
 )
@@ -68,7 +69,7 @@ class ProgressBar:
                 self._failed += 1
             case ChunkWritten() | ChunkHeld():
                 self._advance(event.records)
-            case ServerLeftOut() | ServerAway() | ServerBack() | Stopping():
+            case ServerLeftOut() | ServerJoined() | ServerAway() | ServerBack() | Stopping():
                 # A line of its own, below what is there of the bar.
                 self._stream.write(f"\n{' '.join(_said(event).split())}\n")
 
@@ -83,11 +84,13 @@ class ProgressBar:
             self._bar.close()
 
 
-def _said(event: ServerLeftOut | ServerAway | ServerBack | Stopping) -> str:
+def _said(event: ServerLeftOut | ServerJoined | ServerAway | ServerBack | Stopping) -> str:
     match event:
         case ServerLeftOut():
             again = "; it is asked again while the run goes on" if event.asked_again else ""
             return f"going on without a server: {event.reason}{again}"
+        case ServerJoined():
+            return f"{event.endpoint} takes part from now on"
         case ServerAway():
             return f"{event.endpoint} gives no sound answer ({event.reason}): it is tried again while the run goes on"
         case ServerBack():
@@ -100,6 +103,7 @@ def _said(event: ServerLeftOut | ServerAway | ServerBack | Stopping) -> str:
 _LINES: dict[type[Event], tuple[str, str]] = {
     RunStarted: ("info", "run started"),
     ServerLeftOut: ("warning", "server left out"),
+    ServerJoined: ("info", "server joined"),
     ServerAway: ("warning", "server away"),
     ServerBack: ("info", "server back"),
     RequestRetried: ("warning", "request retried"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from batch_client.events import (
     RequestRetried,
     RunStarted,
     ServerAway,
+    ServerJoined,
     ServerLeftOut,
 )
 from batch_client.report.sketches import EvenSample, LogHistogram, Timeline
@@ -68,11 +69,11 @@ class ServerCounts:
 @dataclass(frozen=True)
 class ReportData:
     """All that a page needs. `ending` says why a run is not published, "" for one that is. `records` are those of the
-    whole run, `done` those proven before it began, `reused` those among them
-    that it copied from an earlier output, `stored` those of the chunks that it scored. Seconds are from the
-    first read to the last event, and to the last prediction; `latency` is of answered requests, in seconds; `left_out`
-    has the first reasons for servers that the run went on without; `scores` are the highest value of the output
-    `score_name` of evenly spaced records that have one.
+    whole run, `done` those proven before it began, `reused` those among them that it copied from an earlier output,
+    `stored` those of the chunks that it scored. Seconds are from the first read to the last event, and to the last
+    prediction; `latency` is of answered requests, in seconds; `left_out` has the first reasons for servers that the run
+    went on without to its end; `scores` are the highest value of the output `score_name` of evenly spaced records that
+    have one.
     """
 
     input: str
@@ -115,7 +116,7 @@ class Report:
         self._timeline = Timeline()
         self._latency = LogHistogram()
         self._servers: dict[str, ServerCounts] = {}
-        self._left_out: list[str] = []
+        self._left_out: dict[str, str] = {}
         self._reasons: set[str] = set()
         self._statuses = np.zeros(256, np.int64)
         self._score_name: str | None = None
@@ -138,8 +139,9 @@ class Report:
             case RunStarted():
                 self._started, self._began = event, self._clock()
             case ServerLeftOut():
-                self._counts.update(left_out=1)
-                self._left_out = [*self._left_out, event.reason][:MOST_NAMES]
+                self._left_out[event.endpoint] = event.reason
+            case ServerJoined():
+                self._joined(event)
             case ServerAway():
                 self._server(event.endpoint).outages += 1
             case RecordsScored():
@@ -174,13 +176,18 @@ class Report:
             timeline=self._timeline,
             latency=self._latency,
             servers=self._servers,
-            left_out=self._left_out,
-            left_out_count=self._counts["left_out"],
+            left_out=list(self._left_out.values())[:MOST_NAMES],
+            left_out_count=len(self._left_out),
             statuses=[int(count) for count in self._statuses[:3]],
             score_name=self._score_name or "",
             scores=_finite(self._scores.items),
             samples=sorted(self._samples.items, key=lambda sample: sample.index),
         )
+
+    def _joined(self, event: ServerJoined) -> None:
+        self._left_out.pop(event.endpoint, None)
+        if self._started is not None:  # what the servers can do was that of the others
+            self._started = replace(self._started, ceiling=None)
 
     def _of_ceiling(self, seconds: float) -> float | None:
         if self._started is None or self._started.ceiling is None or seconds <= 0:
