@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from batch_client.bottleneck import BACKLOG, Limit, Totals, Waiting, find_bottleneck, knee
 from batch_client.contract import contract_of
-from batch_client.events import Published, RunStarted
+from batch_client.events import Published, RunStarted, ServerJoined
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.spec import RunSpec
@@ -207,6 +207,14 @@ def test_a_budget_that_the_requests_hold_is_the_thing_to_raise(source):
 def test_an_event_loop_that_is_never_idle_is_the_limit_whatever_waits(source):
     ticks = itertools.count(0.0, 1e3)
     assert scored(source, cpu=lambda: next(ticks)).limited_by == Limit.CLIENT.value
+
+
+def test_places_are_those_of_all_servers_that_take_part_by_now():
+    sheet = Timesheet(lambda: 0.0, lambda: 0.0)
+    sheet(RunStarted(plan_of(), "out", "m", "d", 0, "f", 4, None))
+    assert sheet.totals().in_flight == 4
+    sheet(ServerJoined("http://two", 60.0, 8))
+    assert sheet.totals().in_flight == 8
 
 
 def test_what_is_computed_after_the_run_is_none_of_it():

@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from batch_client.agreement import AGAIN_SECONDS
+from batch_client.agreement import AGAIN_SECONDS, ask_again
 from batch_client.calibrate import calibrate
-from batch_client.errors import CredentialsError, MismatchError, UsageError
+from batch_client.contract import fetch_contract
+from batch_client.endpoint import Pool
+from batch_client.errors import CredentialsError, MismatchError, ServingError, UsageError
 from batch_client.events import ServerJoined, ServerLeftOut
 from batch_client.pipeline import execute, plan_run
 from batch_client.prepare import Services
@@ -194,6 +196,29 @@ def test_an_observer_that_fails_at_a_server_that_comes_up_ends_the_run_there_and
             await run_on(servers, world, world.output, observe, in_flight=1)
         assert asyncio.get_running_loop().time() - began < 3 * AGAIN_SECONDS
         assert "_SUCCESS" not in world.output.objects
+
+    run_virtually(run())
+
+
+def test_what_is_learnt_of_a_server_while_it_is_asked_again_stands():
+    async def run():
+        server = SimulatedServer()
+        pool = Pool(("http://one", "http://two"), 4, asyncio.get_running_loop().time, random.Random(1))
+        second = pool.endpoints[1]
+
+        class Revealing:
+            async def send(self, *arguments):
+                pool.leave_out(second, MismatchError("http://two: a reply under way was another model's"))
+                return await server.send(*arguments)
+
+        servers = two_servers(server, Revealing())
+        contract = await fetch_contract(servers, "http://one")
+        pool.leave_out(second, ServingError("http://two: gone"))
+        asker = asyncio.create_task(ask_again(servers, pool, contract, exact=True))
+        await asyncio.sleep(3 * AGAIN_SECONDS)
+        assert "another model's" in str(second.left_out)
+        assert not asker.done()
+        asker.cancel()
 
     run_virtually(run())
 
