@@ -14,6 +14,7 @@ from batch_client.pieces import Pieces
 from batch_client.plan import Plan
 
 __all__ = [
+    "NOT_FINITE",
     "ChunkHeld",
     "ChunkReused",
     "ChunkWritten",
@@ -171,9 +172,14 @@ class RecordsScored:
     status: np.ndarray
 
 
+NOT_FINITE = "the prediction is not finite"
+
+
 @dataclass(frozen=True)
 class RecordFailed:
-    """A record that can't be predicted: its number in the source, the last reason, how often it failed alone."""
+    """A record that can't be predicted: its number in the source, the last reason, how often it failed alone. Or, where
+    a run requires that, whose prediction is NOT_FINITE.
+    """
 
     index: int
     reason: str

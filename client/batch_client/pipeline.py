@@ -18,6 +18,7 @@ from batch_client.assemble import STATUS_NOT_FINITE, UnitAssembler
 from batch_client.budget import ByteBudget, Lease
 from batch_client.errors import STOPPED, STOPPED_AT_ONCE, DataError, MismatchError, StoppedError, one_error
 from batch_client.events import (
+    NOT_FINITE,
     ChunkHeld,
     ChunkReused,
     ChunkWritten,
@@ -58,7 +59,6 @@ DRAIN_SECONDS = 12.0
 # Failures beyond the accepted ones after which it is the model, not the records: no use in taking apart the rest.
 HOPELESS = 1000
 COPIES_AT_ONCE = 16  # of a reused output's chunks; on an object store it is the answers that take long
-NOT_FINITE = "the prediction is not finite"
 
 
 async def plan_run(spec: RunSpec, services: Services, observers: tuple[Observer, ...] = ()) -> Plan:

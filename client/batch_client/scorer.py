@@ -55,6 +55,7 @@ class _Case:
     outputs: dict[str, np.ndarray] = field(default_factory=dict)
     status: np.ndarray = field(init=False)
     failures: list[RecordFailed] = field(default_factory=list)
+    told: int = 0  # failures that were emitted
 
     def __post_init__(self) -> None:
         self.status = np.full(self.span.count, STATUS_FAILED, np.uint8)
@@ -132,8 +133,7 @@ class Scorer:
         except _CompanyError as error:
             self._failed -= error.failed
             case = await self._take_apart(span, rows, error.verdict)
-        for failure in case.failures:
-            self._emit(failure)
+        self._tell(case)
         return Scored(case.outputs, case.status, tuple(case.failures))
 
     async def _take_apart(self, span: Span, rows: np.ndarray, verdict: Verdict) -> _Case:
@@ -200,12 +200,18 @@ class Scorer:
         case.failures.append(RecordFailed(case.span.start + row, reason, FAILURES_ALONE))
         self._failed += 1
         if self._failed > self._most_failed:
-            for failure in case.failures:
-                self._emit(failure)
+            if self._failed == self._most_failed + 1:  # of others that are under way the first has told
+                for one in self._open:
+                    self._tell(one)
             raise HopelessError(
                 f"{counted(self._failed, 'record')} failed alone, the last of them record {case.span.start + row} "
                 f"({reason}): then it is the model and not a few records; mend it, or leave these records out with "
                 "--records", [failure for one in self._open for failure in one.failures])
+
+    def _tell(self, case: _Case) -> None:
+        untold, case.told = case.failures[case.told:], len(case.failures)
+        for failure in untold:
+            self._emit(failure)
 
     async def _probe(self, case: _Case, low: int, high: int) -> Prediction | Verdict:
         """Records [low, high) in their places, zeros in all others; what they give is kept.

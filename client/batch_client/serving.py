@@ -13,7 +13,7 @@ from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.errors import BatchClientError, CredentialsError, ServingError
 from batch_client.regions import Regions
 from batch_client.spec import ServerSpec
-from batch_client.tokens import CommandTokens, FileTokens, NoTokens, TokenSource, authorization
+from batch_client.tokens import CommandTokens, FileTokens, NoTokenError, NoTokens, TokenSource, authorization
 from batch_client.transport import HttpReply, HttpTransport, Transport, TransportError
 
 if TYPE_CHECKING:
@@ -95,7 +95,10 @@ async def ask(servers: Servers, method: str, url: str, path: str, seconds: float
     """
     refused: str | None = None
     for again in (True, False):
-        token = await servers.tokens[url].token(refused)
+        try:
+            token = await servers.tokens[url].token(refused)
+        except NoTokenError as error:
+            raise NoTokenError(f"{url}: {error}") from error
         try:
             reply = await servers.transport.send(
                 method, url + path, {**(headers or {}), **authorization(token)}, parts, seconds)

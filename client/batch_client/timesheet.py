@@ -48,7 +48,7 @@ class Timesheet:
         self._waited: defaultdict[tuple[Waiting, int], float] = defaultdict(float)
         # Since nothing is in flight: the end, unless another request follows.
         self._since: defaultdict[tuple[Waiting, int], float] = defaultdict(float)
-        self._sent = self._requests = self._granted = self._failed = 0
+        self._sent = self._requests = self._granted = self._failed = self._attempts = 0
         self._request_seconds = self._compute_seconds = self._wasted_seconds = 0.0
         self._ways: dict[str, _Way] = {}
 
@@ -93,6 +93,7 @@ class Timesheet:
             wasted_seconds=self._wasted_seconds,
             cpu_seconds=0.0 if self._began is None else self._cpu_at - self._cpu_began,
             failed=self._failed,
+            attempts=self._attempts,
         )
 
     def _send(self) -> None:
@@ -104,6 +105,7 @@ class Timesheet:
         self._in_flight += 1
 
     def _answered(self, event: RequestRetried | RequestDone) -> None:
+        self._attempts += 1
         if event.probe:
             return  # where nothing else was under way, its time is that of failures already
         if isinstance(event, RequestRetried):

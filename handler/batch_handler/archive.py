@@ -92,6 +92,7 @@ __all__ = ["handle"]
 _ARCH_COPY = re.compile(r"\barch_[0-9a-f]{8}\b(\.py:\w+)?")
 # What an exported program says that takes no more records.
 _GUARD = re.compile(r"Guard failed: \w+\.size\(\)\[0\] <= (\d+)")
+_WEIGHTS_COPY = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in sorted(set(_WEIGHTS_FILES.values()))))
 # What zip can say at the earliest: archives of equal content are equal files.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CREATED = "01/01/1980 00:00:00"
@@ -152,7 +153,7 @@ def pack(request: PackRequest) -> Path:
             shown = str(classify(cause))  # without the folder that it was loaded from, which nobody knows
         bound = _GUARD.search(shown)
         hint = f": say --micro-batch {bound[1]}, or less" if bound else ""
-        raise ArchiveError(f"{request.model.name}: {_as_given(shown, request.arch)}{hint}") from error
+        raise ArchiveError(f"{request.model.name}: {_as_given(shown, request)}{hint}") from error
     except MemoryError as error:
         raise ArchiveError(f"{request.model.name}: {classify(error)}") from error
     except OSError as error:
@@ -286,11 +287,12 @@ def _stage_arch(arch: str | None, directory: Path) -> tuple[str | None, str | No
     return f"{file}:{name}", file
 
 
-def _as_given(text: str, arch: str | None) -> str:
-    """An error, with the code that builds the module named as it was given and not as its copy is."""
-    given = arch or ""
+def _as_given(text: str, request: PackRequest) -> str:
+    """An error, with the model's file and the code that builds it named as they were given and not as their copies."""
+    given = request.arch or ""
     module = Path(given.rpartition(":")[0]).stem
-    return _ARCH_COPY.sub(lambda found: given if found[1] else module, text)
+    text = _ARCH_COPY.sub(lambda found: given if found[1] else module, text)
+    return _WEIGHTS_COPY.sub(lambda _: request.model.name, text)
 
 
 def _entry(path: Path) -> FileEntry:

@@ -16,13 +16,15 @@ from batch_client.contract import contract_of
 from batch_client.events import Published, RunStarted, ServerJoined
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
+from batch_client.report import Report
+from batch_client.report.page import render
 from batch_client.spec import RunSpec
 from batch_client.storage import MemoryStore
 from batch_client.timesheet import Timesheet
 from batch_client.transport import HttpReply
 from batch_handler.oip import HEADER_LENGTH, decode_request
 from support.plans import plan_of
-from support.simulated import URL, SimulatedServer
+from support.simulated import URL, Breaking, SimulatedServer
 from support.virtual import run_virtually
 from support.world import make_source
 
@@ -171,6 +173,29 @@ def test_a_server_that_starts_again_for_each_record_that_ends_it_is_no_far_one()
     assert summary.failed == 1
     assert summary.limited_by == Limit.FAILURES.value
     assert summary.advice.startswith("records that fail are looked for one by one")
+
+
+def test_where_every_request_has_a_bad_record_failures_are_the_limit():
+    """Then no request but those that look for it is ever answered."""
+    records = RECORDS.copy()
+    records[::4, 0] = 255
+    source = make_source(records, (16, 3))
+
+    async def run():
+        report = Report("memory://slow", asyncio.get_running_loop().time, lambda: 0.0)
+        services = Services(Breaking(seconds=0.01).servers(), source, MemoryStore("memory://out"),
+                            rng=random.Random(3), clock=asyncio.get_running_loop().time, cpu=lambda: 0.0)
+        spec = RunSpec(input="memory://slow", output="memory://out", endpoints=(URL,), model="toy", chunk_records=16,
+                       request_records=4, in_flight=4, max_failed=160)
+        return await execute(spec, services, (report,)), render(report.data())
+
+    summary, page = run_virtually(run())
+    assert summary.failed == 160
+    assert summary.limited_by == Limit.FAILURES.value
+    assert summary.advice.startswith("records that fail are looked for one by one")
+    assert "Limited by <strong>failures</strong>" in page
+    assert "attempts gave no result" in page
+    assert "<dt>records scored: failed</dt><dd>160</dd>" in page
 
 
 def test_what_made_it_slow_is_what_is_named(source):

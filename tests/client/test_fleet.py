@@ -163,8 +163,9 @@ def test_a_server_whose_token_is_not_written_yet_comes_later(root, tmp_path):
         summary = await run_on(servers, world, world.output, said.append, in_flight=1)
         assert (summary.root, summary.left_out) == (root, ())
         assert second.requests > 0
-        assert [type(event) for event in said if isinstance(event, ServerLeftOut | ServerJoined)] == [
-            ServerLeftOut, ServerJoined]
+        out, back = [event for event in said if isinstance(event, ServerLeftOut | ServerJoined)]
+        assert out.reason.startswith("http://two: --token-file ")
+        assert back.endpoint == "http://two"
 
     run_virtually(run())
 

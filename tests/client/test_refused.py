@@ -18,9 +18,11 @@ from batch_client.errors import DataError, MismatchError, UsageError
 from batch_client.pipeline import execute, plan_run
 from batch_client.publish import published_manifest
 from batch_client.replay import replay
+from batch_client.report import Report
+from batch_client.report.page import render
 from batch_client.spec import Records
 from batch_client.storage import MemoryStore
-from support.faulty import calm
+from support.faulty import Life, calm
 from support.runs import records_of, refused, services, source_of, spec
 from support.simulated import Breaking, SimulatedServer
 from support.virtual import run_virtually
@@ -221,14 +223,16 @@ def test_what_was_found_bad_is_listed_where_there_is_too_much_of_it(monkeypatch)
         return await create(key, data)
 
     monkeypatch.setattr(world.output, "create", slow)
+    report = Report("memory://source", lambda: 0.0, lambda: 0.0)
 
     async def run():
         with pytest.raises(DataError, match=r"2\d records failed alone, .*; those that were found are listed in "
                                             r"memory://out/_run/failed/$") as caught:
-            await world.live(calm())
+            await execute(world.spec(), world.services(calm(), Life()), (report,))
         letters = [json.loads(data) for key, data in world.output.objects.items() if key.startswith("_run/failed/")]
         listed = [failure["index"] for letter in letters for failure in letter["records"]]
         assert len(listed) == len(set(listed)) == int(str(caught.value).split()[0]) > 20
+        assert f"<dt>records scored: failed</dt><dd>{len(listed)}</dd>" in render(report.data("too many"))
         assert set(listed) <= {2, *range(2 * CHUNK, 10 * CHUNK)}
         assert all(failure["index"] // CHUNK == letter["unit"] for letter in letters for failure in letter["records"])
 

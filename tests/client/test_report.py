@@ -316,6 +316,14 @@ def test_the_last_column_is_as_high_as_the_others_however_long_publishing_takes(
     assert rates == pytest.approx([16.0] * len(rates), rel=0.3)
 
 
+def test_an_outage_at_the_end_of_a_run_that_gave_up_is_in_its_charts():
+    data = replace(of_run(100.0, 400).data("no request was answered"), published=None, seconds=200.0)
+    width, rates = _rates(data)
+    assert width * len(rates) == pytest.approx(200.0, rel=0.05)
+    assert rates[: len(rates) // 3] == pytest.approx([16.0] * (len(rates) // 3), rel=0.3)
+    assert not any(rates[len(rates) // 2 + 2:])
+
+
 @given(st.floats(0.5, 1e5), st.integers(1, 600))
 def test_the_best_speed_is_no_less_than_the_average_and_of_a_steady_run_not_much_more(seconds, requests):
     text = "".join(parsed(render(of_run(seconds, requests).data())).itertext())

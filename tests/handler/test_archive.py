@@ -21,7 +21,7 @@ from batch_handler.model import Model
 from batch_handler.modelfile import ModelFileError, detect_kind
 from batch_handler.runtimes.transform import ModelError, joined
 from batch_handler.signature import InputSpec, OutputSpec, SignatureError
-from support.onnx_files import model, node, value_info
+from support.onnx_files import external, model, node, value_info
 
 
 def reference(module, images):
@@ -404,3 +404,11 @@ def test_outputs_that_no_run_can_carry_are_said(tmp_path, capsys, monkeypatch):
         capsys.readouterr().err)
     assert main([*words, "64"]) == 0
     assert "smaller" not in capsys.readouterr().err
+
+
+def test_an_error_names_the_file_that_was_given_and_not_its_copy(pack_request, tmp_path):
+    path = tmp_path / "net.onnx"
+    path.write_bytes(model([], [], [], [external("w", (2,), "net.onnx.data")]))
+    with pytest.raises(ArchiveError, match=r"net\.onnx keeps weights in another file") as caught:
+        pack(dataclasses.replace(pack_request, model=path, arch=None))
+    assert "model.onnx" not in str(caught.value)

@@ -11,11 +11,13 @@ import numpy as np
 
 from batch_client.bottleneck import Bottleneck, find_bottleneck
 from batch_client.events import (
+    NOT_FINITE,
     ChunkHeld,
     ChunkReused,
     ChunkWritten,
     Event,
     Published,
+    RecordFailed,
     RecordsScored,
     RequestDone,
     RequestRetried,
@@ -150,14 +152,15 @@ class Report:
                 self._done(event)
             case RequestRetried():
                 self._retried(event)
-            case ChunkReused() | ChunkWritten() | ChunkHeld():
-                self._counts.update(_of_chunk(event))
+            case ChunkReused() | ChunkWritten() | ChunkHeld() | RecordFailed():
+                self._counts.update(_counted(event))
             case Published():
                 self._published = event
 
     def data(self, ending: str = "") -> ReportData:
         """What was gathered; `ending` says why the run ended before it was published."""
         totals = self._timesheet.totals()
+        ok, failed, not_finite = self._statuses[:3]
         return ReportData(
             input=self._input,
             started=self._started,
@@ -178,7 +181,8 @@ class Report:
             servers=self._servers,
             left_out=list(self._left_out.values())[:MOST_NAMES],
             left_out_count=len(self._left_out),
-            statuses=[int(count) for count in self._statuses[:3]],
+            # Of requests that were still taken apart when the run gave up there is no answer.
+            statuses=[int(ok), max(int(failed), self._counts["failed"]), int(not_finite)],
             score_name=self._score_name or "",
             scores=_finite(self._scores.items),
             samples=sorted(self._samples.items, key=lambda sample: sample.index),
@@ -261,7 +265,7 @@ def _sample(event: RecordsScored, row: int, output: str) -> Sample:
     )
 
 
-def _of_chunk(event: ChunkReused | ChunkWritten | ChunkHeld) -> dict[str, int]:
+def _counted(event: ChunkReused | ChunkWritten | ChunkHeld | RecordFailed) -> dict[str, int]:
     match event:
         case ChunkReused():
             return {"reused": event.records, "written": event.bytes_written}
@@ -269,6 +273,8 @@ def _of_chunk(event: ChunkReused | ChunkWritten | ChunkHeld) -> dict[str, int]:
             return {"stored": event.records, "read": event.bytes_read, "written": event.bytes_written}
         case ChunkHeld():
             return {"held": 1}
+        case RecordFailed():
+            return {"failed": event.reason != NOT_FINITE}
 
 
 def _finite(values: list[float]) -> np.ndarray:

@@ -23,6 +23,7 @@ __all__ = ["render"]
 
 STATUSES = ("ok", "failed", "not finite")
 _SHOWN_SAMPLES = 8
+_LONG_END = 0.05  # of the run's time
 _SCORE_COLUMNS = 40
 _LATENCY_COLUMNS_A_DOUBLING = 4
 # A column of a few requests shows their size, not the speed.
@@ -141,7 +142,7 @@ def _identity(data: ReportData) -> list[tuple[str, str]]:
 
 
 def _charts(data: ReportData, found: Bottleneck) -> list[str]:
-    return [_throughput(data), _time(found), _latency(data.latency), _retries(data),
+    return [_throughput(data), _time(found), _latency(data.latency) if data.latency.total else "", _retries(data),
             _scores(data) if len(data.scores) > 1 else ""]
 
 
@@ -159,13 +160,21 @@ def _throughput(data: ReportData) -> str:
 def _rates(data: ReportData) -> tuple[float, list[float]]:
     """Seconds of a column, and records/s in each; the last prediction is in the last one, whose rate is until then."""
     most = min(_MOST_COLUMNS, max(_LEAST_COLUMNS, data.requests // _REQUESTS_A_COLUMN))
-    amounts, width = _merged(data.timeline.amounts(SCORED), data.timeline.width, most)
+    amounts, width = _merged(_to_the_end(data, SCORED), data.timeline.width, most)
     last = data.last_prediction - width * (len(amounts) - 1)
     if len(amounts) > 1 and last < width / 2:  # too short for a rate of its own
         amounts[-2:] = [amounts[-2] + amounts[-1]]
         last += width
     rates = [amount / width for amount in amounts]
-    return width, [*rates[:-1], amounts[-1] / last if last > 0 else rates[-1]] if rates else [0.0]
+    return width, [*rates[:-1], amounts[-1] / last if last > 0 and amounts[-1] else rates[-1]] if rates else [0.0]
+
+
+def _to_the_end(data: ReportData, name: str) -> list[int]:
+    """Amounts over time; a run that was not published has nothing since its last prediction, as in an outage."""
+    amounts = data.timeline.amounts(name)
+    if data.published is None and data.seconds - data.last_prediction > _LONG_END * data.seconds:
+        amounts += [0] * (int(data.seconds / data.timeline.width) + 1 - len(amounts))
+    return amounts
 
 
 def _merged(amounts: list[int], width: float, most: int = _MOST_COLUMNS) -> tuple[list[int], float]:
@@ -230,7 +239,7 @@ def _retries(data: ReportData) -> str:
         return _section("Every request gave a result at its first attempt", "")
     series, width = [], data.timeline.width
     for reason in reasons:
-        amounts, width = _merged(data.timeline.amounts(reason), data.timeline.width)
+        amounts, width = _merged(_to_the_end(data, reason), data.timeline.width)
         series.append((f"{reason}: {sum(amounts):,}", amounts))
     chart = columns(series, x_label="seconds since the first read", y_label="attempts",
                     x_ticks=_time_ticks(width * len(series[0][1])))
