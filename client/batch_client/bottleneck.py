@@ -66,8 +66,8 @@ class Totals:
     gave a result, from send to last byte, and in the model as the servers say (0 where they do not). least_overhead:
     the shortest time that a request took beyond its computing, averaged where it differs between servers or changes
     during the run (`timesheet.py`). wasted_seconds: of attempts without a result. Probes, which look for the reason of
-    one, are in none of these. cpu_seconds: of the thread of the event loop. failed: records that were found to fail by
-    themselves. attempts: all that ended, probes too.
+    one, are in none of these. cpu_seconds: of the thread of the event loop. attempts: all that ended, probes too. failed:
+    records that were found to fail by themselves.
     """
 
     seconds: float
@@ -79,8 +79,8 @@ class Totals:
     least_overhead: float
     wasted_seconds: float
     cpu_seconds: float
+    attempts: int
     failed: int = 0
-    attempts: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def find_bottleneck(totals: Totals, of_ceiling: float | None = None) -> Bottlene
     """What limited a run; None for one that sent nothing. of_ceiling: its speed as a share of the model's alone, where
     that is known.
     """
-    if not max(totals.requests, totals.attempts) or not sum(totals.waited.values()):
+    if not totals.attempts or not sum(totals.waited.values()):
         return None
     reached = of_ceiling or 0.0
     shares = _shares(totals, reached)

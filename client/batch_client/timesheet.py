@@ -92,8 +92,8 @@ class Timesheet:
             least_overhead=sum(way.seconds for way in self._ways.values()) / max(self._requests, 1),
             wasted_seconds=self._wasted_seconds,
             cpu_seconds=0.0 if self._began is None else self._cpu_at - self._cpu_began,
-            failed=self._failed,
             attempts=self._attempts,
+            failed=self._failed,
         )
 
     def _send(self) -> None:

@@ -134,7 +134,7 @@ def test_the_stage_that_is_slow_is_named(name, source):
 
 def test_records_that_fail_are_what_is_said_where_looking_for_them_took_the_time():
     totals = Totals(seconds=10, waited={(Waiting.SERVERS, 1): 10.0}, in_flight=1, requests=10, request_seconds=2,
-                    compute_seconds=2, least_overhead=0, wasted_seconds=8, cpu_seconds=1)
+                    compute_seconds=2, least_overhead=0, wasted_seconds=8, cpu_seconds=1, attempts=14)
     servers, records = find_bottleneck(totals), find_bottleneck(replace(totals, failed=2))
     assert servers.limit is records.limit is Limit.FAILURES
     assert "servers' logs" in servers.advice
@@ -294,7 +294,7 @@ def test_only_a_rate_is_taken_for_a_ceiling(said, taken):
 
 
 def test_a_server_of_another_kind_is_none_to_bench():
-    silent = Totals(1.0, {(Waiting.SERVERS, 1): 1.0}, 4, 1, 1.0, 0.0, 0.0, 0.0, 0.0)
+    silent = Totals(1.0, {(Waiting.SERVERS, 1): 1.0}, 4, 1, 1.0, 0.0, 0.0, 0.0, 0.0, 1)
     assert find_bottleneck(silent).advice == "add workers, GPUs or endpoints"
     assert "bench" in find_bottleneck(replace(silent, compute_seconds=0.9)).advice
 
@@ -309,15 +309,16 @@ def totals(draw):
     compute, overhead, queued, wasted = (draw(seconds) for _ in range(4))
     least = overhead / max(requests, 1)
     return Totals(sum(waited.values()), waited, draw(st.integers(1, 40)), requests,
-                  compute + requests * least + queued, compute, least, wasted, draw(seconds))
+                  compute + requests * least + queued, compute, least, wasted, draw(seconds),
+                  requests + draw(st.integers(0, 100)))
 
 
-@example(Totals(1.0, {(Waiting.SERVERS, 1): 1.0, (Waiting.READ, 0): 1.0}, 1, 1, 1.0, 0.0, 0.0, 0.0, 0.0))
+@example(Totals(1.0, {(Waiting.SERVERS, 1): 1.0, (Waiting.READ, 0): 1.0}, 1, 1, 1.0, 0.0, 0.0, 0.0, 0.0, 1))
 @given(totals())
 def test_shares_are_of_the_whole_and_the_limit_is_one_of_them(sums):
     found = find_bottleneck(sums)
     if found is None:
-        assert sums.requests == 0 or not sum(sums.waited.values())
+        assert sums.attempts == 0 or not sum(sums.waited.values())
         return
     assert sum(found.shares.values()) == pytest.approx(1)
     assert all(share >= 0 for share in found.shares.values())
@@ -332,13 +333,13 @@ def test_the_knee_of_a_full_server_is_its_workers_and_what_travels(workers, more
     in_flight = int(wanted) + 1 + more
     run, requests = 100.0, 100.0 * workers / compute
     sums = Totals(run, {(Waiting.SERVERS, in_flight): run}, in_flight, round(requests), in_flight * run,
-                  requests * compute, wire * compute * requests / round(requests), 0.0, 0.0)
+                  requests * compute, wire * compute * requests / round(requests), 0.0, 0.0, round(requests))
     assert in_flight - wanted >= BACKLOG
     assert knee(sums) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_without_a_backlog_no_knee_was_seen():
-    sums = Totals(10, {(Waiting.READ, 3): 10.0}, 8, 30, 30.0, 30.0, 0.0, 0.0, 0.0)
+    sums = Totals(10, {(Waiting.READ, 3): 10.0}, 8, 30, 30.0, 30.0, 0.0, 0.0, 0.0, 30)
     assert knee(sums) == float("inf")
     found = find_bottleneck(sums)
     assert found.limit is Limit.READING
