@@ -66,8 +66,8 @@ class Totals:
     gave a result, from send to last byte, and in the model as the servers say (0 where they do not). least_overhead:
     the shortest time that a request took beyond its computing, averaged where it differs between servers or changes
     during the run (`timesheet.py`). wasted_seconds: of attempts without a result. Probes, which look for the reason of
-    one, are in none of these. cpu_seconds: of the thread of the event loop. attempts: all that ended, probes too. failed:
-    records that were found to fail by themselves.
+    one, are in none of these. cpu_seconds: of the thread of the event loop. attempts: all that ended, probes too.
+    failed: records that were found to fail by themselves.
     """
 
     seconds: float
