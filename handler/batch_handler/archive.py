@@ -111,7 +111,8 @@ class PackRequest:
     gives. `golden` is a .npy (one input) or .npz file, or arrays by input name; by default a few random records.
     `runtime` None is the first of `runtimes_for`; "aot" compiles the module that the file holds, "onnx" exports it.
     `micro_batch` None is the number of records that a graph is fixed to, else `DEFAULT_MICRO_BATCH`.
-    `tolerance` is how far a worker may be from the golden outputs, of a record's largest number; None is 1e-5.
+    `tolerance` is how far a worker may be from the golden outputs, as a part of the largest number that they have at
+    the same place; None is 1e-5.
     `model_config` is the text of TorchServe's `model-config.yaml`. `scratch` is the folder for what is made on the way,
     None the system's own.
     """

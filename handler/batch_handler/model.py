@@ -283,7 +283,7 @@ class Model:
         of a class, nobody can say how far is too far. Rows of the wrong number fail.
         """
         records = self.description.golden.records
-        if records >= self.micro_batch or self.micro_batch == 1:
+        if records >= self.micro_batch:
             return
         # Rows are filled up to a power of two: of more records than this there would be a whole micro-batch of them.
         asked = min(records, 1 << ((self.micro_batch - 1).bit_length() - 1))
