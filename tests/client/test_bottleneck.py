@@ -314,6 +314,7 @@ def totals(draw):
 
 
 @example(Totals(1.0, {(Waiting.SERVERS, 1): 1.0, (Waiting.READ, 0): 1.0}, 1, 1, 1.0, 0.0, 0.0, 0.0, 0.0, 1))
+@example(Totals(1.0, {(Waiting.SERVERS, 1): 1.0}, 1, 0, 0.0, 0.0, 0.0, 1.0, 0.0, 5))  # nothing was ever answered
 @given(totals())
 def test_shares_are_of_the_whole_and_the_limit_is_one_of_them(sums):
     found = find_bottleneck(sums)
