@@ -3,7 +3,7 @@
     python benchmarks/end_to_end.py [--pairs 15] [--records 200000] [--runtime torchscript] [--model MODEL]
     python benchmarks/end_to_end.py --heavy [--pairs 15] [--records 2000]
     python benchmarks/end_to_end.py --fast
-    python benchmarks/end_to_end.py --input-chunk 8192
+    python benchmarks/end_to_end.py --input-chunk 8192 --micro-batch 32
 
 Ceiling and run alternate, since a machine's speed drifts; a figure is the median of the pairs' ratios with a 95 %
 bootstrap interval. The server is `batch-client serve` in a process of its own, warmed up by a run of a tenth of the
@@ -49,10 +49,7 @@ from batch_client.machine import cores
 def main() -> None:
     unwind_when_terminated()
     options = arguments()
-    load = HEAVY if options.heavy else SMALL
-    if options.input_chunk is not None:
-        load = replace(load, chunk=options.input_chunk)
-    count = options.records or (2_000 if options.heavy else 200_000)
+    load, count = options.load, options.records
     with tempfile.TemporaryDirectory() as folder, SeaweedServer() as store:
         work = Path(folder)
         images = load.images(count) if options.heavy else given_images(options.images, count)
@@ -73,7 +70,7 @@ def main() -> None:
             ceiling = ceiling or alone(store, archive, work, count, way)
             pairs.append(Pair(runs[""], *ceiling, runs.get("--fast")))
             print(f"pair {number + 1}: {pairs[-1]}", flush=True)
-        what = f"{'heavy, ' if options.heavy else ''}{options.runtime}"
+        what = f"{'heavy, ' if options.heavy else ''}{options.runtime}, micro-batches of {load.micro_batch}"
         report(pairs, f"{what}, {load.chunk:,} records an input chunk", count)
 
 
@@ -93,17 +90,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--records", type=int, help="[default: 200,000; with --heavy 2,000]")
     parser.add_argument("--input-chunk", type=int, help="records in a chunk of the source [default: 1,000; with "
                         "--heavy 100]")
+    parser.add_argument("--micro-batch", type=int, help="[default: 128; with --heavy 8]")
     parser.add_argument("--runtime", choices=["eager", "torchscript", "onnx"], default="torchscript")
     parser.add_argument("--heavy", action="store_true", help="a network of ResNet-50's size and 3x112x112 records")
     parser.add_argument("--fast", action="store_true", help="after each run another one with --fast")
     workload_flags(parser)
     options = parser.parse_args()
-    if options.input_chunk is not None and options.input_chunk < 1:
-        parser.error(f"--input-chunk {options.input_chunk}: wanted at least one record")
-    if options.records is not None:
-        (HEAVY if options.heavy else SMALL).require(options.records, parser)
+    for flag, value in (("--input-chunk", options.input_chunk), ("--micro-batch", options.micro_batch)):
+        if value is not None and value < 1:
+            parser.error(f"{flag} {value}: wanted at least one record")
     if options.heavy and (options.model or options.images):
         parser.error("--heavy brings its own model and records")
+    load = HEAVY if options.heavy else SMALL
+    options.load = replace(load, chunk=options.input_chunk or load.chunk,
+                           micro_batch=options.micro_batch or load.micro_batch)
+    if options.records is None:
+        options.records = 2_000 if options.heavy else 200_000
+    options.load.require(options.records, parser)
     return options
 
 
