@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["cores", "cpu_kind", "device", "free_ports", "gpus", "has_address"]
+__all__ = ["cores", "cpu_kind", "device", "free_ports", "gpu_variables", "gpus", "has_address"]
 
 DEVICES = Path("/dev")
 # Of NVIDIA's driver, of WSL, of Jetson, of ROCm.
@@ -38,6 +38,22 @@ def cores() -> int:
 def gpus(environ: Mapping[str, str]) -> int:
     """GPUs that a worker would see, without importing torch."""
     return len(_gpu_names(environ))
+
+
+def gpu_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """What TorchServe and its workers get instead of CUDA_VISIBLE_DEVICES.
+
+    TorchServe takes nothing but indexes there (ConfigManager.java parses each as an integer, or does not start); CUDA
+    also takes UUIDs, by which alone MIG instances are known. So it gets indexes, and the workers the names.
+    """
+    names = _visible(environ)
+    if names is None:
+        return {}
+    if not gpus(environ):
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    if all(name.isdigit() for name in names):
+        return {"CUDA_VISIBLE_DEVICES": ",".join(names)}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(len(names)))), "BATCH_HANDLER_NAMED_GPUS": ",".join(names)}
 
 
 def device(environ: Mapping[str, str]) -> str:
@@ -63,9 +79,7 @@ def cpu_kind(cpuinfo: str, machine: str) -> str:
 
 
 def _gpu_names(environ: Mapping[str, str]) -> list[str]:
-    wanted = None
-    if (visible := environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        wanted = [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+    wanted = _visible(environ)
     if wanted == []:
         return []
     nvidia_smi = shutil.which("nvidia-smi", path=environ.get("PATH"))
@@ -76,6 +90,13 @@ def _gpu_names(environ: Mapping[str, str]) -> list[str]:
         return [name for _, name, _ in listed]
     by_id = {ident: name for index, name, uuid in listed for ident in (index, uuid)}
     return [by_id.get(ident, "GPU") for ident in wanted]
+
+
+def _visible(environ: Mapping[str, str]) -> list[str] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES names; None where it is not set."""
+    if (visible := environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        return None
+    return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
 
 
 @functools.cache

@@ -227,6 +227,7 @@ class EmbeddedServer:
     async def _ready(self) -> None:
         while True:
             self._check_loading()
+            began = asyncio.get_running_loop().time()
             with contextlib.suppress(aiohttp.ClientConnectionError, TimeoutError):
                 asked = [(lane, *await self._management(f"/models/{lane.name}")) for lane in self._lanes]
                 if all(status == 200 and _ready_workers(body) >= lane.workers for lane, status, body in asked):
@@ -235,7 +236,8 @@ class EmbeddedServer:
                     await self._give_up("TorchServe did not register the model")
             if load_failure(self._alive().log()) is not None:
                 await self._give_up("a worker died")
-            await asyncio.sleep(POLL_SECONDS)
+            # No longer asking than not: on GPUs TorchServe runs nvidia-smi for each worker before it answers.
+            await asyncio.sleep(max(POLL_SECONDS, asyncio.get_running_loop().time() - began))
 
     def _check_loading(self) -> None:
         """Raises when TorchServe found a port taken or has ended by itself."""

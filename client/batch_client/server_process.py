@@ -22,7 +22,7 @@ from typing import IO, Any
 from batch_client.errors import ServingError
 from batch_client.folders import LOCK, sweep_folders
 from batch_client.java import Java, java_command
-from batch_client.machine import cores, device, free_ports, gpus
+from batch_client.machine import cores, device, free_ports, gpu_variables, gpus
 from batch_client.regions import new_folder, remove_folder
 from batch_client.resources import serve_config_dir
 from batch_client.server_config import (
@@ -141,6 +141,7 @@ def launch(
         ]
         share = max(1, cores() // lanes[-1].workers)
         seen = environment(environ, properties["blacklist_env_vars"], folder / "tmp", settings, share, lanes, shared)
+        seen |= gpu_variables(environ)
         with log.open("ab") as stream:
             log_start = stream.tell()
             guard, lifeline = _guarded(command, folder, shared, seen, stream)

@@ -22,7 +22,7 @@ import numpy as np
 from batch_handler.oip import Array, ModelMetadata
 from batch_handler.runtimes import Runtime, open_runtime
 from batch_handler.runtimes.device import Device, DeviceError, open_device
-from batch_handler.runtimes.foreign import classify
+from batch_handler.runtimes.foreign import classify, said
 from batch_handler.runtimes.transform import ModelError
 from batch_handler.scoring import Failure, Query, Score, Scorer, exit_process
 from batch_handler.signature import (
@@ -128,11 +128,14 @@ class Model:
             runtime = open_runtime(
                 description, directory, device, precision=tuning.precision, runtime=tuning.runtime
             )
+            device.restore()  # code that came with the model has run
             return cls._ready(description, directory, runtime, tuning, on_lost)
         except (SignatureError, ModelError, DeviceError) as error:
             raise ModelLoadError(f"model in {directory}: {error}") from error
         except MemoryError as error:
             raise ModelLoadError(f"model in {directory}: {classify(error)}") from error
+        except RuntimeError as error:  # what an engine says of a device that is full or lost as it is opened
+            raise ModelLoadError(f"model in {directory}: {said(classify(error))}") from error
 
     @classmethod
     def _ready(

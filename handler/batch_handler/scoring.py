@@ -25,10 +25,13 @@ from batch_handler.runtimes.slots import Slot
 from batch_handler.runtimes.transform import ModelError
 from batch_handler.signature import OutputSpec
 
-__all__ = ["STATUS_NOT_FINITE", "STATUS_OK", "Failure", "Query", "Score", "Scorer", "exit_process"]
+__all__ = ["HEARD_SECONDS", "STATUS_NOT_FINITE", "STATUS_OK", "Failure", "Query", "Score", "Scorer", "exit_process"]
 
 STATUS_OK = 0
 STATUS_NOT_FINITE = 2
+
+# TorchServe closes a dying worker's output without reading what is left of it: a reason needs time to be read.
+HEARD_SECONDS = 0.5
 
 # sysexits' EX_OSERR; TorchServe only sees that the worker is gone, and starts another.
 _EXIT_LOST = 71
@@ -87,9 +90,10 @@ _Failed: TypeAlias = list[tuple[Stack, Exception]]
 
 
 def exit_process(error: BaseException) -> None:
-    """Leave at once: with a poisoned context every later result is wrong, also those of clean-up code."""
+    """Leave without any clean-up: with a poisoned context every later result is wrong, also those of such code."""
     _log.critical("the worker ends: %s", error)
     logging.shutdown()
+    time.sleep(HEARD_SECONDS)
     os._exit(_EXIT_LOST)
 
 
@@ -151,7 +155,7 @@ class Scorer:
 
     def _alone(self, work: _Work, size: int, error: Exception) -> None:
         while size >= 1:
-            failed = self._stream(plan([Load(work.query.records)], size), [work])
+            failed = self._stream(plan([Load(work.query.records)], size), [work], all_or_none=True)
             if not failed:
                 return
             error = failed[0][1]
@@ -160,12 +164,14 @@ class Scorer:
             size //= 2
         work.failure = _failure(error)
 
-    def _stream(self, stacks: Sequence[Stack], works: Sequence[_Work]) -> _Failed:
-        """Fill one slot while another computes; the stacks that failed."""
+    def _stream(self, stacks: Sequence[Stack], works: Sequence[_Work], *, all_or_none: bool = False) -> _Failed:
+        """Fill one slot while another computes; the stacks that failed, and no more after one if that decides it."""
         failed: _Failed = []
         busy: deque[_Issued] = deque()
         began = self._finished = self._now()
         for number, stack in enumerate(stacks):
+            if failed and all_or_none:
+                break
             slot = self._slots[number % len(self._slots)]
             while any(issued.slot is slot for issued in busy):
                 self._finish(busy.popleft(), works, failed)

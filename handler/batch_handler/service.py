@@ -21,7 +21,7 @@ from batch_handler.exchange import MAX_RECORDS, Exchange, Pending, Reply, Reques
 from batch_handler.lane import bulk_lane_of, make_way
 from batch_handler.model import Model, ModelLoadError, Tuning
 from batch_handler.oip import OipError
-from batch_handler.scoring import Failure, Score
+from batch_handler.scoring import HEARD_SECONDS, Failure, Score
 from batch_handler.shared import shared_memory_of
 from batch_handler.worker import make_lean
 
@@ -33,9 +33,6 @@ METRICS = ("Batches", "BatchRequests", "BatchRecords", "MicroBatches", "Rejected
 # TorchServe's worker reads this at each request. Without it JSON bodies arrive parsed, NaN and all, and their
 # checksum can't be echoed. Set here, it needs no line in the server's configuration.
 _DECODE = "TS_DECODE_INPUT_REQUEST"
-
-# TorchServe closes a dying worker's output without reading what is left of it: a reason needs time to be read.
-HEARD_SECONDS = 0.5
 
 _log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from batch_client import machine, storage
 from batch_client.archives import local_archive
 from batch_client.errors import CredentialsError, ServingError, StorageError, UsageError
-from batch_client.machine import cpu_kind, device, gpus
+from batch_client.machine import cpu_kind, device, gpu_variables, gpus
 from batch_client.server_config import ServerSettings, environment
 from batch_client.server_process import settled
 from batch_client.storage import MemoryStore, open_store
@@ -401,6 +401,24 @@ def test_gpus_are_named_as_their_driver_names_them(tmp_path, listed, visible, na
     assert device(environ | {"CUDA_VISIBLE_DEVICES": ""}).startswith("cpu-")
     assert gpus(environ) == gpus(environ)
     assert (tmp_path / "starts").read_text() == "\n"  # the program is slow
+
+
+@pytest.mark.parametrize(("visible", "given"), [
+    (None, {}),
+    ("", {"CUDA_VISIBLE_DEVICES": ""}),
+    ("-1", {"CUDA_VISIBLE_DEVICES": ""}),
+    ("1", {"CUDA_VISIBLE_DEVICES": "1"}),
+    ("0, 1", {"CUDA_VISIBLE_DEVICES": "0,1"}),
+    ("GPU-b", {"CUDA_VISIBLE_DEVICES": "0", "BATCH_HANDLER_NAMED_GPUS": "GPU-b"}),
+    ("MIG-1 ,MIG-2", {"CUDA_VISIBLE_DEVICES": "0,1", "BATCH_HANDLER_NAMED_GPUS": "MIG-1,MIG-2"}),
+])
+def test_torchserve_gets_indexes_of_gpus_and_the_workers_their_names(tmp_path, monkeypatch, visible, given):
+    monkeypatch.setattr(machine, "DEVICES", tmp_path)
+    (tmp_path / "nvidia0").touch()
+    environ = {"PATH": "/nowhere"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    assert gpu_variables(environ) == given
+    (tmp_path / "nvidia0").unlink()  # no GPU here, whatever a variable says
+    assert gpu_variables(environ) == ({} if visible is None else {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def test_a_variable_makes_no_gpu_where_there_is_none(tmp_path, monkeypatch):

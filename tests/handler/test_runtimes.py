@@ -282,11 +282,7 @@ def test_settings_that_choose_other_kernels_are_in_the_numerics_and_no_others(mo
     assert CpuDevice().numerics == {**plain, "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
 
 
-def test_no_gpu_is_the_cpu_and_a_wrong_precision_is_refused():
-    if torch.cuda.is_available():
-        pytest.skip("a GPU is here, so it would be used")
-    assert isinstance(open_device(0), CpuDevice)
-    assert isinstance(open_device(None), CpuDevice)
+def test_a_wrong_precision_is_refused():
     with pytest.raises(devices.DeviceError, match="wanted one of float32"):
         open_device(None, precision="int8")
 

@@ -34,7 +34,7 @@ from batch_client.errors import BatchClientError, StorageError, UsageError
 from batch_client.figures import significant
 from batch_client.folders import temporary_folder
 from batch_client.java import find_java, torchserve_home
-from batch_client.machine import cores, device, gpus
+from batch_client.machine import cores, device, gpu_variables, gpus
 from batch_client.pipeline import execute
 from batch_client.plan import MAX_CHUNK_RECORDS, Plan, RequestSize, default_request, make_plan, reply_bytes_of
 from batch_client.prepare import Services, geometry_for, prepare
@@ -238,7 +238,7 @@ class _Session:
         settings = ServerSettings(self._archive, workers=way.workers, threads=way.threads, tuning=tuning)
         kept_back = parse_properties(template_of(serve_config_dir(self._environ)))["blacklist_env_vars"]
         environ = environment(self._environ, kept_back, self._folder, settings, way.threads, (), None)
-        environ |= tuning.environment()
+        environ |= tuning.environment() | gpu_variables(self._environ)
         async with workers_of(self._folder / "model", environ, count=way.workers, records_of=records_of,
                               gpus=self._gpus, seconds=seconds) as workers:
             self._request_records[way] = workers.records

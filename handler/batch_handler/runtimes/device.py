@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 
 __all__ = [
+    "NAMED_GPUS",
     "PRECISIONS",
     "CapacityError",
     "CpuDevice",
@@ -30,6 +31,7 @@ __all__ = [
     "Event",
     "LostDeviceError",
     "open_device",
+    "set_exact",
 ]
 
 Tensor = torch.Tensor
@@ -41,9 +43,16 @@ PRECISIONS: Mapping[str, torch.dtype | None] = {
     "float16": torch.float16,
 }
 
+# What CUDA_VISIBLE_DEVICES says where a GPU is not to be used.
+_NO_GPU = ("", "-1", "NoDevFiles")
+
 # What cuBLAS needs to give equal bits from one run to the next:
 # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
 _CUBLAS_WORKSPACE = ":4096:8"
+
+# Environment: the GPUs as whoever started the server named them. TorchServe reads CUDA_VISIBLE_DEVICES too and takes
+# nothing but indexes there; CUDA also takes UUIDs, and MIG instances have nothing else.
+NAMED_GPUS = "BATCH_HANDLER_NAMED_GPUS"
 
 # Settings by which oneDNN (https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html) and MKL choose
 # other kernels than they would for this CPU, which give other bits. ATen's shows in its capability.
@@ -52,6 +61,14 @@ _KERNELS = (
         "MAX_CPU_ISA", "CPU_ISA_HINTS", "DEFAULT_FPMATH_MODE")),
     "MKL_CBWR",
     "MKL_ENABLE_INSTRUCTIONS",
+)
+
+# And on a GPU, whatever was asked for (https://docs.pytorch.org/docs/stable/cuda_environment_variables.html).
+_GPU_KERNELS = (
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_CUDNN_V8_API_DISABLED",
+    "CUBLASLT_WORKSPACE_SIZE",
 )
 
 
@@ -94,6 +111,9 @@ class Device(Protocol):
     def mirror(self, host: Tensor) -> Tensor:
         """Memory of the device for what is in `host`; on the CPU the same memory."""
 
+    def restore(self) -> None:
+        """Make the settings that decide bits what `numerics` says, whatever a model's own code has made of them."""
+
     def settle(self) -> None:
         """Block until everything that was issued outside these operations, such as loading, is done."""
 
@@ -129,15 +149,19 @@ class CpuDevice:
     stack_bytes = 4 << 20
 
     def __init__(self, threads: int = 1) -> None:
-        torch.set_num_threads(threads)
+        self._threads = threads
+        self.restore()
         self.torch_device = torch.device("cpu")
         self.numerics: Mapping[str, Any] = {
             "device": "cpu",
             "cpu": _processor(),
             "isa": torch.backends.cpu.get_cpu_capability(),
             "threads": threads,
-            **{name: value for name in _KERNELS if (value := os.environ.get(name))},
+            **_set_of(_KERNELS),
         }
+
+    def restore(self) -> None:
+        torch.set_num_threads(self._threads)
 
     def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.zeros(tuple(shape), dtype=dtype)
@@ -187,8 +211,8 @@ class CudaDevice:
     stack_bytes = 0
 
     def __init__(self, index: int, *, threads: int = 1, precision: str = "float32") -> None:
-        torch.set_num_threads(threads)
-        _set_exact(precision)
+        self._threads, self._precision = threads, precision
+        self.restore()
         torch.cuda.set_device(index)
         self.torch_device = torch.device("cuda", index)
         self._uploads: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call] # torch: no types
@@ -198,8 +222,12 @@ class CudaDevice:
             "gpu": torch.cuda.get_device_name(index),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call] # torch ships none
-            "threads": threads,
+            **_set_of(_GPU_KERNELS),
         }
+
+    def restore(self) -> None:
+        torch.set_num_threads(self._threads)
+        set_exact(self._precision)
 
     def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)
@@ -228,23 +256,36 @@ class CudaDevice:
         with torch.cuda.stream(self._work):
             for source, host in zip(sources, hosts, strict=True):
                 host.copy_(source, non_blocking=True)
-        return hosts, self._record(self._work)
+        # The one event that the host waits for: asleep, since the others of its few cores have work.
+        return hosts, self._record(self._work, blocking=True)
 
     def _follow(self, after: Event) -> None:
         if isinstance(after, _CudaEvent):
             self._work.wait_event(after.event)
 
-    def _record(self, stream: Any) -> Event:
-        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch ships none
+    def _record(self, stream: Any, *, blocking: bool = False) -> Event:
+        event: Any = torch.cuda.Event(blocking=blocking)  # type: ignore[no-untyped-call] # torch ships none
         event.record(stream)
         return _CudaEvent(event)
 
 
 def open_device(gpu_id: int | None, *, threads: int = 1, precision: str = "float32") -> Device:
-    """The GPU that TorchServe gave this worker, or the CPU. Apple's MPS is never chosen by itself."""
+    """The GPU that TorchServe gave this worker, or the CPU. Apple's MPS is never chosen by itself.
+
+    A GPU that torch can't use is an error, and no reason to be slow without a word.
+    """
     if precision not in PRECISIONS:
         raise DeviceError(f"precision is {precision!r}, wanted one of {', '.join(PRECISIONS)}")
-    if gpu_id is None or gpu_id < 0 or not torch.cuda.is_available():
+    if named := os.environ.get(NAMED_GPUS):
+        os.environ["CUDA_VISIBLE_DEVICES"] = named
+    given = gpu_id is not None and gpu_id >= 0 and os.environ.get("CUDA_VISIBLE_DEVICES", "any") not in _NO_GPU
+    if given and not torch.cuda.is_available():
+        made_for = f"is made for CUDA {torch.version.cuda}" if torch.version.cuda else "is made for CPUs"
+        raise DeviceError(
+            f"this worker has GPU {gpu_id}, which torch {torch.__version__} can't use: that {made_for}; wanted a "
+            "driver (nvidia-smi) and a torch that go together, or CUDA_VISIBLE_DEVICES= to serve on the CPU"
+        )
+    if gpu_id is None or not given:
         if precision == "tf32":
             raise DeviceError("precision is tf32, which is of CUDA GPUs; wanted float32, bfloat16 or float16 on a CPU")
         return CpuDevice(threads)
@@ -262,9 +303,13 @@ def _processor() -> str:
     return " ".join(known) or platform.machine()
 
 
-def _set_exact(precision: str) -> None:
-    """Equal bits for equal input: no autotuning, deterministic algorithms, TF32 only where chosen."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _CUBLAS_WORKSPACE)
+def _set_of(names: Sequence[str]) -> dict[str, str]:
+    return {name: value for name in names if (value := os.environ.get(name))}
+
+
+def set_exact(precision: str) -> None:
+    """Equal bits for equal input on a GPU: no autotuning, deterministic algorithms, TF32 only where chosen."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = _CUBLAS_WORKSPACE
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(mode=True)
     # Otherwise deterministic mode fills every fresh tensor with NaN, which costs a pass over memory.
@@ -272,3 +317,10 @@ def _set_exact(precision: str) -> None:
     tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
+    # From torch 2.9 on there is a setting an engine and operation, which those above leave as it is where a wider one,
+    # torch.backends.fp32_precision, was set before.
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    engines: tuple[Any, ...] = (getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None), matmul)
+    for engine in engines:
+        if hasattr(engine, "fp32_precision"):
+            engine.fp32_precision = "tf32" if tf32 else "ieee"

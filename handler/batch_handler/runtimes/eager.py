@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.export.passes import move_to_device_pass
 
 from batch_handler.runtimes.device import Device
 from batch_handler.runtimes.foreign import foreign, raise_if_device, said
@@ -76,7 +77,7 @@ def _channels_last(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _on_device(weights: Weights, directory: Path, device: torch.device) -> torch.nn.Module:
-    module = build_module(weights, directory)
+    module = build_module(weights, directory, device)
     with foreign(f"the module can't be put on {device.type}:"):
         return module.to(device).requires_grad_(requires_grad=False)
 
@@ -91,11 +92,14 @@ def _runs(module: torch.nn.Module, examples: Sequence[torch.Tensor], precision: 
     return True
 
 
-def build_module(weights: Weights, directory: Path) -> torch.nn.Module:
-    """The module of a weights file, on the CPU, in eval mode; raises `ModelError` with one line."""
+def build_module(weights: Weights, directory: Path, device: torch.device | None = None) -> torch.nn.Module:
+    """The module of a weights file, on the CPU, in eval mode; raises `ModelError` with one line.
+
+    `device` is where it will be put: an exported program has the devices of its own tensors inside.
+    """
     path = directory / weights.file
     if weights.kind == "exported":
-        return _load_exported(path)
+        return _load_exported(path, device or torch.device("cpu"))
     if weights.kind == "pickle":
         return _evaluated(_unpickle(path))
     module = _call_arch(weights.arch or "", directory)
@@ -161,9 +165,13 @@ def _evaluated(module: torch.nn.Module) -> torch.nn.Module:
         return module.eval()
 
 
-def _load_exported(path: Path) -> torch.nn.Module:
+def _load_exported(path: Path, device: torch.device) -> torch.nn.Module:
     with foreign(f"{path.name} can't be loaded as an exported program:"):  # it unpickles, so it runs any code
-        module: torch.nn.Module = torch.export.load(path).module()
+        program = torch.export.load(path)
+        if device.type != "cpu":
+            # Constants, new tensors and checks name the device that it was exported on; `module.to` moves weights.
+            program = move_to_device_pass(program, device)
+        module: torch.nn.Module = program.module()
     return module
 
 

@@ -7,6 +7,7 @@ it goes into logs and replies.
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,13 +26,16 @@ _MEMORY_TEXTS = (
     "out of memory",
     "not enough memory",
     "can't allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
+    "ALLOC_FAILED",  # of cuBLAS, cuDNN, cuFFT, cuSOLVER
     "CUBLAS_STATUS_NOT_INITIALIZED",
+    "unable to find an engine to execute this computation",  # cuDNN's; of a model that ran as it was loaded
     "Failed to allocate memory",
     "bad_alloc",
 )
-# And that the context is poisoned: torch begins with it, ONNX Runtime has it behind its own words.
-_TORCH_LOST, _ONNX_LOST = "CUDA error", "CUDA failure"
+# And that the context is poisoned: torch begins with it, ONNX Runtime has it behind its own words. What cuBLAS can't do
+# begins the same, and the context is as it was.
+_TORCH_LOST, _ONNX_LOST = ("CUDA error", "CUDA driver error"), "CUDA failure"
+_NOT_LOST = ("CUBLAS_STATUS_NOT_SUPPORTED", "CUBLAS_STATUS_INVALID_VALUE")
 
 
 def said(error: BaseException) -> str:
@@ -61,8 +65,9 @@ def classify(error: BaseException) -> BaseException:
     # AcceleratorError is what newer versions raise for errors that CUDA calls sticky; older ones raise
     # RuntimeError with the text alone.
     sticky = getattr(torch, "AcceleratorError", None)
-    lost = message.startswith(_TORCH_LOST) or _ONNX_LOST in message
-    if lost or (sticky is not None and isinstance(error, sticky)):
+    named = isinstance(error, sticky) if sticky is not None else False
+    lost = named or message.startswith(_TORCH_LOST) or _ONNX_LOST in message
+    if lost and not any(text in message for text in _NOT_LOST):
         return LostDeviceError(f"the device's context is lost: {said(error)}")
     return error
 
@@ -86,5 +91,17 @@ def foreign(what: str) -> Iterator[None]:
     except StopIteration as error:  # contextlib drops an error that it is the cause of, as one of the generator
         raise ModelError(f"{what} {said(error)}") from None
     except (Exception, SystemExit) as error:  # a model that ends the process fails its request, and the worker stays
+        _let_go(error)
         raise_if_device(error)
         raise ModelError(f"{what} {said(error)}") from error
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Empty the frames that an error came through and those of its causes: what a model had in its variables would
+    stay in memory as long as the error does, and memory may be what is full.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

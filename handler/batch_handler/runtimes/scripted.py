@@ -85,6 +85,9 @@ class ScriptedDevice:
     def mirror(self, host: Tensor) -> Tensor:
         return _poison(torch.empty_like(host))
 
+    def restore(self) -> None:
+        """There are no settings."""
+
     def settle(self) -> None:
         """Loading is not part of the script."""
 

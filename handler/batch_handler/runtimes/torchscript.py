@@ -38,7 +38,7 @@ def open_torchscript(description: ModelDescription, directory: Path, device: Dev
         # Of what a module may give, a trace can hold a tuple of tensors.
         ordered = OutputsInOrder(module, description.outputs)
         script = _trace(ordered, description.inputs, fixed or description.micro_batch, where, precision)
-    script, optimised = _optimise(script.eval())
+    script, optimised = _optimise(script.eval(), where)
     return SlotRuntime(
         script,
         device,
@@ -74,11 +74,12 @@ def _trace(module: Any, inputs: Sequence[InputSpec], records: int, device: torch
         raise ModelError(f"the module can't be traced, wanted one that can or runtime eager: {why}") from error
 
 
-def _optimise(script: Any) -> tuple[Any, str]:
-    steps: tuple[tuple[str, Callable[[Any], Any]], ...] = (
-        ("frozen", torch.jit.freeze),
-        ("optimised", torch.jit.optimize_for_inference),
-    )
+def _optimise(script: Any, device: torch.device) -> tuple[Any, str]:
+    steps: list[tuple[str, Callable[[Any], Any]]] = [("frozen", torch.jit.freeze)]
+    if device.type == "cpu":
+        # On a GPU it fuses convolutions into cuDNN's own with ReLU, which torch calls with `deterministic` off whatever
+        # is set (ATen/native/cudnn/ConvShared.cpp).
+        steps.append(("optimised", torch.jit.optimize_for_inference))
     reached = "none"
     for name, step in steps:
         try:
