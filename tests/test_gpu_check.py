@@ -18,6 +18,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_check.py"
 REPEATABLE = "torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))"
 # Weights that are drawn when the module is built, and not part of what is packed.
 OTHER_EACH_LIFE = f"torch.nn.Sequential(*{REPEATABLE}, torch.nn.Dropout(0.0), Noise())"
+FAILS_LATER = f"torch.nn.Sequential(*{REPEATABLE}, Tired())"
 ARCH = """
 import os
 import torch
@@ -29,6 +30,15 @@ class Noise(torch.nn.Module):
 
     def forward(self, scores):
         return scores + self.shift
+
+class Tired(torch.nn.Module):
+    runs = 0
+
+    def forward(self, scores):
+        self.runs += 1
+        if self.runs > 60:
+            raise ValueError("a record that this model does not like")
+        return scores
 
 def make_model():
     return {module}
@@ -54,7 +64,15 @@ def script(*words):
 def test_bits_over_restarts_are_compared(tmp_path, module, code, said):
     done = checked(tmp_path, module)
     assert (done.returncode, done.stderr) == (code, "")
-    assert f"| bits over 2 restarts | {said} |" in done.stdout
+    for runtime in ("eager", "torchscript"):
+        assert f"| bits over 2 restarts, {runtime} | {said} |" in done.stdout
+
+
+def test_a_process_that_fails_is_told_from_bits_that_differ(tmp_path):
+    done = checked(tmp_path, FAILS_LATER)
+    assert done.returncode == 3
+    assert "a record that this model does not like" in done.stderr
+    assert done.stderr.endswith("a process of the check failed with exit code 1, for the reason above\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
