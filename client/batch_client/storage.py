@@ -11,12 +11,12 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote
 
 import obstore
@@ -29,13 +29,15 @@ from batch_client.urls import require_path_alone, split_url
 
 __all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "is_inside", "open_store", "put_same"]
 
-# obstore repeats 5xx and reads whose connection is lost itself; after this long a run is better stopped and resumed.
+# After this long without the store a run is better stopped and resumed. obstore repeats 5xx itself, and reads whose
+# connection is lost, but those only for some two seconds.
 RETRY_SECONDS = 60
-TRIES = 8  # of what obstore does not repeat itself
-AGAIN_SECONDS = 0.05  # before the second try; twice as long before each other one
+TRIES = 8  # of writes that the store calls conflicts
+AGAIN_SECONDS, MOST_AGAIN_SECONDS = 0.05, 5.0  # before the second try; twice as long before each other one
 
 
 _WEB = ("http", "https")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,18 @@ class ObjectStore:
         self.url = url
         self._inner = inner
         self._prefix = prefix
+        self._answered = False
 
     async def get(self, key: str, start: int | None = None, stop: int | None = None) -> Blob | None:
         options = _range_options(start, stop)
+
+        async def read() -> tuple[obstore.Bytes, Any]:
+            result = await obstore.get_async(self._inner, self._prefix + key, options=options)
+            return await result.bytes_async(), result.meta
+
         with self._mapped("reading", key):
             try:
-                result = await obstore.get_async(self._inner, self._prefix + key, options=options)
-                data = await result.bytes_async()
+                data, meta = await self._repeated(read)
             except (FileNotFoundError, foreign.NotFoundError) as error:
                 if _NO_BUCKET.search(str(error)):
                     raise
@@ -135,12 +142,12 @@ class ObjectStore:
                 if _BELOW_A_FILE.search(_said(error)):
                     return None
                 raise
-            return Blob(memoryview(data), result.meta.get("e_tag"))
+            return Blob(memoryview(data), meta.get("e_tag"))
 
     async def head(self, key: str) -> Meta | None:
         with self._mapped("looking at", key):
             try:
-                meta = await obstore.head_async(self._inner, self._prefix + key)
+                meta = await self._repeated(lambda: obstore.head_async(self._inner, self._prefix + key))
             except (FileNotFoundError, foreign.NotFoundError):
                 return None
             except foreign.GenericError as error:
@@ -156,7 +163,7 @@ class ObjectStore:
         for tries in range(TRIES):
             with self._mapped("writing", key):
                 try:
-                    await _repeated(put)
+                    await self._repeated(put, write=True)
                 except (FileExistsError, foreign.AlreadyExistsError, foreign.PreconditionError):
                     # S3 also says "conflict" when two writers meet and neither has won yet.
                     if await self.head(key) is not None:
@@ -172,29 +179,64 @@ class ObjectStore:
 
         with self._mapped("deleting", key):
             try:
-                await _repeated(remove)
+                await self._repeated(remove, write=True)
             except (FileNotFoundError, foreign.NotFoundError):
                 return
 
     async def list(self, prefix: str) -> AsyncIterator[Meta]:
         last: str | None = None
-        tries = 0
+        pauses = self._pauses()
         with self._mapped("listing", prefix):
             while True:
                 try:
                     async for batch in obstore.list(self._inner, prefix=self._prefix + prefix or None, offset=last):
+                        self._answered = True
                         for meta in batch:
                             last = meta["path"]
                             yield Meta(last[len(self._prefix):], meta["size"], meta.get("e_tag"),
                                        meta["last_modified"].timestamp())
                 except foreign.BaseError as error:
-                    # A page cut short is the one thing that obstore does not ask for again itself.
-                    tries += 1
-                    if tries >= TRIES or not _CUT_PAGE.search(str(error)):
+                    if not (_CUT_PAGE.search(str(error)) or self._is_away(error)) or (pause := next(pauses)) is None:
                         raise
-                    await asyncio.sleep(AGAIN_SECONDS * 2**tries)
+                    await asyncio.sleep(pause)
                 else:
+                    self._answered = True
                     return
+
+    async def _repeated(self, call: Callable[[], Awaitable[_T]], *, write: bool = False) -> _T:
+        """What `call` gives, which is made again while the store is away.
+
+        A write or removal in any case, since obstore repeats none: it does not know that ours may be done twice. A
+        second create finds the first one's object, as it finds another client's.
+        """
+        pauses = self._pauses()
+        while True:
+            try:
+                result = await call()
+            except foreign.GenericError as error:
+                if not self._is_away(error, reached=write) or (pause := next(pauses)) is None:
+                    raise
+            except (FileNotFoundError, foreign.BaseError):
+                self._answered = True
+                raise
+            else:
+                self._answered = True
+                return result
+            await asyncio.sleep(pause)
+
+    def _is_away(self, error: Exception, *, reached: bool = False) -> bool:
+        """Whether a request found no store where there was one. One that never answered may not be there at all."""
+        return (reached or self._answered) and _LOST.search(_said(error)) is not None
+
+    @staticmethod
+    def _pauses() -> Iterator[float | None]:
+        """Seconds before each other try; None once it is not worth another."""
+        end, pause = time.monotonic() + RETRY_SECONDS, AGAIN_SECONDS
+        while time.monotonic() < end:
+            yield pause
+            pause = min(2 * pause, MOST_AGAIN_SECONDS)
+        while True:
+            yield None
 
     @contextmanager
     def _mapped(self, doing: str, key: str) -> Any:
@@ -207,23 +249,6 @@ class ObjectStore:
                 raise
             raise StorageError(f"{doing} {child_url(self.url, key)}: obstore gave up: look for missing parts and line "
                                "breaks in the variables that name the store and its credentials") from error
-
-
-async def _repeated(call: Callable[[], Awaitable[None]]) -> None:
-    """A write or removal, again where its connection is lost: obstore does not know that ours may be done twice.
-
-    A second create finds the first one's object, as it finds another client's.
-    """
-    end = time.monotonic() + RETRY_SECONDS
-    for tries in range(TRIES):
-        try:
-            await call()
-        except foreign.GenericError as error:
-            if tries + 1 == TRIES or time.monotonic() >= end or not _LOST.search(_said(error)):
-                raise
-        else:
-            return
-        await asyncio.sleep(AGAIN_SECONDS * 2**tries)
 
 
 async def put_same(store: Store, key: str, data: bytes | memoryview) -> bool:

@@ -1,11 +1,15 @@
 """Storage that is busy, breaks, loses answers, or holds a source that is damaged or changes."""
 
+import asyncio
+
 import numpy as np
 import obstore
 import pytest
 import zarr
 from zarr.codecs import Crc32cCodec
 
+from batch_client import storage
+from batch_client.errors import StorageError
 from support.cli import run_cli
 from support.faults import (
     FULL,
@@ -63,6 +67,36 @@ async def test_writes_and_removals_whose_connection_is_lost(kind, s3, s3_environ
         await disturbed.delete("lost")
         assert proxy.injected[kind] == 8
     assert await store.get("lost") is None
+
+
+async def test_reads_wait_for_a_store_that_was_there(s3, s3_environ, output):
+    """One that restarts is away for longer than obstore asks it again; one that never answered may be a wrong name."""
+    with FaultProxy(s3.endpoint_url) as proxy:
+        environ = s3_environ | {"AWS_ENDPOINT_URL": proxy.url}
+        store = opened(output, environ)
+        await store.create("a", b"bytes")
+        proxy.down = True
+        with pytest.raises(StorageError, match="check the network"):
+            await opened(output, environ).get("a")
+        asyncio.get_running_loop().call_later(6, setattr, proxy, "down", False)
+        blob, meta, keys = await asyncio.gather(store.get("a"), store.head("a"), listed(store))
+        assert proxy.down is False
+        assert (blob.data, meta.size, keys) == (b"bytes", 5, ["a"])
+
+
+async def test_a_store_that_stays_away_is_given_up(monkeypatch, s3, s3_environ, output):
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 1)
+    with FaultProxy(s3.endpoint_url) as proxy:
+        store = opened(output, s3_environ | {"AWS_ENDPOINT_URL": proxy.url})
+        await store.create("a", b"bytes")
+        proxy.down = True
+        for call in (store.get("a"), store.head("a"), listed(store), store.create("b", b""), store.delete("a")):
+            with pytest.raises(StorageError, match="check the network"):
+                await call
+
+
+async def listed(store):
+    return [meta.key async for meta in store.list("")]
 
 
 def new_source(environ, name, **options):
