@@ -31,6 +31,7 @@ __all__ = [
     "ServerBack",
     "ServerJoined",
     "ServerLeftOut",
+    "SourceIsPacked",
     "Step",
     "StepBegan",
     "StepEnded",
@@ -56,6 +57,23 @@ class RunStarted:
     fingerprint: str
     in_flight: int
     ceiling: float | None
+
+
+@dataclass(frozen=True)
+class SourceIsPacked:
+    """The source's attributes say that its numbers stand for others, number * `scale_factor` + `add_offset`, which
+    xarray would give (https://cfconventions.org, "Packed Data"). They are scored as they are stored.
+    """
+
+    source: str
+    scale_factor: float
+    add_offset: float
+
+    def __str__(self) -> str:
+        """What a person is to know of it."""
+        return (f"{self.source} is scored as it is stored: its scale_factor {self.scale_factor:g} and add_offset "
+                f"{self.add_offset:g}, which xarray applies, are not; a model that was trained on such values needs "
+                "the array written decoded, or pack --scale and --mean for the same")
 
 
 @dataclass(frozen=True)
@@ -232,9 +250,9 @@ class Published:
     already: bool = False
 
 
-Event = (RunStarted | ServerLeftOut | ServerJoined | ServerAway | ServerBack | StepBegan | StepEnded | RequestSent
-         | RequestDone | RequestRetried | RecordsScored | RecordFailed | ChunkHeld | ChunkReused | ChunkWritten
-         | Stopping | Published)
+Event = (RunStarted | SourceIsPacked | ServerLeftOut | ServerJoined | ServerAway | ServerBack | StepBegan | StepEnded
+         | RequestSent | RequestDone | RequestRetried | RecordsScored | RecordFailed | ChunkHeld | ChunkReused
+         | ChunkWritten | Stopping | Published)
 
 
 class Observer(Protocol):

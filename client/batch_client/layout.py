@@ -6,6 +6,7 @@ once, create-only, metadata last.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, Self
@@ -33,6 +34,8 @@ MANIFEST_KEY = "_run/manifest.json"
 MANIFEST_PREFIX = "_run/manifest/"
 SUCCESS_KEY = "_SUCCESS"
 STATUS = OutputGeometry("record_status", np.dtype(np.uint8), ())
+# What a reader finds of a chunk object that somebody has removed: no status that a record has.
+_STATUS_LOST = 255
 
 
 class OutputLayout:
@@ -105,8 +108,15 @@ class OutputLayout:
                 dtype=output.dtype,
                 serializer=BytesCodec(),
                 compressors=[ZstdCodec(level=3), Crc32cCodec()] if self._codec == "zstd" else [Crc32cCodec()],
-                fill_value=0,
+                fill_value=_lost(output),
                 dimension_names=["record", *(f"{output.name}_{axis}" for axis in range(1, len(output.shape) + 1))],
                 config={"write_empty_chunks": True},
             )
         return arrays
+
+
+def _lost(output: OutputGeometry) -> float:
+    """The fill value: every chunk is written, so whoever reads it reads what was lost since."""
+    if output.name == STATUS.name:
+        return _STATUS_LOST
+    return math.nan if output.dtype.kind == "f" else 0

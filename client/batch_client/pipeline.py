@@ -28,6 +28,7 @@ from batch_client.events import (
     RecordFailed,
     RecordsScored,
     RunStarted,
+    SourceIsPacked,
     Step,
     Stopping,
     timed,
@@ -69,6 +70,7 @@ async def plan_run(spec: RunSpec, services: Services, observers: tuple[Observer,
     """
     prepared = await prepare(spec, services)
     prepared.pool.tell(to_all(observers))
+    _tell_of_packing(prepared, to_all(observers))
     _, root = await _found(spec, services.output_store, prepared)
     if root is None:
         await _reusable(spec, services, prepared)
@@ -87,6 +89,7 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     emit = to_all((tally, *observers))
     stop = stop or asyncio.Event()
     prepared = await prepare(spec, services)
+    _tell_of_packing(prepared, emit)
     output = services.output_store
     replaces, manifest = await _found(spec, output, prepared)
     if manifest is not None:  # whatever has become of what it reused
@@ -107,6 +110,12 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     if root is not None:
         emit(Published(spec.output, root))
     return tally.summary(spec, prepared, run.view)
+
+
+def _tell_of_packing(prepared: Prepared, emit: Callable[[Event], None]) -> None:
+    packing = prepared.source.packing
+    if packing is not None:
+        emit(SourceIsPacked(prepared.source.url, *packing))
 
 
 async def _found(spec: RunSpec, output: Store, prepared: Prepared) -> tuple[bool, Manifest | None]:
@@ -212,6 +221,8 @@ class _Run:
     async def to_the_end(self, reusable: AsyncIterator[Row] | None) -> str | None:
         """Score what no ledger row proves, then publish. Returns the root hash, None if other parts are not done."""
         await self.view.refresh()
+        if len(self.view):  # of an earlier life: told before more is scored that could not be published
+            await self._require_unchanged()
         contract = self._prepared.contract
         pool = self._prepared.pool
         try:
@@ -238,8 +249,11 @@ class _Run:
             raise DataError(f"{self.view.missing_chunks:,} missing input chunks were taken as the fill value by a "
                             "client with --allow-missing: publish with that flag, or restore them and score again at "
                             "another place")
-        await self._prepared.source.require_unchanged(row.source async for row in self.view.rows())
+        await self._require_unchanged()
         return await publish(self._store, self._layout, self._plan, self._prepared.identity, self.view)
+
+    async def _require_unchanged(self) -> None:
+        await self._prepared.source.require_unchanged(row.source async for row in self.view.rows())
 
     async def _reuse(self, old: Store, rows: AsyncIterator[Row]) -> None:
         mine = self._plan.part(self._spec.part)
@@ -403,7 +417,10 @@ class _Run:
 
     def _too_many(self) -> DataError:
         failed, where = self.failed, child_url(self._store.url, FAILED_PREFIX)
+        # A chunk that is proven has its records as they were; only what is held back is read again.
+        mended = ("mend the source" if not self.view.failed else
+                  "mend the source and score it into a new OUTPUT, or with --overwrite")
         return DataError(
             f"{counted(failed, 'record')} failed, --max-failed {self._spec.max_failed} allows fewer, listed in "
             f"{where}; output chunks held back: {len(self._held)}; run again with --max-failed {failed} to accept "
-            "them, or mend the source")
+            f"them, or {mended}")

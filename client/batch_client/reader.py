@@ -70,7 +70,10 @@ class ETags:
 
 
 class Source:
-    """An open source array."""
+    """An open source array.
+
+    `packing` is the scale factor and the offset that its attributes name, None where they change nothing.
+    """
 
     def __init__(self, store: Store, path: str, array: AsyncArray[Any], metadata: Mapping[str, bytes]) -> None:
         """metadata: the documents that `array` was opened by, by key."""
@@ -85,6 +88,7 @@ class Source:
         self._array = array
         grid = array.shards or array.chunks
         beside = (-(-size // piece) for size, piece in zip(array.shape[1:], grid[1:], strict=True) if size)
+        self.packing = _packing(array.attrs)
         self.geometry = Geometry(shape=array.shape, dtype=np.dtype(array.dtype), chunk_records=grid[0],
                                  chunk_objects=math.prod(beside))
 
@@ -235,6 +239,13 @@ async def _nothing_there(store: SourceStore, where: str, array: str | None) -> s
         return f"{where}: no such array; {found}: name one with --array" if array else (
             f"{where}: this is a group; {found}: name one with --array, or as {child_url(where, names[0])}")
     return f"{where}: no Zarr array there (no zarr.json and no .zarray): name the place of an array or of a group"
+
+
+def _packing(attributes: Mapping[str, Any]) -> tuple[float, float] | None:
+    found = [attributes.get(name, default) for name, default in (("scale_factor", 1), ("add_offset", 0))]
+    if found == [1, 0] or not all(isinstance(number, int | float) for number in found):
+        return None
+    return float(found[0]), float(found[1])
 
 
 def _native(data: np.ndarray) -> np.ndarray:

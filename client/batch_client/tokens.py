@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Protocol
 
-from batch_client.errors import CredentialsError, UsageError
+from batch_client.errors import CredentialsError, ServingError, UsageError
 
 __all__ = ["CommandTokens", "FileTokens", "NoTokenError", "NoTokens", "TokenSource", "authorization"]
 
@@ -17,7 +17,11 @@ VISIBLE = range(ord("!"), ord("~") + 1)  # what a header can carry of a token (R
 
 
 class NoTokenError(CredentialsError):
-    """There is no token now: a server writes its file when it is ready, and removes it at its end."""
+    """There is no token now: a server writes its file when it is ready, and removes it at its end. So it is as with a
+    server that does not answer, and a scheduler starts again.
+    """
+
+    exit_code = ServingError.exit_code
 
 
 class TokenSource(Protocol):
@@ -104,8 +108,14 @@ class FileTokens:
         if self._token is None or self._token == refused:
             try:
                 text = self._path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise NoTokenError(f"--token-file {self._path}: can't be read: {error}") from error
+            except FileNotFoundError:
+                raise NoTokenError(f"--token-file {self._path}: there is no such file; wanted that of a server that "
+                                   "runs: serve --token-out writes it once it is ready, and removes it at its end"
+                                   ) from None
+            except OSError as error:
+                raise CredentialsError(f"--token-file {self._path}: can't be read: {error.strerror}") from error
+            except UnicodeDecodeError as error:
+                raise CredentialsError(f"--token-file {self._path}: is no text; wanted a token") from error
             self._token = _one_word(f"--token-file {self._path}", text)
         return self._token
 

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from batch_client.bottleneck import BACKLOG, Limit, Totals, Waiting, find_bottleneck, knee
 from batch_client.contract import contract_of
-from batch_client.events import Published, RunStarted, ServerJoined
+from batch_client.events import (
+    Published,
+    RequestDone,
+    RequestSent,
+    RunStarted,
+    ServerJoined,
+    Step,
+    StepBegan,
+    StepEnded,
+)
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.report import Report
@@ -232,6 +241,20 @@ def test_a_budget_that_the_requests_hold_is_the_thing_to_raise(source):
 def test_an_event_loop_that_is_never_idle_is_the_limit_whatever_waits(source):
     ticks = itertools.count(0.0, 1e3)
     assert scored(source, cpu=lambda: next(ticks)).limited_by == Limit.CLIENT.value
+
+
+@pytest.mark.parametrize(("seconds", "limit"), [(0.9, Limit.ENDS), (16.0, Limit.WRITING)])
+def test_a_store_that_is_away_at_the_end_is_no_matter_of_a_short_run(seconds, limit):
+    now = [0.0]
+    sheet = Timesheet(lambda: now[0], lambda: 0.0)
+    sheet(RunStarted(plan_of(), "out", "m", "d", 0, "f", 4, None))
+    sheet(RequestSent("http://one", 4))
+    now[0] = 0.5
+    sheet(RequestDone("http://one", 4, 1, 1, 0.5, 100.0))
+    sheet(StepBegan(Step.WRITE))
+    now[0] += seconds
+    sheet(StepEnded(Step.WRITE, seconds))
+    assert find_bottleneck(sheet.totals()).limit is limit
 
 
 def test_places_are_those_of_all_servers_that_take_part_by_now():

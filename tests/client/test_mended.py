@@ -3,19 +3,23 @@
 import asyncio
 import random
 
+import numpy as np
 import pytest
+import zarr
 from obstore.exceptions import GenericError
 
 from batch_client.endpoint import EJECT_AFTER, Pool
-from batch_client.errors import CredentialsError, StoppedError, StorageError
+from batch_client.errors import CredentialsError, DataError, MismatchError, StoppedError, StorageError
+from batch_client.events import ChunkWritten, RequestSent
 from batch_client.layout import GENERATION_KEY
 from batch_client.ledger import Ledger
+from batch_client.pipeline import execute
 from batch_client.storage import MemoryStore, _translate
 from batch_client.transport import HttpReply
-from support.faulty import Fate
+from support.faulty import Fate, Life
 from support.simulated import URL, SimulatedServer
 from support.virtual import run_virtually
-from support.world import World
+from support.world import CHUNK, RECORDS, World
 
 
 def test_a_success_forgets_the_refusals_before_it():
@@ -107,3 +111,64 @@ def test_a_stop_before_anything_was_scored_writes_nothing():
         assert world.output.objects == {}
 
     run_virtually(run())
+
+
+def test_a_chunk_that_somebody_removed_is_read_as_what_no_record_has():
+    """Neither as a number that a model may give, nor as ok."""
+    world = World(1)
+
+    async def run():
+        await world.live(Fate(random.Random(1), faults=0))
+
+    run_virtually(run())
+    for key in ("record_status/c/1", "y/c/1/0"):
+        del world.output.objects[key]
+    group = zarr.open_group(zarr.storage.MemoryStore({
+        key: zarr.core.buffer.cpu.Buffer.from_bytes(data) for key, data in world.output.objects.items()}), mode="r")
+    assert set(group["record_status"][CHUNK:2 * CHUNK]) == {255}
+    assert np.isnan(group["y"][CHUNK:2 * CHUNK]).all()
+    assert set(group["record_status"][:CHUNK]) == {0}
+
+
+def test_a_source_that_changed_between_two_lives_is_told_before_more_is_scored():
+    world = World(1)
+
+    async def run():
+        stop = asyncio.Event()
+        services = world.services(Fate(random.Random(1), faults=0), Life())
+
+        def stop_soon(event):
+            if isinstance(event, ChunkWritten):
+                stop.set()
+
+        with pytest.raises(StoppedError):
+            await execute(world.spec(), services, (stop_soon,), stop)
+        assert any("ledger" in key for key in world.output.objects)
+        world.source.objects["c/0/0"] = world.source.objects["c/1/0"]
+        events = []
+        with pytest.raises(MismatchError, match="chunk c/0/0 changed since it was scored"):
+            await execute(world.spec(), services, (events.append,))
+        assert not any(isinstance(event, RequestSent) for event in events)
+
+    run_virtually(run())
+
+
+def test_a_mended_source_is_advised_only_where_it_is_read_again():
+    """A record that failed in a chunk that is proven stays failed there."""
+    class Fussy(SimulatedServer):
+        def answer(self, body, header_length):
+            bad = any(bytes(world.records[index]) in body[header_length:] for index in (3, 70))
+            return HttpReply(500, {}, b'{"error": "x"}') if bad else super().answer(body, header_length)
+
+    records = np.arange(RECORDS * 3, dtype=np.uint8).reshape(RECORDS, 3)
+    world = World(1, server=Fussy(seconds=0.01), records=records)
+
+    async def run(most):
+        with pytest.raises(DataError) as caught:
+            await world.live(Fate(random.Random(1), faults=0), max_failed=most)
+        return str(caught.value)
+
+    assert run_virtually(run(0)).endswith("to accept them, or mend the source")
+    said = run_virtually(run(1))
+    assert "held back: 1" in said
+    assert said.endswith("or mend the source and score it into a new OUTPUT, or with --overwrite")

@@ -105,7 +105,8 @@ SERVERS = [
     (["--endpoint", "URL", "--model", "toy", "--patience", "nan"], 64, "wanted a finite number"),
     (["--endpoint", "URL", "--model", "nobody", "--token-file", "TOKEN"], 69, "has no model 'nobody'"),
     (["--endpoint", "URL", "--model", "toy"], 77, "wants a token ("),
-    (["--endpoint", "URL", "--model", "toy", "--token-file", "nofile"], 77, "--token-file nofile: can't be read"),
+    (["--endpoint", "URL", "--model", "toy", "--token-file", "nofile"], 69, "--token-file nofile: there is no such"),
+    (["--endpoint", "URL", "--model", "toy", "--token-file", "."], 77, "--token-file .: can't be read: Is a directory"),
 ]
 
 

@@ -216,6 +216,20 @@ def test_plan_says_what_run_then_does_and_writes_nothing(source, s3_environ, toy
     assert again["already_published"]
 
 
+def test_numbers_that_stand_for_others_are_scored_as_they_are_and_somebody_is_told(
+    toy_images, clean_environ, toy_server, tmp_path, bulk_scores,
+):
+    """What xarray writes with an encoding; the stored numbers may well be what the model was trained on."""
+    zarr.create_array(tmp_path / "in.zarr", data=toy_images, chunks=(50, 12, 12), attributes={"scale_factor": 0.01})
+    said = "in.zarr is scored as it is stored: its scale_factor 0.01 and add_offset 0, which xarray applies, are not"
+    words = ["in.zarr", "out.zarr", "--chunk-records", "200", *toy_server.flags]
+    done = run_cli(["plan", *words], clean_environ, cwd=tmp_path, check=True)
+    assert said in done.stdout
+    done = run_cli(["run", *words], clean_environ, cwd=tmp_path, check=True)
+    assert said in done.stderr
+    np.testing.assert_array_equal(zarr.open_group(tmp_path / "out.zarr", mode="r")["scores"][:], bulk_scores[1])
+
+
 def test_verify_status_and_replay_on_a_real_output(bulk_scores, s3_environ, toy_server, s3):
     output = "s3://data/toy-bulk.zarr"
     root = bulk_scores[0]["root"]

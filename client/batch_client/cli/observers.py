@@ -24,6 +24,7 @@ from batch_client.events import (
     ServerBack,
     ServerJoined,
     ServerLeftOut,
+    SourceIsPacked,
     Stopping,
 )
 
@@ -69,7 +70,7 @@ class ProgressBar:
                 self._failed += 1
             case ChunkWritten() | ChunkHeld():
                 self._advance(event.records)
-            case ServerLeftOut() | ServerJoined() | ServerAway() | ServerBack() | Stopping():
+            case SourceIsPacked() | ServerLeftOut() | ServerJoined() | ServerAway() | ServerBack() | Stopping():
                 # A line of its own, below what is there of the bar.
                 self._stream.write(f"\n{' '.join(_said(event).split())}\n")
 
@@ -84,8 +85,10 @@ class ProgressBar:
             self._bar.close()
 
 
-def _said(event: ServerLeftOut | ServerJoined | ServerAway | ServerBack | Stopping) -> str:
+def _said(event: SourceIsPacked | ServerLeftOut | ServerJoined | ServerAway | ServerBack | Stopping) -> str:
     match event:
+        case SourceIsPacked():
+            return str(event)
         case ServerLeftOut():
             again = "; it is asked again while the run goes on" if event.asked_again else ""
             return f"going on without a server: {event.reason}{again}"
@@ -102,6 +105,7 @@ def _said(event: ServerLeftOut | ServerJoined | ServerAway | ServerBack | Stoppi
 # What JSON lines are written for: the level, and what the event is called there.
 _LINES: dict[type[Event], tuple[str, str]] = {
     RunStarted: ("info", "run started"),
+    SourceIsPacked: ("warning", "source is packed"),
     ServerLeftOut: ("warning", "server left out"),
     ServerJoined: ("info", "server joined"),
     ServerAway: ("warning", "server away"),

@@ -32,7 +32,7 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
     """Show what `run` with the same words would do. Nothing is written, and no record is sent but with --calibrate."""
     from batch_client import api
     from batch_client.eventloop import run_verb
-    from batch_client.events import ServerLeftOut
+    from batch_client.events import ServerLeftOut, SourceIsPacked
     from batch_client.forecast import Prices
 
     asked = [options.pop(f"price_per_{what}") for what in ("hour", "1000_puts", "1000_gets")]
@@ -47,13 +47,16 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
         figures = _figures(found.plan) | _forecast(found) | _cost(found.plan, prices, found, spec)
     else:
         left_out: list[str] = []
+        packed: dict[str, str] = {}
 
         def observe(event: Event) -> None:
             if isinstance(event, ServerLeftOut):
                 left_out.append(event.reason)
+            if isinstance(event, SourceIsPacked):
+                packed["source_is_packed"] = str(event)
 
         plan = run_verb(api.plan(spec, (observe,)))
-        figures = _figures(plan) | {"left_out": left_out} | _cost(plan, prices, None, spec)
+        figures = _figures(plan) | packed | {"left_out": left_out} | _cost(plan, prices, None, spec)
     if as_json:
         click.echo(json.dumps(figures))
         return

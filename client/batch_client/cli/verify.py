@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -88,11 +89,11 @@ async def _verify(output_url: str, deep: bool, replays: int | None,  # noqa: FBT
 
 
 async def _proven(store: Store, *, deep: bool) -> Verification:
-    """What `verify_output` finds, with a bar for the bytes that are read."""
+    """What `verify_output` finds, with a bar for the bytes that are read where somebody looks; cron would mail it."""
     from batch_client.verify import verify_output
 
-    if not deep:
-        return await verify_output(store)
+    if not deep or not sys.stderr.isatty():
+        return await verify_output(store, deep=deep)
     from batch_client.cli.observers import new_bar
     from batch_client.cli.stream import PatientStream
 
