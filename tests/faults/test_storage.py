@@ -76,8 +76,9 @@ async def test_reads_wait_for_a_store_that_was_there(s3, s3_environ, output):
         store = opened(output, environ)
         await store.create("a", b"bytes")
         proxy.down = True
-        with pytest.raises(StorageError, match="check the network"):
-            await opened(output, environ).get("a")
+        async with asyncio.timeout(storage.RETRY_SECONDS / 2):
+            with pytest.raises(StorageError, match="check the network"):
+                await opened(output, environ).get("a")
         asyncio.get_running_loop().call_later(6, setattr, proxy, "down", False)
         blob, meta, keys = await asyncio.gather(store.get("a"), store.head("a"), listed(store))
         assert proxy.down is False

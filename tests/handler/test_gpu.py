@@ -127,7 +127,9 @@ def scorer_of(module, places=16):
     return Scorer(SlotRuntime(module, device, (INPUT,), (OUTPUT,), numerics={}), (OUTPUT,), places)
 
 
-def full():
+def full(activation, held):
+    deeper = activation.clone()
+    held.append(weakref.ref(deeper))
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
@@ -145,7 +147,7 @@ class Hungry(torch.nn.Module):
             self.held.append(weakref.ref(activation))
             if len(x) > self.most:
                 try:
-                    full()
+                    full(activation, self.held)
                 except torch.OutOfMemoryError as error:
                     kept = activation.clone()
                     self.held.append(weakref.ref(kept))
