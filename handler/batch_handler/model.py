@@ -130,6 +130,8 @@ class Model:
             )
             device.restore()  # code that came with the model has run
             return cls._ready(description, directory, runtime, tuning, on_lost)
+        except ModelLoadError:
+            raise
         except (SignatureError, ModelError, DeviceError) as error:
             raise ModelLoadError(f"model in {directory}: {error}") from error
         except MemoryError as error:
