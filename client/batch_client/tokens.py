@@ -104,7 +104,9 @@ class FileTokens:
         if self._token is None or self._token == refused:
             try:
                 text = self._path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
+            except OSError as error:
+                raise NoTokenError(f"--token-file {self._path}: can't be read: {error.strerror}") from error
+            except UnicodeDecodeError as error:
                 raise NoTokenError(f"--token-file {self._path}: can't be read: {error}") from error
             self._token = _one_word(f"--token-file {self._path}", text)
         return self._token
