@@ -204,17 +204,17 @@ def _json_column(records: list[Any], spec: TensorSpec, *, alone: bool) -> Array:
     if alone and records and spec.shape and _is_nested(records, spec.shape):
         raise OipError("found one record, wanted a list of records: put it into [ ]")
     column = []
-    for record in records:
+    for index, record in enumerate(records):
         if isinstance(record, Mapping):
             if spec.name not in record:
-                raise OipError(f"a record has {shown(sorted(record))}, wanted {spec.name}")
+                raise OipError(f"record {index} has {shown(sorted(record))}, wanted {spec.name}")
             column.append(record[spec.name])
         elif alone:
             column.append(record)
         else:
-            raise OipError(f"a record is {shown(record)}, wanted an object by input name")
-    if spec.shape and not all(isinstance(record, list) for record in column):
-        raise OipError(f"a record of {spec.name} is not a list, wanted shape {list(spec.shape)}")
+            raise OipError(f"record {index} is {shown(record)}, wanted an object by input name")
+        if spec.shape and not isinstance(column[-1], list):
+            raise OipError(f"record {index} of {spec.name} is not a list, wanted shape {list(spec.shape)}")
     return from_json_numbers(column, spec.dtype, (len(records), *spec.shape), spec.name)
 
 

@@ -20,6 +20,7 @@ GREY = TensorSpec("image", np.dtype("u1"), (4, 5))
 FLOATS = TensorSpec("x", np.dtype("f4"), (2, 3))
 SCALAR = TensorSpec("n", np.dtype("i8"), ())
 MAX = 10
+ROWS = [[1, 2, 3], [4, 5, 6]]
 
 
 def npy(array, **options):
@@ -93,12 +94,18 @@ def test_json_records():
         ([[1, 2, None], [4, 5, 6]], [FLOATS], "found one record, wanted a list of records"),
         ({"instances": [[1, 2, 3], [4, 5, 6]]}, [FLOATS], "found one record, wanted a list of records"),
         ([1, 2], [TensorSpec("x", np.dtype("f4"), (2,))], "found one record, wanted a list of records"),
-        ([[1, 2, 3], [4, 5]], [FLOATS], "not nested by its shape"),
-        ([[[1, 2], [3, 4]]], [FLOATS], "not nested by its shape"),
-        ([[1, 2, 3, 4, 5, 6]], [FLOATS], "not nested by its shape"),
+        ([[1, 2, 3], [4, 5]], [FLOATS], "record 0: data of x is not nested by the shape of a record, [2, 3]"),
+        ([[[1, 2], [3, 4]]], [FLOATS], "data of x is not nested by the shape of a record, [2, 3]"),
+        ([[1, 2, 3, 4, 5, 6]], [FLOATS], "not nested by the shape of a record"),
+        ([ROWS, ROWS[:1], []], [FLOATS], "record 1: data of x is not nested by the shape of a record, [2, 3]"),
+        ([ROWS, ROWS, [[1, 2, 3], [4, 5, [6]]]], [FLOATS], "record 2: data of x holds [6], wanted values of float32"),
+        ([ROWS, ROWS, [[1, 2, 3], [4, 5, 1e39]]], [FLOATS], "record 2: data of x holds a value outside float32"),
+        ([ROWS, 7], [FLOATS], "record 1 of x is not a list, wanted shape [2, 3]"),
         ([[["a", 2, 3], [4, 5, 6]]], [FLOATS], "wanted values of float32"),
-        ([{"y": 1}], [FLOATS], 'a record has ["y"], wanted x'),
-        ([[1]], [FLOATS, SCALAR], "wanted an object by input name"),
+        ([{"x": ROWS}, {"y": 1}], [FLOATS], 'record 1 has ["y"], wanted x'),
+        ([{"x": ROWS, "n": 1}, [1]], [FLOATS, SCALAR], "record 1 is [1], wanted an object by input name"),
+        ([{"x": ROWS, "n": 1}, {"x": ROWS, "n": 2**63}], [FLOATS, SCALAR], "record 1: data of n holds 92233720"),
+        ([1, True, 1.5], [SCALAR], "record 1: data of n holds true, wanted values of int64"),
         ([1.5], [SCALAR], "1.5, wanted values of int64"),
         ([2**63], [SCALAR], "outside int64"),
     ],
