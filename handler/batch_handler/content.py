@@ -106,8 +106,8 @@ def decode_image(body: Buffer, spec: TensorSpec) -> Array:
     except OipError:
         raise
     # The bomb warning is raised where warnings are errors; elsewhere the size, wrong anyway, is refused above.
-    except (OSError, EOFError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError,
-            Image.DecompressionBombWarning) as error:
+    except (OSError, EOFError, SyntaxError, LookupError, ValueError, TypeError, struct.error,
+            Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise OipError(f"the picture can't be decoded: {str(error)[:120]}") from error
     if mode == "RGB" and spec.shape[0] == 3 and spec.shape[-1] != 3:
         pixels = np.moveaxis(pixels, -1, 0)

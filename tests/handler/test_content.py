@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -236,6 +237,15 @@ def test_a_picture_of_several_frames_is_refused(kind):
     frames = [Image.new("L", (5, 4), level) for level in (0, 200)]
     with pytest.raises(OipError, match="several frames or pages, wanted one: save the one to score by itself"):
         content.decode_image(saved(frames[0], kind, save_all=True, append_images=frames[1:]), GREY)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_a_picture_of_several_frames_that_is_cut_off_is_refused_or_is_its_first(kind):
+    frames = [Image.new("L", (5, 4), level) for level in (0, 200)]
+    whole = saved(frames[0], kind, save_all=True, append_images=frames[1:])
+    for length in range(len(whole)):
+        with suppress(OipError):
+            assert not content.decode_image(whole[:length], GREY).any()
 
 
 def test_a_photograph_with_a_preview_beside_it_is_one_picture():
