@@ -52,6 +52,10 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"batch_client.{_HOME[name]}"), name)
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *(name for name in __all__ if name not in globals())]
+
+
 def _version() -> str:
     # Half of what a command imports before it can answer Ctrl-C.
     from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - as said

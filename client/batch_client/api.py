@@ -11,7 +11,7 @@ from batch_client.calibrate import Calibration
 from batch_client.calibrate import calibrate as calibrate_run
 from batch_client.errors import STOPPED, STOPPED_AT_ONCE, StoppedError, UsageError
 from batch_client.eventloop import run_until_complete
-from batch_client.events import Event, Observer, RunStarted
+from batch_client.events import Event, Observer, RunStarted, observer_name
 from batch_client.pipeline import execute, plan_run
 from batch_client.plan import Plan
 from batch_client.prepare import serving
@@ -71,17 +71,13 @@ def _checked(spec: RunSpec, observers: Iterable[Observer]) -> tuple[Observer, ..
         if not callable(observer):
             raise UsageError(f"an observer is a {_kind(observer)}: wanted what can be called with an event")
         if inspect.iscoroutinefunction(observer) or inspect.iscoroutinefunction(observer.__call__):
-            raise UsageError(f"observer {_name(observer)} is a coroutine function, which nobody would await: wanted a "
-                             "plain function that is quick")
+            raise UsageError(f"observer {observer_name(observer)} is a coroutine function, which nobody would await: "
+                             "wanted a plain function that is quick")
     return chosen
 
 
 def _kind(value: object) -> str:
     return type(value).__name__
-
-
-def _name(observer: Observer) -> str:
-    return getattr(observer, "__name__", _kind(observer))
 
 
 async def _serve_and_execute(spec: RunSpec, observers: tuple[Observer, ...], stop: asyncio.Event) -> RunSummary:
@@ -109,5 +105,6 @@ async def plan(spec: RunSpec, observers: Iterable[Observer] = ()) -> Plan:
 
 async def calibrate(spec: RunSpec) -> Calibration:
     """Score the first records of a run for some seconds and forecast the whole; writes nothing."""
+    _checked(spec, ())
     async with serving(spec) as services:
         return await calibrate_run(spec, services)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,14 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from batch_client.dialect import Outcome, Verdict
+from batch_client.dialect import Outcome
 from batch_client.errors import ServingError
 from batch_client.jsontext import parse_json
 from batch_client.plan import OutputGeometry
 from batch_client.regions import usable_folder
-from batch_client.retry import full_jitter
-from batch_client.serving import Servers, ask, turned_away
-from batch_client.transport import HttpReply
+from batch_client.serving import Servers, ask_for_room, turned_away
 from batch_handler.oip import ModelMetadata, OipError
 
 __all__ = ["ModelContract", "contract_of", "fetch_contract"]
@@ -86,7 +81,7 @@ async def fetch_contract(servers: Servers, url: str) -> ModelContract:
     """
     model = servers.model
     for path in (f"/v2/models/{model}", f"/predictions/{model}"):
-        reply, verdict = await _once_there_is_room(servers, url, path)
+        reply, verdict = await ask_for_room(servers, "GET", url, path, METADATA_SECONDS, patience=BUSY_SECONDS)
         if verdict.outcome is Outcome.RESULT:
             return contract_of(url, reply.body)
         # A proxy may refuse the first path for reasons of its own; what counts is what the handler's answers.
@@ -95,19 +90,6 @@ async def fetch_contract(servers: Servers, url: str) -> ModelContract:
     if (refusal := turned_away(servers, url, verdict)) is not None:
         raise refusal
     raise ServingError(f"{url}: can't describe model {model!r}: {verdict.outcome.value} ({verdict.reason})")
-
-
-async def _once_there_is_room(servers: Servers, url: str, path: str) -> tuple[HttpReply, Verdict]:
-    """The answer; one that there is no room is none yet: a full queue, or a worker that starts again."""
-    waited, rng = 0.0, random.Random()  # noqa: S311 - spreads clients that begin together, and keeps no secret
-    for tries in itertools.count():
-        reply, verdict = await ask(servers, "GET", url, path, METADATA_SECONDS)
-        if verdict.outcome is not Outcome.BUSY or waited >= BUSY_SECONDS:
-            break
-        pause = full_jitter(tries, rng)
-        waited += pause
-        await asyncio.sleep(pause)
-    return reply, verdict
 
 
 def contract_of(url: str, body: bytes) -> ModelContract:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ __all__ = [
     "StepBegan",
     "StepEnded",
     "Stopping",
+    "observer_name",
     "timed",
     "to_all",
 ]
@@ -262,11 +264,25 @@ class Observer(Protocol):
 
 
 def to_all(observers: Sequence[Observer]) -> Callable[[Event], None]:
-    """What calls each of them with an event, in their order."""
+    """What calls each of them with an event, in their order.
+
+    A CancelledError out of an observer is an error of its own, as of the result of a future that was cancelled: nothing
+    is awaited here, so that nobody can cancel the run. It becomes a RuntimeError, which ends the run like any other:
+    as it is, it would be taken for the end of the task that emitted, and passed over.
+    """
     def emit(event: Event) -> None:
         for observer in observers:
-            observer(event)
+            try:
+                observer(event)
+            except asyncio.CancelledError as error:
+                raise RuntimeError(f"observer {observer_name(observer)} raised CancelledError at "
+                                   f"{type(event).__name__}: wanted one that does not, or catches it") from error
     return emit
+
+
+def observer_name(observer: Observer) -> str:
+    """What messages call it."""
+    return getattr(observer, "__name__", type(observer).__name__)
 
 
 @contextmanager

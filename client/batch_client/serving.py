@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.errors import BatchClientError, CredentialsError, ServingError
 from batch_client.regions import Regions
+from batch_client.retry import full_jitter
 from batch_client.spec import ServerSpec
 from batch_client.tokens import CommandTokens, FileTokens, NoTokenError, NoTokens, TokenSource, authorization
 from batch_client.transport import HttpReply, HttpTransport, Transport, TransportError
@@ -19,7 +22,7 @@ from batch_client.transport import HttpReply, HttpTransport, Transport, Transpor
 if TYPE_CHECKING:
     from batch_client.server import EmbeddedServer
 
-__all__ = ["Servers", "ask", "open_servers", "turned_away"]
+__all__ = ["Servers", "ask", "ask_for_room", "open_servers", "turned_away"]
 
 LOG_SECONDS = 10.0  # between looks at how large an embedded server's log is
 
@@ -109,6 +112,22 @@ async def ask(servers: Servers, method: str, url: str, path: str, seconds: float
         if verdict.outcome is not Outcome.TOKEN or not again:
             break
         refused = token
+    return reply, verdict
+
+
+async def ask_for_room(servers: Servers, method: str, url: str, path: str, seconds: float, *, patience: float,
+                       headers: Mapping[str, str] | None = None, parts: Sequence[bytes] = ()
+                       ) -> tuple[HttpReply, Verdict]:
+    """As `ask`; an answer that there is no room is none yet, and for `patience` seconds asked for again: a full queue,
+    or a worker that starts again.
+    """
+    now, rng = asyncio.get_running_loop().time, random.Random()  # noqa: S311 - spreads clients, and keeps no secret
+    until = now() + patience
+    for tries in itertools.count():
+        reply, verdict = await ask(servers, method, url, path, seconds, headers=headers, parts=parts)
+        if verdict.outcome is not Outcome.BUSY or now() >= until:
+            break
+        await asyncio.sleep(min(full_jitter(tries, rng), max(0.0, until - now())))
     return reply, verdict
 
 

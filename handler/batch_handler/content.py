@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import json
 import math
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from batch_handler.oip import Array, OipError, Tensor, TensorSpec, datatype_of
 from batch_handler.tensors import Buffer, from_json_numbers, shown, to_json_numbers
@@ -40,6 +41,8 @@ _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 # Pillow cuts grey pixels of more than 8 bits off at 255, and leaves the low byte of colours of 16 away; those it calls
 # by the mode of 8 bits and tells apart in what it is about to decode only.
 _IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+# Those that turn or mirror a picture; others have no meaning, and viewers take them as upright too.
+_TURNED = range(2, 9)
 
 
 def decode_npy(body: Buffer, spec: TensorSpec, max_records: int) -> tuple[Array, bool]:
@@ -89,19 +92,22 @@ def decode_json(value: Any, specs: Sequence[TensorSpec], max_records: int) -> tu
 
 
 def decode_image(body: Buffer, spec: TensorSpec) -> Array:
-    """One picture as (1, *shape); its size is compared before its pixels are decoded."""
+    """One picture as (1, *shape); its size is compared before its pixels are decoded. One that people see otherwise
+    than its pixels are stored is refused.
+    """
     mode, height, width = _picture_of(spec)
     try:
         picture = Image.open(io.BytesIO(body), formats=_IMAGE_FORMATS)
         _check_picture(picture, width, height)
+        _check_seen(picture)
         pixels = np.asarray(picture.convert(mode))
     except UnidentifiedImageError as error:
         raise OipError(f"the picture can't be read, wanted {', '.join(_IMAGE_FORMATS)}") from error
     except OipError:
         raise
     # The bomb warning is raised where warnings are errors; elsewhere the size, wrong anyway, is refused above.
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError,
-            Image.DecompressionBombWarning) as error:
+    except (OSError, EOFError, SyntaxError, LookupError, ValueError, TypeError, struct.error,
+            Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise OipError(f"the picture can't be decoded: {str(error)[:120]}") from error
     if mode == "RGB" and spec.shape[0] == 3 and spec.shape[-1] != 3:
         pixels = np.moveaxis(pixels, -1, 0)
@@ -114,6 +120,27 @@ def _check_picture(picture: Image.Image, width: int, height: int) -> None:
     pixel = f"{picture.mode} of 16 bits" if _has_16_bits(picture) else picture.mode
     if pixel not in _IMAGE_MODES:
         raise OipError(f"the picture's pixels are {pixel}, wanted 8 bits a channel, grey or colour")
+
+
+def _check_seen(picture: Image.Image) -> None:
+    """Refuse what stored pixels alone do not show: more frames, a turn, what shines through."""
+    # A JPEG with a preview or a gain map beside it (MPO) is one picture all the same.
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":
+        raise OipError("the picture has several frames or pages, wanted one: save the one to score by itself")
+    if (orientation := _orientation(picture)) in _TURNED:
+        raise OipError(f"the picture's EXIF orientation is {orientation}, wanted 1: save it with its pixels upright")
+    if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+        raise OipError("the picture is transparent in places, wanted it opaque: save it on a background")
+    picture.info.pop("transparency", None)  # of which Pillow would warn as it converts a palette
+
+
+def _orientation(picture: Image.Image) -> Any:
+    if picture.format == "PNG":
+        picture.load()  # its EXIF may follow the pixels
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # noqa: BLE001 - what Pillow raises on broken EXIF is anything; viewers pass it over
+        return None
 
 
 def _has_16_bits(picture: Image.Image) -> bool:
@@ -177,17 +204,17 @@ def _json_column(records: list[Any], spec: TensorSpec, *, alone: bool) -> Array:
     if alone and records and spec.shape and _is_nested(records, spec.shape):
         raise OipError("found one record, wanted a list of records: put it into [ ]")
     column = []
-    for record in records:
+    for index, record in enumerate(records):
         if isinstance(record, Mapping):
             if spec.name not in record:
-                raise OipError(f"a record has {shown(sorted(record))}, wanted {spec.name}")
+                raise OipError(f"record {index} has {shown(sorted(record))}, wanted {spec.name}")
             column.append(record[spec.name])
         elif alone:
             column.append(record)
         else:
-            raise OipError(f"a record is {shown(record)}, wanted an object by input name")
-    if spec.shape and not all(isinstance(record, list) for record in column):
-        raise OipError(f"a record of {spec.name} is not a list, wanted shape {list(spec.shape)}")
+            raise OipError(f"record {index} is {shown(record)}, wanted an object by input name")
+        if spec.shape and not isinstance(column[-1], list):
+            raise OipError(f"record {index} of {spec.name} is not a list, wanted shape {list(spec.shape)}")
     return from_json_numbers(column, spec.dtype, (len(records), *spec.shape), spec.name)
 
 

@@ -21,13 +21,26 @@ from batch_handler.scoring import Failure, Query, Score
 from batch_handler.shared import SharedMemory
 from batch_handler.tensors import Buffer, noting
 
-__all__ = ["MAX_RECORDS", "RECORD_STATUS", "Exchange", "Pending", "Reply", "Request", "failed", "refused"]
+__all__ = [
+    "MAX_RECORDS",
+    "RECORD_STATUS",
+    "Exchange",
+    "Pending",
+    "Reply",
+    "Request",
+    "failed",
+    "most_in_time",
+    "refused",
+]
 
 MAX_RECORDS = 65_536
 # TorchServe kills the worker that replies more than max_response_size, 64 MiB (serve_config/config.properties), and
 # with it all requests of the server batch. This leaves room for the header and for numbers longer than most.
 MAX_REPLY_BYTES = 60 << 20
 _MAX_BODY_BYTES = 63 << 20
+# TorchServe kills the worker that holds a server batch for longer than responseTimeout, 120 s
+# (serve_config/model-config.yaml), and with it all requests of that. Half of it leaves room for a busy machine.
+_MAX_SECONDS = 60.0
 # Of a float32 in JSON, with its comma.
 _NUMBER_BYTES = 20
 RECORD_STATUS = "record_status"
@@ -190,10 +203,19 @@ class Exchange:
     def _query(
         self, arrays: tuple[Array, ...], binary: Mapping[str, bool], first_row: int | None = None
     ) -> Query:
-        """The records, if their reply can be sent; `binary` are its outputs, and which are not JSON."""
+        """The records, if they can be scored in time and their reply can be sent; `binary` are its outputs, and which
+        are not JSON.
+        """
         query = Query(arrays, first_row)
         if query.records > self._max_records:
             raise OipError(f"the request has {query.records} records, wanted at most {self._max_records}", 413)
+        most = most_in_time(self._model.micro_batch, self._model.micro_batch_ms / 1e3, first_row or 0)
+        if query.records > most:
+            raise OipError(
+                f"the request's {query.records} records would take over {_MAX_SECONDS:.0f} s of this model: send at "
+                f"most {most} at a time",
+                413,
+            )
         replied = sum(
             self._sizes[name][0] if raw else self._sizes[name][1] * _NUMBER_BYTES for name, raw in binary.items()
         )
@@ -307,6 +329,15 @@ def _size(spec: TensorSpec) -> tuple[int, int]:
     """Bytes and numbers of one record."""
     numbers = math.prod(spec.shape)
     return numbers * spec.dtype.itemsize, numbers
+
+
+def most_in_time(micro_batch: int, seconds: float, first_row: int = 0) -> float:
+    """How many records from that place on are scored within half of what TorchServe waits, at `seconds` a micro-batch
+    at best; those of the first micro-batch in any case.
+    """
+    if not 0 < seconds < math.inf:  # no full micro-batch was measured, or it is too quick to be
+        return math.inf
+    return max(1, int(_MAX_SECONDS / seconds)) * micro_batch - first_row % micro_batch
 
 
 def refused(error: OipError) -> Reply:

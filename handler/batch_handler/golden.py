@@ -160,7 +160,7 @@ def _output_specs(raw: Any, drafts: Sequence[OutputDraft], records: int) -> tupl
 
 
 def _default_names(count: int) -> list[str]:
-    return ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
+    return ["scores"] if count == 1 else [f"output_{index}" for index in range(count)]
 
 
 def _numpy_dtype(name: str, tensor: torch.Tensor) -> np.dtype[Any]:

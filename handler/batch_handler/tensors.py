@@ -318,12 +318,26 @@ def _from_raw(raw: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], nam
 
 
 def from_json_numbers(data: list[Any], dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> Array:
-    """Numbers of a JSON tensor, nested by `shape` or flat; null is NaN where `dtype` has one."""
+    """Numbers of a JSON tensor, nested by `shape` or flat; null is NaN where `dtype` has one. Of several records a
+    refusal names the first that is wrong, counted from 0.
+    """
+    try:
+        return _from_json(data, dtype, shape, name)
+    except OipError:
+        for index, record in enumerate(data if len(data) == shape[0] > 1 else ()):
+            try:
+                _from_json([record], dtype, (1, *shape[1:]), name)
+            except OipError as error:
+                raise OipError(f"record {index}: {error}") from error
+        raise
+
+
+def _from_json(data: list[Any], dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> Array:
     flat = data
     if data and isinstance(data[0], list):
         for size in shape[1:]:
             if not all(isinstance(row, list) and len(row) == size for row in flat):
-                raise OipError(f"data of {name} is not nested by its shape {list(shape)}")
+                raise OipError(f"data of {name} is not nested by the shape of a record, {list(shape[1:])}")
             flat = list(chain.from_iterable(flat))
     count = math.prod(shape)
     if len(flat) != count:

@@ -3,13 +3,15 @@
 import asyncio
 import contextlib
 import functools
+import subprocess
+import sys
 import threading
 
 import pytest
 import zarr
 
 from batch_client import RunSpec, run, run_async
-from batch_client.api import STOP_SECONDS
+from batch_client.api import STOP_SECONDS, calibrate, plan
 from batch_client.errors import StoppedError, UsageError
 
 SPEC = RunSpec(input="in", output="out", archive="model.mar")
@@ -38,6 +40,19 @@ def test_what_is_no_spec_and_no_observer_is_refused_at_once(arguments, wanted):
         with pytest.raises(UsageError) as error:
             go(*arguments)
         assert wanted in str(error.value)
+
+
+@pytest.mark.parametrize("go", [plan, calibrate])
+async def test_what_is_no_spec_is_refused_by_the_others_too(go):
+    with pytest.raises(UsageError, match="spec is a str: wanted a RunSpec"):
+        await go("digits.zarr")
+
+
+def test_dir_has_all_that_is_public_before_it_was_used():
+    done = subprocess.run(
+        [sys.executable, "-c", "import batch_client as b; print({*b.__all__} <= {*dir(b)}, 'run' in vars(b))"],
+        capture_output=True, text=True, check=True)
+    assert done.stdout == "True False\n"
 
 
 async def test_a_stop_that_no_loop_can_wait_for_is_refused():

@@ -16,7 +16,7 @@ from zarr.storage import MemoryStore as ZarrMemory
 from batch_client.cli.plan import _figures
 from batch_client.cli.run import _sentence
 from batch_client.errors import DataError, MismatchError, StoppedError
-from batch_client.events import ChunkWritten, Published, RequestSent, RunStarted
+from batch_client.events import ChunkWritten, Published, RecordsScored, RequestSent, RunStarted, StepEnded
 from batch_client.pipeline import execute, plan_run
 from batch_client.spec import Records
 from batch_client.storage import MemoryStore, open_store
@@ -69,6 +69,24 @@ async def test_the_first_requests_do_not_wait_for_more_than_the_first_output_chu
     assert set(log[:log.index("sent")]) == {"c/0/0", "c/1/0", "c/2/0"}
     # Then others are read while requests are under way.
     assert len(set(log[:log.index("sent") + 40])) > 10
+
+
+@pytest.mark.parametrize("kind", [RunStarted, RequestSent, RecordsScored, StepEnded, ChunkWritten, Published])
+async def test_a_cancelled_future_in_an_observer_ends_the_run_like_any_error_of_it(kind):
+    future = asyncio.get_running_loop().create_future()
+    future.cancel()
+
+    def ask_it(event):
+        if isinstance(event, kind):
+            future.result()
+
+    source = await source_of(records_of(95), (10, 3))
+    with pytest.raises((RuntimeError, ExceptionGroup)) as caught:
+        await execute(spec(), services(SimulatedServer(), source), (ask_it,))
+    error = caught.value
+    while isinstance(error, ExceptionGroup):
+        (error, *_) = error.exceptions
+    assert str(error).startswith(f"observer ask_it raised CancelledError at {kind.__name__}: wanted one that does not")
 
 
 async def test_predictions_are_in_order_and_every_record_has_a_status():

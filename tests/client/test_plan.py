@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from batch_client.contract import ModelContract
 from batch_client.errors import DataError, UsageError
-from batch_client.plan import Geometry, OutputGeometry, RequestSize, make_plan
+from batch_client.plan import Geometry, OutputGeometry, RequestSize, default_request, make_plan
 from batch_client.prepare import _request_size
 from batch_client.serving import Servers
 from batch_client.spec import MIB, Records
+from batch_handler.exchange import most_in_time
 from support.plans import plan_of, plans, spec
 
 
@@ -220,3 +222,10 @@ def test_the_bounds_are_of_the_output_chunk_that_is_made():
 def test_an_empty_source_is_refused():
     with pytest.raises(DataError, match="no records"):
         plan_of(count=0)
+
+
+@given(st.integers(1, 4096), st.floats(1e-6, 1e4), st.integers(1, 1 << 20), st.booleans())
+def test_no_request_that_a_run_makes_by_itself_takes_a_server_too_long(micro_batch, seconds, record_bytes, alone):
+    size = RequestSize.at(shared_memory=True, alone=alone)
+    records = default_request(record_bytes, 4, micro_batch, 65_536, seconds, size)
+    assert records == micro_batch or 50 * records <= most_in_time(micro_batch, seconds)

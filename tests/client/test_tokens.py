@@ -121,3 +121,9 @@ async def test_a_file_that_holds_more_than_a_token_is_refused(tmp_path, content)
     assert SECRET not in shown(caught.value)
     path.write_text(f"  {SECRET}\n")
     assert await source.token() == SECRET
+
+
+async def test_a_file_that_is_missing_is_named_once(tmp_path):
+    with pytest.raises(CredentialsError) as error:
+        await FileTokens(tmp_path / "tok").token()
+    assert str(error.value) == f"--token-file {tmp_path / 'tok'}: can't be read: No such file or directory"

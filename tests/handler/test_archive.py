@@ -271,6 +271,8 @@ def test_a_damaged_safetensors_file_is_named(pack_request, tmp_path):
     (["--input", "image:float33:6x6"], "--input can't be of a record: .*float33"),
     (["--input", "image:uint8:6x6", "--scale", "1/0"], "--input with --scale can't be of a record: .*1/0"),
     (["--input", "image:uint8:" + "9" * 5000], "--input .*: wanted a shape such as"),
+    (["--input", "left:uint8:6x6", "--input", "right:uint8:6x6"],
+     "--input is given 2 times, wanted once: a model of several inputs needs --signature FILE"),
     (["--golden", "RECORDS", "--model-shape", "1x5x5"],
      r"--golden .*records.npy with --model-shape can't be of a record: .*5, 5"),
     (["--input", "image:uint8:6x6", "--name", "a b"], "--name is 'a b', wanted "),

@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ GREY = TensorSpec("image", np.dtype("u1"), (4, 5))
 FLOATS = TensorSpec("x", np.dtype("f4"), (2, 3))
 SCALAR = TensorSpec("n", np.dtype("i8"), ())
 MAX = 10
+ROWS = [[1, 2, 3], [4, 5, 6]]
 
 
 def npy(array, **options):
@@ -93,12 +95,18 @@ def test_json_records():
         ([[1, 2, None], [4, 5, 6]], [FLOATS], "found one record, wanted a list of records"),
         ({"instances": [[1, 2, 3], [4, 5, 6]]}, [FLOATS], "found one record, wanted a list of records"),
         ([1, 2], [TensorSpec("x", np.dtype("f4"), (2,))], "found one record, wanted a list of records"),
-        ([[1, 2, 3], [4, 5]], [FLOATS], "not nested by its shape"),
-        ([[[1, 2], [3, 4]]], [FLOATS], "not nested by its shape"),
-        ([[1, 2, 3, 4, 5, 6]], [FLOATS], "not nested by its shape"),
+        ([[1, 2, 3], [4, 5]], [FLOATS], "record 0: data of x is not nested by the shape of a record, [2, 3]"),
+        ([[[1, 2], [3, 4]]], [FLOATS], "data of x is not nested by the shape of a record, [2, 3]"),
+        ([[1, 2, 3, 4, 5, 6]], [FLOATS], "not nested by the shape of a record"),
+        ([ROWS, ROWS[:1], []], [FLOATS], "record 1: data of x is not nested by the shape of a record, [2, 3]"),
+        ([ROWS, ROWS, [[1, 2, 3], [4, 5, [6]]]], [FLOATS], "record 2: data of x holds [6], wanted values of float32"),
+        ([ROWS, ROWS, [[1, 2, 3], [4, 5, 1e39]]], [FLOATS], "record 2: data of x holds a value outside float32"),
+        ([ROWS, 7], [FLOATS], "record 1 of x is not a list, wanted shape [2, 3]"),
         ([[["a", 2, 3], [4, 5, 6]]], [FLOATS], "wanted values of float32"),
-        ([{"y": 1}], [FLOATS], 'a record has ["y"], wanted x'),
-        ([[1]], [FLOATS, SCALAR], "wanted an object by input name"),
+        ([{"x": ROWS}, {"y": 1}], [FLOATS], 'record 1 has ["y"], wanted x'),
+        ([{"x": ROWS, "n": 1}, [1]], [FLOATS, SCALAR], "record 1 is [1], wanted an object by input name"),
+        ([{"x": ROWS, "n": 1}, {"x": ROWS, "n": 2**63}], [FLOATS, SCALAR], "record 1: data of n holds 92233720"),
+        ([1, True, 1.5], [SCALAR], "record 1: data of n holds true, wanted values of int64"),
         ([1.5], [SCALAR], "1.5, wanted values of int64"),
         ([2**63], [SCALAR], "outside int64"),
     ],
@@ -153,6 +161,97 @@ def png(header, rows):
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in chunks)
+
+
+def saved(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def palette(**options):
+    image = Image.new("P", (5, 4), 1)
+    image.putpalette([0, 0, 0, 9, 9, 9])
+    image.putpixel((2, 2), 0)
+    return saved(image, **options)
+
+
+@pytest.mark.parametrize("body", [
+    saved(Image.new("RGBA", (5, 4), (9, 9, 9, 254))),
+    saved(Image.new("LA", (5, 4), (9, 0))),
+    saved(Image.new("RGBA", (5, 4), (9, 9, 9, 0)), "WEBP", lossless=True),
+    saved(Image.new("RGB", (5, 4), (9, 9, 9)), transparency=(9, 9, 9)),
+    saved(Image.new("L", (5, 4), 9), transparency=9),
+    palette(transparency=0),
+    palette(transparency=b"\xff\x80"),
+    palette(kind="GIF", transparency=0),
+], ids=["RGBA", "LA", "WebP", "RGB colour", "grey value", "palette", "palette alpha", "GIF"])
+def test_a_picture_that_shines_through_is_refused(body):
+    with pytest.raises(OipError, match="transparent in places, wanted it opaque: save it on a background") as caught:
+        content.decode_image(body, GREY)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("body", [
+    saved(Image.new("RGBA", (5, 4), (9, 9, 9, 255))),
+    saved(Image.new("LA", (5, 4), (9, 255))),
+    saved(Image.new("L", (5, 4), 9), transparency=8),
+    palette(transparency=b"\xff\xff"),
+], ids=["RGBA", "LA", "grey value", "palette alpha"])
+def test_an_alpha_channel_that_is_opaque_everywhere_changes_nothing(body):
+    assert content.decode_image(body, GREY).max() == 9
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_picture_that_viewers_turn_is_refused(kind, orientation):
+    # Of a TIFF Pillow itself gives the size that viewers see.
+    size = (4, 5) if kind == "TIFF" and orientation == 6 else (5, 4)
+    body = saved(Image.new("L", size), kind, exif=turned(orientation))
+    with pytest.raises(OipError, match=f"EXIF orientation is {orientation}, wanted 1: save it with its pixels upright"):
+        content.decode_image(body, GREY)
+
+
+@pytest.mark.parametrize("orientation", [0, 1, 9])
+def test_an_orientation_that_turns_nothing_is_taken(orientation):
+    body = saved(Image.new("L", (5, 4), 9), "PNG", exif=turned(orientation))
+    assert content.decode_image(body, GREY).max() == 9
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of such EXIF
+@given(st.binary(max_size=10), st.sampled_from(["PNG", "JPEG", "WEBP"]))
+def test_exif_that_is_broken_is_passed_over(tail, kind):
+    # A tag other than the orientation's, and then anything.
+    body = saved(Image.new("L", (5, 4)), kind, exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x0f\x01" + tail)
+    assert content.decode_image(body, GREY).shape == (1, 4, 5)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_a_picture_of_several_frames_is_refused(kind):
+    frames = [Image.new("L", (5, 4), level) for level in (0, 200)]
+    with pytest.raises(OipError, match="several frames or pages, wanted one: save the one to score by itself"):
+        content.decode_image(saved(frames[0], kind, save_all=True, append_images=frames[1:]), GREY)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_a_picture_of_several_frames_that_is_cut_off_is_refused_or_is_its_first(kind):
+    frames = [Image.new("L", (5, 4), level) for level in (0, 200)]
+    whole = saved(frames[0], kind, save_all=True, append_images=frames[1:])
+    for length in range(len(whole)):
+        with suppress(OipError):
+            assert not content.decode_image(whole[:length], GREY).any()
+
+
+def test_a_photograph_with_a_preview_beside_it_is_one_picture():
+    frames = [Image.new("RGB", (5, 4), level) for level in ("black", "white")]
+    body = saved(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert content.decode_image(body, GREY).max() == 0
 
 
 def test_a_picture_of_another_size_is_refused_before_it_is_decoded():

@@ -206,7 +206,7 @@ def test_a_model_that_changes_its_input_in_place_is_right_from_the_first_stack_o
               "inputs": (WIDE,), "outputs": (), "micro_batch": 16}
     directory = unpack(pack(dataclasses.replace(pack_request, **change)))
     with np.load(directory / "golden.npz") as golden:
-        np.testing.assert_array_equal(golden["output.output"], (golden["input.image"] - 0.5) / 0.25 * 2)
+        np.testing.assert_array_equal(golden["output.scores"], (golden["input.image"] - 0.5) / 0.25 * 2)
     opened = Model.open(directory)
     for _ in range(2):
         np.testing.assert_array_equal(opened.score_bulk([values])[0], (values - 0.5) / 0.25 * 2)

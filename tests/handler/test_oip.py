@@ -190,7 +190,7 @@ def tensor(**changes: object) -> dict[str, object]:
         ({"inputs": [tensor(data=[1, None])]}, "null, wanted values of uint8"),
         ({"inputs": [tensor(data=[1, True])]}, "true, wanted values of uint8"),
         ({"inputs": [tensor(data=["a", "b"])]}, "wanted values of uint8"),
-        ({"inputs": [tensor(data=[[1], [2]])]}, "not nested by its shape"),
+        ({"inputs": [tensor(data=[[1], [2]])]}, "not nested by the shape of a record, [2]"),
         ({"inputs": [tensor(datatype="FP32", data=[1, 1e39])]}, "outside float32"),
         ({"inputs": [tensor(datatype="FP64", data=[1, 10**400])]}, "outside float64"),
         ({"inputs": [tensor(datatype="BOOL", data=[1, 0])]}, "wanted values of bool"),

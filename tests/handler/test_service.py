@@ -73,6 +73,29 @@ def reply_of(answer):
     return oip.decode_reply(body, None if length is None else int(length))
 
 
+@pytest.mark.parametrize(("seconds", "first_row", "most"), [
+    (25.0, None, 16), (25.0, 3, 13), (25.0, 11, 13), (60.0, None, 8), (61.0, None, 8), (200.0, 3, 5),
+    (1e-3, None, 480_000),
+])
+def test_a_request_that_takes_the_model_too_long_is_told_what_fits(ask, tiny_dir, seconds, first_row, most):
+    class Slow(Model):
+        micro_batch_ms = property(lambda _: seconds * 1e3)
+
+    server = service_of(Slow.open(tiny_dir), max_records=1_000_000)
+    parameters = {} if first_row is None else {**BINARY, "first_row": first_row}
+    refused, taken = ask(infer(np.zeros((most + 1, 6, 6), "u1"), parameters), infer(
+        np.zeros((min(most, 100), 6, 6), "u1"), parameters), server=server)
+    assert refused[0] == 413
+    assert json.loads(refused[2])["error"] == (
+        f"the request's {most + 1} records would take over 60 s of this model: send at most {most} at a time")
+    assert taken[0] == 200
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 0.0])
+def test_without_a_measured_micro_batch_no_request_takes_too_long(seconds):
+    assert exchange.most_in_time(8, seconds) == math.inf
+
+
 def test_a_bulk_request(ask, tiny, images):
     row, headers = infer(images, BINARY)
     (answer,) = ask((row, headers))

@@ -42,8 +42,8 @@ _SIGNATURE_FLAGS = ("input_text", "model_shape", "scale", "softmax", "output_nam
               "FILE.py:callable is packed with them, module:callable must be installed where the model is served.")
 @click.option("--trust-pickle", is_flag=True, help="Load MODEL though it is a pickle or .pt2, which can run any code.")
 @click.option("--signature", type=FILE, help="TOML with [model], [[inputs]], [[outputs]], instead of the flags below.")
-@click.option("--input", "input_text", metavar="NAME:DTYPE:SHAPE", help="A record as it travels, such as "
-              "image:uint8:28x28.  [default: that of the golden records, or of an ONNX graph]")
+@click.option("--input", "input_text", multiple=True, metavar="NAME:DTYPE:SHAPE", help="A record as it travels, such "
+              "as image:uint8:28x28.  [default: that of the golden records, or of an ONNX graph]")
 @click.option("--model-shape", metavar="SHAPE", help="A record as the model takes it, such as 1x28x28.  "
               "[default: as it travels]")
 @click.option("--scale", help="Multiply the input, such as 1/255.")
@@ -132,6 +132,7 @@ def _draft(model: Path, options: dict[str, Any]) -> SignatureDraft:
         if draft.inputs:
             return draft
         raise DataError(f"{signature}: has no [[inputs]]")
+    options["input_text"] = _only_input(options["input_text"])
     output = OutputDraft(_output_name(options), softmax=options["softmax"])
     if model.suffix == ".onnx" and not any(options[flag] for flag in ("input_text", "golden", "model_shape", "scale")):
         return SignatureDraft(None, None, None, (), (output,))
@@ -145,6 +146,14 @@ def _draft(model: Path, options: dict[str, Any]) -> SignatureDraft:
         given = [record, *(flag for flag in ("--model-shape", "--scale") if options[flag[2:].replace("-", "_")])]
         raise UsageError(f"{' with '.join(given)} can't be of a record: {error}") from error
     return SignatureDraft(None, None, None, (spec,), (output,))
+
+
+def _only_input(texts: tuple[str, ...]) -> str | None:
+    """The flag may be repeated so that one of several is not dropped, which click would do without a word."""
+    if len(texts) > 1:
+        raise UsageError(f"--input is given {len(texts)} times, wanted once: a model of several inputs needs "
+                         "--signature FILE")
+    return texts[0] if texts else None
 
 
 def _output_name(options: dict[str, Any]) -> str:

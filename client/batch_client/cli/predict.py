@@ -27,6 +27,7 @@ MOST_BYTES = 32 << 20
 IMAGES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".bmp": "image/bmp",
           ".gif": "image/gif", ".tif": "image/tiff", ".tiff": "image/tiff"}
 NPY, JSON = "application/x-npy", "application/json"
+# For how long an answer is waited for, and for how long a server that has no room is asked again.
 SECONDS = 120.0
 KINDS = "npy, JSON, PNG, JPEG, GIF or BMP"
 
@@ -140,15 +141,19 @@ async def _as_query(servers: Servers, source: Source, rows: Rows) -> _Query:
 
 async def _send(servers: Servers, query: _Query) -> str:
     from batch_client.dialect import Outcome
-    from batch_client.serving import ask, turned_away
+    from batch_client.serving import ask_for_room, turned_away
 
     url = servers.urls[0]
-    reply, verdict = await ask(servers, "POST", url, f"/predictions/{servers.model}", SECONDS,
-                               headers={"Content-Type": query.content_type, "Accept": JSON}, parts=(query.body,))
+    reply, verdict = await ask_for_room(
+        servers, "POST", url, f"/predictions/{servers.model}", SECONDS, patience=SECONDS,
+        headers={"Content-Type": query.content_type, "Accept": JSON}, parts=(query.body,))
     if verdict.outcome is Outcome.RESULT:
         return _pretty(reply.body)
     if (refusal := turned_away(servers, url, verdict)) is not None:
         raise refusal
+    if verdict.outcome is Outcome.BUSY:  # TorchServe's own words are of workers to add, whatever there are
+        raise ServingError(f"{url}: the server had no room for {SECONDS:.0f} s: its queue is full, or its workers are "
+                           "starting again: send fewer queries at once, or ask again later")
     blame: dict[Outcome, type[BatchClientError]] = {
         Outcome.REFUSED: DataError, Outcome.RAISED: DataError, Outcome.TOO_LARGE: DataError}
     raise blame.get(verdict.outcome, ServingError)(f"{url}: {verdict.outcome.value}: {verdict.reason}")
