@@ -219,6 +219,26 @@ def test_what_is_worth_trying_on_a_machine():
     assert {way.micro_batch for way in tried} == {32, 64, 128}
 
 
+@pytest.mark.parametrize(("first", "most", "reached"), [
+    (1, 4096, {1, 8}), (2, 4096, {2, 8}), (8, 4096, {8, 16, 32}), (12, 4096, {8, 12, 24, 48}), (1, 3, {1, 3}),
+    (3, 3, {3}),
+])
+def test_from_below_the_least_micro_batch_the_least_is_tried(first, most, reached):
+    best = replace(START, micro_batch=first)
+    tried = [best]
+    while (way := next_way(best, replace(SPACE, most_micro_batch=most), tried)) is not None:
+        tried.append(way)
+    assert {way.micro_batch for way in tried} == reached
+    assert len(set(tried)) == len(tried)
+
+
+async def test_a_search_that_begins_with_single_records_finds_the_best_micro_batch():
+    machine = Machine(smooth(64, {"eager": 1.0, "torchscript": 1.0}, {1: 1.0, 2: 1.0}))
+    found = await find_best(replace(START, micro_batch=1), SPACE, machine.open, seconds=10_000, clock=machine.clock,
+                            say=lambda _: None)
+    assert found.best.micro_batch == 64
+
+
 @given(record_bytes=st.integers(1, MAX_REQUEST_BYTES), data=st.data())
 def test_no_micro_batch_is_tried_that_no_request_can_carry(record_bytes, data):
     micro_batch = data.draw(st.integers(1, min(65_536, MAX_REQUEST_BYTES // record_bytes)))
