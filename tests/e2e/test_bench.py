@@ -138,6 +138,18 @@ def test_what_was_measured_is_printed_although_it_can_t_be_saved(toy_archive, cl
     assert rest.splitlines()[-1].endswith("json can't be written: File exists")
 
 
+def test_a_better_file_is_kept_and_what_was_measured_is_printed(benched, clean_environ, tmp_path):
+    archive = altered(benched[0], tmp_path, records_per_s=1e12)
+    path, value = saved(archive)
+    done = run_cli(["bench", archive, "--budget", "1", "--save", "--json"], clean_environ, check=True)
+    said = json.loads(done.stdout)
+    assert said["tuning_file"] is None
+    assert said["tuning_kept"]["file"] == str(path)
+    assert said["tuning_kept"]["records_per_s"] == 1e12 > said["ceilings"]["model"]
+    assert f"kept: {path} says 1,000,000,000,000 records/s in float32, measured " in done.stderr
+    assert saved(archive) == (path, value)
+
+
 def test_the_best_settings_are_saved_before_anything_after_them_can_fail(toy_archive, clean_environ, tmp_path):
     """The last chunk is not there, which reading finds; a run would go on with --allow-missing, and so does bench."""
     archive = Path(shutil.copy(toy_archive, tmp_path))

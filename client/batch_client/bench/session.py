@@ -31,7 +31,7 @@ from batch_client.bottleneck import Limit
 from batch_client.budget import ByteBudget
 from batch_client.contract import contract_of
 from batch_client.errors import BatchClientError, StorageError, UsageError
-from batch_client.figures import significant
+from batch_client.figures import number, significant
 from batch_client.folders import temporary_folder
 from batch_client.java import find_java, torchserve_home
 from batch_client.machine import cores, device, gpu_variables, gpus
@@ -48,10 +48,18 @@ from batch_client.spec import MIB, Records, RunSpec
 from batch_client.storage import Store, child_url, open_store
 from batch_client.stream import UnitStream
 from batch_client.transport import HttpTransport
-from batch_client.tuning import ALLOCATORS, DEFAULT_ALLOCATOR, Tuning, require_place, write_tuning
+from batch_client.tuning import (
+    ALLOCATORS,
+    DEFAULT_ALLOCATOR,
+    Tuning,
+    better_tuning,
+    require_place,
+    tuning_path,
+    write_tuning,
+)
 from batch_client.urls import split_url
 
-__all__ = ["BenchReport", "BenchSpec", "bench"]
+__all__ = ["BenchReport", "BenchSpec", "Kept", "bench"]
 
 Say = Callable[[str], None]
 
@@ -88,9 +96,29 @@ class BenchSpec:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A tuning file that was not replaced: what it says, and what was found, which is slower."""
+
+    path: Path
+    there: Tuning
+    found: Tuning
+
+    def __str__(self) -> str:
+        there, found = self.there, self.found
+        return (f"{self.path} says {number(there.records_per_s)} records/s in {there.precision}, measured "
+                f"{there.measured_at or 'at a time that it does not say'}, and this bench found "
+                f"{number(found.records_per_s)} in {found.precision}: delete the file to save these settings")
+
+    def to_value(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {"file": str(self.path), "records_per_s": self.there.records_per_s, "precision": self.there.precision,
+                "measured_at": self.there.measured_at}
+
+
+@dataclass(frozen=True)
 class BenchReport:
     """What was measured; `whole_records` were scored for the whole. `saved` is the tuning file if one was written,
-    `unsaved` why it could not be.
+    `kept` the better one that was there, `unsaved` why it could not be written.
     """
 
     model: str
@@ -100,6 +128,7 @@ class BenchReport:
     ceilings: Ceilings
     whole_records: int = 0
     saved: Path | None = None
+    kept: Kept | None = None
     unsaved: StorageError | None = None
 
     def to_value(self) -> dict[str, Any]:
@@ -115,6 +144,7 @@ class BenchReport:
             "whole_records": self.whole_records,
             "limited_by": ceilings.limit.value, "advice": ceilings.advice,
             "tuning_file": None if self.saved is None else str(self.saved),
+            "tuning_kept": None if self.kept is None else self.kept.to_value(),
         }
 
 
@@ -172,7 +202,7 @@ class _Session:
         await self._require_storage(run)
         found = await self._search()
         tuning = self._tuning(found.best, found)
-        saved, unsaved = self._saved(tuning) if self._spec.save else (None, None)
+        saved, kept, unsaved = self._saved(tuning) if self._spec.save else (None, None, None)
         rates = {Limit.MODEL: found.records_per_s}
         noop = replace(tuning, runtime="noop", precision="float32")
         async with self._served(self._folder / "noop.mar", noop) as servers:
@@ -186,7 +216,7 @@ class _Session:
             whole_records = max(1, min(self._source.geometry.count, int(min(rates.values()) * self._seconds["whole"])))
             whole = await self._whole(run, tuning, whole_records)
         return BenchReport(self._model["name"], self._model["record_bytes"], found, tuning, Ceilings(rates, whole),
-                           whole_records, saved, unsaved)
+                           whole_records, saved, kept, unsaved)
 
     def _require_fitting(self, run: RunSpec) -> None:
         """Raises what `run` would be refused with: for its model, and for its source where there is one."""
@@ -207,14 +237,21 @@ class _Session:
         async with self._scratch("try") as output:
             await output.create("try", b"a place for predictions")
 
-    def _saved(self, tuning: Tuning) -> tuple[Path | None, StorageError | None]:
-        """The tuning file, or why there is none: what is measured is not lost for that, nor for what follows."""
+    def _saved(self, tuning: Tuning) -> tuple[Path | None, Kept | None, StorageError | None]:
+        """The tuning file, the better one that is there, or why there is none: what is measured is not lost for that,
+        nor for what follows.
+        """
+        there = better_tuning(self._archive, tuning)
+        if there is not None:
+            kept = Kept(tuning_path(self._archive, there.device), there, tuning)
+            self._say(f"kept: {kept}")
+            return None, kept, None
         try:
             path = write_tuning(self._archive, tuning)
         except StorageError as error:
-            return None, error
+            return None, None, error
         self._say(f"saved: {path}")
-        return path, None
+        return path, None, None
 
     async def _search(self) -> Found:
         workers = self._gpus or cores()

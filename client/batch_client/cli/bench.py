@@ -90,9 +90,13 @@ def _lines(report: BenchReport, *, local: bool) -> list[str]:
     if ceilings.whole is not None:
         rows.append(("the whole", ceilings.whole, f"{report.whole_records:,} records"))
     ended = "" if found.complete else "; not all was tried: a larger --budget finds more"
+    precision = report.tuning.precision
+    defaults = "the defaults" if precision == "float32" else f"the defaults in {precision}"
     lines = [f"{report.model} on {report.tuning.device}", "", *ways_of(found), "",
-             f"best: {found.best}, {found.gain:.2f} times as quick as the defaults{ended}", "",
+             f"best: {found.best}, {found.gain:.2f} times as quick as {defaults}{ended}", "",
              *table_of(rows, report.record_bytes), "", *ceilings.lines()]
     if report.saved is not None:
         lines.append(f"saved: {report.saved}")
+    if report.kept is not None:
+        lines.append(f"kept: {report.kept}")
     return lines
