@@ -19,7 +19,7 @@ from batch_client.bench.ceilings import read_alone, wire_alone, write_alone
 from batch_client.bench.search import Space, Way, decided, next_way, ratio, shares, space_of, wins
 from batch_client.bench.session import BenchReport, BenchSpec, _Session
 from batch_client.bench.tuner import Found, Measured, find_best
-from batch_client.bench.verdict import Ceilings
+from batch_client.bench.verdict import Ceilings, Whole
 from batch_client.bottleneck import Limit
 from batch_client.cli.options import AMOUNT
 from batch_client.errors import ServingError, UsageError
@@ -357,12 +357,32 @@ def test_the_budget_is_shared_out_whole(with_input):
     assert sum(shares(120, with_input=with_input).values()) == pytest.approx(120)
 
 
-def test_the_lowest_ceiling_limits_until_the_whole_is_far_below_it():
-    rates = {Limit.MODEL: 20_000.0, Limit.WIRE: 600_000.0, Limit.READING: 9_000.0, Limit.WRITING: 100_000.0}
-    assert Ceilings(rates).limit is Limit.READING
-    assert "input chunks" in Ceilings(rates, 8_800.0).advice
-    assert "in flight" in Ceilings(rates, 4_000.0).advice
-    assert Ceilings(rates, 4_500.0).lines()[0] == "limited by: reading; the whole reaches 50% of this ceiling"
+RATES = {Limit.MODEL: 20_000.0, Limit.WIRE: 600_000.0, Limit.READING: 9_000.0, Limit.WRITING: 100_000.0}
+SHORT = "nothing to turn in so short a run"
+
+
+@pytest.mark.parametrize(("whole", "limit", "said", "advice"), [
+    (None, Limit.READING, "reading", "larger input chunks"),
+    (Whole(9_000, 8_800.0, Limit.MODEL, "add workers"), Limit.READING,
+     "reading; the whole reaches 98% of this ceiling", "larger input chunks"),
+    (Whole(90, 900.0, Limit.ENDS, SHORT), Limit.ENDS,
+     "start and end; the whole reaches 10% of the lowest ceiling, reading", SHORT),
+    (Whole(90, 4_500.0, Limit.READING, "raise --in-flight"), Limit.READING,
+     "reading; the whole reaches 50% of this ceiling", "raise --in-flight"),
+    (Whole(90, 4_500.0, None, ""), Limit.READING, "reading; the whole reaches 50% of this ceiling",
+     "larger input chunks"),
+])
+def test_the_lowest_ceiling_limits_unless_the_whole_is_far_below_it_and_says_what_limited_it(
+        whole, limit, said, advice):
+    report = report_of(ceilings=Ceilings(RATES, whole))
+    value, lines = report.to_value(), printed(report)
+    assert (report.ceilings.limit, value["limited_by"]) == (limit, limit.value)
+    assert f"limited by: {said}" in lines
+    assert advice in value["advice"]
+    assert f"advice: {value['advice']}" in lines
+    assert value["ceilings"] == {part.value: rate for part, rate in RATES.items()}
+    assert (value["whole"], value["whole_records"]) == ((whole.records_per_s, whole.records) if whole else (None, 0))
+    assert whole is None or any(line.startswith("the whole ") and f"{whole.records:,} rec" in line for line in lines)
 
 
 @pytest.mark.parametrize(("first", "best", "noted"), [

@@ -25,7 +25,7 @@ from batch_client.archives import local_archive
 from batch_client.bench.ceilings import read_alone, wire_alone, write_alone
 from batch_client.bench.search import Way, shares, space_of
 from batch_client.bench.tuner import Found, Trial, find_best
-from batch_client.bench.verdict import Ceilings
+from batch_client.bench.verdict import Ceilings, Whole
 from batch_client.bench.workers import ask_handler, workers_of
 from batch_client.bottleneck import Limit
 from batch_client.budget import ByteBudget
@@ -117,7 +117,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What was measured; `whole_records` were scored for the whole. `saved` is the tuning file if one was written,
+    """What was measured. `saved` is the tuning file if one was written,
     `kept` the better one that was there, `unsaved` why it could not be written.
     """
 
@@ -126,22 +126,21 @@ class BenchReport:
     found: Found
     tuning: Tuning
     ceilings: Ceilings
-    whole_records: int = 0
     saved: Path | None = None
     kept: Kept | None = None
     unsaved: StorageError | None = None
 
     def to_value(self) -> dict[str, Any]:
         """What `--json` prints."""
-        ceilings = self.ceilings
+        ceilings, whole = self.ceilings, self.ceilings.whole
         return {
             "model": self.model, "device": self.tuning.device, "model_digest": self.tuning.model_digest,
             "best": vars(self.found.best), "precision": self.tuning.precision,
             "gain": round(self.found.gain, 3), "search_complete": self.found.complete,
             "tried": [one.to_value() for one in self.found.tried],
             "ceilings": {part.value: significant(rate) for part, rate in ceilings.rates.items()},
-            "whole": None if ceilings.whole is None else significant(ceilings.whole),
-            "whole_records": self.whole_records,
+            "whole": None if whole is None else significant(whole.records_per_s),
+            "whole_records": 0 if whole is None else whole.records,
             "limited_by": ceilings.limit.value, "advice": ceilings.advice,
             "tuning_file": None if self.saved is None else str(self.saved),
             "tuning_kept": None if self.kept is None else self.kept.to_value(),
@@ -211,12 +210,12 @@ class _Session:
             if self._source is not None:
                 async with self._scratch("write") as output:
                     rates |= await self._storage(run, servers, output)
-        whole, whole_records = None, 0
+        whole = None
         if self._source is not None:
-            whole_records = max(1, min(self._source.geometry.count, int(min(rates.values()) * self._seconds["whole"])))
-            whole = await self._whole(run, tuning, whole_records)
+            records = max(1, min(self._source.geometry.count, int(min(rates.values()) * self._seconds["whole"])))
+            whole = await self._whole(run, tuning, records)
         return BenchReport(self._model["name"], self._model["record_bytes"], found, tuning, Ceilings(rates, whole),
-                           whole_records, saved, kept, unsaved)
+                           saved, kept, unsaved)
 
     def _require_fitting(self, run: RunSpec) -> None:
         """Raises what `run` would be refused with: for its model, and for its source where there is one."""
@@ -327,11 +326,12 @@ class _Session:
         writing = await write_alone(output, prepared.plan, run, self._seconds["writing"])
         return {Limit.READING: reading, Limit.WRITING: writing}
 
-    async def _whole(self, run: RunSpec, tuning: Tuning, records: int) -> float:
-        """Records/s of a run over the first `records`."""
+    async def _whole(self, run: RunSpec, tuning: Tuning, records: int) -> Whole:
+        """A run over the first `records`."""
         source_store = open_store(run.input, anonymous=run.anonymous)
         async with self._served(self._archive, tuning) as servers, self._scratch("whole") as output:
             self._say(f"the whole: {records:,} records")
             spec = replace(run, output=output.url, records=Records(0, records), max_failed=records)
             summary = await execute(spec, Services(servers, source_store, output))
-        return summary.records_per_s
+        limit = None if summary.limited_by is None else Limit(summary.limited_by)
+        return Whole(records, summary.records_per_s, limit, summary.advice)

@@ -88,7 +88,7 @@ def _lines(report: BenchReport, *, local: bool) -> list[str]:
     notes = NOTES | {"model": str(found.best)} | ({"writing": "a temporary folder here"} if local else {})
     rows = [(f"{part.value} alone", rate, notes[part.value]) for part, rate in ceilings.rates.items()]
     if ceilings.whole is not None:
-        rows.append(("the whole", ceilings.whole, f"{report.whole_records:,} records"))
+        rows.append(("the whole", ceilings.whole.records_per_s, f"{ceilings.whole.records:,} records"))
     ended = "" if found.complete else "; not all was tried: a larger --budget finds more"
     precision = report.tuning.precision
     defaults = "the defaults" if precision == "float32" else f"the defaults in {precision}"
