@@ -25,6 +25,8 @@ from batch_client.tuning import (
     ALLOCATORS,
     CLEARLY,
     MAX_BYTES,
+    PRECISIONS,
+    RUNTIMES,
     Tuning,
     better_tuning,
     read_tuning,
@@ -32,6 +34,7 @@ from batch_client.tuning import (
     tuning_path,
     write_tuning,
 )
+from batch_handler import runtimes as handler_runtimes
 
 DIGEST = "sha256:" + "1" * 64
 MEASURED = Tuning(device="cpu-avx2-2cores", model_digest=DIGEST, runtime="torchscript", micro_batch=256, workers=3,
@@ -54,12 +57,14 @@ def test_without_a_file_there_is_nothing_and_the_machine_is_not_looked_at(archiv
     assert read_tuning(archive, lambda: "cpu-avx2-2cores") is None
 
 
-@given(runtime=NAMES, precision=NAMES, counts=st.tuples(*[st.integers(1, 4096)] * 3),
+@given(device=NAMES, runtime=st.sampled_from(RUNTIMES), precision=st.sampled_from(PRECISIONS),
+       counts=st.tuples(*[st.integers(1, 4096)] * 3),
        rate=st.floats(1e-6, 1e12), allocator=st.sampled_from(list(ALLOCATORS)),
        versions=st.dictionaries(st.text(max_size=9), st.text(max_size=9), max_size=3))
-def test_what_is_written_is_what_is_read(runtime, precision, counts, rate, allocator, versions):
-    tuning = replace(MEASURED, runtime=runtime, precision=precision, workers=counts[0], threads=counts[1],
-                     micro_batch=counts[2], records_per_s=rate, allocator=allocator, versions=versions)
+def test_what_is_written_is_what_is_read(device, runtime, precision, counts, rate, allocator, versions):
+    tuning = replace(MEASURED, device=device, runtime=runtime, precision=precision, workers=counts[0],
+                     threads=counts[1], micro_batch=counts[2], records_per_s=rate, allocator=allocator,
+                     versions=versions)
     again = Tuning.from_json(tuning.to_json().encode(), "here")
     assert replace(again, table=tuple(again.table)) == tuning
 
@@ -120,9 +125,40 @@ def test_a_file_of_another_model_is_refused_and_not_passed_over(archive):
         read_tuning(archive, lambda: MEASURED.device)
 
 
+def test_a_file_of_another_kind_of_machine_than_its_name_says_is_refused(archive):
+    path = write_tuning(archive, MEASURED)
+    path.rename(path.with_name("cpu-avx2-4cores.json"))
+    with pytest.raises(ServingError, match=r"4cores\.json was measured on another kind of machine than its name "
+                                           r"says, cpu-avx2-2cores: measure again .* or delete the file$"):
+        read_tuning(archive, lambda: "cpu-avx2-4cores")
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("in the way"), lambda path: path.symlink_to("nowhere")])
+def test_what_is_in_the_folder_s_place_is_refused_and_not_passed_over(archive, make):
+    make(archive.with_suffix(".tuning"))
+    with pytest.raises(ServingError, match=r"digits\.tuning is no folder, wanted one of tuning files.*: move it away$"):
+        read_tuning(archive, lambda: MEASURED.device)
+
+
+def test_a_file_that_can_t_be_read_is_not_to_be_measured_again(archive):
+    tuning_path(archive, MEASURED.device).mkdir(parents=True)
+    with pytest.raises(ServingError, match=r"json can't be read \(Is a directory\): make it a file that this user can "
+                                           r"read, or move it away$"):
+        read_tuning(archive, lambda: MEASURED.device)
+
+
+def test_the_runtimes_and_precisions_of_files_are_those_of_the_handler():
+    assert set(RUNTIMES) == set(handler_runtimes._RUNTIMES) - {"noop"}
+    assert tuple(handler_runtimes.PRECISIONS) == PRECISIONS
+    damaged = json.dumps({**json.loads(MEASURED.to_json()), "runtime": "jit"}).encode()
+    with pytest.raises(ServingError, match="has runtime 'jit', wanted eager or torchscript or aot or onnx: measure"):
+        Tuning.from_json(damaged, "here")
+
+
 @pytest.mark.parametrize(("field", "value"), [
     ("format", 2), ("micro_batch", 0), ("micro_batch", "64"), ("micro_batch", True), ("workers", 10**9),
-    ("threads", 1.5), ("runtime", "a\nb"), ("runtime", ""), ("precision", "x=y z"), ("allocator", "jemalloc"),
+    ("threads", 1.5), ("runtime", "a\nb"), ("runtime", ""), ("precision", "x=y z"), ("precision", "int8"),
+    ("runtime", "noop"), ("runtime", ["eager"]), ("allocator", "jemalloc"),
     ("records_per_s", 0), ("records_per_s", float("inf")), ("records_per_s", "9"), ("versions", {"a": 1}),
     ("table", [1]), ("micro-batch", 64), ("measured_at", "today\n"), ("allocator", ["glibc-held"]), ("device", None)])
 def test_a_damaged_file_is_refused_in_one_line(field, value):
@@ -323,7 +359,7 @@ async def test_a_web_server_that_has_no_file_has_none_whatever_it_answers(archiv
 
 async def test_a_web_server_that_has_a_file_gives_it_and_a_damaged_one_is_refused(archive, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    with _Web(archive, (200, MEASURED.to_json().encode())) as web:
+    with _Web(archive, (200, replace(MEASURED, device=device({})).to_json().encode())) as web:
         async with local_archive(web.url) as fetched:
             assert read_tuning(fetched, lambda: device({})).micro_batch == MEASURED.micro_batch
     with _Web(archive, (200, json.dumps({"format": 1, "workers": 3}).encode())) as web:

@@ -13,12 +13,12 @@ from batch_client.cli.pack import LOSES_NAN
 from batch_client.cli.stream import PatientStream, say
 from batch_client.cli.verb import Verb
 from batch_client.errors import StoppedError
+from batch_client.tuning import PRECISIONS
 
 if TYPE_CHECKING:
     from batch_client.bench.session import BenchReport
     from batch_client.bench.tuner import Found
 
-PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 NOTES = {
     "wire": "TorchServe without a model",
     "reading": "INPUT",

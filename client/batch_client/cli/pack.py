@@ -14,6 +14,7 @@ import click
 from batch_client.cli.options import keep_nearest
 from batch_client.cli.verb import Verb
 from batch_client.errors import DataError, ServingError, UsageError
+from batch_client.tuning import RUNTIMES
 
 if TYPE_CHECKING:
     from batch_handler.draft import SignatureDraft
@@ -52,7 +53,7 @@ _SIGNATURE_FLAGS = ("input_text", "model_shape", "scale", "softmax", "output_nam
 @click.option("--softmax", is_flag=True, help="Softmax over the output's last axis.")
 @click.option("--golden", type=FILE, help="Sample records (.npy or .npz) that every worker must reproduce before it "
               "serves.  [default: a few random ones]")
-@click.option("--runtime", type=click.Choice(["eager", "torchscript", "aot", "onnx"]), help="How workers run it; "
+@click.option("--runtime", type=click.Choice(RUNTIMES), help="How workers run it; "
               "torchscript traces, freezes and optimises the module at load, aot compiles it now and needs a C++ "
               "compiler, onnx exports it now.  [default: eager, or what the file is made for]")
 @click.option("--micro-batch", type=click.IntRange(1), help="Records in one run of the model.  [default: 128, or what "
