@@ -25,7 +25,7 @@ from batch_client.archives import local_archive
 from batch_client.bench.ceilings import read_alone, wire_alone, write_alone
 from batch_client.bench.search import Way, shares, space_of
 from batch_client.bench.tuner import Found, Trial, find_best
-from batch_client.bench.verdict import Ceilings, Whole
+from batch_client.bench.verdict import Ceilings, Whole, can_be_lowered
 from batch_client.bench.workers import ask_handler, workers_of
 from batch_client.bottleneck import Limit
 from batch_client.budget import ByteBudget
@@ -214,8 +214,9 @@ class _Session:
         if self._source is not None:
             records = max(1, min(self._source.geometry.count, int(min(rates.values()) * self._seconds["whole"])))
             whole = await self._whole(run, tuning, records)
-        return BenchReport(self._model["name"], self._model["record_bytes"], found, tuning, Ceilings(rates, whole),
-                           saved, kept, unsaved)
+        ceilings = Ceilings(rates, whole, lower=can_be_lowered(tuning.runtime, tuning.precision))
+        return BenchReport(self._model["name"], self._model["record_bytes"], found, tuning, ceilings, saved, kept,
+                           unsaved)
 
     def _require_fitting(self, run: RunSpec) -> None:
         """Raises what `run` would be refused with: for its model, and for its source where there is one."""

@@ -10,19 +10,21 @@ from batch_client.bench.tuner import Found
 from batch_client.bottleneck import Limit
 from batch_client.figures import number
 
-__all__ = ["NEAR", "Ceilings", "Whole", "table_of", "ways_of"]
+__all__ = ["NEAR", "Ceilings", "Whole", "can_be_lowered", "table_of", "ways_of"]
 
 # Below this part of the lowest ceiling, something else costs, and the run's own account says what.
 NEAR = 0.85
 
 _ADVICE: Mapping[Limit, str] = {
-    Limit.MODEL: "another runtime (pack --runtime), a GPU, more cores or more machines (run --endpoint, several "
-                 "times), or lower precision, if its scores are good enough (bench --precision bfloat16)",
+    Limit.MODEL: "another runtime (pack --runtime), a GPU, or more cores or machines (run --endpoint, several times)",
     Limit.WIRE: "larger requests (run --request-records), or several servers (run --endpoint, several times)",
     Limit.READING: "a machine nearer to the source, larger input chunks, or more read ahead (run "
                    "--max-bytes-in-flight)",
     Limit.WRITING: "a machine nearer to the output, or larger output chunks (run --chunk-records)",
 }
+_LOWER = "; or lower precision, if its scores are good enough (bench --precision bfloat16)"
+# What is compiled or exported has its dtypes inside.
+_LOWERED = ("eager", "torchscript")
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ class Whole:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Records/s of each part alone, and the whole where it was measured."""
+    """Records/s of each part alone, and the whole where it was measured. lower: whether the model `can_be_lowered`."""
 
     rates: Mapping[Limit, float]
     whole: Whole | None = None
+    lower: bool = False
 
     @property
     def lowest(self) -> Limit:
@@ -74,7 +77,12 @@ class Ceilings:
     def _verdict(self) -> tuple[Limit, str]:
         if self.whole is not None and self.whole.limit is not None and (self.reached or 0.0) < NEAR:
             return self.whole.limit, self.whole.advice
-        return self.lowest, _ADVICE[self.lowest]
+        return self.lowest, _ADVICE[self.lowest] + _LOWER * (self.lower and self.lowest is Limit.MODEL)
+
+
+def can_be_lowered(runtime: str, precision: str) -> bool:
+    """Whether a model that runs so could run in lower precision."""
+    return precision == "float32" and runtime in _LOWERED
 
 
 def table_of(rows: Sequence[tuple[str, float, str]], record_bytes: int) -> list[str]:
