@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib import import_module
 
@@ -12,6 +13,7 @@ from batch_client.bench.session import BenchReport, BenchSpec, _Session
 from batch_client.bench.tuner import Found, Measured
 from batch_client.bench.verdict import Ceilings, Whole, can_be_lowered
 from batch_client.bottleneck import Limit
+from batch_client.errors import ServingError
 from batch_client.tuning import Tuning, tuning_path
 from batch_handler import runtimes as handler_runtimes
 
@@ -115,3 +117,37 @@ def test_a_better_tuning_file_is_kept_and_both_figures_are_said(archive, tmp_pat
         "measured_at": "2026-01-01T00:00:00+00:00"}
     path.unlink()
     assert session._saved(replace(TUNING, records_per_s=9_000.0)) == (path, None, None)
+
+
+async def test_a_way_that_fails_says_so_of_the_archive_and_not_of_the_copy_that_is_measured(archive, tmp_path):
+    said, folder = [], tmp_path / "batch-client-bench-x"
+    session = _Session(BenchSpec(archive=str(archive), budget=1e6), None, archive, folder, said.append, {})
+    session._model = {"runtime": "eager", "runtimes": ["eager", "torchscript"], "micro_batch": 128, "record_bytes": 784}
+    opened = []
+
+    class Steady:
+        """Quicker in larger micro-batches, so that the best is not where the search begins."""
+
+        def __init__(self, way):
+            self.way = way
+
+        async def window(self, seconds):
+            return 100.0 * self.way.micro_batch
+
+    @asynccontextmanager
+    async def open_some(way, seconds):
+        if way.runtime == "torchscript" or way in opened:
+            raise ServingError(f"model in {folder / 'model'}: no room for {folder / 'model' / 'weights.pt'}")
+        opened.append(way)
+        yield Steady(way)
+
+    session._opened = open_some
+    found = await session._search()
+    reason = "digits.mar: no room for digits.mar/weights.pt"
+    assert {one.failure for one in found.tried if one.way.runtime == "torchscript"} == {reason}
+    assert said[-1] == f"model alone: the best could not be compared with the beginning once more: {reason}"
+    session._model |= {"digest": "sha256:1", "versions": {}}
+    report = BenchReport("toy", 784, found, session._tuning(found.best, found), Ceilings({Limit.MODEL: 1.0}))
+    for shown in (printed(report), report.to_value()["tried"], report.tuning.to_json()):
+        assert reason in str(shown)
+        assert str(folder) not in str(shown)

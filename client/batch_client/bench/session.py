@@ -163,8 +163,14 @@ async def bench(spec: BenchSpec, say: Say, environ: Mapping[str, str] = os.envir
         with temporary_folder("bench") as folder:
             try:
                 return await _Session(spec, source, archive, folder, say, environ).run()
-            except BatchClientError as error:  # of the unpacked copy, which nobody has asked about
-                raise type(error)(str(error).replace(f"model in {folder / 'model'}", spec.archive)) from error
+            except BatchClientError as error:
+                raise type(error)(_named(str(error), folder, spec.archive)) from error
+
+
+def _named(text: str, folder: Path, archive: str) -> str:
+    """What the handler says of the unpacked copy in `folder`, said of the archive: nobody has asked about the copy."""
+    unpacked = folder / "model"
+    return text.replace(f"model in {unpacked}", archive).replace(str(unpacked), archive)
 
 
 class _Session:
@@ -260,8 +266,11 @@ class _Session:
         space = space_of(
             self._model["runtimes"], tuple(ALLOCATORS), cores=cores(), gpus=self._gpus,
             record_bytes=max(self._model["record_bytes"], self._reply_bytes), micro_batch=start.micro_batch)
-        return await find_best(start, space, self._opened, seconds=self._seconds["model"], clock=time.monotonic,
-                               say=self._say)
+        name = self._archive.name
+        found = await find_best(start, space, self._opened, seconds=self._seconds["model"], clock=time.monotonic,
+                                say=lambda line: self._say(_named(line, self._folder, name)))
+        found.tried = [replace(one, failure=_named(one.failure, self._folder, name)) for one in found.tried]
+        return found
 
     @asynccontextmanager
     async def _opened(self, way: Way, seconds: float) -> AsyncIterator[Trial]:
