@@ -10,12 +10,14 @@ the server's fingerprint.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,7 +27,7 @@ from batch_client.jsontext import parse_json
 
 __all__ = ["ALLOCATORS", "ALLOCATOR_VARIABLES", "CLEARLY", "DEFAULT_ALLOCATOR", "FORMAT", "MAX_BYTES", "PRECISIONS",
            "RUNTIMES", "Tuning", "better_tuning", "is_tuning", "read_tuning", "require_place", "tuning_path",
-           "write_tuning"]
+           "tunings_beside", "write_tuning"]
 
 FORMAT = 1
 MAX_BYTES = 1 << 20
@@ -141,6 +143,15 @@ def read_tuning(archive: Path, device: Callable[[], str]) -> Tuning | None:
         raise _refused(str(path), f"was measured for the model {tuning.model_digest[:19]}…, {archive.name} has "
                                   f"{found[:19]}…")
     return tuning
+
+
+def tunings_beside(archive: Path) -> Iterator[tuple[Path, Tuning]]:
+    """The tuning files beside an archive, in the order of their names, but for those that can't be taken."""
+    for path in sorted(archive.with_suffix(".tuning").glob("*.json")):
+        with contextlib.suppress(ServingError):
+            tuning = read_tuning(archive, partial(str, path.stem))
+            if tuning is not None:
+                yield path, tuning
 
 
 def better_tuning(archive: Path, tuning: Tuning) -> Tuning | None:
