@@ -5,6 +5,7 @@ no usable answer are asked again.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn, TypeVar
@@ -20,6 +21,13 @@ __all__ = ["ANY_NUMERICS", "Wanted", "agree", "ask_again"]
 ANY_NUMERICS = "any"
 # Between questions to a server that is left out: one that starts needs some seconds, a machine some minutes.
 AGAIN_SECONDS = 30.0
+# What brings numerics back that a server of ours can have on any machine. All win over a tuning file.
+_SETTINGS = {
+    "runtime": "BATCH_HANDLER_RUNTIME={}", "precision": "BATCH_HANDLER_PRECISION={}",
+    "micro_batch": "BATCH_HANDLER_MICRO_BATCH={}", "threads": "--workers Wx{}",
+}
+# Where one of these differs, what only one side has is its own: a graph's optimiser, a GPU's driver.
+_KINDS = ("device", "runtime")
 
 
 @dataclass(frozen=True)
@@ -91,11 +99,14 @@ async def _asked(servers: Servers,
 
 def _refusal(found: ModelContract, wanted: Wanted, agreed: ModelContract | None, *, exact: bool) -> str:
     """Why a server with the model `found` can't take part; "" if it can."""
-    fingerprint = found.fingerprint if exact else ANY_NUMERICS
-    if (found.digest, fingerprint) != (wanted.digest, wanted.fingerprint):
-        return (f"its model is {_named(found.digest, fingerprint, wanted.fingerprint)}, {wanted.whose} is "
-                f"{_named(wanted.digest, wanted.fingerprint, fingerprint)}"
-                f"{_differing(wanted.numerics, found.numerics)}; serve that model in that way, {wanted.instead}")
+    if found.digest != wanted.digest:
+        return (f"its model is {found.digest}, {wanted.whose} is {wanted.digest}; serve that model in that way, "
+                f"{wanted.instead}")
+    if exact and found.fingerprint != wanted.fingerprint:
+        names = _differing(wanted.numerics, found.numerics)
+        return (f"its model has {_named(found.numerics, names, found.fingerprint)}; {wanted.whose} has "
+                f"{_named(wanted.numerics, names, wanted.fingerprint)}; serve it in that way"
+                f"{_settings(wanted.numerics, names)}, {wanted.instead}")
     if agreed is not None and not _alike(found, agreed, exact=exact):
         return ("its model has another name, version, micro-batch, input or output than that of another endpoint with "
                 "the same digest; serve the same there, or leave it out")
@@ -132,12 +143,25 @@ async def _contract_or_error(servers: Servers, url: str) -> ModelContract | Batc
         return error
 
 
-def _named(digest: str, fingerprint: str, other: str) -> str:
-    """A model, with its numerics where those are not the other's."""
-    return digest if fingerprint == other else f"{digest} with numerics {fingerprint}"
+def _differing(wanted: Mapping[str, object], found: Mapping[str, object]) -> list[str]:
+    """The names of the numerics that differ, those first that a setting brings back."""
+    names = [name for name in (*_SETTINGS, *sorted({*wanted, *found} - {*_SETTINGS}))
+             if wanted.get(name) != found.get(name)]
+    if any(kind in names for kind in _KINDS):
+        return [name for name in names if wanted.get(name) is not None and found.get(name) is not None]
+    return names
 
 
-def _differing(wanted: Mapping[str, object], found: Mapping[str, object]) -> str:
-    """What of the numerics differs, such as `threads 2 there, 1 here`."""
-    names = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-    return "".join(f"; {name} is {found.get(name)!r} here, was {wanted.get(name)!r}" for name in names)
+def _named(numerics: Mapping[str, object], names: Sequence[str], fingerprint: str) -> str:
+    """What one side has of these, such as `runtime 'eager', threads 2`; its fingerprint where nothing else is known."""
+    values = [f"{name} {'absent' if numerics.get(name) is None else repr(numerics[name])}" for name in names]
+    return ", ".join(values) or f"numerics {fingerprint}"
+
+
+def _settings(wanted: Mapping[str, object], names: Sequence[str]) -> str:
+    """How to have those numerics back, as far as settings do that."""
+    found = [_SETTINGS[name].format(wanted[name]) for name in names
+             if name in _SETTINGS and re.fullmatch(r"\w{1,40}", str(wanted.get(name) or ""))]
+    if not found:
+        return ""
+    return f", with {' '.join(found)} (settings win over a tuning file beside the archive, which may be what changed)"

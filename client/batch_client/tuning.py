@@ -10,12 +10,14 @@ the server's fingerprint.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,11 +25,13 @@ from batch_client.errors import ServingError, StorageError
 from batch_client.files import replace_file, require_writable
 from batch_client.jsontext import parse_json
 
-__all__ = ["ALLOCATORS", "ALLOCATOR_VARIABLES", "DEFAULT_ALLOCATOR", "FORMAT", "MAX_BYTES", "Tuning", "is_tuning",
-           "read_tuning", "require_place", "tuning_path", "write_tuning"]
+__all__ = ["ALLOCATORS", "ALLOCATOR_VARIABLES", "CLEARLY", "DEFAULT_ALLOCATOR", "FORMAT", "MAX_BYTES", "PRECISIONS",
+           "RUNTIMES", "Tuning", "better_tuning", "is_tuning", "read_tuning", "require_place", "tuning_path",
+           "tunings_beside", "write_tuning"]
 
 FORMAT = 1
 MAX_BYTES = 1 << 20
+CLEARLY = 1.05  # times as many records/s: measured on two days, equal settings differ by less
 HELD = str(1 << 30)  # bytes: glibc keeps tensors' memory instead of paging it in again for every batch
 # What the C library's allocator is told, by name. https://man7.org/linux/man-pages/man3/mallopt.3.html
 ALLOCATORS: Mapping[str, Mapping[str, str]] = {
@@ -36,12 +40,17 @@ ALLOCATORS: Mapping[str, Mapping[str, str]] = {
     "glibc-default": {},
 }
 DEFAULT_ALLOCATOR = "glibc-held"
+# What the handler can run an archive's model with, and in what it can compute.
+RUNTIMES = ("eager", "torchscript", "aot", "onnx")
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 ALLOCATOR_VARIABLES = tuple(ALLOCATORS[DEFAULT_ALLOCATOR])
 
 _DESCRIPTION = "model.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _COUNTS = {"micro_batch": 65_536, "workers": 4096, "threads": 4096}
-_NAMES = ("device", "runtime", "precision", "allocator")
+_KNOWN: Mapping[str, Sequence[str]] = {
+    "runtime": RUNTIMES, "precision": PRECISIONS, "allocator": tuple(ALLOCATORS),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +96,14 @@ class Tuning:
             raise _refused(where, f"is not JSON ({error})") from error
         if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
             raise _refused(where, f"is not a tuning file of format {FORMAT}")
-        wanted = {field.name for field in fields(cls)}
-        if wanted != set(value):
-            differing = ", ".join(sorted(wanted ^ set(value)))
+        names = {field.name for field in fields(cls)}
+        if names != set(value):
+            differing = ", ".join(sorted(names ^ set(value)))
             raise _refused(where, f"has other fields than a tuning file: {differing[:200]}")
         for name, good in _checks(value).items():
             if not good:
-                raise _refused(where, f"has {name} {str(value[name])[:100]!r}")
+                wanted = f", wanted {' or '.join(_KNOWN[name])}" if name in _KNOWN else ""
+                raise _refused(where, f"has {name} {str(value[name])[:100]!r}{wanted}")
         return cls(**value)
 
 
@@ -105,9 +115,14 @@ def tuning_path(archive: Path, device: str) -> Path:
 def read_tuning(archive: Path, device: Callable[[], str]) -> Tuning | None:
     """The tuning file beside an archive for this kind of machine, if there is one; `device` is asked only if need be.
 
-    Raises ServingError for a file that is damaged or was measured for another model.
+    Raises ServingError for a file that is damaged or was measured for another model or kind of machine, and for one in
+    the folder's place.
     """
-    if not archive.with_suffix(".tuning").is_dir():
+    folder = archive.with_suffix(".tuning")
+    if not folder.is_dir():
+        if folder.exists() or folder.is_symlink():
+            raise ServingError(f"{folder} is no folder, wanted one of tuning files, as `batch-client bench ARCHIVE "
+                               "--save` makes it: move it away")
         return None
     path = tuning_path(archive, device())
     try:
@@ -116,15 +131,40 @@ def read_tuning(archive: Path, device: Callable[[], str]) -> Tuning | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise _refused(str(path), f"can't be read ({error.strerror})") from error
+        raise ServingError(f"{path} can't be read ({error.strerror}): make it a file that this user can read, or move "
+                           "it away") from error
     if len(text) > MAX_BYTES:
         raise _refused(str(path), f"is over {MAX_BYTES:,} bytes")
     tuning = Tuning.from_json(text, str(path))
+    if tuning_path(archive, tuning.device) != path:
+        raise _refused(str(path), f"was measured on another kind of machine than its name says, {tuning.device}")
     found = _digest_of(archive)
     if tuning.model_digest != found:
         raise _refused(str(path), f"was measured for the model {tuning.model_digest[:19]}…, {archive.name} has "
                                   f"{found[:19]}…")
     return tuning
+
+
+def tunings_beside(archive: Path) -> Iterator[tuple[Path, Tuning]]:
+    """The tuning files beside an archive, in the order of their names, but for those that can't be taken."""
+    for path in sorted(archive.with_suffix(".tuning").glob("*.json")):
+        with contextlib.suppress(ServingError):
+            tuning = read_tuning(archive, partial(str, path.stem))
+            if tuning is not None:
+                yield path, tuning
+
+
+def better_tuning(archive: Path, tuning: Tuning) -> Tuning | None:
+    """The tuning file that `tuning` would replace, where that says clearly more records/s for the same model and kind
+    of machine, with the same versions; None where there is none, or one that can't be taken.
+    """
+    try:
+        there = read_tuning(archive, lambda: tuning.device)
+    except ServingError:
+        return None
+    if there is None or (there.model_digest, there.versions) != (tuning.model_digest, tuning.versions):
+        return None
+    return there if there.records_per_s >= CLEARLY * tuning.records_per_s else None
 
 
 def is_tuning(text: bytes) -> bool:
@@ -164,12 +204,12 @@ def _checks(value: Mapping[str, Any]) -> dict[str, bool]:
     """Whether each field is what it should be; names end up in the environment of a process."""
     versions, table, rate = value["versions"], value["table"], value["records_per_s"]
     return {
-        **{name: isinstance(value[name], str) and _NAME.fullmatch(value[name]) is not None for name in _NAMES},
+        "device": isinstance(value["device"], str) and _NAME.fullmatch(value["device"]) is not None,
+        **{name: value[name] in known for name, known in _KNOWN.items()},
         **{name: type(value[name]) is int and 1 <= value[name] <= most for name, most in _COUNTS.items()},
-        "allocator": value["allocator"] in tuple(ALLOCATORS),
         "model_digest": isinstance(value["model_digest"], str),
         "records_per_s": type(rate) in (int, float) and 0 < rate < math.inf,
-        "measured_at": isinstance(value["measured_at"], str),
+        "measured_at": isinstance(value["measured_at"], str) and value["measured_at"].isprintable(),
         "versions": isinstance(versions, dict) and all(isinstance(version, str) for version in versions.values()),
         "table": isinstance(table, list) and all(isinstance(row, dict) for row in table),
     }

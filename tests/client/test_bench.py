@@ -1,4 +1,4 @@
-"""The search for the best way to run a model, on a machine whose speeds are known; and what is concluded."""
+"""The search for the best way to run a model, on a machine whose speeds are known; and the ceilings."""
 
 import asyncio
 import math
@@ -16,9 +16,7 @@ from batch_client.bench import ceilings
 from batch_client.bench.ceilings import read_alone, wire_alone, write_alone
 from batch_client.bench.search import Space, Way, decided, next_way, ratio, shares, space_of, wins
 from batch_client.bench.session import BenchSpec
-from batch_client.bench.tuner import Found, Measured, find_best
-from batch_client.bench.verdict import Ceilings
-from batch_client.bottleneck import Limit
+from batch_client.bench.tuner import find_best
 from batch_client.cli.options import AMOUNT
 from batch_client.errors import ServingError, UsageError
 from batch_client.plan import MAX_REPLY_BYTES, MAX_REQUEST_BYTES, OutputGeometry, RequestSize, default_request
@@ -219,6 +217,26 @@ def test_what_is_worth_trying_on_a_machine():
     assert {way.micro_batch for way in tried} == {32, 64, 128}
 
 
+@pytest.mark.parametrize(("first", "most", "reached"), [
+    (1, 4096, {1, 8}), (2, 4096, {2, 8}), (8, 4096, {8, 16, 32}), (12, 4096, {8, 12, 24, 48}), (1, 3, {1, 3}),
+    (3, 3, {3}),
+])
+def test_from_below_the_least_micro_batch_the_least_is_tried(first, most, reached):
+    best = replace(START, micro_batch=first)
+    tried = [best]
+    while (way := next_way(best, replace(SPACE, most_micro_batch=most), tried)) is not None:
+        tried.append(way)
+    assert {way.micro_batch for way in tried} == reached
+    assert len(set(tried)) == len(tried)
+
+
+async def test_a_search_that_begins_with_single_records_finds_the_best_micro_batch():
+    machine = Machine(smooth(64, {"eager": 1.0, "torchscript": 1.0}, {1: 1.0, 2: 1.0}))
+    found = await find_best(replace(START, micro_batch=1), SPACE, machine.open, seconds=10_000, clock=machine.clock,
+                            say=lambda _: None)
+    assert found.best.micro_batch == 64
+
+
 @given(record_bytes=st.integers(1, MAX_REQUEST_BYTES), data=st.data())
 def test_no_micro_batch_is_tried_that_no_request_can_carry(record_bytes, data):
     micro_batch = data.draw(st.integers(1, min(65_536, MAX_REQUEST_BYTES // record_bytes)))
@@ -329,22 +347,3 @@ async def test_what_is_written_to_measure_writing_is_random_in_any_dtype(dtype):
 @pytest.mark.parametrize("with_input", [True, False])
 def test_the_budget_is_shared_out_whole(with_input):
     assert sum(shares(120, with_input=with_input).values()) == pytest.approx(120)
-
-
-def test_the_lowest_ceiling_limits_until_the_whole_is_far_below_it():
-    rates = {Limit.MODEL: 20_000.0, Limit.WIRE: 600_000.0, Limit.READING: 9_000.0, Limit.WRITING: 100_000.0}
-    assert Ceilings(rates).limit is Limit.READING
-    assert "input chunks" in Ceilings(rates, 8_800.0).advice
-    assert "in flight" in Ceilings(rates, 4_000.0).advice
-    assert Ceilings(rates, 4_500.0).lines()[0] == "limited by: reading; the whole reaches 50% of this ceiling"
-
-
-@pytest.mark.parametrize(("first", "best", "noted"), [
-    ("eager", "torchscript", True), ("eager", "eager", False), ("torchscript", "torchscript", False),
-    ("torchscript", "eager", False),
-])
-def test_a_best_runtime_that_may_lose_nan_is_noted_unless_the_archive_has_it(first, best, noted):
-    tried = [Measured(replace(START, runtime=runtime), 1.0, 1.0) for runtime in (first, best)]
-    note = import_module("batch_client.cli.bench").note_of(Found(tried[-1].way, tried=tried))
-    assert (note is not None) == noted
-    assert note is None or "NaN" in note

@@ -14,14 +14,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_client import machine, storage
+from batch_client import storage
 from batch_client.archives import local_archive
 from batch_client.errors import CredentialsError, ServingError, StorageError, UsageError
-from batch_client.machine import cpu_kind, device, gpu_variables, gpus
+from batch_client.machine import device
 from batch_client.server_config import ServerSettings, environment
 from batch_client.server_process import settled
 from batch_client.storage import MemoryStore, open_store
-from batch_client.tuning import ALLOCATORS, MAX_BYTES, Tuning, read_tuning, require_place, tuning_path, write_tuning
+from batch_client.tuning import (
+    ALLOCATORS,
+    CLEARLY,
+    MAX_BYTES,
+    PRECISIONS,
+    RUNTIMES,
+    Tuning,
+    better_tuning,
+    read_tuning,
+    require_place,
+    tuning_path,
+    write_tuning,
+)
+from batch_handler import runtimes as handler_runtimes
 
 DIGEST = "sha256:" + "1" * 64
 MEASURED = Tuning(device="cpu-avx2-2cores", model_digest=DIGEST, runtime="torchscript", micro_batch=256, workers=3,
@@ -44,12 +57,14 @@ def test_without_a_file_there_is_nothing_and_the_machine_is_not_looked_at(archiv
     assert read_tuning(archive, lambda: "cpu-avx2-2cores") is None
 
 
-@given(runtime=NAMES, precision=NAMES, counts=st.tuples(*[st.integers(1, 4096)] * 3),
+@given(device=NAMES, runtime=st.sampled_from(RUNTIMES), precision=st.sampled_from(PRECISIONS),
+       counts=st.tuples(*[st.integers(1, 4096)] * 3),
        rate=st.floats(1e-6, 1e12), allocator=st.sampled_from(list(ALLOCATORS)),
        versions=st.dictionaries(st.text(max_size=9), st.text(max_size=9), max_size=3))
-def test_what_is_written_is_what_is_read(runtime, precision, counts, rate, allocator, versions):
-    tuning = replace(MEASURED, runtime=runtime, precision=precision, workers=counts[0], threads=counts[1],
-                     micro_batch=counts[2], records_per_s=rate, allocator=allocator, versions=versions)
+def test_what_is_written_is_what_is_read(device, runtime, precision, counts, rate, allocator, versions):
+    tuning = replace(MEASURED, device=device, runtime=runtime, precision=precision, workers=counts[0],
+                     threads=counts[1], micro_batch=counts[2], records_per_s=rate, allocator=allocator,
+                     versions=versions)
     again = Tuning.from_json(tuning.to_json().encode(), "here")
     assert replace(again, table=tuple(again.table)) == tuning
 
@@ -61,6 +76,23 @@ def test_the_file_beside_the_archive_is_found_and_replaced(archive):
     assert read_tuning(archive, lambda: MEASURED.device).micro_batch == 256
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     assert read_tuning(archive, lambda: "cpu-avx512-2cores") is None
+
+
+@pytest.mark.parametrize(("there", "better"), [
+    ({"records_per_s": CLEARLY * MEASURED.records_per_s}, True),
+    ({"records_per_s": 9e9, "precision": "bfloat16", "workers": 1}, True),
+    ({"records_per_s": 1.04 * MEASURED.records_per_s}, False),
+    ({"records_per_s": 9e9, "versions": {"torch": "2.12.0"}}, False),
+    ({"records_per_s": 9e9, "model_digest": "sha256:" + "2" * 64}, False),
+    ({"records_per_s": 9e9, "workers": 0}, False),
+])
+def test_a_file_is_better_that_is_clearly_quicker_for_the_same_and_can_be_taken(archive, there, better):
+    assert better_tuning(archive, MEASURED) is None
+    write_tuning(archive, replace(MEASURED, **there))
+    found = better_tuning(archive, MEASURED)
+    assert (found is not None) == better
+    assert found is None or found.records_per_s == there["records_per_s"]
+    assert better_tuning(archive, replace(MEASURED, device="cpu-avx512-2cores")) is None
 
 
 def test_a_file_that_can_t_be_written_leaves_nothing_beside_it(archive):
@@ -93,11 +125,42 @@ def test_a_file_of_another_model_is_refused_and_not_passed_over(archive):
         read_tuning(archive, lambda: MEASURED.device)
 
 
+def test_a_file_of_another_kind_of_machine_than_its_name_says_is_refused(archive):
+    path = write_tuning(archive, MEASURED)
+    path.rename(path.with_name("cpu-avx2-4cores.json"))
+    with pytest.raises(ServingError, match=r"4cores\.json was measured on another kind of machine than its name "
+                                           r"says, cpu-avx2-2cores: measure again .* or delete the file$"):
+        read_tuning(archive, lambda: "cpu-avx2-4cores")
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("in the way"), lambda path: path.symlink_to("nowhere")])
+def test_what_is_in_the_folder_s_place_is_refused_and_not_passed_over(archive, make):
+    make(archive.with_suffix(".tuning"))
+    with pytest.raises(ServingError, match=r"digits\.tuning is no folder, wanted one of tuning files.*: move it away$"):
+        read_tuning(archive, lambda: MEASURED.device)
+
+
+def test_a_file_that_can_t_be_read_is_not_to_be_measured_again(archive):
+    tuning_path(archive, MEASURED.device).mkdir(parents=True)
+    with pytest.raises(ServingError, match=r"json can't be read \(Is a directory\): make it a file that this user can "
+                                           r"read, or move it away$"):
+        read_tuning(archive, lambda: MEASURED.device)
+
+
+def test_the_runtimes_and_precisions_of_files_are_those_of_the_handler():
+    assert set(RUNTIMES) == set(handler_runtimes._RUNTIMES) - {"noop"}
+    assert tuple(handler_runtimes.PRECISIONS) == PRECISIONS
+    damaged = json.dumps({**json.loads(MEASURED.to_json()), "runtime": "jit"}).encode()
+    with pytest.raises(ServingError, match="has runtime 'jit', wanted eager or torchscript or aot or onnx: measure"):
+        Tuning.from_json(damaged, "here")
+
+
 @pytest.mark.parametrize(("field", "value"), [
     ("format", 2), ("micro_batch", 0), ("micro_batch", "64"), ("micro_batch", True), ("workers", 10**9),
-    ("threads", 1.5), ("runtime", "a\nb"), ("runtime", ""), ("precision", "x=y z"), ("allocator", "jemalloc"),
+    ("threads", 1.5), ("runtime", "a\nb"), ("runtime", ""), ("precision", "x=y z"), ("precision", "int8"),
+    ("runtime", "noop"), ("runtime", ["eager"]), ("allocator", "jemalloc"),
     ("records_per_s", 0), ("records_per_s", float("inf")), ("records_per_s", "9"), ("versions", {"a": 1}),
-    ("table", [1]), ("micro-batch", 64), ("allocator", ["glibc-held"]), ("device", None)])
+    ("table", [1]), ("micro-batch", 64), ("measured_at", "today\n"), ("allocator", ["glibc-held"]), ("device", None)])
 def test_a_damaged_file_is_refused_in_one_line(field, value):
     text = json.dumps({**json.loads(MEASURED.to_json()), field: value}).encode()
     with pytest.raises(ServingError, match="here") as caught:
@@ -296,7 +359,7 @@ async def test_a_web_server_that_has_no_file_has_none_whatever_it_answers(archiv
 
 async def test_a_web_server_that_has_a_file_gives_it_and_a_damaged_one_is_refused(archive, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    with _Web(archive, (200, MEASURED.to_json().encode())) as web:
+    with _Web(archive, (200, replace(MEASURED, device=device({})).to_json().encode())) as web:
         async with local_archive(web.url) as fetched:
             assert read_tuning(fetched, lambda: device({})).micro_batch == MEASURED.micro_batch
     with _Web(archive, (200, json.dumps({"format": 1, "workers": 3}).encode())) as web:
@@ -369,63 +432,3 @@ async def test_a_store_that_fails_or_has_a_damaged_file_is_heard(
     else:
         with pytest.raises(error, match=wanted):
             await read()
-
-
-@pytest.mark.parametrize(("text", "machine", "kind"), [
-    ("flags\t\t: fpu avx avx2\n", "x86_64", "avx2"),
-    ("flags\t: avx2 avx512f avx512_bf16\nflags\t: avx2\n", "x86_64", "avx512"),
-    ("flags\t: avx2 avx512f amx_tile\n", "x86_64", "amx"),
-    ("flags\t: sse2\n", "x86_64", "x86_64"),
-    ("Features\t: fp asimd\n", "aarch64", "neon"),
-    ("Features\t: fp asimd sve\n", "aarch64", "sve"),
-    ("", "arm64", "arm64"),
-    ("", "", "any"),
-])
-def test_the_kind_of_a_cpu(text, machine, kind):
-    assert cpu_kind(text, machine) == kind
-
-
-@pytest.mark.parametrize(("listed", "visible", "name"), [
-    ("GPU 0: NVIDIA A10G (UUID: GPU-a)", None, "cuda-NVIDIA_A10G"),
-    ("GPU 0: NVIDIA A10G (UUID: GPU-a)\nGPU 1: NVIDIA A10G (UUID: GPU-b)", None, "cuda-NVIDIA_A10G-2gpus"),
-    ("GPU 0: NVIDIA A10G (UUID: GPU-a)\nGPU 1: Tesla T4 (UUID: GPU-b)", None, "cuda-NVIDIA_A10G+Tesla_T4-2gpus"),
-    ("GPU 0: NVIDIA A10G (UUID: GPU-a)\nGPU 1: Tesla T4 (UUID: GPU-b)", "1", "cuda-Tesla_T4"),
-    ("GPU 0: NVIDIA A10G (UUID: GPU-a)\nGPU 1: Tesla T4 (UUID: GPU-b)", "GPU-a", "cuda-NVIDIA_A10G"),
-])
-def test_gpus_are_named_as_their_driver_names_them(tmp_path, listed, visible, name):
-    driver = tmp_path / "nvidia-smi"
-    driver.write_text(f"#!/bin/sh\necho >> {tmp_path}/starts\ncat <<'END'\n{listed}\nEND\n")
-    driver.chmod(0o755)
-    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
-    assert device(environ) == name
-    assert device(environ | {"CUDA_VISIBLE_DEVICES": ""}).startswith("cpu-")
-    assert gpus(environ) == gpus(environ)
-    assert (tmp_path / "starts").read_text() == "\n"  # the program is slow
-
-
-@pytest.mark.parametrize(("visible", "given"), [
-    (None, {}),
-    ("", {"CUDA_VISIBLE_DEVICES": ""}),
-    ("-1", {"CUDA_VISIBLE_DEVICES": ""}),
-    ("1", {"CUDA_VISIBLE_DEVICES": "1"}),
-    ("0, 1", {"CUDA_VISIBLE_DEVICES": "0,1"}),
-    ("GPU-b", {"CUDA_VISIBLE_DEVICES": "0", "BATCH_HANDLER_NAMED_GPUS": "GPU-b"}),
-    ("MIG-1 ,MIG-2", {"CUDA_VISIBLE_DEVICES": "0,1", "BATCH_HANDLER_NAMED_GPUS": "MIG-1,MIG-2"}),
-])
-def test_torchserve_gets_indexes_of_gpus_and_the_workers_their_names(tmp_path, monkeypatch, visible, given):
-    monkeypatch.setattr(machine, "DEVICES", tmp_path)
-    (tmp_path / "nvidia0").touch()
-    environ = {"PATH": "/nowhere"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
-    assert gpu_variables(environ) == given
-    (tmp_path / "nvidia0").unlink()  # no GPU here, whatever a variable says
-    assert gpu_variables(environ) == ({} if visible is None else {"CUDA_VISIBLE_DEVICES": ""})
-
-
-def test_a_variable_makes_no_gpu_where_there_is_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "DEVICES", tmp_path)
-    environ = {"PATH": "/nowhere", "CUDA_VISIBLE_DEVICES": "0"}
-    assert device(environ).startswith("cpu-")
-    for name in ("nvidia0", "nvhost-gpu", "kfd"):
-        (tmp_path / name).touch()
-        assert device(environ) == "cuda-GPU"
-        (tmp_path / name).unlink()

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from batch_client.cli import main
+from batch_client.tuning import Tuning, tuning_path, write_tuning
 from batch_handler.archive import ArchiveError, pack, read_description
 from batch_handler.draft import OutputDraft
 from batch_handler.model import Model
@@ -289,6 +290,32 @@ def test_flags_that_can_be_no_record_or_name_end_with_64(tmp_path, capfd, flags,
     said = capfd.readouterr().err
     assert re.search(words, said)
     assert said.count("\n") == 1
+
+
+def test_a_tuning_file_that_wins_over_the_micro_batch_that_is_packed_is_noted(tmp_path, capfd):
+    torch.manual_seed(1)
+    torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "w.pt")
+    (tmp_path / "net.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(3, 2)\n")
+    archive = tmp_path / "w.mar"
+
+    def notes(*flags):
+        assert main(["pack", str(tmp_path / "w.pt"), "--arch", f"{tmp_path}/net.py:make", "--input", "x:float32:3",
+                     "-o", str(archive), *flags]) == 0
+        return [line for line in capfd.readouterr().err.splitlines() if "tuning" in line]
+
+    assert notes() == []
+    tuning = Tuning(device="here", model_digest=read_description(archive).digest, runtime="eager", micro_batch=256,
+                    workers=1, threads=1, precision="float32", allocator="glibc-held", records_per_s=1.0, versions={})
+    write_tuning(archive, tuning)
+    write_tuning(archive, dataclasses.replace(tuning, device="other-model", model_digest="sha256:0"))
+    write_tuning(archive, dataclasses.replace(tuning, device="there", micro_batch=64))
+    (tmp_path / "w.tuning" / "damaged.json").write_text("{}")
+    (note,) = notes("--micro-batch", "64")
+    assert note == (f"note: tuning files in {tmp_path}/w.tuning win over the micro-batch of 64 that was packed: 256 in "
+                    "here.json; delete them, or serve with BATCH_HANDLER_MICRO_BATCH=64")
+    assert "packed: 256 in here.json, 64 in there.json; delete" in "".join(notes())
+    tuning_path(archive, "there").unlink()
+    assert notes("--micro-batch", "256") == []
 
 
 def test_a_wrong_shape_names_what_the_model_was_given(pack_request, tmp_path):

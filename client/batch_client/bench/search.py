@@ -84,9 +84,11 @@ def _neighbours(best: Way, space: Space) -> Iterator[Way]:
         yield replace(best, runtime=runtime)
     for workers, threads in space.splits:
         yield replace(best, workers=workers, threads=threads)
+    least = min(LEAST_MICRO_BATCH, space.most_micro_batch)
     for size in (best.micro_batch * 2, best.micro_batch // 2, best.micro_batch * 4, best.micro_batch // 4):
-        if LEAST_MICRO_BATCH <= size <= space.most_micro_batch:
-            yield replace(best, micro_batch=size)
+        if size <= space.most_micro_batch:
+            # An archive may be packed for less than the least, and a search must not be stuck there.
+            yield replace(best, micro_batch=max(size, least))
     for allocator in space.allocators:
         yield replace(best, allocator=allocator)
 

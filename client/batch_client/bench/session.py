@@ -25,13 +25,13 @@ from batch_client.archives import local_archive
 from batch_client.bench.ceilings import read_alone, wire_alone, write_alone
 from batch_client.bench.search import Way, shares, space_of
 from batch_client.bench.tuner import Found, Trial, find_best
-from batch_client.bench.verdict import Ceilings
+from batch_client.bench.verdict import Ceilings, Whole, can_be_lowered
 from batch_client.bench.workers import ask_handler, workers_of
 from batch_client.bottleneck import Limit
 from batch_client.budget import ByteBudget
 from batch_client.contract import contract_of
 from batch_client.errors import BatchClientError, StorageError, UsageError
-from batch_client.figures import significant
+from batch_client.figures import number, significant
 from batch_client.folders import temporary_folder
 from batch_client.java import find_java, torchserve_home
 from batch_client.machine import cores, device, gpu_variables, gpus
@@ -48,10 +48,18 @@ from batch_client.spec import MIB, Records, RunSpec
 from batch_client.storage import Store, child_url, open_store
 from batch_client.stream import UnitStream
 from batch_client.transport import HttpTransport
-from batch_client.tuning import ALLOCATORS, DEFAULT_ALLOCATOR, Tuning, require_place, write_tuning
+from batch_client.tuning import (
+    ALLOCATORS,
+    DEFAULT_ALLOCATOR,
+    Tuning,
+    better_tuning,
+    require_place,
+    tuning_path,
+    write_tuning,
+)
 from batch_client.urls import split_url
 
-__all__ = ["BenchReport", "BenchSpec", "bench"]
+__all__ = ["BenchReport", "BenchSpec", "Kept", "bench"]
 
 Say = Callable[[str], None]
 
@@ -88,9 +96,29 @@ class BenchSpec:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A tuning file that was not replaced: what it says, and what was found, which is slower."""
+
+    path: Path
+    there: Tuning
+    found: Tuning
+
+    def __str__(self) -> str:
+        there, found = self.there, self.found
+        return (f"{self.path} says {number(there.records_per_s)} records/s in {there.precision}, measured "
+                f"{there.measured_at or 'at a time that it does not say'}, and this bench found "
+                f"{number(found.records_per_s)} in {found.precision}: delete the file to save these settings")
+
+    def to_value(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {"file": str(self.path), "records_per_s": self.there.records_per_s, "precision": self.there.precision,
+                "measured_at": self.there.measured_at}
+
+
+@dataclass(frozen=True)
 class BenchReport:
-    """What was measured; `whole_records` were scored for the whole. `saved` is the tuning file if one was written,
-    `unsaved` why it could not be.
+    """What was measured. `saved` is the tuning file if one was written,
+    `kept` the better one that was there, `unsaved` why it could not be written.
     """
 
     model: str
@@ -98,23 +126,24 @@ class BenchReport:
     found: Found
     tuning: Tuning
     ceilings: Ceilings
-    whole_records: int = 0
     saved: Path | None = None
+    kept: Kept | None = None
     unsaved: StorageError | None = None
 
     def to_value(self) -> dict[str, Any]:
         """What `--json` prints."""
-        ceilings = self.ceilings
+        ceilings, whole = self.ceilings, self.ceilings.whole
         return {
             "model": self.model, "device": self.tuning.device, "model_digest": self.tuning.model_digest,
             "best": vars(self.found.best), "precision": self.tuning.precision,
             "gain": round(self.found.gain, 3), "search_complete": self.found.complete,
             "tried": [one.to_value() for one in self.found.tried],
             "ceilings": {part.value: significant(rate) for part, rate in ceilings.rates.items()},
-            "whole": None if ceilings.whole is None else significant(ceilings.whole),
-            "whole_records": self.whole_records,
+            "whole": None if whole is None else significant(whole.records_per_s),
+            "whole_records": 0 if whole is None else whole.records,
             "limited_by": ceilings.limit.value, "advice": ceilings.advice,
             "tuning_file": None if self.saved is None else str(self.saved),
+            "tuning_kept": None if self.kept is None else self.kept.to_value(),
         }
 
 
@@ -134,8 +163,14 @@ async def bench(spec: BenchSpec, say: Say, environ: Mapping[str, str] = os.envir
         with temporary_folder("bench") as folder:
             try:
                 return await _Session(spec, source, archive, folder, say, environ).run()
-            except BatchClientError as error:  # of the unpacked copy, which nobody has asked about
-                raise type(error)(str(error).replace(f"model in {folder / 'model'}", spec.archive)) from error
+            except BatchClientError as error:
+                raise type(error)(_named(str(error), folder, spec.archive)) from error
+
+
+def _named(text: str, folder: Path, archive: str) -> str:
+    """What the handler says of the unpacked copy in `folder`, said of the archive: nobody has asked about the copy."""
+    unpacked = folder / "model"
+    return text.replace(f"model in {unpacked}", archive).replace(str(unpacked), archive)
 
 
 class _Session:
@@ -172,7 +207,7 @@ class _Session:
         await self._require_storage(run)
         found = await self._search()
         tuning = self._tuning(found.best, found)
-        saved, unsaved = self._saved(tuning) if self._spec.save else (None, None)
+        saved, kept, unsaved = self._saved(tuning) if self._spec.save else (None, None, None)
         rates = {Limit.MODEL: found.records_per_s}
         noop = replace(tuning, runtime="noop", precision="float32")
         async with self._served(self._folder / "noop.mar", noop) as servers:
@@ -181,12 +216,13 @@ class _Session:
             if self._source is not None:
                 async with self._scratch("write") as output:
                     rates |= await self._storage(run, servers, output)
-        whole, whole_records = None, 0
+        whole = None
         if self._source is not None:
-            whole_records = max(1, min(self._source.geometry.count, int(min(rates.values()) * self._seconds["whole"])))
-            whole = await self._whole(run, tuning, whole_records)
-        return BenchReport(self._model["name"], self._model["record_bytes"], found, tuning, Ceilings(rates, whole),
-                           whole_records, saved, unsaved)
+            records = max(1, min(self._source.geometry.count, int(min(rates.values()) * self._seconds["whole"])))
+            whole = await self._whole(run, tuning, records)
+        ceilings = Ceilings(rates, whole, lower=can_be_lowered(tuning.runtime, tuning.precision))
+        return BenchReport(self._model["name"], self._model["record_bytes"], found, tuning, ceilings, saved, kept,
+                           unsaved)
 
     def _require_fitting(self, run: RunSpec) -> None:
         """Raises what `run` would be refused with: for its model, and for its source where there is one."""
@@ -207,14 +243,21 @@ class _Session:
         async with self._scratch("try") as output:
             await output.create("try", b"a place for predictions")
 
-    def _saved(self, tuning: Tuning) -> tuple[Path | None, StorageError | None]:
-        """The tuning file, or why there is none: what is measured is not lost for that, nor for what follows."""
+    def _saved(self, tuning: Tuning) -> tuple[Path | None, Kept | None, StorageError | None]:
+        """The tuning file, the better one that is there, or why there is none: what is measured is not lost for that,
+        nor for what follows.
+        """
+        there = better_tuning(self._archive, tuning)
+        if there is not None:
+            kept = Kept(tuning_path(self._archive, there.device), there, tuning)
+            self._say(f"kept: {kept}")
+            return None, kept, None
         try:
             path = write_tuning(self._archive, tuning)
         except StorageError as error:
-            return None, error
+            return None, None, error
         self._say(f"saved: {path}")
-        return path, None
+        return path, None, None
 
     async def _search(self) -> Found:
         workers = self._gpus or cores()
@@ -223,8 +266,11 @@ class _Session:
         space = space_of(
             self._model["runtimes"], tuple(ALLOCATORS), cores=cores(), gpus=self._gpus,
             record_bytes=max(self._model["record_bytes"], self._reply_bytes), micro_batch=start.micro_batch)
-        return await find_best(start, space, self._opened, seconds=self._seconds["model"], clock=time.monotonic,
-                               say=self._say)
+        name = self._archive.name
+        found = await find_best(start, space, self._opened, seconds=self._seconds["model"], clock=time.monotonic,
+                                say=lambda line: self._say(_named(line, self._folder, name)))
+        found.tried = [replace(one, failure=_named(one.failure, self._folder, name)) for one in found.tried]
+        return found
 
     @asynccontextmanager
     async def _opened(self, way: Way, seconds: float) -> AsyncIterator[Trial]:
@@ -290,11 +336,12 @@ class _Session:
         writing = await write_alone(output, prepared.plan, run, self._seconds["writing"])
         return {Limit.READING: reading, Limit.WRITING: writing}
 
-    async def _whole(self, run: RunSpec, tuning: Tuning, records: int) -> float:
-        """Records/s of a run over the first `records`."""
+    async def _whole(self, run: RunSpec, tuning: Tuning, records: int) -> Whole:
+        """A run over the first `records`."""
         source_store = open_store(run.input, anonymous=run.anonymous)
         async with self._served(self._archive, tuning) as servers, self._scratch("whole") as output:
             self._say(f"the whole: {records:,} records")
             spec = replace(run, output=output.url, records=Records(0, records), max_failed=records)
             summary = await execute(spec, Services(servers, source_store, output))
-        return summary.records_per_s
+        limit = None if summary.limited_by is None else Limit(summary.limited_by)
+        return Whole(records, summary.records_per_s, limit, summary.advice)

@@ -13,12 +13,12 @@ from batch_client.cli.pack import LOSES_NAN
 from batch_client.cli.stream import PatientStream, say
 from batch_client.cli.verb import Verb
 from batch_client.errors import StoppedError
+from batch_client.tuning import PRECISIONS
 
 if TYPE_CHECKING:
     from batch_client.bench.session import BenchReport
     from batch_client.bench.tuner import Found
 
-PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 NOTES = {
     "wire": "TorchServe without a model",
     "reading": "INPUT",
@@ -88,11 +88,15 @@ def _lines(report: BenchReport, *, local: bool) -> list[str]:
     notes = NOTES | {"model": str(found.best)} | ({"writing": "a temporary folder here"} if local else {})
     rows = [(f"{part.value} alone", rate, notes[part.value]) for part, rate in ceilings.rates.items()]
     if ceilings.whole is not None:
-        rows.append(("the whole", ceilings.whole, f"{report.whole_records:,} records"))
+        rows.append(("the whole", ceilings.whole.records_per_s, f"{ceilings.whole.records:,} records"))
     ended = "" if found.complete else "; not all was tried: a larger --budget finds more"
+    precision = report.tuning.precision
+    defaults = "the defaults" if precision == "float32" else f"the defaults in {precision}"
     lines = [f"{report.model} on {report.tuning.device}", "", *ways_of(found), "",
-             f"best: {found.best}, {found.gain:.2f} times as quick as the defaults{ended}", "",
+             f"best: {found.best}, {found.gain:.2f} times as quick as {defaults}{ended}", "",
              *table_of(rows, report.record_bytes), "", *ceilings.lines()]
     if report.saved is not None:
         lines.append(f"saved: {report.saved}")
+    if report.kept is not None:
+        lines.append(f"kept: {report.kept}")
     return lines

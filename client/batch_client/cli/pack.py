@@ -14,6 +14,7 @@ import click
 from batch_client.cli.options import keep_nearest
 from batch_client.cli.verb import Verb
 from batch_client.errors import DataError, ServingError, UsageError
+from batch_client.tuning import RUNTIMES, tunings_beside
 
 if TYPE_CHECKING:
     from batch_handler.draft import SignatureDraft
@@ -52,7 +53,7 @@ _SIGNATURE_FLAGS = ("input_text", "model_shape", "scale", "softmax", "output_nam
 @click.option("--softmax", is_flag=True, help="Softmax over the output's last axis.")
 @click.option("--golden", type=FILE, help="Sample records (.npy or .npz) that every worker must reproduce before it "
               "serves.  [default: a few random ones]")
-@click.option("--runtime", type=click.Choice(["eager", "torchscript", "aot", "onnx"]), help="How workers run it; "
+@click.option("--runtime", type=click.Choice(RUNTIMES), help="How workers run it; "
               "torchscript traces, freezes and optimises the module at load, aot compiles it now and needs a C++ "
               "compiler, onnx exports it now.  [default: eager, or what the file is made for]")
 @click.option("--micro-batch", type=click.IntRange(1), help="Records in one run of the model.  [default: 128, or what "
@@ -106,12 +107,24 @@ def command(model: Path, **options: Any) -> None:
     if nbytes > MAX_REPLY_BYTES:
         click.echo(f"note: the outputs of a micro-batch have {nbytes:,} bytes and a reply at most {MAX_REPLY_BYTES:,}: "
                    "runs need a smaller --micro-batch", err=True)
+    if overruled := _overruled(path, description.micro_batch):
+        click.echo(f"note: {overruled}", err=True)
     for spec in description.inputs:
         becomes = "" if spec.model_dtype == spec.dtype else f" (as {spec.model_dtype} in the model)"
         click.echo(f"takes {spec.name}: {spec.dtype} {spec.shape}{becomes}", err=True)
     for output in description.outputs:
         click.echo(f"gives {output.name}: {output.dtype} {output.shape}", err=True)
     click.echo(f"{path}  {description.name} {description.version}  {description.digest}")
+
+
+def _overruled(archive: Path, micro_batch: int) -> str | None:
+    """What the tuning files beside an archive make of its micro-batch, where that is another one."""
+    others = [(path, tuning) for path, tuning in tunings_beside(archive) if tuning.micro_batch != micro_batch]
+    if not others:
+        return None
+    said = ", ".join(f"{tuning.micro_batch} in {path.name}" for path, tuning in others)
+    return (f"tuning files in {others[0][0].parent} win over the micro-batch of {micro_batch} that was packed: {said}; "
+            f"delete them, or serve with BATCH_HANDLER_MICRO_BATCH={micro_batch}")
 
 
 def _draft(model: Path, options: dict[str, Any]) -> SignatureDraft:
