@@ -126,4 +126,9 @@ async def test_a_file_that_holds_more_than_a_token_is_refused(tmp_path, content)
 async def test_a_file_that_is_missing_is_named_once(tmp_path):
     with pytest.raises(CredentialsError) as error:
         await FileTokens(tmp_path / "tok").token()
-    assert str(error.value) == f"--token-file {tmp_path / 'tok'}: can't be read: No such file or directory"
+    assert str(error.value).startswith(f"--token-file {tmp_path / 'tok'}: there is no such file; wanted that of")
+    assert str(error.value).count("tok") == 3  # the flag's name, the file's, and that of serve's flag
+    assert error.value.exit_code == 69
+    with pytest.raises(CredentialsError, match="can't be read: Is a directory") as error:
+        await FileTokens(tmp_path).token()
+    assert error.value.exit_code == 77
