@@ -31,7 +31,7 @@ __all__ = ["ALLOCATORS", "ALLOCATOR_VARIABLES", "CLEARLY", "DEFAULT_ALLOCATOR", 
 
 FORMAT = 1
 MAX_BYTES = 1 << 20
-CLEARLY = 1.05  # times as many records/s: measured on two days, equal settings differ by less
+CLEARLY = 1.05  # times as many records/s: less than that may be the drift of the machine
 HELD = str(1 << 30)  # bytes: glibc keeps tensors' memory instead of paging it in again for every batch
 # What the C library's allocator is told, by name. https://man7.org/linux/man-pages/man3/mallopt.3.html
 ALLOCATORS: Mapping[str, Mapping[str, str]] = {
