@@ -100,7 +100,7 @@ async def _asked(servers: Servers,
 def _refusal(found: ModelContract, wanted: Wanted, agreed: ModelContract | None, *, exact: bool) -> str:
     """Why a server with the model `found` can't take part; "" if it can."""
     if found.digest != wanted.digest:
-        return (f"its model is {found.digest}, {wanted.whose} is {wanted.digest}; serve that model in that way, "
+        return (f"its model is {found.digest}, {wanted.whose} is {wanted.digest}; serve that model, "
                 f"{wanted.instead}")
     if exact and found.fingerprint != wanted.fingerprint:
         names = _differing(wanted.numerics, found.numerics)
@@ -159,7 +159,9 @@ def _named(numerics: Mapping[str, object], names: Sequence[str], fingerprint: st
 
 
 def _settings(wanted: Mapping[str, object], names: Sequence[str]) -> str:
-    """How to have those numerics back, as far as settings do that."""
+    """How to have those numerics back, where settings do that."""
+    if set(names) - {*_SETTINGS}:
+        return ""
     found = [_SETTINGS[name].format(wanted[name]) for name in names
              if name in _SETTINGS and re.fullmatch(r"\w{1,40}", str(wanted.get(name) or ""))]
     if not found:

@@ -103,8 +103,10 @@ async def plan(spec: RunSpec, observers: Iterable[Observer] = ()) -> Plan:
         return await plan_run(spec, services, chosen)
 
 
-async def calibrate(spec: RunSpec) -> Calibration:
-    """Score the first records of a run for some seconds and forecast the whole; writes nothing."""
-    _checked(spec, ())
+async def calibrate(spec: RunSpec, observers: Iterable[Observer] = ()) -> Calibration:
+    """Score the first records of a run for some seconds and forecast the whole; writes nothing. Observers hear what
+    those of `plan` do.
+    """
+    chosen = _checked(spec, observers)
     async with serving(spec) as services:
-        return await calibrate_run(spec, services)
+        return await calibrate_run(spec, services, chosen)

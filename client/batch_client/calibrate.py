@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from batch_client.errors import DataError, StoppedError
 from batch_client.events import (
     Event,
+    Observer,
     RecordFailed,
     RecordsScored,
     RequestRetried,
@@ -97,7 +98,7 @@ class _Forgetful(MemoryStore):
             yield replace(meta, size=self._sizes[meta.key])
 
 
-async def calibrate(spec: RunSpec, services: Services) -> Calibration:
+async def calibrate(spec: RunSpec, services: Services, observers: tuple[Observer, ...] = ()) -> Calibration:
     """Score the first records of `spec` for some seconds and forecast the whole. Writes nothing anywhere.
 
     Raises what the run would raise at its beginning and in these seconds, and StoppedError when no server answers.
@@ -106,7 +107,7 @@ async def calibrate(spec: RunSpec, services: Services) -> Calibration:
     watcher = _Watcher(services, stop)
     aside = replace(services, output_store=_Forgetful("memory://calibration"), reuse_store=None)
     # An output that is there or reused has a say in the chunks.
-    chunk_records = (await plan_run(spec, services)).grid_records
+    chunk_records = (await plan_run(spec, services, observers)).grid_records
     alike = replace(spec, output=aside.output_store.url, reuse=None, overwrite=False, part=None,
                     max_failed=sys.maxsize, chunk_records=chunk_records)
     try:

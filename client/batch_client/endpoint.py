@@ -18,7 +18,6 @@ from batch_client.errors import BatchClientError, MismatchError, ServingError
 from batch_client.events import Event, ServerAway, ServerBack, ServerJoined, ServerLeftOut
 from batch_client.limiter import Limiter
 from batch_client.retry import full_jitter
-from batch_client.tokens import NoTokenError
 
 __all__ = ["Endpoint", "Pool", "Room"]
 
@@ -26,7 +25,7 @@ EJECT_AFTER = 3
 EJECT_SECONDS = 1.0
 EJECT_MOST_SECONDS = 30.0
 # Why a server is left out that may have the run's model later: it is not up, or has not said its token yet.
-_OF_ABSENT = (ServingError, NoTokenError)
+_OF_ABSENT = ServingError
 AWAY_AFTER = 2  # ejections without an answer between them: what breaks for a second is not worth a word
 
 

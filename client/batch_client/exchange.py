@@ -28,7 +28,7 @@ from batch_client.plan import Span
 from batch_client.regions import Region
 from batch_client.retry import RetryBucket, full_jitter
 from batch_client.serving import Servers
-from batch_client.tokens import authorization
+from batch_client.tokens import NoTokenError, authorization
 from batch_client.transport import HttpReply, TransportError
 from batch_handler.oip import (
     BODY_CHECKSUM,
@@ -253,7 +253,7 @@ class Exchange:
         refused, endpoint.refused_token = endpoint.refused_token, None
         try:
             token = await self._tokens[endpoint.url].token(refused)
-        except CredentialsError as error:
+        except (CredentialsError, NoTokenError) as error:
             if refused is None:
                 raise
             endpoint.refused_token = refused  # what renews it may be away for a moment, as a server may

@@ -241,11 +241,18 @@ async def _nothing_there(store: SourceStore, where: str, array: str | None) -> s
     return f"{where}: no Zarr array there (no zarr.json and no .zarray): name the place of an array or of a group"
 
 
+_LARGEST = float(np.finfo(np.float64).max)
+
+
 def _packing(attributes: Mapping[str, Any]) -> tuple[float, float] | None:
-    found = [attributes.get(name, default) for name, default in (("scale_factor", 1), ("add_offset", 0))]
-    if found == [1, 0] or not all(isinstance(number, int | float) for number in found):
-        return None
-    return float(found[0]), float(found[1])
+    found = []
+    for name, default in (("scale_factor", 1), ("add_offset", 0)):
+        value = attributes.get(name, default)
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value  # as xarray takes it
+        if not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
+            return None
+        found.append(float(value))
+    return None if found == [1, 0] else (found[0], found[1])
 
 
 def _native(data: np.ndarray) -> np.ndarray:

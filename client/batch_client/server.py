@@ -30,7 +30,7 @@ from batch_client.server_process import ServerProcess, launch, settled
 
 __all__ = ["EmbeddedServer", "ServerSettings"]
 
-POLL_SECONDS = 0.1  # between looks at a server that is starting
+POLL_SECONDS, MOST_POLL_SECONDS = 0.1, 5.0  # between looks at a server that is starting
 LOG_SETTLE_SECONDS = 0.5  # a dying worker's traceback comes in many lines
 SILENT_DEATHS = 3  # of one worker, before its end counts as one without a word
 SILENCE_SECONDS = 30.0  # at most, until a worker that died without a word has died again
@@ -237,7 +237,7 @@ class EmbeddedServer:
             if load_failure(self._alive().log()) is not None:
                 await self._give_up("a worker died")
             # No longer asking than not: on GPUs TorchServe runs nvidia-smi for each worker before it answers.
-            await asyncio.sleep(max(POLL_SECONDS, asyncio.get_running_loop().time() - began))
+            await asyncio.sleep(min(max(POLL_SECONDS, asyncio.get_running_loop().time() - began), MOST_POLL_SECONDS))
 
     def _check_loading(self) -> None:
         """Raises when TorchServe found a port taken or has ended by itself."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import random
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -185,18 +186,20 @@ class ObjectStore:
 
     async def list(self, prefix: str) -> AsyncIterator[Meta]:
         last: str | None = None
-        pauses = self._pauses()
+        pauses = _pauses()
         with self._mapped("listing", prefix):
             while True:
                 try:
                     async for batch in obstore.list(self._inner, prefix=self._prefix + prefix or None, offset=last):
                         self._answered = True
+                        pauses = _pauses()  # a long listing may be cut any number of times
                         for meta in batch:
                             last = meta["path"]
                             yield Meta(last[len(self._prefix):], meta["size"], meta.get("e_tag"),
                                        meta["last_modified"].timestamp())
                 except foreign.BaseError as error:
-                    if not (_CUT_PAGE.search(str(error)) or self._is_away(error)) or (pause := next(pauses)) is None:
+                    again = _CUT_PAGE.search(str(error)) or self._is_away(error)
+                    if not again or (pause := next(pauses, None)) is None:
                         raise
                     await asyncio.sleep(pause)
                 else:
@@ -209,14 +212,14 @@ class ObjectStore:
         A write or removal in any case, since obstore repeats none: it does not know that ours may be done twice. A
         second create finds the first one's object, as it finds another client's.
         """
-        pauses = self._pauses()
+        pauses = _pauses()
         while True:
             try:
                 result = await call()
             except foreign.GenericError as error:
-                if not self._is_away(error, reached=write) or (pause := next(pauses)) is None:
+                if not self._is_away(error, in_any_case=write) or (pause := next(pauses, None)) is None:
                     raise
-            except (FileNotFoundError, foreign.BaseError):
+            except _ANSWERS:
                 self._answered = True
                 raise
             else:
@@ -224,19 +227,9 @@ class ObjectStore:
                 return result
             await asyncio.sleep(pause)
 
-    def _is_away(self, error: Exception, *, reached: bool = False) -> bool:
+    def _is_away(self, error: Exception, *, in_any_case: bool = False) -> bool:
         """Whether a request found no store where there was one. One that never answered may not be there at all."""
-        return (reached or self._answered) and _LOST.search(_said(error)) is not None
-
-    @staticmethod
-    def _pauses() -> Iterator[float | None]:
-        """Seconds before each other try; None once it is not worth another."""
-        end, pause = time.monotonic() + RETRY_SECONDS, AGAIN_SECONDS
-        while time.monotonic() < end:
-            yield pause
-            pause = min(2 * pause, MOST_AGAIN_SECONDS)
-        while True:
-            yield None
+        return (in_any_case or self._answered) and _LOST.search(_said(error)) is not None
 
     @contextmanager
     def _mapped(self, doing: str, key: str) -> Any:
@@ -249,6 +242,19 @@ class ObjectStore:
                 raise
             raise StorageError(f"{doing} {child_url(self.url, key)}: obstore gave up: look for missing parts and line "
                                "breaks in the variables that name the store and its credentials") from error
+
+
+def _pauses() -> Iterator[float]:
+    """Seconds before each other try, for RETRY_SECONDS from now on; spread, since many requests lose it at once."""
+    end = time.monotonic() + RETRY_SECONDS
+
+    def pauses() -> Iterator[float]:
+        pause = AGAIN_SECONDS
+        while time.monotonic() < end:
+            yield pause * random.uniform(0.5, 1)  # noqa: S311 - no secret
+            pause = min(2 * pause, MOST_AGAIN_SECONDS)
+
+    return pauses()
 
 
 async def put_same(store: Store, key: str, data: bytes | memoryview) -> bool:
@@ -384,6 +390,9 @@ _NO_BUCKET = re.compile(r"NoSuchBucket|bucket.{0,40}not (found|exist)", re.IGNOR
 _ODD_NAME = re.compile(r'invalid path: Error parsing Path "(.*?)": ', re.DOTALL)
 _BELOW_A_FILE = re.compile(r"\(os error 20\)")  # where a store of objects has none of that key
 _LOST = re.compile(r"^HTTP error: ")
+# What only a store says.
+_ANSWERS = (FileNotFoundError, FileExistsError, foreign.NotFoundError, foreign.AlreadyExistsError,
+            foreign.PreconditionError, foreign.PermissionDeniedError, foreign.UnauthenticatedError)
 _CUT_PAGE = re.compile(r"list response body")
 
 

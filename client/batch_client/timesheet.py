@@ -29,7 +29,7 @@ __all__ = ["Timesheet"]
 MOST_LEVELS = 1024
 # A way is judged over at least so many seconds, and over so many times the requests that may come back at once.
 SPAN_SECONDS, SPAN_ROUNDS = 10.0, 4
-# An end that takes longer for one thing, such as writing to a store that is away, is not what a short run has.
+# An end that waits longer for the store, as for one that is away, is not what a short run has.
 LONG_END_SECONDS = 1.0
 # A server that computes less than this share of the most that it was seen to has workers that wait for requests.
 IDLE = 0.5
@@ -83,7 +83,8 @@ class Timesheet:
         """The sums up to the last event."""
         waited = defaultdict(float, self._waited)
         for (waiting, in_flight), seconds in self._since.items():
-            kept = waiting is Waiting.REST or seconds > LONG_END_SECONDS
+            stored = waiting in (Waiting.READ, Waiting.WRITE) and seconds > LONG_END_SECONDS
+            kept = stored or waiting is Waiting.REST
             waited[waiting if kept else Waiting.ENDS, in_flight] += seconds
         return Totals(
             seconds=0.0 if self._began is None else self._at - self._began,

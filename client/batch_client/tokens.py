@@ -16,12 +16,10 @@ COMMAND_SECONDS = 60
 VISIBLE = range(ord("!"), ord("~") + 1)  # what a header can carry of a token (RFC 6750, section 2.1)
 
 
-class NoTokenError(CredentialsError):
+class NoTokenError(ServingError):
     """There is no token now: a server writes its file when it is ready, and removes it at its end. So it is as with a
     server that does not answer, and a scheduler starts again.
     """
-
-    exit_code = ServingError.exit_code
 
 
 class TokenSource(Protocol):
@@ -104,7 +102,9 @@ class FileTokens:
         self._token: str | None = None
 
     async def token(self, refused: str | None = None) -> str | None:
-        """Raises CredentialsError when the file can't be read or holds something else."""
+        """Raises NoTokenError where there is no such file, CredentialsError where it can't be read or holds something
+        else.
+        """
         if self._token is None or self._token == refused:
             try:
                 text = self._path.read_text(encoding="utf-8")

@@ -156,13 +156,14 @@ def tunings_beside(archive: Path) -> Iterator[tuple[Path, Tuning]]:
 
 def better_tuning(archive: Path, tuning: Tuning) -> Tuning | None:
     """The tuning file that `tuning` would replace, where that says clearly more records/s for the same model and kind
-    of machine, with the same versions; None where there is none, or one that can't be taken.
+    of machine, in the same precision and with the same versions; None where there is none, or one that can't be taken.
     """
     try:
         there = read_tuning(archive, lambda: tuning.device)
     except ServingError:
         return None
-    if there is None or (there.model_digest, there.versions) != (tuning.model_digest, tuning.versions):
+    # Another precision is asked for by name, and whoever goes back to float32 wants its scores.
+    if there is None or (there.precision, there.versions) != (tuning.precision, tuning.versions):
         return None
     return there if there.records_per_s >= CLEARLY * tuning.records_per_s else None
 

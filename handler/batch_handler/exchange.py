@@ -23,6 +23,7 @@ from batch_handler.tensors import Buffer, noting
 
 __all__ = [
     "MAX_RECORDS",
+    "MAX_SECONDS",
     "RECORD_STATUS",
     "Exchange",
     "Pending",
@@ -40,7 +41,7 @@ MAX_REPLY_BYTES = 60 << 20
 _MAX_BODY_BYTES = 63 << 20
 # TorchServe kills the worker that holds a server batch for longer than responseTimeout, 120 s
 # (serve_config/model-config.yaml), and with it all requests of that. Half of it leaves room for a busy machine.
-_MAX_SECONDS = 60.0
+MAX_SECONDS = 60.0
 # Of a float32 in JSON, with its comma.
 _NUMBER_BYTES = 20
 RECORD_STATUS = "record_status"
@@ -200,6 +201,11 @@ class Exchange:
             raise OipError(f"inputs {', '.join(names)} have {counts} records, wanted equally many")
         return arrays
 
+    def seconds(self, query: Query) -> float:
+        """What the model takes for it at best; 0 where that is not known."""
+        each = self._model.micro_batch_ms / 1e3
+        return query.records / self._model.micro_batch * each if each < math.inf else 0.0
+
     def _query(
         self, arrays: tuple[Array, ...], binary: Mapping[str, bool], first_row: int | None = None
     ) -> Query:
@@ -212,7 +218,7 @@ class Exchange:
         most = most_in_time(self._model.micro_batch, self._model.micro_batch_ms / 1e3, first_row or 0)
         if query.records > most:
             raise OipError(
-                f"the request's {query.records} records would take over {_MAX_SECONDS:.0f} s of this model: send at "
+                f"the request's {query.records} records would take over {MAX_SECONDS:.0f} s of this model: send at "
                 f"most {most} at a time",
                 413,
             )
@@ -337,7 +343,7 @@ def most_in_time(micro_batch: int, seconds: float, first_row: int = 0) -> float:
     """
     if not 0 < seconds < math.inf:  # no full micro-batch was measured, or it is too quick to be
         return math.inf
-    return max(1, int(_MAX_SECONDS / seconds)) * micro_batch - first_row % micro_batch
+    return max(1, int(MAX_SECONDS / seconds)) * micro_batch - first_row % micro_batch
 
 
 def refused(error: OipError) -> Reply:

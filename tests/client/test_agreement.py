@@ -43,6 +43,8 @@ BESIDE = "(settings win over a tuning file beside the archive, which may be what
      "device 'cuda'; that of OUTPUT memory://out has device 'cpu'; serve it in that way"),
     (BEGUN, {**BEGUN, "cpu": "B", "MKL_CBWR": "COMPATIBLE"},
      "MKL_CBWR 'COMPATIBLE', cpu 'B'; that of OUTPUT memory://out has MKL_CBWR absent, cpu 'A'; serve it in that way"),
+    (BEGUN, {**BEGUN, "threads": 2, "cpu": "B"},
+     "threads 2, cpu 'B'; that of OUTPUT memory://out has threads 1, cpu 'A'; serve it in that way"),
     ({**BEGUN, "runtime": "a b\n"}, BEGUN,
      "runtime 'eager'; that of OUTPUT memory://out has runtime 'a b\\n'; serve it in that way"),
 ])

@@ -254,7 +254,21 @@ def test_a_store_that_is_away_at_the_end_is_no_matter_of_a_short_run(seconds, li
     sheet(StepBegan(Step.WRITE))
     now[0] += seconds
     sheet(StepEnded(Step.WRITE, seconds))
+    now[0] += 0.01
+    sheet(Published("out", "root"))
     assert find_bottleneck(sheet.totals()).limit is limit
+
+
+def test_publishing_for_long_is_the_end_of_a_run():
+    now = [0.0]
+    sheet = Timesheet(lambda: now[0], lambda: 0.0)
+    sheet(RunStarted(plan_of(), "out", "m", "d", 0, "f", 4, None))
+    sheet(RequestSent("http://one", 4))
+    now[0] = 0.5
+    sheet(RequestDone("http://one", 4, 1, 1, 0.5, 100.0))
+    now[0] = 5.5
+    sheet(Published("out", "root"))
+    assert find_bottleneck(sheet.totals()).limit is Limit.ENDS
 
 
 def test_places_are_those_of_all_servers_that_take_part_by_now():

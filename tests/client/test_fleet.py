@@ -12,7 +12,7 @@ from batch_client.agreement import AGAIN_SECONDS, ask_again
 from batch_client.calibrate import calibrate
 from batch_client.contract import fetch_contract
 from batch_client.endpoint import Pool
-from batch_client.errors import CredentialsError, MismatchError, ServingError, UsageError
+from batch_client.errors import MismatchError, ServingError, UsageError
 from batch_client.events import ServerJoined, ServerLeftOut
 from batch_client.pipeline import execute, plan_run
 from batch_client.prepare import Services
@@ -177,7 +177,7 @@ def test_where_no_token_can_be_read_the_first_files_error_is_the_runs(tmp_path):
     async def run():
         servers = two_servers(SimulatedServer(), SimulatedServer())
         servers = replace(servers, tokens={url: FileTokens(tmp_path / url[-3:]) for url in servers.urls})
-        with pytest.raises(CredentialsError, match=r"--token-file .*one: there is no such file; wanted"):
+        with pytest.raises(ServingError, match=r"--token-file .*one: there is no such file; wanted"):
             await run_on(servers, world, world.output)
 
     run_virtually(run())

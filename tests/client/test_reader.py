@@ -59,7 +59,8 @@ async def test_records_are_what_zarr_gives_in_every_layout(layout, least, tmp_pa
 
 @pytest.mark.parametrize(("attributes", "packing"), [
     ({}, None), ({"scale_factor": 1.0, "add_offset": 0.0}, None), ({"units": "K", "_FillValue": -1}, None),
-    ({"scale_factor": 0.5}, (0.5, 0.0)), ({"add_offset": 100}, (1.0, 100.0)), ({"scale_factor": "half"}, None),
+    ({"scale_factor": 0.5}, (0.5, 0.0)), ({"add_offset": 100}, (1.0, 100.0)),
+    ({"scale_factor": [0.5]}, (0.5, 0.0)), ({"scale_factor": 10**400}, None), ({"scale_factor": "half"}, None),
 ])
 async def test_numbers_that_stand_for_others_are_known(tmp_path, attributes, packing):
     zarr.create_array(tmp_path / "in.zarr", data=np.zeros((4, 2), np.int16), attributes=attributes)

@@ -11,7 +11,7 @@ import pytest
 
 from batch_client import tokens
 from batch_client.errors import CredentialsError, UsageError
-from batch_client.tokens import CommandTokens, FileTokens
+from batch_client.tokens import CommandTokens, FileTokens, NoTokenError
 
 SECRET = "hunter2"
 
@@ -124,7 +124,7 @@ async def test_a_file_that_holds_more_than_a_token_is_refused(tmp_path, content)
 
 
 async def test_a_file_that_is_missing_is_named_once(tmp_path):
-    with pytest.raises(CredentialsError) as error:
+    with pytest.raises(NoTokenError) as error:
         await FileTokens(tmp_path / "tok").token()
     assert str(error.value).startswith(f"--token-file {tmp_path / 'tok'}: there is no such file; wanted that of")
     assert str(error.value).count("tok") == 3  # the flag's name, the file's, and that of serve's flag

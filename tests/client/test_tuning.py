@@ -80,7 +80,7 @@ def test_the_file_beside_the_archive_is_found_and_replaced(archive):
 
 @pytest.mark.parametrize(("there", "better"), [
     ({"records_per_s": CLEARLY * MEASURED.records_per_s}, True),
-    ({"records_per_s": 9e9, "precision": "bfloat16", "workers": 1}, True),
+    ({"records_per_s": 9e9, "workers": 1}, True), ({"records_per_s": 9e9, "precision": "bfloat16"}, False),
     ({"records_per_s": 1.04 * MEASURED.records_per_s}, False),
     ({"records_per_s": 9e9, "versions": {"torch": "2.12.0"}}, False),
     ({"records_per_s": 9e9, "model_digest": "sha256:" + "2" * 64}, False),

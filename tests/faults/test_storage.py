@@ -6,6 +6,7 @@ import numpy as np
 import obstore
 import pytest
 import zarr
+from obstore.exceptions import GenericError
 from zarr.codecs import Crc32cCodec
 
 from batch_client import storage
@@ -83,6 +84,27 @@ async def test_reads_wait_for_a_store_that_was_there(s3, s3_environ, output):
         blob, meta, keys = await asyncio.gather(store.get("a"), store.head("a"), listed(store))
         assert proxy.down is False
         assert (blob.data, meta.size, keys) == (b"bytes", 5, ["a"])
+
+
+async def test_a_long_listing_may_be_cut_again_and_again(monkeypatch, s3, s3_environ, output):
+    """Each page is progress, after which the store has its time anew."""
+    monkeypatch.setattr(obstore, "list", cut_after(obstore.list, pause=0.4))
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 1)
+    store = opened(output, s3_environ)
+    for number in range(6):
+        await store.create(f"{number}", b"")
+    assert await listed(store) == [f"{number}" for number in range(6)]
+
+
+def cut_after(real, pause):
+    """A listing that gives one object, waits, and loses its connection, as long as there is more."""
+    async def cut(inner, prefix=None, offset=None):
+        async for batch in real(inner, prefix=prefix, offset=offset):
+            for meta in batch:
+                yield [meta]
+                await asyncio.sleep(pause)
+                raise GenericError("Error performing list in 1ms - HTTP error: error decoding list response body")
+    return cut
 
 
 async def test_a_store_that_stays_away_is_given_up(monkeypatch, s3, s3_environ, output):

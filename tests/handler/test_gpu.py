@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from batch_client import machine
 from batch_handler import scoring
 from batch_handler.archive import PackRequest, pack
 from batch_handler.draft import OutputDraft
@@ -54,9 +55,14 @@ def test_the_cpu_is_for_who_has_no_gpu_or_wants_none(monkeypatch, gpu, visible):
 
 @pytest.mark.usefixtures("no_cuda")
 def test_a_worker_sees_the_gpus_that_were_named(monkeypatch):
-    """TorchServe was given their indexes; CUDA reads the variable when it is first used, which is after this."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setenv(NAMED_GPUS, "GPU-a,MIG-b")
+    """As the client names them. TorchServe was given their indexes; CUDA reads the variable when it is first used,
+    which is after this.
+    """
+    monkeypatch.setattr(machine, "_gpu_names", lambda _: ["GPU", "GPU"])
+    given = machine.gpu_variables({"CUDA_VISIBLE_DEVICES": "GPU-a,MIG-b"})
+    assert set(given) == {"CUDA_VISIBLE_DEVICES", NAMED_GPUS}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(DeviceError):
         open_device(1)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-a,MIG-b"
@@ -148,10 +154,10 @@ class Hungry(torch.nn.Module):
             if len(x) > self.most:
                 try:
                     full(activation, self.held)
-                except torch.OutOfMemoryError as error:
+                except torch.OutOfMemoryError:
                     kept = activation.clone()
                     self.held.append(weakref.ref(kept))
-                    raise RuntimeError("CUDA out of memory, said again") from error
+                    raise RuntimeError("CUDA out of memory, said again") from KeyError("another cause")
         return x.sum(1, keepdim=True) + activation[:, :1]
 
 

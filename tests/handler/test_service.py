@@ -91,6 +91,18 @@ def test_a_request_that_takes_the_model_too_long_is_told_what_fits(ask, tiny_dir
     assert taken[0] == 200
 
 
+def test_a_server_batch_that_takes_the_model_too_long_together_is_cut(ask, tiny_dir):
+    """TorchServe's clock is of the whole batch; the first request is always taken."""
+    class Slow(Model):
+        micro_batch_ms = 25_000.0
+
+    server = service_of(Slow.open(tiny_dir))
+    bodies = [infer(np.zeros((records, 6, 6), "u1"), {}) for records in (16, 8, 2, 16)]
+    answers = ask(*bodies, server=server)
+    assert [status for status, _, _ in answers] == [200, 503, 200, 503]
+    assert "ask again" in json.loads(answers[1][2])["error"]
+
+
 @pytest.mark.parametrize("seconds", [math.inf, 0.0])
 def test_without_a_measured_micro_batch_no_request_takes_too_long(seconds):
     assert exchange.most_in_time(8, seconds) == math.inf

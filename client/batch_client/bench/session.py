@@ -117,8 +117,8 @@ class Kept:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What was measured. `saved` is the tuning file if one was written,
-    `kept` the better one that was there, `unsaved` why it could not be written.
+    """What was measured. `saved` is the tuning file if one was written, `kept` the better one that was there, `unsaved`
+    why it could not be written.
     """
 
     model: str

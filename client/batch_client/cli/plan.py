@@ -42,19 +42,19 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
         asked[0] = None  # of a variable or a file, which are for other commands too
     prices = None if asked == [None] * 3 else Prices(*(price or 0.0 for price in asked))
     spec = spec_of(input_url, output_url, options)
+    left_out: list[str] = []
+    packed: dict[str, str] = {}
+
+    def observe(event: Event) -> None:
+        if isinstance(event, ServerLeftOut):
+            left_out.append(event.reason)
+        if isinstance(event, SourceIsPacked):
+            packed["source_is_packed"] = str(event)
+
     if calibrate:
-        found = run_verb(api.calibrate(spec))
-        figures = _figures(found.plan) | _forecast(found) | _cost(found.plan, prices, found, spec)
+        found = run_verb(api.calibrate(spec, (observe,)))
+        figures = _figures(found.plan) | packed | _forecast(found) | _cost(found.plan, prices, found, spec)
     else:
-        left_out: list[str] = []
-        packed: dict[str, str] = {}
-
-        def observe(event: Event) -> None:
-            if isinstance(event, ServerLeftOut):
-                left_out.append(event.reason)
-            if isinstance(event, SourceIsPacked):
-                packed["source_is_packed"] = str(event)
-
         plan = run_verb(api.plan(spec, (observe,)))
         figures = _figures(plan) | packed | {"left_out": left_out} | _cost(plan, prices, None, spec)
     if as_json:

@@ -96,12 +96,16 @@ def foreign(what: str) -> Iterator[None]:
         raise ModelError(f"{what} {said(error)}") from error
 
 
-def _let_go(error: BaseException | None) -> None:
+def _let_go(error: BaseException) -> None:
     """Empty the frames that an error came through and those of its causes: what a model had in its variables would
     stay in memory as long as the error does, and memory may be what is full.
     """
+    left: list[BaseException | None] = [error]
     seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    while left:
+        one = left.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        traceback.clear_frames(one.__traceback__)
+        left += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
