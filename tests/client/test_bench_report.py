@@ -26,7 +26,7 @@ SHORT = "nothing to turn in so short a run"
 
 
 def report_of(tuning=TUNING, ceilings=None, **fields):
-    found = Found(START, 20_000.0, tried=[Measured(START, 20_000.0, 1.0)])
+    found = Found(START, 20_000.0, tried=[Measured(START, 20_000.0, 1.0)], complete=True)
     return BenchReport("toy", 784, found, tuning, ceilings or Ceilings({Limit.MODEL: 20_000.0}), **fields)
 
 
@@ -95,6 +95,15 @@ def archive(tmp_path):
     return path
 
 
+def test_what_was_compared_with_nothing_is_not_called_the_best():
+    report = report_of()
+    alone = replace(report.found, complete=False)
+    assert f"only {START} was tried: a larger --budget compares it with other settings" in printed(
+        replace(report, found=alone))
+    for found in (report.found, replace(alone, tried=alone.tried * 2)):
+        assert any(line.startswith("best: eager") for line in printed(replace(report, found=found)))
+
+
 def test_a_better_tuning_file_is_kept_and_both_figures_are_said(archive, tmp_path):
     said = []
     session = _Session(BenchSpec(archive=str(archive), save=True), None, archive, tmp_path, said.append, {})
@@ -103,18 +112,18 @@ def test_a_better_tuning_file_is_kept_and_both_figures_are_said(archive, tmp_pat
     assert session._saved(replace(TUNING, records_per_s=19_900.0)) == (path, None, None)
     assert session._saved(TUNING) == (path, None, None)
     there = path.read_bytes()
-    saved, kept, unsaved = session._saved(replace(TUNING, precision="bfloat16", records_per_s=9_000.0))
+    saved, kept, unsaved = session._saved(replace(TUNING, records_per_s=9_000.0))
     assert saved is unsaved is None
     assert path.read_bytes() == there
-    line = (f"kept: {path} says 20,000 records/s in float32, measured 2026-01-01T00:00:00+00:00, and this bench found "
-            "9,000 in bfloat16: delete the file to save these settings")
+    line = (f"kept: {path} says 20,000 records/s, measured 2026-01-01T00:00:00+00:00, and this bench found "
+            "9,000: delete the file to save these settings")
     assert said == [*[f"saved: {path}"] * 3, line]
     report = report_of(kept=kept)
     assert printed(report)[-1] == line
     assert report.to_value()["tuning_file"] is None
     assert report.to_value()["tuning_kept"] == {
-        "file": str(path), "records_per_s": 20_000.0, "precision": "float32",
-        "measured_at": "2026-01-01T00:00:00+00:00"}
+        "file": str(path), "records_per_s": 20_000.0, "measured_at": "2026-01-01T00:00:00+00:00"}
+    assert session._saved(replace(TUNING, precision="bfloat16", records_per_s=8_000.0)) == (path, None, None)
     path.unlink()
     assert session._saved(replace(TUNING, records_per_s=9_000.0)) == (path, None, None)
 

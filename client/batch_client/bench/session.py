@@ -104,14 +104,14 @@ class Kept:
     found: Tuning
 
     def __str__(self) -> str:
-        there, found = self.there, self.found
-        return (f"{self.path} says {number(there.records_per_s)} records/s in {there.precision}, measured "
+        there = self.there
+        return (f"{self.path} says {number(there.records_per_s)} records/s, measured "
                 f"{there.measured_at or 'at a time that it does not say'}, and this bench found "
-                f"{number(found.records_per_s)} in {found.precision}: delete the file to save these settings")
+                f"{number(self.found.records_per_s)}: delete the file to save these settings")
 
     def to_value(self) -> dict[str, Any]:
         """What `--json` prints."""
-        return {"file": str(self.path), "records_per_s": self.there.records_per_s, "precision": self.there.precision,
+        return {"file": str(self.path), "records_per_s": self.there.records_per_s,
                 "measured_at": self.there.measured_at}
 
 

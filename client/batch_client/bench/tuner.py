@@ -56,6 +56,11 @@ class Found:
     tried: list[Measured] = field(default_factory=list)
     complete: bool = False
 
+    @property
+    def compared(self) -> bool:
+        """Whether the best way is one of several; where time was short it is the first alone."""
+        return self.complete or len(self.tried) > 1
+
 
 async def find_best(
     start: Way, space: Space, opened: Opener, *, seconds: float, clock: Callable[[], float], say: Callable[[str], None],

@@ -93,7 +93,8 @@ def _lines(report: BenchReport, *, local: bool) -> list[str]:
     precision = report.tuning.precision
     defaults = "the defaults" if precision == "float32" else f"the defaults in {precision}"
     lines = [f"{report.model} on {report.tuning.device}", "", *ways_of(found), "",
-             f"best: {found.best}, {found.gain:.2f} times as quick as {defaults}{ended}", "",
+             f"best: {found.best}, {found.gain:.2f} times as quick as {defaults}{ended}" if found.compared else
+             f"only {found.best} was tried: a larger --budget compares it with other settings", "",
              *table_of(rows, report.record_bytes), "", *ceilings.lines()]
     if report.saved is not None:
         lines.append(f"saved: {report.saved}")

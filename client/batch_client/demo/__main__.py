@@ -74,7 +74,8 @@ def demo(directory: Path, *, serve: bool) -> None:
     click.echo(f"\nOutput   {output}, in the bucket under {directory / 's3'}")
     click.echo(f"Picture  {directory / 'digits.png'}")
     click.echo(f"Look     {sys.executable} -m batch_client.demo --dir {directory} --serve")
-    click.echo(f"         starts the S3 server again and prints how to reach it ({time.monotonic() - begun:.0f} s)")
+    click.echo("         starts the S3 server again and prints how to reach it")
+    click.echo(f"Time     {time.monotonic() - begun:.0f} s")
 
 
 def write_source(environ: Mapping[str, str], data: digits.Digits) -> None:
