@@ -151,7 +151,7 @@ def test_a_better_file_is_kept_and_what_was_measured_is_printed(benched, clean_e
     assert said["tuning_file"] is None
     assert said["tuning_kept"]["file"] == str(path)
     assert said["tuning_kept"]["records_per_s"] == 1e12 > said["ceilings"]["model"]
-    assert f"kept: {path} says 1,000,000,000,000 records/s in float32, measured " in done.stderr
+    assert f"kept: {path} says 1,000,000,000,000 records/s, measured " in done.stderr
     assert saved(archive) == (path, value)
 
 
