@@ -236,7 +236,7 @@ class EmbeddedServer:
                     await self._give_up("TorchServe did not register the model")
             if load_failure(self._alive().log()) is not None:
                 await self._give_up("a worker died")
-            # No longer asking than not: on GPUs TorchServe runs nvidia-smi for each worker before it answers.
+            # At most half of the time is spent asking: on GPUs TorchServe runs nvidia-smi for each worker first.
             await asyncio.sleep(min(max(POLL_SECONDS, asyncio.get_running_loop().time() - began), MOST_POLL_SECONDS))
 
     def _check_loading(self) -> None:

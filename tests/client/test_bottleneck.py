@@ -243,14 +243,20 @@ def test_an_event_loop_that_is_never_idle_is_the_limit_whatever_waits(source):
     assert scored(source, cpu=lambda: next(ticks)).limited_by == Limit.CLIENT.value
 
 
-@pytest.mark.parametrize(("seconds", "limit"), [(0.9, Limit.ENDS), (16.0, Limit.WRITING)])
-def test_a_store_that_is_away_at_the_end_is_no_matter_of_a_short_run(seconds, limit):
-    now = [0.0]
+def answered_at(now):
+    """The account of a run whose one request was answered after half a second; `now` holds the time."""
     sheet = Timesheet(lambda: now[0], lambda: 0.0)
     sheet(RunStarted(plan_of(), "out", "m", "d", 0, "f", 4, None))
     sheet(RequestSent("http://one", 4))
     now[0] = 0.5
     sheet(RequestDone("http://one", 4, 1, 1, 0.5, 100.0))
+    return sheet
+
+
+@pytest.mark.parametrize(("seconds", "limit"), [(0.9, Limit.ENDS), (16.0, Limit.WRITING)])
+def test_a_store_that_is_away_at_the_end_is_no_matter_of_a_short_run(seconds, limit):
+    now = [0.0]
+    sheet = answered_at(now)
     sheet(StepBegan(Step.WRITE))
     now[0] += seconds
     sheet(StepEnded(Step.WRITE, seconds))
@@ -261,12 +267,8 @@ def test_a_store_that_is_away_at_the_end_is_no_matter_of_a_short_run(seconds, li
 
 def test_publishing_for_long_is_the_end_of_a_run():
     now = [0.0]
-    sheet = Timesheet(lambda: now[0], lambda: 0.0)
-    sheet(RunStarted(plan_of(), "out", "m", "d", 0, "f", 4, None))
-    sheet(RequestSent("http://one", 4))
-    now[0] = 0.5
-    sheet(RequestDone("http://one", 4, 1, 1, 0.5, 100.0))
-    now[0] = 5.5
+    sheet = answered_at(now)
+    now[0] += 5.0
     sheet(Published("out", "root"))
     assert find_bottleneck(sheet.totals()).limit is Limit.ENDS
 
