@@ -278,7 +278,7 @@ async def test_another_model_at_the_same_place_is_refused():
     output = MemoryStore("memory://out")
     await execute(spec(), services(SimulatedServer(), source, output))
     with pytest.raises(MismatchError, match=r"its model is sha256:new, that of OUTPUT memory://out is sha256:\S+; "
-                       r"serve that model in that way, or let `run` have another OUTPUT, or --overwrite$"):
+                       r"serve that model, or let `run` have another OUTPUT, or --overwrite$"):
         await execute(spec(), services(SimulatedServer(digest="sha256:new"), source, output))
 
 
