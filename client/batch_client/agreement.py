@@ -163,7 +163,7 @@ def _settings(wanted: Mapping[str, object], names: Sequence[str]) -> str:
     if set(names) - {*_SETTINGS}:
         return ""
     found = [_SETTINGS[name].format(wanted[name]) for name in names
-             if name in _SETTINGS and re.fullmatch(r"\w{1,40}", str(wanted.get(name) or ""))]
+             if re.fullmatch(r"\w{1,40}", str(wanted.get(name) or ""))]
     if not found:
         return ""
     return f", with {' '.join(found)} (settings win over a tuning file beside the archive, which may be what changed)"
