@@ -23,7 +23,7 @@ from batch_client.errors import DataError, UsageError
 from batch_client.spec import MIB, RunSpec
 
 __all__ = ["MAX_CHUNK_RECORDS", "MAX_REQUEST_BYTES", "Geometry", "OutputGeometry", "Plan", "RequestSize", "Span",
-           "Unit", "default_request", "make_plan", "reply_bytes_of"]
+           "Unit", "default_request", "make_plan", "reply_bytes_of", "require_possible"]
 
 # Each object of an output chunk costs the store and the client milliseconds, however small it is.
 MAX_CHUNK_RECORDS = 32_768
@@ -268,19 +268,8 @@ def make_plan(
 
     Raises DataError for a source without records, UsageError for sizes that can't be met; both numbers are in the text.
     """
-    if source.count == 0:
-        raise DataError(f"{spec.input}: the source has no records: its axis 0 has length 0")
-    start, stop = spec.records.resolve(source.count)
-    chunk_bytes = source.chunk_records * max(source.record_bytes, 1)
-    if chunk_bytes > spec.max_bytes_in_flight:
-        raise UsageError(
-            f"one input chunk is {chunk_bytes:,} bytes ({source.chunk_records:,} records of {source.record_bytes:,}), "
-            f"over --max-bytes-in-flight {spec.max_bytes_in_flight:,}: raise that to at least {chunk_bytes}")
+    start, stop = require_possible(spec, source)
     grid = spec.chunk_records or _default_chunk(source, outputs, micro_batch)
-    if grid % source.chunk_records and grid < source.count:
-        nearest = max(1, round(grid / source.chunk_records)) * source.chunk_records
-        raise UsageError(f"--chunk-records {grid}: wanted a multiple of the source's {source.chunk_records} records a "
-                         f"chunk, such as {nearest}")
     if (units := -(-(stop - start) // grid)) > MOST_UNITS:
         raise UsageError(f"records {start:,} to {stop - 1:,} in output chunks of {grid:,} are {units:,} chunks, the "
                          f"most is {MOST_UNITS:,}: raise --chunk-records, or take fewer with --records")
@@ -290,7 +279,7 @@ def make_plan(
     reply_bytes = reply_bytes_of(outputs)
     request = _request(spec, micro_batch, wire_bytes, reply_bytes,
                        default_request(wire_bytes, reply_bytes, micro_batch, grid, micro_batch_seconds, most))
-    share = max(1, spec.max_bytes_in_flight // 8 // max(chunk_bytes, 1))
+    share = max(1, spec.max_bytes_in_flight // 8 // _input_chunk_bytes(source))
     tail = request if spec.request_records else max(1, request // micro_batch // TAIL_SHARE) * micro_batch
     return Plan(
         source=source,
@@ -307,6 +296,31 @@ def make_plan(
         block_records=source.chunk_records * share,
         max_bytes_in_flight=spec.max_bytes_in_flight,
     )
+
+
+def require_possible(spec: RunSpec, source: Geometry) -> tuple[int, int]:
+    """The range [start, stop) of the source that is to be scored.
+
+    Raises what of `make_plan` needs no model: DataError for a source without records, UsageError for a range or sizes
+    that it can't have.
+    """
+    if source.count == 0:
+        raise DataError(f"{spec.input}: the source has no records: its axis 0 has length 0")
+    chunk_bytes = _input_chunk_bytes(source)
+    if chunk_bytes > spec.max_bytes_in_flight:
+        raise UsageError(
+            f"one input chunk is {chunk_bytes:,} bytes ({source.chunk_records:,} records of {source.record_bytes:,}), "
+            f"over --max-bytes-in-flight {spec.max_bytes_in_flight:,}: raise that to at least {chunk_bytes}")
+    grid = spec.chunk_records
+    if grid and grid % source.chunk_records and grid < source.count:
+        nearest = max(1, round(grid / source.chunk_records)) * source.chunk_records
+        raise UsageError(f"--chunk-records {grid}: wanted a multiple of the source's {source.chunk_records} records a "
+                         f"chunk, such as {nearest}")
+    return spec.records.resolve(source.count)
+
+
+def _input_chunk_bytes(source: Geometry) -> int:
+    return source.chunk_records * max(source.record_bytes, 1)
 
 
 def reply_bytes_of(outputs: tuple[OutputGeometry, ...]) -> int:

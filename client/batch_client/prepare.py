@@ -17,7 +17,7 @@ from batch_client.endpoint import Pool
 from batch_client.errors import DataError, MismatchError, UsageError
 from batch_client.jsontext import canonical_json, parse_json
 from batch_client.layout import SPEC_KEY, SUCCESS_KEY
-from batch_client.plan import Geometry, Plan, RequestSize, make_plan
+from batch_client.plan import Geometry, Plan, RequestSize, make_plan, require_possible
 from batch_client.reader import Source, open_source
 from batch_client.serving import Servers, open_servers
 from batch_client.spec import RunIdentity, RunSpec
@@ -51,7 +51,8 @@ async def serving(spec: RunSpec) -> AsyncIterator[Services]:
     output_store = open_store(spec.output, anonymous=spec.anonymous)
     reuse_store = None if spec.reuse is None else open_store(spec.reuse, anonymous=spec.anonymous)
     # What can't be scored, or written there, should not wait for a server to start.
-    await _open_apart(spec, source_store, output_store, reuse_store)
+    source = await _open_apart(spec, source_store, output_store, reuse_store)
+    require_possible(spec, source.geometry)
     async with open_servers(spec) as servers:
         yield Services(servers, source_store, output_store, reuse_store)
 

@@ -16,11 +16,12 @@ from batch_client.cli.options import SERVER_OPTIONS, server_options
 from batch_client.cli.run import _sentence
 from batch_client.errors import DataError, MismatchError, UsageError
 from batch_client.pipeline import execute, plan_run
+from batch_client.prepare import serving
 from batch_client.publish import published_manifest
 from batch_client.replay import replay
 from batch_client.report import Report
 from batch_client.report.page import render
-from batch_client.spec import Records
+from batch_client.spec import Records, RunSpec
 from batch_client.storage import MemoryStore
 from support.faulty import Life, calm
 from support.runs import records_of, refused, services, source_of, spec
@@ -237,3 +238,20 @@ def test_what_was_found_bad_is_listed_where_there_is_too_much_of_it(monkeypatch)
         assert all(failure["index"] // CHUNK == letter["unit"] for letter in letters for failure in letter["records"])
 
     run_virtually(run())
+
+
+@pytest.mark.parametrize(("kind", "options", "wanted"), [
+    (UsageError, {"records": Records(30, 40)}, "--records 30:40"),
+    (UsageError, {"max_bytes_in_flight": 8}, "raise that to at least 30"),
+    (UsageError, {"chunk_records": 7}, "--chunk-records 7: wanted a multiple of the source's 10 records a chunk"),
+    (DataError, {"input": "none.zarr"}, "the source has no records"),
+])
+async def test_what_needs_no_model_is_refused_before_a_server_starts(kind, options, wanted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    zarr.create_array("in.zarr", shape=(20, 3), chunks=(10, 3), dtype=np.uint8)
+    zarr.create_array("none.zarr", shape=(0, 3), chunks=(10, 3), dtype=np.uint8)
+    wrong = RunSpec(**{"input": "in.zarr", "output": "out", "archive": "no such model.mar"} | options)
+    with pytest.raises(kind) as error:
+        async with serving(wrong):
+            pytest.fail("a server was started")
+    assert wanted in str(error.value)
