@@ -14,7 +14,7 @@ from batch_client.eventloop import run_until_complete
 from batch_client.events import Event, Observer, RunStarted, observer_name
 from batch_client.pipeline import execute, plan_run
 from batch_client.plan import Plan
-from batch_client.prepare import serving
+from batch_client.prepare import open_services
 from batch_client.spec import RunSpec
 from batch_client.summary import RunSummary
 
@@ -81,7 +81,7 @@ def _kind(value: object) -> str:
 
 
 async def _serve_and_execute(spec: RunSpec, observers: tuple[Observer, ...], stop: asyncio.Event) -> RunSummary:
-    async with serving(spec) as services:
+    async with open_services(spec) as services:
         return await execute(spec, services, observers, stop)
 
 
@@ -99,7 +99,7 @@ async def plan(spec: RunSpec, observers: Iterable[Observer] = ()) -> Plan:
     run would go on without.
     """
     chosen = _checked(spec, observers)
-    async with serving(spec) as services:
+    async with open_services(spec) as services:
         return await plan_run(spec, services, chosen)
 
 
@@ -108,5 +108,5 @@ async def calibrate(spec: RunSpec, observers: Iterable[Observer] = ()) -> Calibr
     those of `plan` do.
     """
     chosen = _checked(spec, observers)
-    async with serving(spec) as services:
+    async with open_services(spec) as services:
         return await calibrate_run(spec, services, chosen)

@@ -169,8 +169,8 @@ class RequestDone:
 
 @dataclass(frozen=True)
 class RequestRetried:
-    """An attempt of so many seconds did not give a result and will be made again after `delay` seconds, or later where
-    too few others succeed.
+    """An attempt of so many seconds did not give a result. It is made again after `delay` seconds, or later where too
+    few others succeed; one that failed often enough is not: its records are tried apart.
     """
 
     endpoint: str
@@ -239,8 +239,6 @@ class ChunkReused:
 @dataclass(frozen=True)
 class Stopping:
     """A stop was asked for: what is in flight is finished, nothing new begins."""
-
-    reason: str
 
 
 @dataclass(frozen=True)

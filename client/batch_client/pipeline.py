@@ -291,7 +291,7 @@ class _Run:
         try:
             await asyncio.wait({watcher, work, asker}, return_when=asyncio.FIRST_COMPLETED)
             if watcher.done() and not work.done():
-                self._emit(Stopping("asked to stop"))
+                self._emit(Stopping())
                 await asyncio.wait({work}, timeout=DRAIN_SECONDS)
         finally:
             for task in (watcher, work, asker):

@@ -23,7 +23,7 @@ from batch_client.serving import Servers, open_servers
 from batch_client.spec import RunIdentity, RunSpec
 from batch_client.storage import Store, is_inside, open_store
 
-__all__ = ["Prepared", "Services", "geometry_for", "prepare", "serving"]
+__all__ = ["Prepared", "Services", "geometry_for", "open_services", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Services:
 
 
 @asynccontextmanager
-async def serving(spec: RunSpec) -> AsyncIterator[Services]:
+async def open_services(spec: RunSpec) -> AsyncIterator[Services]:
     """Everything that `spec` names, open: stores, and servers to score with.
 
     Raises what opening them raises.

@@ -31,8 +31,10 @@ class Writer:
 
 @dataclass(frozen=True)
 class Progress:
-    """State of an output; `removing` says that its removal has begun, and nothing in it is proven any more. Rates are
-    records a second, `eta` is seconds left; None where nothing can be said.
+    """State of an output; `removing` says that its removal has begun, and nothing in it is proven any more.
+
+    chunks_with_dead_letters: output chunks of which records failed. records_per_s: how quick the clients were of late;
+    None, as `seconds_left`, where nothing can be said.
     """
 
     output: str
@@ -45,9 +47,9 @@ class Progress:
     not_finite: int
     chunks: int
     chunks_done: int
-    dead_letters: int
-    rate: float | None
-    eta: float | None
+    chunks_with_dead_letters: int
+    records_per_s: float | None
+    seconds_left: float | None
     writers: tuple[Writer, ...]
 
 
@@ -89,9 +91,9 @@ async def progress_of(store: Store) -> Progress:
         chunks=chunks,
         chunks_done=len(view) if manifest is None else chunks,
         # By chunk: one that several clients, or one of them again, took apart has several files.
-        dead_letters=len({meta.key.partition("-")[0] async for meta in store.list(FAILED_PREFIX)}),
-        rate=rate,
-        eta=(records - view.records) / rate if rate and manifest is None else None,
+        chunks_with_dead_letters=len({meta.key.partition("-")[0] async for meta in store.list(FAILED_PREFIX)}),
+        records_per_s=rate,
+        seconds_left=(records - view.records) / rate if rate and manifest is None else None,
         writers=writers,
     )
 

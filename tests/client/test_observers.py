@@ -6,7 +6,7 @@ import threading
 
 from batch_client.cli.observers import LogLines, ProgressBar
 from batch_client.cli.stream import MOST_WAITING, PatientStream
-from batch_client.events import ServerAway, ServerBack, ServerJoined, ServerLeftOut, Stopping
+from batch_client.events import ServerAway, ServerBack, ServerJoined, ServerLeftOut
 
 
 def test_log_lines_that_are_dropped_are_whole_lines():
@@ -15,12 +15,12 @@ def test_log_lines_that_are_dropped_are_whole_lines():
     log = LogLines(stream)
     lines, read = 4 * MOST_WAITING, []
     for number in range(lines):  # more than the pipe and the queue hold
-        log(Stopping(f"{number} {'x' * 200}"))
+        log(ServerLeftOut("http://s", f"{number} {'x' * 200}"))
     with os.fdopen(reading) as reader:
         thread = threading.Thread(target=lambda: read.extend(reader), daemon=True)
         thread.start()
         for number in range(lines, 2 * lines):
-            log(Stopping(f"{number} {'x' * 200}"))
+            log(ServerLeftOut("http://s", f"{number} {'x' * 200}"))
         stream.close()
         stream._thread.join(60)
         stream._target.close()  # which ends the reader

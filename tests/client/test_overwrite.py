@@ -14,7 +14,7 @@ from batch_client.events import ChunkHeld
 from batch_client.layout import GENERATION_KEY, MANIFEST_KEY, REMOVING_KEY, SUCCESS_KEY
 from batch_client.pipeline import execute
 from batch_client.place import begin
-from batch_client.prepare import prepare, serving
+from batch_client.prepare import open_services, prepare
 from batch_client.removal import contents_of, remove_output
 from batch_client.spec import RunSpec
 from batch_client.storage import MemoryStore
@@ -266,7 +266,7 @@ async def test_an_input_in_the_output_is_refused_where_it_is_named_from_above(tm
     output = tmp_path / "all" / "out"
     spec = RunSpec(input=tmp_path / "all", array="out/y", output=output, archive="m.mar", overwrite=True)
     with pytest.raises(UsageError, match=r"INPUT .*/all/out/y is in OUTPUT .*/all/out: the output needs a place"):
-        async with serving(spec):
+        async with open_services(spec):
             pytest.fail("it was opened")
     assert (output / "y" / "zarr.json").exists()
 
@@ -413,5 +413,5 @@ async def test_a_place_that_can_not_be_written_is_refused_before_a_server_starts
     spec = RunSpec(input=tmp_path / "in.zarr", output=tmp_path / output, reuse=old and tmp_path / old,
                    archive=tmp_path / "no such model.mar")
     with pytest.raises(UsageError, match=wanted):
-        async with serving(spec):
+        async with open_services(spec):
             pass

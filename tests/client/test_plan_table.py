@@ -16,9 +16,9 @@ from support.plans import plan_of, spec
 def test_a_request_has_no_more_records_than_there_are(options, largest, tail):
     plan = plan_of(**options)
     found = _figures(plan)
-    assert found["records_a_request"] == largest == max(
+    assert found["request_records"] == largest == max(
         span.stop - span.start for unit in plan.units() for span in plan.requests(unit.start, unit.stop))
-    assert found["records_a_request_at_the_end"] == tail
+    assert found["tail_request_records"] == tail
     assert found["bytes_a_request"] == largest * 28 * 28
 
 

@@ -37,6 +37,6 @@ def test_what_is_published_is_told_by_its_manifest_whatever_became_of_its_ledger
             del world.output.objects[key]
         now = await progress_of(world.output)
         assert (now.done, now.chunks_done, now.published) == (len(world.records), now.chunks, True)
-        assert replace(now, rate=None, writers=()) == replace(before, rate=None, writers=())
+        assert replace(now, records_per_s=None, writers=()) == replace(before, records_per_s=None, writers=())
 
     run_virtually(run())

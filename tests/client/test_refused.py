@@ -16,7 +16,7 @@ from batch_client.cli.options import SERVER_OPTIONS, server_options
 from batch_client.cli.run import _sentence
 from batch_client.errors import DataError, MismatchError, UsageError
 from batch_client.pipeline import execute, plan_run
-from batch_client.prepare import serving
+from batch_client.prepare import open_services
 from batch_client.publish import published_manifest
 from batch_client.replay import replay
 from batch_client.report import Report
@@ -252,6 +252,6 @@ async def test_what_needs_no_model_is_refused_before_a_server_starts(kind, optio
     zarr.create_array("none.zarr", shape=(0, 3), chunks=(10, 3), dtype=np.uint8)
     wrong = RunSpec(**{"input": "in.zarr", "output": "out", "archive": "no such model.mar"} | options)
     with pytest.raises(kind) as error:
-        async with serving(wrong):
+        async with open_services(wrong):
             pytest.fail("a server was started")
     assert wanted in str(error.value)

@@ -15,6 +15,7 @@ from obstore.store import S3Store
 from batch_client.demo import objectstore
 from batch_client.demo.objectstore import SeaweedServer
 from batch_client.errors import ServingError, StorageError
+from support.buckets import create_public
 
 PARENT = """
 import sys, time
@@ -29,7 +30,7 @@ time.sleep(600)
 def server():
     with SeaweedServer() as running:
         running.create_bucket("private")
-        running.create_bucket("public", public=True)
+        create_public(running, "public")
         yield running
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import zarr
 
+from support.buckets import create_public
 from support.cli import run_cli
 from support.faults import opened, write_source
 
@@ -247,7 +248,7 @@ def test_a_query_that_nobody_answers_is_told_what_to_do(flags, code, wanted, pla
 
 
 def test_a_public_bucket_needs_no_credentials(s3, s3_environ, toy_images, toy_server, clean_environ):
-    s3.create_bucket("public", public=True)
+    create_public(s3, "public")
     write_source("s3://public/in.zarr", s3_environ, toy_images[:100], 50)
     environ = {**clean_environ, "AWS_ENDPOINT_URL": s3.endpoint_url, **NOBODY}
     done = run_cli(["predict", "s3://public/in.zarr", "--records", "0:2", "--anonymous", *toy_server.flags], environ)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from batch_handler.runtimes import device as devices
 from batch_handler.runtimes.device import CapacityError, CpuDevice, LostDeviceError, open_device
-from batch_handler.runtimes.scripted import ScriptedDevice, ScriptedEvent
 from batch_handler.runtimes.slots import SlotRuntime, most_stacked
 from batch_handler.runtimes.transform import ModelError, Preprocess, collect
 from batch_handler.scoring import Failure, Query, Score, Scorer
 from batch_handler.signature import InputSpec, OutputSpec
+from support.scripted import ScriptedDevice, ScriptedEvent
 
 WIDTH = 16  # a micro-batch of B such records is a multiple of 64 bytes, so it can be stacked
 INPUT = InputSpec("x", np.dtype("i2"), (WIDTH,), (WIDTH,))

@@ -50,16 +50,17 @@ async def _status(store: Store, *, as_json: bool) -> str:
 def _lines(progress: Progress) -> str:
     from batch_client.figures import counted, number, percent
 
+    letters, speed, left = progress.chunks_with_dead_letters, progress.records_per_s, progress.seconds_left
     lines = [
         f"{progress.output}: {'published, ' + str(progress.root) if progress.published else 'not published'}",
         f"records  {progress.done:,} of {progress.records:,} ({percent(progress.done / progress.records)})",
         f"failed   {progress.failed:,}, and {progress.not_finite:,} not finite",
-        f"chunks   {progress.chunks_done:,} of {progress.chunks:,}, {progress.dead_letters:,} with dead letters",
+        f"chunks   {progress.chunks_done:,} of {progress.chunks:,}, {letters:,} with dead letters",
     ]
     if progress.removing:
         lines.append("removal  begun and not finished; --clean --yes or run --overwrite finishes it")
-    if progress.rate is not None and progress.eta is not None:
-        lines.append(f"rate     {number(progress.rate)} records/s, {progress.eta:,.0f} s left at that rate")
+    if speed is not None and left is not None:
+        lines.append(f"speed    {number(speed)} records/s, {left:,.0f} s left at that speed")
     for writer in progress.writers:
         when = datetime.fromtimestamp(writer.last_wrote, UTC).isoformat(timespec="seconds")
         lines.append(f"writer   {writer.name}: {counted(writer.segments, 'ledger segment')}, the last at {when}")

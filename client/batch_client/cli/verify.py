@@ -65,7 +65,7 @@ async def _verify(output_url: str, deep: bool, replays: int | None,  # noqa: FBT
     from batch_client.cli.observers import ProgressBar
     from batch_client.cli.stream import PatientStream
     from batch_client.manifest import read_manifest
-    from batch_client.prepare import serving
+    from batch_client.prepare import open_services
     from batch_client.publish import published_manifest
     from batch_client.replay import replay, require_exact
     from batch_client.spec import Records, RunSpec
@@ -82,7 +82,7 @@ async def _verify(output_url: str, deep: bool, replays: int | None,  # noqa: FBT
         chunk_records=run["grid_records"], codec=run["codec"], exact=run["exact"])
     stream = PatientStream()
     try:
-        async with serving(spec) as services:
+        async with open_services(spec) as services:
             return verification, await replay(spec, services, replays, (ProgressBar(stream),))
     finally:
         stream.close()

@@ -8,8 +8,6 @@ process ends with the server object or with this Python process, whichever is fi
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import hmac
 import http.client
 import json
 import os
@@ -23,11 +21,15 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.parse
-from datetime import UTC, datetime
+import urllib.error
+import urllib.request
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Literal, Self, TextIO
+
+import obstore
+from obstore.store import S3Store
 
 from batch_client.errors import ServingError, StorageError
 
@@ -62,6 +64,8 @@ _SOCKETS = (
     ("admin-grpc", "admin.port.grpc"),
 )
 _ATTEMPTS = 3
+_SIGNED_FOR = timedelta(minutes=1)
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy there is for others
 _NOT_STARTED = "the S3 server is not running; call start() first"
 # Waits until this process is gone (its end of the pipe closes), then ends the server and clears up after it.
 _GUARD = 'read -r _; kill -9 "$1" 2>/dev/null; shift; rm -rf -- "$@"'
@@ -150,42 +154,25 @@ class SeaweedServer:
             if not self._keep and self._directory != Path():
                 shutil.rmtree(self._directory, ignore_errors=True)
 
-    def create_bucket(self, name: str, *, public: bool = False) -> None:
-        """Create bucket `name`, or find it there. With `public` it is listed and read without credentials."""
-        status, body = self.request("PUT", f"/{name}")
+    def create_bucket(self, name: str) -> None:
+        """Create bucket `name`, or find it there."""
+        status, body = self._signed("PUT", name)
         if status not in (200, 409):
             raise StorageError(f"no bucket {name!r}, the S3 server answered {status} {body[:300]!r}")
-        if not public:
-            return
-        policy = {
-            "Version": "2012-10-17",
-            "Statement": [
-                {
-                    "Effect": "Allow",
-                    "Principal": "*",
-                    "Action": ["s3:GetObject", "s3:ListBucket"],
-                    "Resource": [f"arn:aws:s3:::{name}", f"arn:aws:s3:::{name}/*"],
-                }
-            ],
-        }
-        status, body = self.request("PUT", f"/{name}", query="policy=", body=json.dumps(policy).encode())
-        if status not in (200, 204):
-            raise StorageError(f"bucket {name!r} is not public, the S3 server answered {status} {body[:300]!r}")
 
-    def request(self, method: str, path: str, *, query: str = "", body: bytes = b"") -> tuple[int, bytes]:
-        """One signed S3 request; returns its status and body. For what obstore has no call for."""
-        host = f"{_HOST}:{self._port}"
-        key = (self.access_key, self.secret_key)
-        headers = _signed(method, host, path, query=query, body=body, key=key, now=datetime.now(UTC))
-        connection = http.client.HTTPConnection(_HOST, self._port, timeout=self._patience)
+    def _signed(self, method: Literal["GET", "PUT"], bucket: str) -> tuple[int, bytes]:
+        """Status and body of a signed request for a bucket, which obstore has no call for."""
+        store = S3Store(bucket, endpoint=self.endpoint_url, access_key_id=self.access_key,
+                        secret_access_key=self.secret_key, region=REGION, client_options={"allow_http": True})
+        url = obstore.sign(store, method, "", _SIGNED_FOR)
+        request = urllib.request.Request(url, method=method)  # noqa: S310 - the address of this server
         try:
-            connection.request(method, f"{path}?{query}" if query else path, body=body, headers=headers)
-            reply = connection.getresponse()
-            return reply.status, reply.read()
+            with _DIRECTLY.open(request, timeout=self._patience) as reply:
+                return reply.status, reply.read()
+        except urllib.error.HTTPError as refusal:
+            return refusal.code, refusal.read()
         except (OSError, http.client.HTTPException) as error:
-            raise StorageError(f"the S3 server at {host} did not answer: {error}") from error
-        finally:
-            connection.close()
+            raise StorageError(f"the S3 server at {self.endpoint_url} did not answer: {error}") from error
 
     def __enter__(self) -> Self:
         return self.start()
@@ -249,10 +236,10 @@ class SeaweedServer:
         deadline = time.monotonic() + self._patience
         while process.poll() is None and time.monotonic() < deadline:
             try:
-                status, _ = self.request("GET", "/")
+                status, _ = self._signed("GET", "none")
             except StorageError:
                 status = 0
-            if status == 200:
+            if status == 404:  # it knows the signature, and that there is no such bucket
                 return True
             time.sleep(0.02)
         return False
@@ -349,36 +336,3 @@ def _free_ports(count: int) -> list[int]:
         if len(ports) == count:
             return ports
     raise ServingError(f"found {len(ports)} free ports on {_HOST}, wanted {count}")
-
-
-def _signed(
-    method: str, host: str, path: str, *, query: str, body: bytes, key: tuple[str, str], now: datetime
-) -> dict[str, str]:
-    """Headers of AWS Signature Version 4, the form that AWS's own test vectors check.
-
-    https://docs.aws.amazon.com/IAM/latest/UserGuide/create-signed-request.html
-    """
-    access_key, secret_key = key
-    stamp = now.strftime("%Y%m%dT%H%M%SZ")
-    digest = hashlib.sha256(body).hexdigest()
-    headers = {"host": host, "x-amz-content-sha256": digest, "x-amz-date": stamp}
-    names = ";".join(headers)
-    canonical = "\n".join(
-        [
-            method,
-            urllib.parse.quote(path),
-            query,
-            *(f"{name}:{value}" for name, value in headers.items()),
-            "",
-            names,
-            digest,
-        ]
-    )
-    scope = f"{stamp[:8]}/{REGION}/s3/aws4_request"
-    to_sign = "\n".join(["AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256(canonical.encode()).hexdigest()])
-    signing_key = b"AWS4" + secret_key.encode()
-    for part in scope.split("/"):
-        signing_key = hmac.digest(signing_key, part.encode(), "sha256")
-    signature = hmac.new(signing_key, to_sign.encode(), "sha256").hexdigest()
-    authorization = f"AWS4-HMAC-SHA256 Credential={access_key}/{scope}, SignedHeaders={names}, Signature={signature}"
-    return {**headers, "authorization": authorization}

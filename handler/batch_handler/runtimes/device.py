@@ -1,4 +1,4 @@
-"""The seam to what computes: the CPU, a CUDA GPU, or (in `scripted.py`) a device whose copies are late.
+"""The seam to what computes: the CPU, a CUDA GPU, or (in tests) a device whose copies are late.
 
 Rule: work is issued, not done. A caller may read or rewrite a buffer only after it waited for the event of
 the last operation that touches it. On the CPU everything is done when the call returns, which hides such
