@@ -213,6 +213,14 @@ def test_a_shape_of_more_than_the_server_takes_is_refused_before_it_is_read(ask,
     assert ask(oip.Message((header,), len(header), 0))[0][0] in (400, 413)
 
 
+def test_a_region_of_which_the_system_gives_a_part_at_a_time_is_read_whole(memory, monkeypatch):
+    """Linux gives 2 GiB at once at most."""
+    (memory.folder / REGION).write_bytes(bytes(range(100)))
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, offset: real(file, [buffers[0][:7]], offset))
+    assert memory.read(REGION, 9, 91) == bytes(range(9, 100))
+
+
 def test_a_server_without_shared_memory_says_so_and_takes_the_body(ask, memory, images):
     message = request(images[:2], region=REGION)
     leave(memory, message)
