@@ -39,6 +39,8 @@ MAX_RECORDS = 65_536
 # with it all requests of the server batch. This leaves room for the header and for numbers longer than most.
 MAX_REPLY_BYTES = 60 << 20
 _MAX_BODY_BYTES = 63 << 20
+# Characters of an error's text. Names that a client sends are in it, and each may become six bytes of JSON.
+_LONGEST_ERROR = 2000
 # TorchServe kills the worker that holds a server batch for longer than responseTimeout, 120 s
 # (serve_config/model-config.yaml), and with it all requests of that. Half of it leaves room for a busy machine.
 MAX_SECONDS = 60.0
@@ -348,13 +350,13 @@ def most_in_time(micro_batch: int, seconds: float, first_row: int = 0) -> float:
 
 def refused(error: OipError) -> Reply:
     """The reply to a request that can't be scored."""
-    return Reply(json.dumps({"error": str(error)}).encode(), status=error.status)
+    return Reply(json.dumps({"error": str(error)[:_LONGEST_ERROR]}).encode(), status=error.status)
 
 
 def failed(failure: Failure) -> Reply:
     """The reply to a request that the model failed on."""
     _log.error("a request failed: %s", failure.message)
-    return Reply(json.dumps({"error": failure.message}).encode(), status=failure.status)
+    return refused(OipError(failure.message, failure.status))
 
 
 def _check_input(array: Array | None, spec: TensorSpec) -> None:

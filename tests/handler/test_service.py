@@ -18,6 +18,7 @@ from batch_handler.counts import Counts
 from batch_handler.exchange import Exchange
 from batch_handler.model import Model, ModelLoadError
 from batch_handler.oip import InferRequest, ModelMetadata, RequestedOutput, Tensor
+from batch_handler.scoring import Failure
 from batch_handler.service import METRICS, Service
 from batch_handler.signature import InputSpec
 
@@ -215,6 +216,22 @@ def test_a_refusal_says_what_was_found_and_wanted(ask, tiny, asked, status, mess
     error = json.loads(body)["error"]
     assert message in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_no_name_makes_a_refusal_long(ask, images, binary):
+    """Of names in it Java would get six bytes a letter, and close the worker's connection over 64 MiB."""
+    name = "é" * 100_000
+    answers = ask(
+        infer(images[:1], name=name, binary=binary),
+        infer(images[:1].astype("f4"), name=name, binary=binary),
+        infer(images[:1], outputs=[RequestedOutput(name)], binary=binary),
+    )
+    for status, _, body in answers:
+        assert status == 400
+        assert len(body) < 1000
+        assert "wanted" in json.loads(body)["error"]
+    assert len(exchange.failed(Failure(name)).body) < 20_000
 
 
 @pytest.mark.parametrize("binary", [True, False])

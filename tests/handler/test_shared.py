@@ -226,7 +226,7 @@ def test_a_server_without_shared_memory_says_so_and_takes_the_body(ask, memory, 
     leave(memory, message)
     ((status, said),) = ask(message, shared=None)
     assert (status, said) == (
-        410, "image is said to be in shared memory, wanted it in the body: there is none here")
+        410, '"image" is said to be in shared memory, wanted it in the body: there is none here')
     assert ask(request(images[:2]), shared=None)[0][0] == 200
 
 
