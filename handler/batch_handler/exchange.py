@@ -17,13 +17,12 @@ from typing import Any
 from batch_handler import content, oip
 from batch_handler.model import Model
 from batch_handler.oip import Array, Extent, InferRequest, ModelMetadata, OipError, Tensor, TensorSpec
-from batch_handler.scoring import Failure, Query, Score
+from batch_handler.scoring import MAX_SECONDS, Failure, Query, Score
 from batch_handler.shared import SharedMemory
 from batch_handler.tensors import Buffer, noting
 
 __all__ = [
     "MAX_RECORDS",
-    "MAX_SECONDS",
     "RECORD_STATUS",
     "Exchange",
     "Pending",
@@ -41,9 +40,6 @@ MAX_REPLY_BYTES = 60 << 20
 _MAX_BODY_BYTES = 63 << 20
 # Characters of an error's text. Names that a client sends are in it, and each may become six bytes of JSON.
 _LONGEST_ERROR = 2000
-# TorchServe kills the worker that holds a server batch for longer than responseTimeout, 120 s
-# (serve_config/model-config.yaml), and with it all requests of that. Half of it leaves room for a busy machine.
-MAX_SECONDS = 60.0
 # Of a float32 in JSON, with its comma.
 _NUMBER_BYTES = 20
 RECORD_STATUS = "record_status"

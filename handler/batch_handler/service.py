@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from batch_handler.counts import Counts
-from batch_handler.exchange import MAX_RECORDS, MAX_SECONDS, Exchange, Pending, Reply, Request, failed, refused
+from batch_handler.exchange import MAX_RECORDS, Exchange, Pending, Reply, Request, failed, refused
 from batch_handler.lane import bulk_lane_of, make_way
 from batch_handler.model import Model, ModelLoadError, Tuning
 from batch_handler.oip import OipError
-from batch_handler.scoring import HEARD_SECONDS, Failure, Score
+from batch_handler.scoring import BUSY, HEARD_SECONDS, MAX_SECONDS, Failure, Score
 from batch_handler.shared import shared_memory_of
 from batch_handler.worker import make_lean
 
@@ -71,7 +71,7 @@ class Service:
         for item in asked:
             seconds = self._exchange.seconds(item.query) if isinstance(item, Pending) else 0.0
             if spent and spent + seconds > MAX_SECONDS:
-                taken.append(refused(OipError("other requests keep the model busy for now: ask again", 503)))
+                taken.append(refused(OipError(BUSY.message, BUSY.status)))
             else:
                 taken.append(item)
                 spent += seconds
