@@ -104,6 +104,28 @@ def test_a_server_batch_that_takes_the_model_too_long_together_is_cut(ask, tiny_
     assert "ask again" in json.loads(answers[1][2])["error"]
 
 
+@pytest.mark.parametrize(("first_row", "records", "statuses"), [
+    (0, 2, [200, 200, 503, 503]), (6, 2, [200, 200, 503, 503]), (7, 2, [200, 503, 503, 503])])
+def test_a_bulk_request_takes_the_time_of_its_whole_micro_batches(ask, tiny_dir, first_row, records, statuses):
+    class Slow(Model):
+        micro_batch_ms = 25_000.0
+
+    row = infer(np.zeros((records, 6, 6), "u1"), {**BINARY, "first_row": first_row})
+    assert [status for status, _, _ in ask(*[row] * 4, server=service_of(Slow.open(tiny_dir)))] == statuses
+
+
+def test_a_server_batch_whose_replies_would_be_too_large_together_is_cut(ask, monkeypatch):
+    """Java parses them as one message, again and again; the first request is always taken."""
+    monkeypatch.setattr(service, "MAX_BATCH_BYTES", 100)
+    binary = {"binary_data_output": True}  # 12 bytes of scores a record, or 60 of JSON
+    bodies = [infer(np.zeros((records, 6, 6), "u1"), parameters) for records, parameters in (
+        (9, BINARY), (1, {}), (5, binary), (4, binary), (3, binary), (1, {}))]
+    assert [status for status, _, _ in ask(*bodies[:2])] == [200, 503]
+    answers = ask(*bodies[2:])
+    assert [status for status, _, _ in answers] == [200, 503, 200, 503]
+    assert "ask again" in json.loads(answers[1][2])["error"]
+
+
 @pytest.mark.parametrize("seconds", [math.inf, 0.0])
 def test_without_a_measured_micro_batch_no_request_takes_too_long(seconds):
     assert exchange.most_in_time(8, seconds) == math.inf
