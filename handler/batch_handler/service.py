@@ -60,6 +60,8 @@ class Service:
     def _read(self, row: Mapping[str, Any], context: Any, index: int) -> Pending | Reply:
         try:
             return self._exchange.read(_request(row, context.get_all_request_header(index)))
+        except MemoryError:
+            return refused(OipError("the server has no memory to read the request", 507))
         except Exception:  # noqa: BLE001 - a bug of ours; still only this request's
             _log.exception("a request could not be read")
             return refused(OipError("the request could not be read", 500))
@@ -185,6 +187,8 @@ def _reply(item: Pending, answer: Score | Failure, batch_requests: int) -> Reply
         return failed(answer)
     try:
         return item.reply(answer, batch_requests)
+    except MemoryError:
+        return refused(OipError("the server has no memory to write the reply", 507))
     except Exception:  # noqa: BLE001 - a bug of ours; still only this request's
         _log.exception("a reply could not be written")
         return refused(OipError("the reply could not be written", 500))

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from batch_handler import exchange, oip, service
+from batch_handler import content, exchange, oip, service
 from batch_handler.archive import pack
 from batch_handler.counts import Counts
 from batch_handler.exchange import Exchange
@@ -254,6 +254,23 @@ def test_no_name_makes_a_refusal_long(ask, images, binary):
         assert len(body) < 1000
         assert "wanted" in json.loads(body)["error"]
     assert len(exchange.failed(Failure(name)).body) < 20_000
+
+
+def test_full_memory_is_no_fault_of_the_records(ask, images, monkeypatch):
+    """The client takes 500 for what the model says of them."""
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(content, "parse_json", full)
+    monkeypatch.setattr(content, "encode_npy", full)
+    read, written, other = ask(
+        ({"body": bytearray(b"[]")}, {"content-type": "application/json"}),
+        ({"body": npy(images[:2])}, {"content-type": "application/x-npy"}),
+        infer(images[:2]),
+    )
+    assert (read[0], json.loads(read[2])["error"]) == (507, "the server has no memory to read the request")
+    assert (written[0], json.loads(written[2])["error"]) == (507, "the server has no memory to write the reply")
+    assert other[0] == 200
 
 
 @pytest.mark.parametrize("binary", [True, False])
