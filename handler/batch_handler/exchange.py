@@ -108,7 +108,7 @@ class Exchange:
         self._outputs = tuple(spec.name for spec in model.description.outputs)
         # By output of a reply: bytes a record where it is binary, numbers a record where it is JSON.
         self._sizes = {spec.name: _size(spec.tensor()) for spec in model.description.outputs} | {RECORD_STATUS: (1, 1)}
-        self._max_tensor_bytes = max_records * max(_size(spec)[0] for spec in self._inputs)
+        self._record_bytes = max(_size(spec)[0] for spec in self._inputs)
 
     def read(self, request: Request) -> Pending | Reply:
         """What to score for a request, or the reply that it gets without the model."""
@@ -170,9 +170,9 @@ class Exchange:
     def _read_oip(self, body: bytes | bytearray, header_length: int | None) -> Pending:
         read: list[Buffer] = []
         memory = self._shared_memory
-        from_memory = noting(memory.read if memory else None, read)
+        from_memory = noting(functools.partial(self._read_shared, memory) if memory else None, read)
         asked = oip.decode_request(
-            body, header_length, max_tensor_bytes=self._max_tensor_bytes, shared=from_memory
+            body, header_length, max_tensor_bytes=self._max_records * self._record_bytes, shared=from_memory
         )
         arrays = self._arrays(asked)
         binary = self._binary_by_output(asked)
@@ -180,6 +180,14 @@ class Exchange:
         extents = self._extents(asked, len(arrays[0]))
         encode = functools.partial(self._encode_oip, asked.id, binary, extents, echo)
         return self._pending(arrays, binary, encode, asked.first_row if asked.exact else None, extents)
+
+    def _read_shared(self, memory: SharedMemory, region: str, offset: int, size: int) -> Buffer:
+        """What is in shared memory, of which no body bounds the size: no more than is scored in time."""
+        most = most_in_time(self._model.micro_batch, self._model.micro_batch_ms / 1e3) * self._record_bytes
+        if size > most:
+            raise OipError(f"{size} bytes in shared memory would take over {MAX_SECONDS:.0f} s of this model: send at "
+                           f"most {most} at a time", 413)
+        return memory.read(region, offset, size)
 
     def _extents(self, asked: InferRequest, records: int) -> dict[str, Extent]:
         """Where in shared memory the request wants outputs; nowhere if this server has none."""
