@@ -34,7 +34,7 @@ NEEDED = ("vmargs", "blacklist_env_vars")  # of the template, which may be a use
 CEILING = "BATCH_HANDLER_CEILING"
 # Variables that would override or redirect what is configured here.
 OVERRIDES = re.compile(r"TS_.*|LOG_LOCATION|METRICS_LOCATION|SM_TELEMETRY_LOG|LOG4J_.*"
-                       r"|BATCH_HANDLER_(BULK_LANE|SHARED_MEMORY|NAMED_GPUS)")
+                       r"|BATCH_HANDLER_(BULK_LANE|SHARED_MEMORY|NAMED_GPUS)|OMP_(DYNAMIC|THREAD_LIMIT)")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,10 @@ class Counts:
             return
         later = threading.Timer(self._seconds, self._tell, [metrics])
         later.daemon = True
-        later.start()
+        try:
+            later.start()
+        except RuntimeError:  # as many threads as there may be
+            self._tell(metrics)
 
     def _tell(self, metrics: Any) -> None:
         with self._lock:

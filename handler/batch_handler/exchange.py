@@ -10,20 +10,20 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batch_handler import content, oip
 from batch_handler.model import Model
 from batch_handler.oip import Array, Extent, InferRequest, ModelMetadata, OipError, Tensor, TensorSpec
-from batch_handler.scoring import Failure, Query, Score
+from batch_handler.scoring import MAX_SECONDS, Failure, Query, Score
 from batch_handler.shared import SharedMemory
 from batch_handler.tensors import Buffer, noting
 
 __all__ = [
+    "MAX_BATCH_BYTES",
     "MAX_RECORDS",
-    "MAX_SECONDS",
     "RECORD_STATUS",
     "Exchange",
     "Pending",
@@ -39,9 +39,10 @@ MAX_RECORDS = 65_536
 # with it all requests of the server batch. This leaves room for the header and for numbers longer than most.
 MAX_REPLY_BYTES = 60 << 20
 _MAX_BODY_BYTES = 63 << 20
-# TorchServe kills the worker that holds a server batch for longer than responseTimeout, 120 s
-# (serve_config/model-config.yaml), and with it all requests of that. Half of it leaves room for a busy machine.
-MAX_SECONDS = 60.0
+# Java parses the replies of a server batch as one message, from its beginning after each 64 KiB that arrive.
+MAX_BATCH_BYTES = 64 << 20
+# Characters of an error's text. Names that a client sends are in it, and each may become six bytes of JSON.
+_LONGEST_ERROR = 2000
 # Of a float32 in JSON, with its comma.
 _NUMBER_BYTES = 20
 RECORD_STATUS = "record_status"
@@ -72,10 +73,13 @@ class Reply:
 
 @dataclass(frozen=True)
 class Pending:
-    """A query, and what makes a reply of its score and of how many requests the server batch had."""
+    """A query, what makes a reply of its score and of how many requests the server batch had, and about how many bytes
+    of outputs the reply has.
+    """
 
     query: Query
     encode: Callable[[Score, int], Reply]
+    nbytes: int
 
     def reply(self, score: Score, batch_requests: int) -> Reply:
         """The reply, or that it is too large to be sent."""
@@ -104,7 +108,7 @@ class Exchange:
         self._outputs = tuple(spec.name for spec in model.description.outputs)
         # By output of a reply: bytes a record where it is binary, numbers a record where it is JSON.
         self._sizes = {spec.name: _size(spec.tensor()) for spec in model.description.outputs} | {RECORD_STATUS: (1, 1)}
-        self._max_tensor_bytes = max_records * max(_size(spec)[0] for spec in self._inputs)
+        self._record_bytes = max(_size(spec)[0] for spec in self._inputs)
 
     def read(self, request: Request) -> Pending | Reply:
         """What to score for a request, or the reply that it gets without the model."""
@@ -147,17 +151,17 @@ class Exchange:
             if isinstance(value, dict) and "inputs" in value:
                 return self._read_oip(body, None)
             records = content.decode_json(value, self._inputs, self._max_records)
-            return Pending(self._query(records, self._as_json()), self._encode_predictions)
+            return self._pending(records, self._as_json(), self._encode_predictions)
         if kind == _NPY:
             array, single = content.decode_npy(body, self._one_input(), self._max_records)
             if _wants_json(headers):
-                return Pending(self._query((array,), self._as_json()), self._encode_predictions)
+                return self._pending((array,), self._as_json(), self._encode_predictions)
             self._one_output()
-            query = self._query((array,), dict.fromkeys(self._outputs, True))
-            return Pending(query, functools.partial(self._encode_npy, single))
+            encode = functools.partial(self._encode_npy, single)
+            return self._pending((array,), dict.fromkeys(self._outputs, True), encode)
         if kind.startswith("image/"):
             picture = content.decode_image(body, self._one_input())
-            return Pending(self._query((picture,), self._as_json()), self._encode_predictions)
+            return self._pending((picture,), self._as_json(), self._encode_predictions)
         raise OipError(
             f"content type is {kind[:60]!r}, wanted {_NPY}, {_JSON}, image/* or a body with {oip.HEADER_LENGTH}",
             415,
@@ -166,22 +170,31 @@ class Exchange:
     def _read_oip(self, body: bytes | bytearray, header_length: int | None) -> Pending:
         read: list[Buffer] = []
         memory = self._shared_memory
-        from_memory = noting(memory.read if memory else None, read)
+        from_memory = noting(functools.partial(self._read_shared, memory) if memory else None, read)
         asked = oip.decode_request(
-            body, header_length, max_tensor_bytes=self._max_tensor_bytes, shared=from_memory
+            body, header_length, max_tensor_bytes=self._max_records * self._record_bytes, shared=from_memory
         )
         arrays = self._arrays(asked)
         binary = self._binary_by_output(asked)
         echo = {"request_crc32c": oip.crc32c(body, *read)}
-        query = self._query(arrays, binary, asked.first_row if asked.exact else None)
-        return Pending(query, functools.partial(self._encode_oip, asked.id, binary, self._extents(asked, query), echo))
+        extents = self._extents(asked, len(arrays[0]))
+        encode = functools.partial(self._encode_oip, asked.id, binary, extents, echo)
+        return self._pending(arrays, binary, encode, asked.first_row if asked.exact else None, extents)
 
-    def _extents(self, asked: InferRequest, query: Query) -> dict[str, Extent]:
+    def _read_shared(self, memory: SharedMemory, region: str, offset: int, size: int) -> Buffer:
+        """What is in shared memory, of which no body bounds the size: no more than is scored in time."""
+        most = most_in_time(self._model.micro_batch, self._model.micro_batch_ms / 1e3) * self._record_bytes
+        if size > most:
+            raise OipError(f"{size} bytes in shared memory would take over {MAX_SECONDS:.0f} s of this model: send at "
+                           f"most {most} at a time", 413)
+        return memory.read(region, offset, size)
+
+    def _extents(self, asked: InferRequest, records: int) -> dict[str, Extent]:
         """Where in shared memory the request wants outputs; nowhere if this server has none."""
         memory = self._shared_memory
         extents = {output.name: output.extent for output in asked.outputs if output.extent is not None}
         for name, extent in extents.items():
-            if extent.size != (size := query.records * self._sizes[name][0]):
+            if extent.size != (size := records * self._sizes[name][0]):
                 raise OipError(f"output {name} is given {extent.size} bytes of shared memory, wanted {size}")
             if memory is not None:
                 memory.check_name(extent.region)
@@ -203,14 +216,22 @@ class Exchange:
 
     def seconds(self, query: Query) -> float:
         """What the model takes for it at best; 0 where that is not known."""
-        each = self._model.micro_batch_ms / 1e3
-        return query.records / self._model.micro_batch * each if each < math.inf else 0.0
+        each, micro_batch = self._model.micro_batch_ms / 1e3, self._model.micro_batch
+        micro_batches = query.records / micro_batch
+        if query.first_row is not None:  # whole ones of its own
+            micro_batches = math.ceil((query.first_row % micro_batch + query.records) / micro_batch)
+        return micro_batches * each if each < math.inf else 0.0
 
-    def _query(
-        self, arrays: tuple[Array, ...], binary: Mapping[str, bool], first_row: int | None = None
-    ) -> Query:
+    def _pending(
+        self,
+        arrays: tuple[Array, ...],
+        binary: Mapping[str, bool],
+        encode: Callable[[Score, int], Reply],
+        first_row: int | None = None,
+        extents: Container[str] = (),
+    ) -> Pending:
         """The records, if they can be scored in time and their reply can be sent; `binary` are its outputs, and which
-        are not JSON.
+        are not JSON; those in `extents` are mostly not sent.
         """
         query = Query(arrays, first_row)
         if query.records > self._max_records:
@@ -222,9 +243,9 @@ class Exchange:
                 f"most {most} at a time",
                 413,
             )
-        replied = sum(
-            self._sizes[name][0] if raw else self._sizes[name][1] * _NUMBER_BYTES for name, raw in binary.items()
-        )
+        sizes = {name: self._sizes[name][0] if raw else self._sizes[name][1] * _NUMBER_BYTES
+                 for name, raw in binary.items()}
+        replied = sum(sizes.values())
         computed = sum(self._sizes[name][0] for name in self._outputs)
         size = query.records * max(replied, computed)
         if size > MAX_REPLY_BYTES:
@@ -234,7 +255,7 @@ class Exchange:
                 f"{MAX_REPLY_BYTES}: send fewer at a time{instead}",
                 413,
             )
-        return query
+        return Pending(query, encode, query.records * sum(sizes[name] for name in sizes if name not in extents))
 
     def _as_json(self) -> dict[str, bool]:
         return dict.fromkeys(self._outputs, False)
@@ -348,13 +369,13 @@ def most_in_time(micro_batch: int, seconds: float, first_row: int = 0) -> float:
 
 def refused(error: OipError) -> Reply:
     """The reply to a request that can't be scored."""
-    return Reply(json.dumps({"error": str(error)}).encode(), status=error.status)
+    return Reply(json.dumps({"error": str(error)[:_LONGEST_ERROR]}).encode(), status=error.status)
 
 
 def failed(failure: Failure) -> Reply:
     """The reply to a request that the model failed on."""
     _log.error("a request failed: %s", failure.message)
-    return Reply(json.dumps({"error": failure.message}).encode(), status=failure.status)
+    return refused(OipError(failure.message, failure.status))
 
 
 def _check_input(array: Array | None, spec: TensorSpec) -> None:

@@ -356,8 +356,8 @@ def _requested_from_json(value: Any) -> RequestedOutput:
     parameters = fields.get("parameters", dict, {})
     binary = parameters.get("binary_data")
     if binary is not None and not isinstance(binary, bool):
-        raise OipError(f"binary_data of output {name} is {shown(binary)}, wanted true or false")
-    extent = extent_of(parameters, f"output {name}") if "shared_memory_region" in parameters else None
+        raise OipError(f"binary_data of output {shown(name)} is {shown(binary)}, wanted true or false")
+    extent = extent_of(parameters, f"output {shown(name)}") if "shared_memory_region" in parameters else None
     return RequestedOutput(name, binary, extent)
 
 

@@ -25,13 +25,28 @@ from batch_handler.runtimes.slots import Slot
 from batch_handler.runtimes.transform import ModelError
 from batch_handler.signature import OutputSpec
 
-__all__ = ["HEARD_SECONDS", "STATUS_NOT_FINITE", "STATUS_OK", "Failure", "Query", "Score", "Scorer", "exit_process"]
+__all__ = [
+    "BUSY",
+    "HEARD_SECONDS",
+    "MAX_SECONDS",
+    "STATUS_NOT_FINITE",
+    "STATUS_OK",
+    "Failure",
+    "Query",
+    "Score",
+    "Scorer",
+    "exit_process",
+]
 
 STATUS_OK = 0
 STATUS_NOT_FINITE = 2
 
 # TorchServe closes a dying worker's output without reading what is left of it: a reason needs time to be read.
 HEARD_SECONDS = 0.5
+
+# TorchServe kills the worker that holds a server batch for longer than responseTimeout, 120 s
+# (serve_config/model-config.yaml), and with it all requests of that. Half of it leaves room for a busy machine.
+MAX_SECONDS = 60.0
 
 # sysexits' EX_OSERR; TorchServe only sees that the worker is gone, and starts another.
 _EXIT_LOST = 71
@@ -70,10 +85,15 @@ class Failure:
     status: int = 500
 
 
+# What a query is told that others of its server batch leave no time for.
+BUSY = Failure("other requests keep the server busy for now: ask again", 503)
+
+
 @dataclass(eq=False)
 class _Work:
     query: Query
     outputs: tuple[Array, ...]
+    alone: bool = False  # whether it was scored again by itself
     compute: float = 0.0
     first_run: float | None = None
     failure: Failure | None = None
@@ -131,7 +151,7 @@ class Scorer:
         loads = [Load(0 if work.failure else work.query.records, work.query.first_row) for work in works]
         with self._runtime.session():
             for stack, error in self._stream(plan(loads, self._micro_batch, self._most), works):
-                self._isolate(stack, error, works)
+                self._isolate(stack, error, works, begun)
         return [self._answer(work, begun) for work in works]
 
     def _begin(self, query: Query) -> _Work:
@@ -140,17 +160,22 @@ class Scorer:
         except MemoryError as error:
             return _Work(query, (), failure=_failure(error))
 
-    def _isolate(self, stack: Stack, error: Exception, works: Sequence[_Work]) -> None:
-        """Score the requests of a failed stack one by one, in smaller pieces where memory was full."""
+    def _isolate(self, stack: Stack, error: Exception, works: Sequence[_Work], begun: float) -> None:
+        """Score the requests of a failed stack one by one, in smaller pieces where memory was full; each once at most,
+        and within the time that a server batch has.
+        """
         full = isinstance(error, CapacityError)
         for index in stack.requests:
             work = works[index]
-            if work.failure is not None:
+            if work.failure is not None or work.alone:
                 continue
             online = work.query.first_row is None
             if not online or (len(stack.requests) == 1 and not full):
                 work.failure = _failure(error)
+            elif len(works) > 1 and self._now() - begun + work.compute > MAX_SECONDS:  # it takes as long once more
+                work.failure = BUSY
             else:
+                work.alone = True
                 self._alone(work, stack.size // 2 if full else self._micro_batch, error)
 
     def _alone(self, work: _Work, size: int, error: Exception) -> None:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from batch_handler.counts import Counts
-from batch_handler.exchange import MAX_RECORDS, MAX_SECONDS, Exchange, Pending, Reply, Request, failed, refused
+from batch_handler.exchange import MAX_BATCH_BYTES, MAX_RECORDS, Exchange, Pending, Reply, Request, failed, refused
 from batch_handler.lane import bulk_lane_of, make_way
 from batch_handler.model import Model, ModelLoadError, Tuning
 from batch_handler.oip import OipError
-from batch_handler.scoring import HEARD_SECONDS, Failure, Score
+from batch_handler.scoring import BUSY, HEARD_SECONDS, MAX_SECONDS, Failure, Score
 from batch_handler.shared import shared_memory_of
 from batch_handler.worker import make_lean
 
@@ -48,7 +48,7 @@ class Service:
     def handle(self, data: Sequence[Mapping[str, Any]], context: Any) -> list[bytes]:
         """Answer a server batch: one body a row; status, content type and headers go into `context`."""
         before = self._model.micro_batches
-        asked = self._in_time([self._read(row, context, index) for index, row in enumerate(data)])
+        asked = self._that_fit([self._read(row, context, index) for index, row in enumerate(data)])
         pending = [item for item in asked if isinstance(item, Pending)]
         scores = iter(self._model.score([item.query for item in pending]))
         replies = [item if isinstance(item, Reply) else _reply(item, next(scores), len(data)) for item in asked]
@@ -60,21 +60,26 @@ class Service:
     def _read(self, row: Mapping[str, Any], context: Any, index: int) -> Pending | Reply:
         try:
             return self._exchange.read(_request(row, context.get_all_request_header(index)))
+        except MemoryError:
+            return refused(OipError("the server has no memory to read the request", 507))
         except Exception:  # noqa: BLE001 - a bug of ours; still only this request's
             _log.exception("a request could not be read")
             return refused(OipError("the request could not be read", 500))
 
-    def _in_time(self, asked: Sequence[Pending | Reply]) -> list[Pending | Reply]:
-        """TorchServe gives a server batch as long as one request: what does not fit behind the others comes again."""
+    def _that_fit(self, asked: Sequence[Pending | Reply]) -> list[Pending | Reply]:
+        """TorchServe gives a server batch as long as one request, and its replies come as one message: what does not
+        fit behind the others comes again.
+        """
         taken: list[Pending | Reply] = []
-        spent = 0.0
+        spent, sent = 0.0, 0
         for item in asked:
             seconds = self._exchange.seconds(item.query) if isinstance(item, Pending) else 0.0
-            if spent and spent + seconds > MAX_SECONDS:
-                taken.append(refused(OipError("other requests keep the model busy for now: ask again", 503)))
+            nbytes = item.nbytes if isinstance(item, Pending) else 0
+            if (spent and spent + seconds > MAX_SECONDS) or (sent and sent + nbytes > MAX_BATCH_BYTES):
+                taken.append(refused(OipError(BUSY.message, BUSY.status)))
             else:
                 taken.append(item)
-                spent += seconds
+                spent, sent = spent + seconds, sent + nbytes
         return taken
 
     def _count(self, context: Any, pending: Sequence[Pending], replies: Sequence[Reply], micro_batches: int) -> None:
@@ -182,6 +187,8 @@ def _reply(item: Pending, answer: Score | Failure, batch_requests: int) -> Reply
         return failed(answer)
     try:
         return item.reply(answer, batch_requests)
+    except MemoryError:
+        return refused(OipError("the server has no memory to write the reply", 507))
     except Exception:  # noqa: BLE001 - a bug of ours; still only this request's
         _log.exception("a reply could not be written")
         return refused(OipError("the reply could not be written", 500))

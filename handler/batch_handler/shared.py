@@ -40,7 +40,10 @@ class SharedMemory:
         """`size` bytes of a region; raises OipError where it has no such bytes. The caller bounds `size`."""
         with self._open(region, os.O_RDONLY, offset + size) as file:
             data = np.empty(size, np.uint8).data  # not zeroed, as a bytearray is
-            if (found := os.preadv(file, [data], offset)) != size:
+            found = 0
+            while found < size and (more := os.preadv(file, [data[found:]], offset + found)):  # at most 2 GiB at once
+                found += more
+            if found != size:
                 raise OipError(f"shared_memory_region {region} gave {found} bytes, wanted {size}", GONE)
         return data
 

@@ -164,7 +164,10 @@ class Fields:
 
 
 def shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True, default=repr)
+    try:
+        text = json.dumps(value, ensure_ascii=True, default=repr)
+    except RecursionError:
+        text = "nested too deeply"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
@@ -234,7 +237,8 @@ def decode_tensors(
         fields = Fields(item, f"an {what}")
         if what == "input":  # other servers' replies may say more than we know
             fields.only("name", "datatype", "shape", "parameters", "data")
-        name = fields.get("name", str)
+        given = fields.get("name", str)
+        name = shown(given)
         dtype, shape, nbytes = _geometry(fields, name, limit)
         parameters = fields.get("parameters", dict, {})
         size = parameters.get("binary_data_size")
@@ -250,7 +254,7 @@ def decode_tensors(
             offset += nbytes
         if what == "input" and "data" in item and (size is not None or "shared_memory_region" in parameters):
             raise OipError(f"input {name} has data in the JSON and bytes elsewhere, wanted one of them")
-        tensors.append(Tensor(name, data))
+        tensors.append(Tensor(given, data))
     if offset != len(tail):
         raise OipError(f"{len(tail) - offset} bytes follow the last of the tensors, wanted none")
     refuse_duplicates(what, [tensor.name for tensor in tensors])

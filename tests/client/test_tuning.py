@@ -227,6 +227,12 @@ def test_flags_win_over_variables_and_those_over_the_file_whose_ceiling_is_then_
     assert rest.items() <= found.items()
 
 
+def test_what_else_would_decide_how_many_threads_a_worker_has_is_passed_over(archive):
+    """Bits depend on them, and the fingerprint says what was asked for."""
+    found, _ = seen(archive, {"OMP_DYNAMIC": "true", "OMP_THREAD_LIMIT": "1", "OMP_WAIT_POLICY": "PASSIVE"})
+    assert {name for name in found if name.startswith("OMP_")} == {"OMP_NUM_THREADS", "OMP_WAIT_POLICY"}
+
+
 async def test_an_archive_that_is_fetched_brings_its_file(tuned):
     async with local_archive(tuned.as_uri()) as fetched:
         assert fetched != tuned

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from contextlib import suppress
 
@@ -21,6 +24,26 @@ GREY = TensorSpec("image", np.dtype("u1"), (4, 5))
 FLOATS = TensorSpec("x", np.dtype("f4"), (2, 3))
 SCALAR = TensorSpec("n", np.dtype("i8"), ())
 MAX = 10
+# Prints by how many KiB the memory has grown that a process has had at most, when a picture was refused twice.
+OPENING = """
+import resource, sys
+import numpy as np
+from batch_handler import content
+from batch_handler.oip import OipError, TensorSpec
+
+def refused(body):
+    try:
+        content.decode_image(body, TensorSpec("image", np.dtype("u1"), (4, 5)))
+    except OipError as error:
+        return str(error)
+
+most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+refused(b"")  # imports Pillow's formats
+body, before = sys.stdin.buffer.read(), most()
+said = {refused(body), refused(body)}
+print(most() - before)
+sys.exit(0 if said == {sys.argv[1]} else str(said))
+"""
 ROWS = [[1, 2, 3], [4, 5, 6]]
 
 
@@ -266,8 +289,60 @@ def test_a_picture_of_another_size_is_refused_before_it_is_decoded():
         content.decode_image(bomb, GREY)
 
 
+def webp(n, *, animated):
+    """A WebP of a few bytes that says it is n x n."""
+    body = bytearray(saved(Image.new("L", (5, 4)), "WEBP", lossless=True))
+    if not animated:
+        bits = int.from_bytes(body[21:25], "little")
+        body[21:25] = (bits >> 28 << 28 | n - 1 << 14 | n - 1).to_bytes(4, "little")
+        return bytes(body)
+
+    def chunk(kind, data):
+        return kind + struct.pack("<I", len(data)) + data
+
+    chunks = chunk(b"VP8X", b"\2\0\0\0" + 2 * (n - 1).to_bytes(3, "little")) + chunk(b"ANIM", bytes(6)) + chunk(
+        b"ANMF", struct.pack("<IHIHI", 0, 0, 4, 3 << 8, 0) + bytes(body[12:]))
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
+
+
+def tiff(tile):
+    """A TIFF of one tile of zeros, of which the picture is a corner."""
+    pack = zlib.compressobj()
+    data = b"".join(pack.compress(bytes(tile)) for _ in range(tile)) + pack.flush()
+    data += bytes(len(data) % 2)
+    tags = ((256, 5), (257, 4), (258, 8), (259, 8), (262, 1), (277, 1), (322, tile), (323, tile), (324, 8),
+            (325, len(data)))
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + b"".join(
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags) + bytes(4)
+
+
+@pytest.mark.parametrize(("body", "message"), [
+    (webp(11_000, animated=True), "the picture is 11000 x 11000, wanted 5 x 4"),
+    (webp(11_000, animated=False), "the picture is 11000 x 11000, wanted 5 x 4"),
+    (saved(Image.new("L", (300, 200)), "WEBP"), "the picture is 300 x 200, wanted 5 x 4"),
+    (tiff(8192), "the picture has tiles of 8192 x 8192, wanted them no larger than 5 x 4"),
+], ids=["animated WebP", "lossless WebP", "lossy WebP", "TIFF"])
+def test_no_memory_is_taken_for_what_a_picture_claims_to_be(body, message):
+    """In a worker, whose allocator keeps memory, opening or decoding it would touch all that is taken."""
+    held = subprocess.run(
+        [sys.executable, "-c", OPENING, message], input=body, check=True, capture_output=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)})
+    assert int(held.stdout) < 32 << 10  # KiB
+
+
+def test_a_picture_in_a_larger_tile_is_taken():
+    assert content.decode_image(tiff(256), GREY).shape == (1, 4, 5)
+
+
+def far_away():
+    """A TIFF whose pixels are where no file ends."""
+    tags = ((256, 4, 5), (257, 4, 4), (258, 4, 8), (259, 4, 1), (262, 4, 1), (273, 16, 8), (278, 4, 4), (279, 4, 20))
+    return b"II*\0\x10\0\0\0" + b"\xff" * 8 + struct.pack("<H", len(tags)) + b"".join(
+        struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags) + bytes(4)
+
+
 @pytest.mark.parametrize("body", [
-    b"", b"GIF89a", picture(np.zeros((4, 5), np.uint8))[:45],
+    b"", b"GIF89a", far_away(), picture(np.zeros((4, 5), np.uint8))[:45],
     picture(np.zeros((4, 5), np.uint8)).replace(b"\x00\x00\x00\x0dIHDR", b"\x00\x00\x00\x0cIHDR"),
     picture(np.zeros((4, 5), np.uint8), "BMP")[:-4],
 ])

@@ -82,6 +82,17 @@ def test_sums_are_right_whoever_counts_and_whenever_it_is_told(seconds):
     assert until(lambda: metrics.sums() == wanted), metrics.sums()
 
 
+def test_where_no_thread_can_be_started_counts_are_told_at_once():
+    metrics, counts = Metrics(), Counts(NAMES, seconds=60)
+    threading.stack_size(1 << 47)  # more than a process has addresses for
+    try:
+        counts.add(metrics, (1, 50))
+        counts.add(metrics, (1, 7))
+    finally:
+        threading.stack_size(0)
+    assert metrics.sums() == {"Batches": 2, "Records": 57}
+
+
 def test_a_value_for_each_name_is_wanted():
     with pytest.raises(ValueError, match="zip"):
         Counts(NAMES).add(Metrics(), (1,))

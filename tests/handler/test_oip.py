@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from batch_handler import oip
 from batch_handler.oip import InferReply, InferRequest, ModelMetadata, OipError, RequestedOutput, Tensor, TensorSpec
-from batch_handler.tensors import refuse_duplicates
+from batch_handler.tensors import Fields, refuse_duplicates
 
 LIMIT = 1 << 20
 
@@ -175,11 +175,11 @@ def tensor(**changes: object) -> dict[str, object]:
         ({"inputs": [tensor(name=3)]}, "name of an input is 3, wanted a string"),
         ({"inputs": [tensor(datatype="BYTES")]}, "wanted one of BOOL"),
         ({"inputs": [tensor(datatype="object")]}, "wanted one of BOOL"),
-        ({"inputs": [tensor(shape=[])]}, "shape of x"),
-        ({"inputs": [tensor(shape=[1, -2])]}, "shape of x"),
-        ({"inputs": [tensor(shape=[1, True])]}, "shape of x"),
-        ({"inputs": [tensor(shape=[1, 2.0])]}, "shape of x"),
-        ({"inputs": [tensor(shape=[1] * 65)]}, "shape of x"),
+        ({"inputs": [tensor(shape=[])]}, 'shape of "x"'),
+        ({"inputs": [tensor(shape=[1, -2])]}, 'shape of "x"'),
+        ({"inputs": [tensor(shape=[1, True])]}, 'shape of "x"'),
+        ({"inputs": [tensor(shape=[1, 2.0])]}, 'shape of "x"'),
+        ({"inputs": [tensor(shape=[1] * 65)]}, 'shape of "x"'),
         ({"inputs": [tensor(shape=[LIMIT, LIMIT])]}, "wanted at most"),
         ({"inputs": [tensor(shape=[10**30, 0])]}, "wanted sizes and bytes of at most"),
         ({"inputs": [tensor(shape=[10**4000, 10**4000])]}, "wanted sizes and bytes of at most"),
@@ -214,11 +214,41 @@ def test_a_wrong_json_request_is_told_what_is_wrong(header, message):
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("header", [
+    {"inputs": [tensor(name="é" * 1000, **changes)]} for changes in (
+        {"datatype": "BYTES"}, {"shape": []}, {"shape": [LIMIT, LIMIT]}, {"shape": [10**30]}, {"shape": [1, 3]},
+        {"data": [1, 256]}, {"data": [1, 1.5]}, {"data": [[1], [2]]}, {"datatype": "FP32", "data": [1, 1e39]},
+        {"datatype": "FP64", "data": [1, 10**400]}, {"parameters": {"binary_data_size": 2}},
+        {"parameters": {"binary_data_size": 3}}, {"parameters": {"shared_memory_region": "r"}},
+        {"parameters": {"shared_memory_region": 1, "shared_memory_byte_size": 2}},
+        {"parameters": {"shared_memory_region": "r", "shared_memory_byte_size": -1}},
+        {"parameters": {"shared_memory_region": "r", "shared_memory_byte_size": 3}},
+        {"parameters": {"shared_memory_region": "r", "shared_memory_byte_size": 2}})
+] + [
+    {"inputs": [tensor()], "outputs": [{"name": "é" * 1000, "parameters": parameters}]} for parameters in (
+        {"binary_data": 1}, {"shared_memory_region": "r"},
+        {"shared_memory_region": "r", "shared_memory_byte_size": -1})
+])
+def test_a_long_name_makes_no_long_message(header):
+    with pytest.raises(OipError) as caught:
+        oip.decode_request(json.dumps(header).encode(), None, max_tensor_bytes=LIMIT,
+                           shared=lambda region, offset, size: b"ab")
+    assert len(str(caught.value)) < 300
+
+
+def test_a_value_that_is_nested_too_deeply_to_be_shown_is_refused_all_the_same():
+    value: list[object] = []
+    for _ in range(100_000):
+        value = [value]
+    with pytest.raises(OipError, match="request is nested too deeply, wanted an object"):
+        Fields(value, "request")
+
+
 def test_an_input_that_is_there_twice_is_refused():
     """Nothing says which of them is meant."""
     twice = {"name": "x", "datatype": "UINT8", "shape": [1, 2], "data": [1, 2], "parameters": {"binary_data_size": 2}}
     header = json.dumps({"inputs": [twice]}).encode()
-    with pytest.raises(OipError, match="input x has data in the JSON and bytes elsewhere, wanted one of them"):
+    with pytest.raises(OipError, match='input "x" has data in the JSON and bytes elsewhere, wanted one of them'):
         oip.decode_request(header + b"\7\7", len(header), max_tensor_bytes=LIMIT)
     del twice["data"]
     header = json.dumps({"inputs": [twice]}).encode()

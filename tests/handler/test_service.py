@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from batch_handler import exchange, oip, service
+from batch_handler import content, exchange, oip, service
 from batch_handler.archive import pack
 from batch_handler.counts import Counts
 from batch_handler.exchange import Exchange
 from batch_handler.model import Model, ModelLoadError
 from batch_handler.oip import InferRequest, ModelMetadata, RequestedOutput, Tensor
+from batch_handler.scoring import Failure
 from batch_handler.service import METRICS, Service
 from batch_handler.signature import InputSpec
 
@@ -99,6 +100,28 @@ def test_a_server_batch_that_takes_the_model_too_long_together_is_cut(ask, tiny_
     server = service_of(Slow.open(tiny_dir))
     bodies = [infer(np.zeros((records, 6, 6), "u1"), {}) for records in (16, 8, 2, 16)]
     answers = ask(*bodies, server=server)
+    assert [status for status, _, _ in answers] == [200, 503, 200, 503]
+    assert "ask again" in json.loads(answers[1][2])["error"]
+
+
+@pytest.mark.parametrize(("first_row", "records", "statuses"), [
+    (0, 2, [200, 200, 503, 503]), (6, 2, [200, 200, 503, 503]), (7, 2, [200, 503, 503, 503])])
+def test_a_bulk_request_takes_the_time_of_its_whole_micro_batches(ask, tiny_dir, first_row, records, statuses):
+    class Slow(Model):
+        micro_batch_ms = 25_000.0
+
+    row = infer(np.zeros((records, 6, 6), "u1"), {**BINARY, "first_row": first_row})
+    assert [status for status, _, _ in ask(*[row] * 4, server=service_of(Slow.open(tiny_dir)))] == statuses
+
+
+def test_a_server_batch_whose_replies_would_be_too_large_together_is_cut(ask, monkeypatch):
+    """Java parses them as one message, again and again; the first request is always taken."""
+    monkeypatch.setattr(service, "MAX_BATCH_BYTES", 100)
+    binary = {"binary_data_output": True}  # 12 bytes of scores a record, or 60 of JSON
+    bodies = [infer(np.zeros((records, 6, 6), "u1"), parameters) for records, parameters in (
+        (9, BINARY), (1, {}), (5, binary), (4, binary), (3, binary), (1, {}))]
+    assert [status for status, _, _ in ask(*bodies[:2])] == [200, 503]
+    answers = ask(*bodies[2:])
     assert [status for status, _, _ in answers] == [200, 503, 200, 503]
     assert "ask again" in json.loads(answers[1][2])["error"]
 
@@ -215,6 +238,39 @@ def test_a_refusal_says_what_was_found_and_wanted(ask, tiny, asked, status, mess
     error = json.loads(body)["error"]
     assert message in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_no_name_makes_a_refusal_long(ask, images, binary):
+    """Of names in it Java would get six bytes a letter, and close the worker's connection over 64 MiB."""
+    name = "é" * 100_000
+    answers = ask(
+        infer(images[:1], name=name, binary=binary),
+        infer(images[:1].astype("f4"), name=name, binary=binary),
+        infer(images[:1], outputs=[RequestedOutput(name)], binary=binary),
+    )
+    for status, _, body in answers:
+        assert status == 400
+        assert len(body) < 1000
+        assert "wanted" in json.loads(body)["error"]
+    assert len(exchange.failed(Failure(name)).body) < 20_000
+
+
+def test_full_memory_is_no_fault_of_the_records(ask, images, monkeypatch):
+    """The client takes 500 for what the model says of them."""
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(content, "parse_json", full)
+    monkeypatch.setattr(content, "encode_npy", full)
+    read, written, other = ask(
+        ({"body": bytearray(b"[]")}, {"content-type": "application/json"}),
+        ({"body": npy(images[:2])}, {"content-type": "application/x-npy"}),
+        infer(images[:2]),
+    )
+    assert (read[0], json.loads(read[2])["error"]) == (507, "the server has no memory to read the request")
+    assert (written[0], json.loads(written[2])["error"]) == (507, "the server has no memory to write the reply")
+    assert other[0] == 200
 
 
 @pytest.mark.parametrize("binary", [True, False])

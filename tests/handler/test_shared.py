@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from batch_handler import oip
-from batch_handler.exchange import Exchange
+from batch_handler.exchange import Exchange, Request
+from batch_handler.model import Model
 from batch_handler.oip import InferRequest, RequestedOutput, Tensor
-from batch_handler.shared import SHARED_MEMORY, shared_memory_of
+from batch_handler.shared import SHARED_MEMORY, SharedMemory, shared_memory_of
 
 BULK = {"exact": True, "first_row": 5, "binary_data_output": True}
 REGION = "9f1c-17"
@@ -213,12 +214,42 @@ def test_a_shape_of_more_than_the_server_takes_is_refused_before_it_is_read(ask,
     assert ask(oip.Message((header,), len(header), 0))[0][0] in (400, 413)
 
 
+def test_what_would_take_the_model_too_long_is_refused_before_it_is_read(tiny_dir, memory, images):
+    class Slow(Model):
+        micro_batch_ms = 25_000.0
+
+    class Watched(SharedMemory):
+        def read(self, region, offset, size):
+            sizes.append(size)
+            return super().read(region, offset, size)
+
+    sizes: list[int] = []
+    exchange = Exchange(Slow.open(tiny_dir), shared_memory=Watched(memory.folder))
+    replies = []
+    for count in (16, 17):
+        message = request(images[:count], {}, REGION)
+        leave(memory, message)
+        replies.append(exchange.read(Request(message.join(), {oip.HEADER_LENGTH.lower(): str(message.header_length)})))
+    assert replies[0].query.records == 16
+    assert replies[1].status == 413
+    assert b"612 bytes in shared memory would take over 60 s of this model: send at most 576" in replies[1].body
+    assert sizes == [16 * 36]
+
+
+def test_a_region_of_which_the_system_gives_a_part_at_a_time_is_read_whole(memory, monkeypatch):
+    """Linux gives 2 GiB at once at most."""
+    (memory.folder / REGION).write_bytes(bytes(range(100)))
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, offset: real(file, [buffers[0][:7]], offset))
+    assert memory.read(REGION, 9, 91) == bytes(range(9, 100))
+
+
 def test_a_server_without_shared_memory_says_so_and_takes_the_body(ask, memory, images):
     message = request(images[:2], region=REGION)
     leave(memory, message)
     ((status, said),) = ask(message, shared=None)
     assert (status, said) == (
-        410, "image is said to be in shared memory, wanted it in the body: there is none here")
+        410, '"image" is said to be in shared memory, wanted it in the body: there is none here')
     assert ask(request(images[:2]), shared=None)[0][0] == 200
 
 
@@ -272,8 +303,6 @@ def test_every_flipped_bit_of_a_region_has_another_checksum(ask, memory, images)
 
 
 def test_the_metadata_names_the_folder_and_the_environment_gives_it(tiny, memory):
-    from batch_handler.exchange import Request
-
     def parameters(shared):
         reply = Exchange(tiny, shared_memory=shared).read(Request(b"", {}))
         return json.loads(reply.body)["parameters"]

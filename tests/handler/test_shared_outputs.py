@@ -319,3 +319,11 @@ def test_a_reply_whose_outputs_are_all_shared_has_a_length_of_its_header_all_the
         oip.decode_reply(message.join(), message.header_length, max_tensor_bytes=100)
     with pytest.raises(OipError, match="wanted at most 50"):  # 24, 3 and 24: more than that in all
         oip.decode_reply(message.join(), message.header_length, max_tensor_bytes=50, shared=lambda *at: bytes(at[2]))
+
+
+def test_what_is_in_shared_memory_is_not_counted_as_sent(ask, region, images, monkeypatch):
+    """The replies of a server batch are bounded together."""
+    monkeypatch.setattr("batch_handler.service.MAX_BATCH_BYTES", SCORES + STATUS)
+    sent, kept = wanting(images), wanting(images, scores_at(), RequestedOutput("record_status"))
+    assert [status for status, _ in ask(sent, kept)] == [200, 503]
+    assert [status for status, _ in ask(kept, kept)] == [200, 200]
