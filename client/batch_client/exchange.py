@@ -130,6 +130,7 @@ class Exchange:
         self.pool = pool
         self._transport = servers.transport
         self._tokens = servers.tokens
+        self._model = servers.model
         self._regions = servers.regions
         self._contract = contract
         self._exact = exact
@@ -259,7 +260,7 @@ class Exchange:
             endpoint.refused_token = refused  # what renews it may be away for a moment, as a server may
             return Verdict(Outcome.TOKEN, f"no other is to be had: {error}"), None
         headers = {"Content-Type": CONTENT_TYPE, HEADER_LENGTH: str(message.header_length), **authorization(token)}
-        url = f"{endpoint.url}/v2/models/{endpoint.lane or self._contract.name}/infer"
+        url = f"{endpoint.url}/v2/models/{endpoint.lane or self._model}/infer"
         try:
             reply = await self._transport.send("POST", url, headers, message.parts,
                                                min(REQUEST_SECONDS, max(self._patience, 1.0)))
