@@ -75,7 +75,7 @@ class SourceIsPacked:
         """What a person is to know of it."""
         return (f"{self.source} is scored as it is stored: its scale_factor {self.scale_factor:g} and add_offset "
                 f"{self.add_offset:g}, which xarray applies, are not; a model that was trained on such values needs "
-                "the array written decoded, or pack --scale and --mean for the same")
+                "the array written decoded, or pack with scale and mean in a --signature file")
 
 
 @dataclass(frozen=True)
