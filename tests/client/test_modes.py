@@ -234,18 +234,22 @@ def test_status_tells_how_far_a_run_is_and_who_wrote():
 class Small(SimulatedServer):
     """Takes a micro-batch and no more."""
 
+    refused = 0
+
     def answer(self, body, header_length):
         if len(body) - header_length > 4 * 3:
+            self.refused += 1
             return HttpReply(413, {}, b"")
         return super().answer(body, header_length)
 
 
-def test_too_large_a_request_is_split_between_micro_batches(root):
+def test_too_large_a_request_is_split_between_micro_batches_and_later_ones_of_its_size_at_once(root):
     world = World(1, server=Small())
 
     async def run():
-        summary = await world.live(calm(), request_records=8)
+        summary = await world.live(calm(), request_records=8, in_flight=1)
         assert summary.root == root
+        assert world.server.refused < 6  # of 12: those that waited for room already
 
     run_virtually(run())
 
