@@ -48,7 +48,8 @@ class RunStarted:
     """Everything is known and the first record is about to be read; `done` records are proven already.
 
     `in_flight` is the most requests that all servers of the run together may hold, `ceiling` the records/s that the
-    model alone was measured at on them, where they say so.
+    model alone was measured at on them, where they say so. Of the run's part there are `part_records`, `part_done` of
+    them proven: all of the output where it has no parts.
     """
 
     plan: Plan
@@ -59,6 +60,8 @@ class RunStarted:
     fingerprint: str
     in_flight: int
     ceiling: float | None
+    part_records: int
+    part_done: int
 
 
 @dataclass(frozen=True)

@@ -228,8 +228,10 @@ class _Run:
         try:
             if self._services.reuse_store is not None and reusable is not None:
                 await self._reuse(self._services.reuse_store, reusable)
+            mine = self._plan.part(self._spec.part)
             self._emit(RunStarted(self._plan, self._spec.output, contract.name, contract.digest, self.view.records,
-                                  contract.fingerprint, self._spec.in_flight * pool.usable, contract.ceiling))
+                                  contract.fingerprint, self._spec.in_flight * pool.usable, contract.ceiling,
+                                  self._plan.records_in(mine), self._plan.records_in(self.view.proven(mine))))
             pool.tell(self._emit, asks_again=True)
             await self._score_all()
         finally:

@@ -14,7 +14,7 @@ The chunks that are stored, *units*, begin at the range's first record; they equ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -231,6 +231,10 @@ class Plan:
         """The units of part (i, n) of the run, all of them for None; parts differ by one unit at most."""
         number, parts = part or (1, 1)
         return range(self.unit_count * (number - 1) // parts, self.unit_count * number // parts)
+
+    def records_in(self, units: Sequence[int] | np.ndarray) -> int:
+        """Records of these units together, which are in order: all are full but the output's last."""
+        return (len(units) - 1) * self.chunk_records + self.unit(int(units[-1])).count if len(units) else 0
 
     def blocks(self, unit: Unit) -> Iterator[tuple[int, int]]:
         """Record ranges to read one after another: whole input chunks, a share of the byte budget each."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from batch_client.errors import DataError, MismatchError, StoppedError, UsageError
+from batch_client.events import RunStarted
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.progress import progress_of
@@ -209,6 +210,20 @@ def test_a_server_that_changes_its_version_is_left_out_though_it_has_no_digest()
             await world.live(calm())
 
     run_virtually(run())
+
+
+def test_a_part_begins_with_what_it_has_to_do_itself():
+    world = World(1, records=np.zeros((98, 3), np.uint8))  # thirteen output chunks, the last of two records
+    events = []
+
+    async def run(part):
+        await execute(world.spec(part=part), world.services(calm(), Life()), (events.append,))
+
+    for part in ((1, 20), (6, 6), (2, 2), (1, 2)):
+        run_virtually(run(part))
+    begun = [event for event in events if isinstance(event, RunStarted)]
+    assert [(event.part_records, event.part_done, event.done) for event in begun] == [
+        (0, 0, 0), (18, 0, 0), (50, 18, 18), (48, 0, 50)]
 
 
 def test_status_tells_how_far_a_run_is_and_who_wrote():

@@ -167,7 +167,7 @@ def started(output="memory://out"):
     outputs = (OutputGeometry("scores", np.dtype(np.float32), (4,)),)
     spec = RunSpec(input="i", output=output, endpoints=("http://s",), model="m")
     plan = make_plan(spec, Geometry((1000, 12, 12), np.dtype(np.uint8), 100), np.dtype(np.uint8), outputs, 4)
-    return RunStarted(plan, output, NASTY, NASTY, 0, NASTY, 8, 90.0)
+    return RunStarted(plan, output, NASTY, NASTY, 0, NASTY, 8, 90.0, plan.count, 0)
 
 
 def scored(start, rng, count=40):

@@ -58,7 +58,7 @@ class ProgressBar:
                 self._bar.update(event.records)
             case RunStarted():
                 self.close()  # that of copying
-                self._bar = new_bar(self._stream, event.model, event.plan.count, event.done)
+                self._bar = new_bar(self._stream, event.model, event.part_records, event.part_done)
             case RequestSent():
                 self._in_flight += 1
             case RequestDone():
