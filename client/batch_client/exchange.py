@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from batch_client.assemble import STATUS_NOT_FINITE, STATUS_OK
 from batch_client.contract import ModelContract
 from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.endpoint import Endpoint, Pool, Room
@@ -49,6 +50,7 @@ from batch_handler.oip import (
 __all__ = ["Exchange", "Prediction"]
 
 RECORD_STATUS = "record_status"
+SERVED = (STATUS_OK, STATUS_NOT_FINITE)  # what a record that was scored may have
 REQUEST_SECONDS = 300.0
 LONGEST_NUMBER = 18  # digits of a length in bytes
 # A token may be refused while its server restarts or another program renews it; after this long it is wrong.
@@ -346,8 +348,9 @@ class Exchange:
         status = tensors.pop(RECORD_STATUS, None)
         if status is None and not contract.has_status:
             status = _status_of(tensors, count)
-        if status is None or status.shape != (count,) or status.dtype != np.uint8 or status.max(initial=0) > 2:
-            raise OipError(f"{RECORD_STATUS} is missing, not uint8 ({count},), or has values over 2")
+        # That a record failed is for the client to say, which lists it.
+        if status is None or status.shape != (count,) or status.dtype != np.uint8 or not np.isin(status, SERVED).all():
+            raise OipError(f"{RECORD_STATUS} is missing, not uint8 ({count},), or has other values than 0 and 2")
         for output in contract.outputs:
             array = tensors.get(output.name)
             wanted = (count, *output.shape)
