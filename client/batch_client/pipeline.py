@@ -96,11 +96,11 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
         emit(Published(spec.output, manifest.root, already=True))
         return tally.summary(spec, prepared, manifest)
     reusable = await _reusable(spec, services, prepared)
+    layout = await OutputLayout.open(prepared.plan, spec.codec)  # before anything is deleted: zarr may refuse it
     if replaces:
         read = (services.source_store, services.reuse_store)
         await remove_output(output, kept=[store for store in read if store is not None])
         await check_place(output, prepared.identity)
-    layout = await OutputLayout.open(prepared.plan, spec.codec)
     if stop.is_set():
         raise StoppedError(STOPPED_AT_ONCE)
     name = f"{services.rng.getrandbits(64):016x}"

@@ -11,7 +11,7 @@ import zarr
 from batch_client import pipeline, plan
 from batch_client.errors import BrokenPromiseError, CredentialsError, DataError, MismatchError, UsageError
 from batch_client.events import ChunkHeld
-from batch_client.layout import GENERATION_KEY, MANIFEST_KEY, REMOVING_KEY, SUCCESS_KEY
+from batch_client.layout import GENERATION_KEY, MANIFEST_KEY, REMOVING_KEY, SUCCESS_KEY, OutputLayout
 from batch_client.pipeline import execute
 from batch_client.place import begin
 from batch_client.prepare import prepare, serving
@@ -254,6 +254,23 @@ def test_a_removal_that_can_not_look_at_what_is_read_leaves_the_output_as_it_was
         before = dict(world.output.objects)
         with pytest.raises(CredentialsError):
             await remove_output(world.output, kept=[Refusing()])
+        assert world.output.objects == before
+
+    run_virtually(run())
+
+
+def test_an_overwrite_deletes_nothing_where_zarr_refuses_what_is_to_be_there(monkeypatch):
+    world = World(1)
+
+    async def refuse(*_):
+        raise ValueError("no such array")
+
+    async def run():
+        assert (await world.live(calm(), Life())).published
+        before = dict(world.output.objects)
+        monkeypatch.setattr(OutputLayout, "open", refuse)
+        with pytest.raises(ValueError, match="no such array"):
+            await world.live(calm(), Life(), overwrite=True)
         assert world.output.objects == before
 
     run_virtually(run())
