@@ -58,8 +58,9 @@ TOKEN_SECONDS = 30.0
 # An output of at least this many bytes comes back through shared memory, where there is some. A smaller one is soon
 # copied with the reply, and in memory would take a page of its own.
 SHARED_OUTPUT_BYTES = 16 << 10
-# A request on which the connection breaks, or whose reply is unsound, this often in a row may be the reason: taking it
-# apart begins with a request of zeros, which waits for a server that is merely gone.
+# A request on which the connection breaks, or whose reply is unsound, this often may be the reason, whatever came in
+# between, such as that a server which starts again has no room: taking it apart begins with a request of zeros, which
+# waits for a server that is merely gone.
 BROKEN_TRIES = 8
 
 _SUSPECT = (Outcome.FAILED, Outcome.RAISED, Outcome.REFUSED, Outcome.TOO_LARGE)
