@@ -71,8 +71,8 @@ async def plan_run(spec: RunSpec, services: Services, observers: tuple[Observer,
     prepared = await prepare(spec, services)
     prepared.pool.tell(to_all(observers))
     _tell_of_packing(prepared, to_all(observers))
-    _, root = await _found(spec, services.output_store, prepared)
-    if root is None:
+    _, manifest = await _found(spec, services.output_store, prepared)
+    if manifest is None:
         await _reusable(spec, services, prepared)
     return prepared.plan
 
@@ -178,7 +178,8 @@ async def _require_no_missing_chunks(output: Store, prepared: Prepared) -> None:
         return
     if there.missing_chunks and there.run.get("source_metadata") == prepared.identity.source_metadata:
         raise DataError(f"{output.url} was scored with --allow-missing, since INPUT lacked {there.missing_chunks:,} "
-                        "chunks: say it again, or restore them and remove the output first; nothing was deleted")
+                        "chunks: run again with --allow-missing, or restore them and remove the output first; nothing "
+                        "was deleted")
 
 
 class _Run:
@@ -423,6 +424,5 @@ class _Run:
         mended = ("mend the source" if not self.view.failed else
                   "mend the source and score it into a new OUTPUT, or with --overwrite")
         return DataError(
-            f"{counted(failed, 'record')} failed, --max-failed {self._spec.max_failed} allows fewer, listed in "
-            f"{where}; output chunks held back: {len(self._held)}; run again with --max-failed {failed} to accept "
-            f"them, or {mended}")
+            f"{counted(failed, 'record')} failed, --max-failed allows {self._spec.max_failed}: they are listed in "
+            f"{where}; output chunks held back: {len(self._held)}; accept them with --max-failed {failed}, or {mended}")

@@ -367,7 +367,7 @@ def test_an_overwrite_that_would_end_at_a_missing_chunk_deletes_nothing():
         await world.live(calm(), allow_missing=True)
         before = dict(world.output.objects)
         for go in (pipeline.plan_run, execute):
-            with pytest.raises(DataError, match="scored with --allow-missing, since INPUT lacked 1 chunks: say it"):
+            with pytest.raises(DataError, match="scored with --allow-missing, since INPUT lacked 1 chunks: run again"):
                 await go(world.spec(overwrite=True, codec="zstd"), world.services(calm(), Life()))
         assert world.output.objects == before
         assert (await world.live(calm(), overwrite=True, codec="zstd", allow_missing=True)).missing_chunks == 1

@@ -99,7 +99,10 @@ def _said(event: SourceIsPacked | ServerLeftOut | ServerJoined | ServerAway | Se
         case ServerBack():
             return f"{event.endpoint} answers again, after {event.seconds:.0f} s"
         case Stopping():
-            return "stopping: finishing the output chunks that are begun, for 12 s at most (again to stop at once)"
+            from batch_client.pipeline import DRAIN_SECONDS  # slow to import, and there since the run began
+
+            return (f"stopping: finishing the output chunks that are begun, for {DRAIN_SECONDS:g} s at most "
+                    "(again to stop at once)")
 
 
 # What JSON lines are written for: the level, and what the event is called there.
