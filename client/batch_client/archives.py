@@ -16,7 +16,7 @@ from urllib.parse import unquote
 from batch_client.errors import CredentialsError, ServingError, StorageError, UsageError
 from batch_client.folders import temporary_folder
 from batch_client.machine import device
-from batch_client.storage import Store, child_url, open_store
+from batch_client.storage import ObjectStore, Store, child_url, open_store
 from batch_client.tuning import MAX_BYTES, is_tuning, tuning_path
 from batch_client.urls import require_path_alone, split_url
 
@@ -25,7 +25,7 @@ __all__ = ["local_archive"]
 # Each piece has a store's whole patience for itself, and is all of an archive that is held in memory.
 # 16 MiB take longer than that on a line of under 0.3 MB/s only.
 PIECE_BYTES = 16 << 20
-WEB_SECONDS = 3600.0  # for an archive in one piece
+WEB_SECONDS = 3600.0  # for an archive in one answer
 
 
 def _existing(location: str) -> Path:
@@ -60,8 +60,8 @@ async def local_archive(location: str, *, anonymous: bool = False) -> AsyncItera
     with temporary_folder("archive") as folder:
         path = folder / name
         try:
-            whole = open_store(base, anonymous=anonymous, seconds=WEB_SECONDS) if web else store
-            if not await _fetch(whole, path, web=web):
+            if not await (_fetch_at_once(open_store(base, anonymous=anonymous, seconds=WEB_SECONDS), path) if web else
+                          _fetch(store, path)):
                 raise ServingError(f"archive {location}: there is no such object")
             await _fetch_tuning(store, path, web=web)
         except OSError as error:
@@ -82,15 +82,17 @@ def _split(url: str) -> tuple[str, str]:
     return base, name
 
 
-async def _fetch(store: Store, path: Path, *, web: bool) -> bool:
-    """The object of `path`'s name into that file; False if there is none. Of the web in one piece: not every web server
-    gives ranges.
-    """
+async def _fetch_at_once(store: ObjectStore, path: Path) -> bool:
+    """As `_fetch`, in one answer: not every web server gives ranges."""
     with path.open("wb") as file:
-        if web:
-            blob = await store.get(path.name)
-            file.write(b"" if blob is None else blob.data)
-            return blob is not None
+        async for piece in store.stream(path.name):
+            file.write(piece)
+        return file.tell() > 0
+
+
+async def _fetch(store: Store, path: Path) -> bool:
+    """The object of `path`'s name into that file; False if there is none."""
+    with path.open("wb") as file:
         meta = await store.head(path.name)
         if meta is None:
             return False

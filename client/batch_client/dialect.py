@@ -19,7 +19,7 @@ LONGEST_REASON = 300
 
 
 class Outcome(Enum):
-    """What came of one attempt; `scorer.py` decides what to do about it."""
+    """What came of one attempt; `exchange.py` decides what to do about it, and `scorer.py` where records may be why."""
 
     RESULT = "a result"
     BUSY = "the server has no room"

@@ -223,7 +223,7 @@ class Pool:
         self._absence.set()
 
     def take_back(self, endpoint: Endpoint) -> None:
-        """Use a server again that was left out, as a new one."""
+        """Use a server again that was left out, as a new one but for the requests that it may hold."""
         endpoint.left_out, endpoint.shared_outputs = None, True
         endpoint.broken = endpoint.ejections = endpoint.turned_away = 0
         endpoint.other_model = endpoint.refused_since = endpoint.refused_token = None

@@ -50,7 +50,7 @@ def one_error() -> Iterator[None]:
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         if isinstance(first, BatchClientError):
-            raise first from None
+            raise first from first.__cause__  # and not from the group
         raise
 
 

@@ -48,7 +48,8 @@ class RunStarted:
     """Everything is known and the first record is about to be read; `done` records are proven already.
 
     `in_flight` is the most requests that all servers of the run together may hold, `ceiling` the records/s that the
-    model alone was measured at on them, where they say so.
+    model alone was measured at on them, where they say so. Of the run's part there are `part_records`, `part_done` of
+    them proven: all of the output where it has no parts.
     """
 
     plan: Plan
@@ -59,6 +60,8 @@ class RunStarted:
     fingerprint: str
     in_flight: int
     ceiling: float | None
+    part_records: int
+    part_done: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class SourceIsPacked:
         """What a person is to know of it."""
         return (f"{self.source} is scored as it is stored: its scale_factor {self.scale_factor:g} and add_offset "
                 f"{self.add_offset:g}, which xarray applies, are not; a model that was trained on such values needs "
-                "the array written decoded, or pack --scale and --mean for the same")
+                "the array written decoded, or pack with scale and mean in a --signature file")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from batch_client.assemble import STATUS_NOT_FINITE, STATUS_OK
 from batch_client.contract import ModelContract
 from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.endpoint import Endpoint, Pool, Room
@@ -49,6 +50,7 @@ from batch_handler.oip import (
 __all__ = ["Exchange", "Prediction"]
 
 RECORD_STATUS = "record_status"
+SERVED = (STATUS_OK, STATUS_NOT_FINITE)  # what a record that was scored may have
 REQUEST_SECONDS = 300.0
 LONGEST_NUMBER = 18  # digits of a length in bytes
 # A token may be refused while its server restarts or another program renews it; after this long it is wrong.
@@ -56,8 +58,9 @@ TOKEN_SECONDS = 30.0
 # An output of at least this many bytes comes back through shared memory, where there is some. A smaller one is soon
 # copied with the reply, and in memory would take a page of its own.
 SHARED_OUTPUT_BYTES = 16 << 10
-# A request on which the connection breaks, or whose reply is unsound, this often in a row may be the reason: taking it
-# apart begins with a request of zeros, which waits for a server that is merely gone.
+# A request on which the connection breaks, or whose reply is unsound, this often may be the reason, whatever came in
+# between, such as that a server which starts again has no room: taking it apart begins with a request of zeros, which
+# waits for a server that is merely gone.
 BROKEN_TRIES = 8
 
 _SUSPECT = (Outcome.FAILED, Outcome.RAISED, Outcome.REFUSED, Outcome.TOO_LARGE)
@@ -130,6 +133,7 @@ class Exchange:
         self.pool = pool
         self._transport = servers.transport
         self._tokens = servers.tokens
+        self._model = servers.model
         self._regions = servers.regions
         self._contract = contract
         self._exact = exact
@@ -259,7 +263,7 @@ class Exchange:
             endpoint.refused_token = refused  # what renews it may be away for a moment, as a server may
             return Verdict(Outcome.TOKEN, f"no other is to be had: {error}"), None
         headers = {"Content-Type": CONTENT_TYPE, HEADER_LENGTH: str(message.header_length), **authorization(token)}
-        url = f"{endpoint.url}/v2/models/{endpoint.lane or self._contract.name}/infer"
+        url = f"{endpoint.url}/v2/models/{endpoint.lane or self._model}/infer"
         try:
             reply = await self._transport.send("POST", url, headers, message.parts,
                                                min(REQUEST_SECONDS, max(self._patience, 1.0)))
@@ -345,8 +349,9 @@ class Exchange:
         status = tensors.pop(RECORD_STATUS, None)
         if status is None and not contract.has_status:
             status = _status_of(tensors, count)
-        if status is None or status.shape != (count,) or status.dtype != np.uint8 or status.max(initial=0) > 2:
-            raise OipError(f"{RECORD_STATUS} is missing, not uint8 ({count},), or has values over 2")
+        # That a record failed is for the client to say, which lists it.
+        if status is None or status.shape != (count,) or status.dtype != np.uint8 or not np.isin(status, SERVED).all():
+            raise OipError(f"{RECORD_STATUS} is missing, not uint8 ({count},), or has other values than 0 and 2")
         for output in contract.outputs:
             array = tensors.get(output.name)
             wanted = (count, *output.shape)

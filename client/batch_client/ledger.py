@@ -131,6 +131,10 @@ class LedgerView:
     def __contains__(self, unit: int) -> bool:
         return bool(self._hashes[unit])
 
+    def proven(self, units: range) -> np.ndarray:
+        """The numbers of those of these units that are proven."""
+        return np.flatnonzero(self._hashes[units.start:units.stop]) + units.start
+
     async def refresh(self) -> None:
         """Raises MismatchError for a segment that can't be read, for rows that contradict each other, and where
         `require_current` does.
@@ -186,9 +190,7 @@ class LedgerView:
                     if row.unit // BLOCK_UNITS == block:
                         self.add(row)
                         found.setdefault(row.unit, row)
-            start = block * BLOCK_UNITS
-            proven = np.flatnonzero(self._hashes[start:start + BLOCK_UNITS]) + start
-            for unit in proven.tolist():
+            for unit in self.proven(range(block * BLOCK_UNITS, (block + 1) * BLOCK_UNITS)).tolist():
                 if unit not in found:
                     raise StorageError(f"{self._store.url}: the ledger row of output chunk {unit} is not found again: "
                                        "run the same command again, and what is missing is proven again")

@@ -71,8 +71,8 @@ async def plan_run(spec: RunSpec, services: Services, observers: tuple[Observer,
     prepared = await prepare(spec, services)
     prepared.pool.tell(to_all(observers))
     _tell_of_packing(prepared, to_all(observers))
-    _, root = await _found(spec, services.output_store, prepared)
-    if root is None:
+    _, manifest = await _found(spec, services.output_store, prepared)
+    if manifest is None:
         await _reusable(spec, services, prepared)
     return prepared.plan
 
@@ -96,11 +96,11 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
         emit(Published(spec.output, manifest.root, already=True))
         return tally.summary(spec, prepared, manifest)
     reusable = await _reusable(spec, services, prepared)
+    layout = await OutputLayout.open(prepared.plan, spec.codec)  # before anything is deleted: zarr may refuse it
     if replaces:
         read = (services.source_store, services.reuse_store)
         await remove_output(output, kept=[store for store in read if store is not None])
         await check_place(output, prepared.identity)
-    layout = await OutputLayout.open(prepared.plan, spec.codec)
     if stop.is_set():
         raise StoppedError(STOPPED_AT_ONCE)
     name = f"{services.rng.getrandbits(64):016x}"
@@ -178,7 +178,8 @@ async def _require_no_missing_chunks(output: Store, prepared: Prepared) -> None:
         return
     if there.missing_chunks and there.run.get("source_metadata") == prepared.identity.source_metadata:
         raise DataError(f"{output.url} was scored with --allow-missing, since INPUT lacked {there.missing_chunks:,} "
-                        "chunks: say it again, or restore them and remove the output first; nothing was deleted")
+                        "chunks: run again with --allow-missing, or restore them and remove the output first; nothing "
+                        "was deleted")
 
 
 class _Run:
@@ -228,8 +229,10 @@ class _Run:
         try:
             if self._services.reuse_store is not None and reusable is not None:
                 await self._reuse(self._services.reuse_store, reusable)
+            mine = self._plan.part(self._spec.part)
             self._emit(RunStarted(self._plan, self._spec.output, contract.name, contract.digest, self.view.records,
-                                  contract.fingerprint, self._spec.in_flight * pool.usable, contract.ceiling))
+                                  contract.fingerprint, self._spec.in_flight * pool.usable, contract.ceiling,
+                                  self._plan.records_in(mine), self._plan.records_in(self.view.proven(mine))))
             pool.tell(self._emit, asks_again=True)
             await self._score_all()
         finally:
@@ -421,6 +424,5 @@ class _Run:
         mended = ("mend the source" if not self.view.failed else
                   "mend the source and score it into a new OUTPUT, or with --overwrite")
         return DataError(
-            f"{counted(failed, 'record')} failed, --max-failed {self._spec.max_failed} allows fewer, listed in "
-            f"{where}; output chunks held back: {len(self._held)}; run again with --max-failed {failed} to accept "
-            f"them, or {mended}")
+            f"{counted(failed, 'record')} failed, --max-failed allows {self._spec.max_failed}: they are listed in "
+            f"{where}; output chunks held back: {len(self._held)}; accept them with --max-failed {failed}, or {mended}")

@@ -14,7 +14,7 @@ The chunks that are stored, *units*, begin at the range's first record; they equ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -232,11 +232,19 @@ class Plan:
         number, parts = part or (1, 1)
         return range(self.unit_count * (number - 1) // parts, self.unit_count * number // parts)
 
+    def records_in(self, units: Sequence[int] | np.ndarray) -> int:
+        """Records of these units together, which are in order: all are full but the output's last."""
+        return (len(units) - 1) * self.chunk_records + self.unit(int(units[-1])).count if len(units) else 0
+
     def blocks(self, unit: Unit) -> Iterator[tuple[int, int]]:
-        """Record ranges to read one after another: whole input chunks, a share of the byte budget each."""
+        """Record ranges to read one after another: whole input chunks, a share of the byte budget each, from the first
+        record of a grid chunk on, as requests.
+        """
         start = unit.start
         while start < unit.stop:
-            stop = min((start // self.block_records + 1) * self.block_records, unit.stop)
+            grid_start = start - start % self.grid_records
+            stop = start + self.block_records - (start - grid_start) % self.block_records
+            stop = min(stop, grid_start + self.grid_records, unit.stop)
             yield start, stop
             start = stop
 
@@ -279,7 +287,11 @@ def make_plan(
     reply_bytes = reply_bytes_of(outputs)
     request = _request(spec, micro_batch, wire_bytes, reply_bytes,
                        default_request(wire_bytes, reply_bytes, micro_batch, grid, micro_batch_seconds, most))
-    share = max(1, spec.max_bytes_in_flight // 8 // _input_chunk_bytes(source))
+    chunk_bytes = _input_chunk_bytes(source)
+    # Whole requests: what one has of an earlier block is not in its lease, and leases are what bounds memory.
+    least = -(-request // source.chunk_records)
+    share = min(max(1, spec.max_bytes_in_flight // 8 // chunk_bytes // least) * least,
+                spec.max_bytes_in_flight // chunk_bytes)
     tail = request if spec.request_records else max(1, request // micro_batch // TAIL_SHARE) * micro_batch
     return Plan(
         source=source,

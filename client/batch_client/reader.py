@@ -96,7 +96,7 @@ class Source:
         """Records [start, stop).
 
         Raises DataError when a chunk object is absent (unless `allow_missing`, which takes the array's fill value) or
-        can't be decoded, StorageError when the store fails.
+        can't be decoded, StorageError when the store fails or this machine can't read so much at once.
         """
         with recording() as record:
             try:
@@ -116,21 +116,24 @@ class Source:
         await self._array.get_orthogonal_selection((slice(start, stop),), out=out)
         return out
 
-    async def _undecodable(self, start: int, stop: int, error: Exception) -> DataError:
-        """What can't be decoded of records [start, stop), whose error this is: the input chunks are read one by one."""
-        size, which = self.geometry.chunk_records, "the chunk"
+    async def _undecodable(self, start: int, stop: int, error: Exception) -> DataError | StorageError:
+        """What can't be decoded of records [start, stop), whose error this is: the input chunks are read one by one.
+        Where each of them can be, they are sound.
+        """
+        size = self.geometry.chunk_records
         for first in range(start - start % size, stop, size):
             low, high = max(first, start), min(first + size, stop)
             with recording() as record:
                 try:
                     await self._select(low, high)
                 except UNREADABLE as again:
-                    start, stop, error = low, high, again
-                    if len(record.etags) == 1:  # where a record is in several, it is not known which
-                        which = f"chunk {next(iter(record.etags))}"
-                    break
-        return DataError(f"{self.url}: records {start} to {stop - 1} can't be decoded ({in_one_line(error)}): restore "
-                         f"{which} or leave it out with --records")
+                    # Where a record is in several, it is not known which.
+                    which = f"chunk {next(iter(record.etags))}" if len(record.etags) == 1 else "the chunk"
+                    return DataError(f"{self.url}: records {low} to {high - 1} can't be decoded "
+                                     f"({in_one_line(again)}): restore {which} or leave it out with --records")
+        return StorageError(f"{self.url}: records {start} to {stop - 1} could not be read together "
+                            f"({in_one_line(error)}), and each of their chunks can: this machine is short of memory or "
+                            "threads: run the same command again, where there are more")
 
     async def etags(self) -> ETags:
         """The ETags of all objects of the array now; "" where the store gives none."""

@@ -6,7 +6,6 @@ manifest's SHA-256 before it is proven again here.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import AsyncIterator
 
@@ -16,6 +15,7 @@ from batch_client.manifest import manifest_rows, read_manifest
 from batch_client.prepare import Prepared
 from batch_client.reader import ETags
 from batch_client.storage import Store, child_url, put_same
+from batch_client.writer import proof_of
 
 __all__ = ["copy_chunks", "reusable_rows"]
 
@@ -57,7 +57,7 @@ def _is_true(row: Row, prepared: Prepared, etags: ETags) -> bool:
 
 async def _copy(old: Store, new: Store, key: str, sha256: str) -> None:
     blob = await old.get(key)
-    if blob is None or hashlib.sha256(blob.data).hexdigest() != sha256:
+    if blob is None or (await proof_of(key, blob.data)).sha256 != sha256:
         raise DataError(f"--reuse {child_url(old.url, key)}: {'missing' if blob is None else 'altered'} since it was "
                         "published: run batch-client verify on it, or score everything again without --reuse")
     if not await put_same(new, key, blob.data):

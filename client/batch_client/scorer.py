@@ -91,6 +91,7 @@ class Scorer:
         self._emit = emit
         self._most_failed = most_failed
         self._failed = 0
+        self._most_records = sys.maxsize  # of a request, as far as a server has said
         self._open: list[_Case] = []
 
     async def score(self, span: Span, rows: Pieces) -> Scored:
@@ -100,12 +101,15 @@ class Scorer:
         records failed than `most_failed`, and what `Exchange.ask` raises.
         """
         failed = 0
+        if span.count > max(self._most_records, self._micro_batch):
+            return await self._split(span, rows, Verdict(Outcome.TOO_LARGE))
         while True:
             answer = await self._exchange.ask(span, rows)
             if isinstance(answer, Prediction):
                 return Scored(answer.outputs, answer.status)
             failed += 1
             if answer.outcome is Outcome.TOO_LARGE:
+                self._most_records = min(self._most_records, span.count - 1)
                 return await self._split(span, rows, answer)
             if answer.outcome not in (Outcome.FAILED, Outcome.RAISED) or failed >= SUSPECT_AFTER:
                 return await self._isolate(span, rows, answer)

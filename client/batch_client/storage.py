@@ -35,7 +35,7 @@ __all__ = ["Blob", "MemoryStore", "Meta", "ObjectStore", "Store", "child_url", "
 RETRY_SECONDS = 60
 TRIES = 8  # of writes that the store calls conflicts
 AGAIN_SECONDS, MOST_AGAIN_SECONDS = 0.05, 5.0  # before the second try; twice as long before each other one
-
+STREAMED_BYTES = 1 << 20
 
 _WEB = ("http", "https")
 _T = TypeVar("_T")
@@ -144,6 +144,13 @@ class ObjectStore:
                     return None
                 raise
             return Blob(memoryview(data), meta.get("e_tag"))
+
+    async def stream(self, key: str) -> AsyncIterator[memoryview]:
+        """An object's bytes in pieces as they come, none if there is no such object."""
+        with self._mapped("reading", key), suppress(FileNotFoundError, foreign.NotFoundError):
+            result = await self._repeated(lambda: obstore.get_async(self._inner, self._prefix + key))
+            async for piece in result.stream(min_chunk_size=STREAMED_BYTES):
+                yield memoryview(piece)
 
     async def head(self, key: str) -> Meta | None:
         with self._mapped("looking at", key):
@@ -295,7 +302,7 @@ def _resolved(url: str) -> str:
 
 
 def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] = os.environ,
-               seconds: float = RETRY_SECONDS) -> Store:
+               seconds: float = RETRY_SECONDS) -> ObjectStore:
     """The store at a URL or a path.
 
     `s3://bucket/path` takes its settings from the usual AWS variables (`AWS_ENDPOINT_URL`, `AWS_PROFILE`, …); with
@@ -338,7 +345,7 @@ def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] 
     return ObjectStore(url.rstrip("/"), inner)
 
 
-def _local_store(url: str) -> Store:
+def _local_store(url: str) -> ObjectStore:
     given = unquote(split_url(url).path) if url.startswith("file:") else url
     if not given:  # would be the working folder
         raise UsageError("a place to read or write is empty: wanted s3://bucket/path, file:///path or a path")

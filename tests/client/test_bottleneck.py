@@ -246,7 +246,7 @@ def test_an_event_loop_that_is_never_idle_is_the_limit_whatever_waits(source):
 def answered_at(now):
     """The account of a run whose one request was answered after half a second; `now` holds the time."""
     sheet = Timesheet(lambda: now[0], lambda: 0.0)
-    sheet(RunStarted(plan_of(), "out", "m", "d", 0, "f", 4, None))
+    sheet(RunStarted(plan_of(), "out", "m", "d", 0, "f", 4, None, 1000, 0))
     sheet(RequestSent("http://one", 4))
     now[0] = 0.5
     sheet(RequestDone("http://one", 4, 1, 1, 0.5, 100.0))
@@ -275,7 +275,7 @@ def test_publishing_for_long_is_the_end_of_a_run():
 
 def test_places_are_those_of_all_servers_that_take_part_by_now():
     sheet = Timesheet(lambda: 0.0, lambda: 0.0)
-    sheet(RunStarted(plan_of(), "out", "m", "d", 0, "f", 4, None))
+    sheet(RunStarted(plan_of(), "out", "m", "d", 0, "f", 4, None, 1000, 0))
     assert sheet.totals().in_flight == 4
     sheet(ServerJoined("http://two", 60.0, 8))
     assert sheet.totals().in_flight == 8
@@ -285,7 +285,7 @@ def test_what_is_computed_after_the_run_is_none_of_it():
     """Whoever asks for the verdict may have done something else before, or ask in another thread."""
     now, computed = [0.0], [0.0]
     sheet = Timesheet(lambda: now[0], lambda: computed[0])
-    sheet(RunStarted(plan_of(), "o", "m", "d", 0, "f", 4, None))
+    sheet(RunStarted(plan_of(), "o", "m", "d", 0, "f", 4, None, 1000, 0))
     now[0], computed[0] = 2.0, 0.5
     sheet(Published("o", "root"))
     now[0], computed[0] = 9.0, 7.0

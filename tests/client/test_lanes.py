@@ -91,6 +91,20 @@ def test_a_lane_may_be_withdrawn_while_a_run_uses_it(root):
     assert summary.root == root
 
 
+def test_a_model_is_asked_for_by_the_name_that_the_server_has_for_it_and_keeps_its_own(root):
+    class Registered(LaneServer):
+        """Has an archive's model under another name than the archive gives it."""
+
+        def metadata(self):
+            return replace(super().metadata(), name="archives-own")
+
+    server = Registered(lane=None)
+    summary, world = run_at(server)
+    assert set(server.asked) == {"toy"}
+    assert summary.root == root
+    assert json.loads(world.output.objects["_run/spec.json"])["model"] == "archives-own"
+
+
 @pytest.mark.parametrize("lane", [None, 7, "", "..", "../models", "a/b", "a?b", "é"])
 def test_what_can_be_no_lane_is_none(lane, root):
     server = LaneServer(lane=lane)

@@ -168,7 +168,7 @@ def test_a_mended_source_is_advised_only_where_it_is_read_again():
             await world.live(Fate(random.Random(1), faults=0), max_failed=most)
         return str(caught.value)
 
-    assert run_virtually(run(0)).endswith("to accept them, or mend the source")
+    assert run_virtually(run(0)).endswith("; accept them with --max-failed 2, or mend the source")
     said = run_virtually(run(1))
     assert "held back: 1" in said
     assert said.endswith("or mend the source and score it into a new OUTPUT, or with --overwrite")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from batch_client.errors import DataError, MismatchError, StoppedError, UsageError
+from batch_client.events import RunStarted
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.progress import progress_of
@@ -211,6 +212,20 @@ def test_a_server_that_changes_its_version_is_left_out_though_it_has_no_digest()
     run_virtually(run())
 
 
+def test_a_part_begins_with_what_it_has_to_do_itself():
+    world = World(1, records=np.zeros((98, 3), np.uint8))  # thirteen output chunks, the last of two records
+    events = []
+
+    async def run(part):
+        await execute(world.spec(part=part), world.services(calm(), Life()), (events.append,))
+
+    for part in ((1, 20), (6, 6), (2, 2), (1, 2)):
+        run_virtually(run(part))
+    begun = [event for event in events if isinstance(event, RunStarted)]
+    assert [(event.part_records, event.part_done, event.done) for event in begun] == [
+        (0, 0, 0), (18, 0, 0), (50, 18, 18), (48, 0, 50)]
+
+
 def test_status_tells_how_far_a_run_is_and_who_wrote():
     world = World(1)
 
@@ -234,18 +249,22 @@ def test_status_tells_how_far_a_run_is_and_who_wrote():
 class Small(SimulatedServer):
     """Takes a micro-batch and no more."""
 
+    refused = 0
+
     def answer(self, body, header_length):
         if len(body) - header_length > 4 * 3:
+            self.refused += 1
             return HttpReply(413, {}, b"")
         return super().answer(body, header_length)
 
 
-def test_too_large_a_request_is_split_between_micro_batches(root):
+def test_too_large_a_request_is_split_between_micro_batches_and_later_ones_of_its_size_at_once(root):
     world = World(1, server=Small())
 
     async def run():
-        summary = await world.live(calm(), request_records=8)
+        summary = await world.live(calm(), request_records=8, in_flight=1)
         assert summary.root == root
+        assert world.server.refused < 6  # of 12: those that waited for room already
 
     run_virtually(run())
 

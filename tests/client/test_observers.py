@@ -2,11 +2,17 @@
 
 import json
 import os
+import re
 import threading
 
 from batch_client.cli.observers import LogLines, ProgressBar
+from batch_client.cli.pack import command as pack
 from batch_client.cli.stream import MOST_WAITING, PatientStream
+<<<<<<< HEAD
 from batch_client.events import ServerAway, ServerBack, ServerJoined, ServerLeftOut
+=======
+from batch_client.events import ServerAway, ServerBack, ServerJoined, ServerLeftOut, SourceIsPacked, Stopping
+>>>>>>> c2ae27aca7983fcb89bd1fa9e9e0788ba32869bc
 
 
 def test_log_lines_that_are_dropped_are_whole_lines():
@@ -49,3 +55,8 @@ def test_what_becomes_of_servers_has_a_line_each():
         "", "http://b answers again, after 12 s",
         "", "going on without a server: http://c: can't be reached; it is asked again while the run goes on",
         "", "going on without a server: http://d: another model", "", "http://c takes part from now on", ""]
+
+
+def test_who_has_packed_numbers_is_told_of_flags_that_there_are():
+    flags = {flag for option in pack.params for flag in option.opts}
+    assert {*re.findall(r"--[a-z-]+", str(SourceIsPacked("in", 0.5, 1.0)))} <= flags

@@ -11,7 +11,7 @@ import zarr
 from batch_client import pipeline, plan
 from batch_client.errors import BrokenPromiseError, CredentialsError, DataError, MismatchError, UsageError
 from batch_client.events import ChunkHeld
-from batch_client.layout import GENERATION_KEY, MANIFEST_KEY, REMOVING_KEY, SUCCESS_KEY
+from batch_client.layout import GENERATION_KEY, MANIFEST_KEY, REMOVING_KEY, SUCCESS_KEY, OutputLayout
 from batch_client.pipeline import execute
 from batch_client.place import begin
 from batch_client.prepare import open_services, prepare
@@ -259,6 +259,23 @@ def test_a_removal_that_can_not_look_at_what_is_read_leaves_the_output_as_it_was
     run_virtually(run())
 
 
+def test_an_overwrite_deletes_nothing_where_zarr_refuses_what_is_to_be_there(monkeypatch):
+    world = World(1)
+
+    async def refuse(*_):
+        raise ValueError("no such array")
+
+    async def run():
+        assert (await world.live(calm(), Life())).published
+        before = dict(world.output.objects)
+        monkeypatch.setattr(OutputLayout, "open", refuse)
+        with pytest.raises(ValueError, match="no such array"):
+            await world.live(calm(), Life(), overwrite=True)
+        assert world.output.objects == before
+
+    run_virtually(run())
+
+
 async def test_an_input_in_the_output_is_refused_where_it_is_named_from_above(tmp_path):
     """INPUT is a group around OUTPUT, and its array one of OUTPUT's own, which would be overwritten."""
     zarr.create_group(tmp_path / "all")
@@ -350,7 +367,7 @@ def test_an_overwrite_that_would_end_at_a_missing_chunk_deletes_nothing():
         await world.live(calm(), allow_missing=True)
         before = dict(world.output.objects)
         for go in (pipeline.plan_run, execute):
-            with pytest.raises(DataError, match="scored with --allow-missing, since INPUT lacked 1 chunks: say it"):
+            with pytest.raises(DataError, match="scored with --allow-missing, since INPUT lacked 1 chunks: run again"):
                 await go(world.spec(overwrite=True, codec="zstd"), world.services(calm(), Life()))
         assert world.output.objects == before
         assert (await world.live(calm(), overwrite=True, codec="zstd", allow_missing=True)).missing_chunks == 1

@@ -21,8 +21,9 @@ from batch_client.pipeline import execute, plan_run
 from batch_client.spec import Records
 from batch_client.storage import MemoryStore, open_store
 from batch_client.verify import verify_output
+from batch_handler.oip import HEADER_LENGTH, Tensor, decode_reply, encode_reply
 from support.runs import records_of, refused, services, source_of, spec
-from support.simulated import SimulatedServer
+from support.simulated import BINARY, SimulatedServer
 
 
 async def opened(store):
@@ -322,6 +323,17 @@ def cut(server, body, reply):
     return type(reply)(200, reply.headers, reply.body[:-3])
 
 
+def says(status):
+    """Of every record, in a reply that is sound otherwise."""
+    def change(server, body, reply):
+        answer = decode_reply(reply.body, int(reply.headers[HEADER_LENGTH.lower()]), max_tensor_bytes=1 << 20)
+        data = np.full_like(answer.outputs[1].data, status)
+        outputs = (answer.outputs[0], Tensor("record_status", data))
+        message = encode_reply(replace(answer, outputs=outputs), binary=BINARY)
+        return type(reply)(200, {HEADER_LENGTH.lower(): str(message.header_length)}, message.join())
+    return change
+
+
 def failed(server, body, reply):
     return type(reply)(503, {}, b'{"code": 503, "type": "InternalServerException", "message": "Prediction failed"}')
 
@@ -336,7 +348,7 @@ def refuses(server, body, reply):
 
 @pytest.mark.parametrize("changes", [
     [flipped(-1)], [flipped(-20)], [cut], [failed, failed], [busy] * 5, [swapped] * 2,
-    [cut, busy, failed, flipped(-2)],
+    [cut, busy, failed, flipped(-2)], [says(1)], [says(3)],
 ])
 async def test_a_bad_answer_is_asked_again_and_never_taken(changes):
     records = records_of(40)

@@ -58,6 +58,16 @@ def test_a_server_whose_queue_is_full_is_asked_the_same_again(query, capsys):
     assert json.loads(capsys.readouterr().out) == {"predictions": [[1.5]]}
 
 
+def test_one_server_is_asked_and_who_names_two_is_told(query, capsys, monkeypatch):
+    with server_that_is_full(0) as (url, received):
+        two = ["--endpoint", url, "--endpoint", "http://127.0.0.1:9"]
+        assert cli.main(["predict", query, *two, "--model", "toy"]) == 64
+        assert "--endpoint is given 2 times, wanted once: predict asks one server" in capsys.readouterr().err
+        assert received == []
+        monkeypatch.setenv("BATCH_CLIENT_ENDPOINT", f"{url} http://127.0.0.1:9")
+        assert cli.main(["predict", query, "--model", "toy"]) == 0
+
+
 def test_a_queue_that_stays_full_is_said_in_words_of_ours(query, capsys, monkeypatch):
     monkeypatch.setattr(predict, "SECONDS", 1.0)
     with server_that_is_full(10_000) as (url, received):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_client.dialect import Outcome, read_reply
-from batch_client.errors import MismatchError, UsageError
+from batch_client.errors import MismatchError, UsageError, one_error
 from batch_client.retry import RESERVE, RetryBucket, full_jitter
 from batch_client.spec import Records, RunIdentity, RunSpec
 
@@ -27,6 +27,16 @@ def emptied(bucket):
     while not bucket.delay(0.0):
         pass
     return bucket
+
+
+@pytest.mark.parametrize("cause", [ValueError("why"), None])
+def test_an_error_out_of_a_task_group_keeps_its_own_cause_and_not_the_group(cause):
+    error = MismatchError("that")
+    error.__cause__ = cause
+    with pytest.raises(MismatchError, match="that") as caught, one_error():
+        raise ExceptionGroup("several", [error])
+    assert caught.value.__cause__ is cause
+    assert caught.value.__suppress_context__
 
 
 @pytest.mark.parametrize("servers", [1, 40])

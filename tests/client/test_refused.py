@@ -14,7 +14,7 @@ from zarr.storage import MemoryStore as ZarrMemory
 from batch_client import pipeline
 from batch_client.cli.options import SERVER_OPTIONS, server_options
 from batch_client.cli.run import _sentence
-from batch_client.errors import DataError, MismatchError, UsageError
+from batch_client.errors import DataError, MismatchError, StorageError, UsageError
 from batch_client.pipeline import execute, plan_run
 from batch_client.prepare import open_services
 from batch_client.publish import published_manifest
@@ -23,6 +23,7 @@ from batch_client.report import Report
 from batch_client.report.page import render
 from batch_client.spec import Records, RunSpec
 from batch_client.storage import MemoryStore
+from batch_client.zarrstore import PieceBuffer
 from support.faulty import Life, calm
 from support.runs import records_of, refused, services, source_of, spec
 from support.simulated import Breaking, SimulatedServer
@@ -117,6 +118,23 @@ async def test_of_a_chunk_that_can_not_be_decoded_the_records_that_were_asked_fo
     source = await source_of(records_of(40), (10, 3))
     source.objects["c/2/0"] = source.objects["c/2/0"][:5]
     await refused(DataError, "records 20 to 24 can't be decoded (", source, records=Records(15, 25))
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("can't start new thread")])
+async def test_sound_chunks_that_could_not_be_read_together_are_not_the_sources_fault(error, monkeypatch):
+    def empty(shape, *rest):
+        if shape[0] > 10:
+            raise error
+        return whole(shape, *rest)
+
+    whole = PieceBuffer.empty
+    monkeypatch.setattr(PieceBuffer, "empty", empty)
+    source = await source_of(records_of(40), (10, 3))
+    said = f"could not be read together ({type(error).__name__}: {error}), and each of their chunks can"
+    await refused(StorageError, said, source)
+    # The control: one of them is damaged.
+    source.objects["c/1/0"] = source.objects["c/1/0"][:5]
+    await refused(DataError, "records 10 to 19 can't be decoded (", source)
 
 
 @pytest.mark.parametrize("name", ["gzip", "zlib", "bz2", "lzma"])

@@ -167,7 +167,7 @@ def started(output="memory://out"):
     outputs = (OutputGeometry("scores", np.dtype(np.float32), (4,)),)
     spec = RunSpec(input="i", output=output, endpoints=("http://s",), model="m")
     plan = make_plan(spec, Geometry((1000, 12, 12), np.dtype(np.uint8), 100), np.dtype(np.uint8), outputs, 4)
-    return RunStarted(plan, output, NASTY, NASTY, 0, NASTY, 8, 90.0)
+    return RunStarted(plan, output, NASTY, NASTY, 0, NASTY, 8, 90.0, plan.count, 0)
 
 
 def scored(start, rng, count=40):
@@ -224,7 +224,7 @@ def test_what_others_say_is_text_and_nothing_is_loaded():
         assert element.get("src", "data:image/png;base64,").startswith("data:image/png;base64,")
     text = "".join(root.itertext())
     assert "alert('x')" in text
-    assert "Gone on without a server: http://two: <script>alert('x')" in text
+    assert "The run went on without a server: http://two: <script>alert('x')" in text
     cells = [["".join(cell.itertext()) for cell in row] for row in root.iter(f"{HTML}tr")]
     assert ["http://two", "0", "0", "0", "1"] in cells
     assert "http://late" not in text
@@ -241,7 +241,7 @@ def test_a_report_stays_small_however_long_the_run():
         long(ServerLeftOut(f"http://{number}", f"http://{number}: gone"))
     data = long.data()
     assert len(data.left_out) == MOST_NAMES
-    assert f"Gone on without a server: and {100 - MOST_NAMES} more" in render(data)
+    assert f"The run went on without a server: and {100 - MOST_NAMES} more" in render(data)
     assert len(data.timeline.buckets) <= 240
     assert len(data.timeline.names()) <= MOST_NAMES + 2
     assert len(data.servers) <= MOST_NAMES + 1

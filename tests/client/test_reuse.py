@@ -1,8 +1,10 @@
 """Reuse: a run that takes from an older output what it would compute again."""
 
 import asyncio
+import hashlib
 import io
 import random
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -13,12 +15,15 @@ from batch_client.cli.observers import ProgressBar
 from batch_client.cli.run import _sentence
 from batch_client.errors import DataError, MismatchError
 from batch_client.events import ChunkReused, RunStarted
+from batch_client.ledger import Row
 from batch_client.pipeline import execute, plan_run
 from batch_client.prepare import Services
 from batch_client.progress import progress_of
 from batch_client.report import Report
 from batch_client.report.page import render
+from batch_client.reuse import copy_chunks
 from batch_client.storage import MemoryStore
+from batch_client.writer import proof_of
 from support.faulty import Life, calm
 from support.simulated import Breaking
 from support.virtual import run_virtually
@@ -118,6 +123,21 @@ def test_chunks_are_copied_side_by_side_and_seen(monkeypatch):
         assert screen.getvalue().index("copying: ") < screen.getvalue().index(": 100%")
 
     run_virtually(run())
+
+
+async def test_the_hash_of_a_large_copy_leaves_the_event_loop_to_others(monkeypatch):
+    old, new, threads, sha256 = MemoryStore("memory://old"), MemoryStore("memory://new"), [], hashlib.sha256
+    old.objects["y/c/0/0"] = bytes(1 << 20)
+    row = Row(0, (await proof_of("y/c/0/0", bytes(1 << 20)),), {}, 1, 0, 0)
+
+    def hashed(data):
+        threads.append(threading.current_thread())
+        return sha256(data)
+
+    monkeypatch.setattr(hashlib, "sha256", hashed)
+    await copy_chunks(old, new, row)
+    assert new.objects == old.objects
+    assert {*threads} - {threading.main_thread()}  # where the store in memory makes its ETags
 
 
 def test_a_copy_that_fails_leaves_what_was_copied_proven():

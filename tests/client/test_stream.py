@@ -47,7 +47,7 @@ def test_every_request_has_its_records_and_gives_its_bytes_back(plan):
 
 async def test_a_request_may_have_records_of_three_blocks():
     plan = plan_of(count=40, chunk=4, record=(3,), micro_batch=10, request_records=10, chunk_records=40,
-                   max_bytes_in_flight=4 * 3 * 8)
+                   max_bytes_in_flight=4 * 3)
     assert plan.block_records == 4
     stream = await stream_of(plan, plan.unit(0), ByteBudget(plan.max_bytes_in_flight))
     pieces = []
@@ -57,6 +57,26 @@ async def test_a_request_may_have_records_of_three_blocks():
         assert all(array.base is None or array.base.nbytes <= array.nbytes for array in rows.arrays[:-1])
         lease.release()
     assert pieces == [[4, 4, 2], [2, 4, 4], [4, 4, 2], [2, 4, 4]]
+
+
+async def test_requests_under_way_have_no_more_bytes_than_the_budget():
+    """Of several input chunks each; those of an output chunk, 16 records, are of 7, 7 and 2."""
+    plan = plan_of(count=64, chunk=1, record=(10,), micro_batch=7, request_records=7, chunk_records=16,
+                   max_bytes_in_flight=8 * 10)
+    budget, held = ByteBudget(plan.max_bytes_in_flight), []
+
+    async def take(unit):
+        async for _, rows, lease in (await stream_of(plan, unit, budget)).spans():
+            held.append((rows.nbytes, lease))
+
+    units = [asyncio.ensure_future(take(unit)) for unit in plan.units()]
+    async with asyncio.timeout(60):
+        while not all(unit.done() for unit in units):
+            await asyncio.sleep(0)
+            if len(budget._waiting) + sum(unit.done() for unit in units) == len(units):
+                assert sum(nbytes for nbytes, _ in held) <= budget.most
+                while held:
+                    held.pop()[1].release()
 
 
 async def test_while_a_block_waits_for_the_budget_the_one_before_is_its_requests_alone():

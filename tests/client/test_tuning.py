@@ -35,6 +35,7 @@ from batch_client.tuning import (
     write_tuning,
 )
 from batch_handler import runtimes as handler_runtimes
+from support.faults import until
 
 DIGEST = "sha256:" + "1" * 64
 MEASURED = Tuning(device="cpu-avx2-2cores", model_digest=DIGEST, runtime="torchscript", micro_batch=256, workers=3,
@@ -317,9 +318,12 @@ async def test_a_tuning_file_that_finds_no_room_here_is_said(archive, monkeypatc
 
 
 class _Web:
-    """A web server with an archive, and `answer` (status, body) for every other name."""
+    """A web server with an archive, and `answer` (status, body) for every other name.
 
-    def __init__(self, archive, answer, seconds=0):
+    `seconds` go by, or `meanwhile` is called, after the `first` bytes of the archive.
+    """
+
+    def __init__(self, archive, answer, seconds=0, first=1, meanwhile=lambda: None):
         class Handler(BaseHTTPRequestHandler):
             def do_HEAD(self):
                 status, body = (200, archive.read_bytes()) if self.path == f"/{quote(archive.name)}" else answer
@@ -328,9 +332,10 @@ class _Web:
                 self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
                 self.end_headers()
                 if self.command == "GET":
-                    self.wfile.write(body[:1])
+                    self.wfile.write(body[:first])
                     time.sleep(seconds if status == 200 else 0)
-                    self.wfile.write(body[1:])
+                    meanwhile()
+                    self.wfile.write(body[first:])
 
             do_GET = do_HEAD  # noqa: N815 - names that http.server wants
 
@@ -383,6 +388,26 @@ async def test_a_web_server_may_take_longer_than_a_store_has_patience(archive, m
             assert fetched.read_bytes() == archive.read_bytes()
 
 
+async def test_what_has_come_from_the_web_is_in_the_file_before_the_rest_comes(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    archive, seen = tmp_path / "large.mar", []
+    archive.write_bytes(random.Random(1).randbytes(4 << 20))
+
+    def is_there():
+        return any(path.stat().st_size for path in (tmp_path / "temporary").rglob("large.mar"))
+
+    def meanwhile():
+        until(is_there)
+        seen.append(is_there())
+
+    with _Web(archive, (404, b""), first=3 << 20, meanwhile=meanwhile) as web:
+        async with local_archive(web.url) as fetched:
+            assert fetched.read_bytes() == archive.read_bytes()
+    assert seen == [True]
+
+
 async def test_an_archives_name_may_be_escaped_in_its_url(archive, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     archive = archive.rename(archive.with_name("a #1 ü?.mar"))
@@ -415,6 +440,9 @@ async def test_a_url_that_is_more_than_an_objects_path_is_refused_without_the_re
 class _Failing(MemoryStore):
     async def head(self, key):
         raise StorageError("500 Internal Server Error")
+
+    async def stream(self, key):
+        yield self.objects[key]
 
 
 @pytest.mark.parametrize(("scheme", "store", "text", "error", "wanted"), [

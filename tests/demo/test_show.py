@@ -1,6 +1,7 @@
 """`show` over a published output as the layout describes it, in a folder and in S3."""
 
 import json
+import resource
 
 import numpy as np
 import obstore
@@ -128,6 +129,16 @@ def test_only_all_that_are_right_are_a_hundred_percent(right, said):
                       "labels_of_no_class": 0}) == said
 
 
+def test_a_picture_that_there_is_no_room_for_ends_with_74(published, capsys):
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, hard))
+    try:
+        assert show(published) == 74
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert capsys.readouterr().err.endswith("picture.png: the picture can't be written: File too large\n")
+
+
 def test_a_source_that_moved_is_named(published, capsys):
     (published / "in.zarr").rename(published / "moved.zarr")
     assert show(published) == 65
@@ -153,7 +164,7 @@ def test_a_source_that_moved_is_named(published, capsys):
         (["--records", f"0:{'9' * 5000}"], 64, "wanted A:B"),
         (["--source", "s3://[abc/x"], 64, "s3://[abc/x: not a URL"),
         (["--source", "short.zarr"], 64, "found uint8 of shape (339, 12, 12), wanted uint8 of shape (400, 12, 12): is"),
-        (["-o", "no/such/folder.png"], 64, "can't write the picture"),
+        (["-o", "no/such/folder.png", "--records", "60:60"], 64, "-o no/such/folder.png: can't write there: No such"),
     ],
 )
 def test_what_can_not_be_shown_is_refused_in_one_line(published, capsys, monkeypatch, flags, code, said):

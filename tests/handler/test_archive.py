@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import warnings
 import zipfile
 
@@ -290,6 +291,27 @@ def test_flags_that_can_be_no_record_or_name_end_with_64(tmp_path, capfd, flags,
     said = capfd.readouterr().err
     assert re.search(words, said)
     assert said.count("\n") == 1
+
+
+def test_where_no_archive_can_be_written_it_is_said_before_the_work_and_a_full_disk_after_it(tmp_path, capfd):
+    torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "w.pt")
+    (tmp_path / "net.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(3, 2)\n")
+    flags = ["--arch", f"{tmp_path}/net.py:make", "--input", "x:float32:3"]
+    archive = tmp_path / "new" / "w.mar"
+    for output in (tmp_path, tmp_path / "net.py" / "w.mar"):
+        # What is no model would be said next.
+        assert main(["pack", str(tmp_path / "net.py"), *flags, "-o", str(output)]) == 64
+        assert f"-o {output}: " in capfd.readouterr().err
+    assert main(["pack", str(tmp_path / "w.pt"), *flags, "-o", str(archive)]) == 0
+    capfd.readouterr()
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (archive.stat().st_size - 1, hard))
+    try:
+        assert main(["pack", str(tmp_path / "w.pt"), *flags, "-o", str(archive)]) == 74
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert re.search(r"no room for the archive, .* \(File too large\): name another place", capfd.readouterr().err)
+    assert [path.name for path in archive.parent.iterdir()] == ["w.mar"]
 
 
 def test_a_tuning_file_that_wins_over_the_micro_batch_that_is_packed_is_noted(tmp_path, capfd):

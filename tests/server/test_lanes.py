@@ -16,6 +16,7 @@ import zarr
 
 from batch_client.errors import UsageError
 from batch_client.server import ServerSettings
+from batch_client.server_config import model_of
 from batch_client.server_lanes import lanes_of
 from support.cli import command, run_cli
 from support.faults import until
@@ -108,6 +109,18 @@ def test_an_output_begun_with_lanes_goes_on_at_a_server_without(served, source, 
     summary = json.loads(done.stdout)
     assert 0 < summary["scored"] < 1000
     assert (summary["root"], summary["model"]) == (wanted["root"], "toy")
+
+
+@pytest.mark.parametrize("online_workers", [0, 1])
+def test_a_model_may_be_registered_under_another_name_than_its_archives(
+        online_workers, source, toy_archive, clean_environ, tmp_path, monkeypatch):
+    monkeypatch.setattr("batch_client.server.model_of", lambda archive: model_of(archive)._replace(name="prod"))
+    with Served(toy_archive, tmp_path, workers=1, online_workers=online_workers) as served:
+        served.model = "prod"
+        output = tmp_path / "out.zarr"
+        run_cli(["run", source, output, *run_flags("--records", "0:200", *served.flags)], clean_environ, check=True)
+        assert json.loads((output / "_run/spec.json").read_text())["model"] == "toy"
+        assert set(records(served)) <= {"prod", "prod.bulk"}
 
 
 def test_how_many_lanes_and_workers():

@@ -142,7 +142,7 @@ def test_without_leave_the_failures_are_held_back_and_a_later_run_may_accept_the
     source, clean = world_of(3000, {1500: "raise", 2999: "exit"})
     error, output = score(source, server)
     assert isinstance(error, DataError)
-    assert "2 records failed, --max-failed 0 allows fewer" in str(error)
+    assert "2 records failed, --max-failed allows 0: they are listed in" in str(error)
     assert "--max-failed 2" in str(error)
     assert not any(key.endswith("zarr.json") for key in output.objects)
     assert [key for key in output.objects if key.startswith("y/c/")] == ["y/c/0/0"]

@@ -58,7 +58,7 @@ class ProgressBar:
                 self._bar.update(event.records)
             case RunStarted():
                 self.close()  # that of copying
-                self._bar = new_bar(self._stream, event.model, event.plan.count, event.done)
+                self._bar = new_bar(self._stream, event.model, event.part_records, event.part_done)
             case RequestSent():
                 self._in_flight += 1
             case RequestDone():
@@ -99,7 +99,10 @@ def _said(event: SourceIsPacked | ServerLeftOut | ServerJoined | ServerAway | Se
         case ServerBack():
             return f"{event.endpoint} answers again, after {event.seconds:.0f} s"
         case Stopping():
-            return "stopping: finishing the output chunks that are begun, for 12 s at most (again to stop at once)"
+            from batch_client.pipeline import DRAIN_SECONDS  # slow to import, and there since the run began
+
+            return (f"stopping: finishing the output chunks that are begun, for {DRAIN_SECONDS:g} s at most "
+                    "(again to stop at once)")
 
 
 # What JSON lines are written for: the level, and what the event is called there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -13,7 +14,8 @@ import click
 
 from batch_client.cli.options import keep_nearest
 from batch_client.cli.verb import Verb
-from batch_client.errors import DataError, ServingError, UsageError
+from batch_client.errors import BatchClientError, DataError, ServingError, StorageError, UsageError
+from batch_client.files import require_writable
 from batch_client.tuning import RUNTIMES, tunings_beside
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ _NOTES = {
 }
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _SIGNATURE_FLAGS = ("input_text", "model_shape", "scale", "softmax", "output_name")  # what --signature is instead of
 
 
@@ -80,9 +83,12 @@ def command(model: Path, **options: Any) -> None:
     try:
         draft = _draft(model, options)
         name = _name(model, options, draft)
+        output = options["output"] or Path(f"{name}.mar")
+        # Missing folders are made with it.
+        require_writable(output, "-o", next(one for one in output.absolute().parents if os.access(one, os.F_OK)))
         request = archive.PackRequest(
             model=model,
-            output=options["output"] or Path(f"{name}.mar"),
+            output=output,
             name=name,
             version=options["version"] or draft.version or "1.0",
             inputs=draft.inputs,
@@ -99,7 +105,7 @@ def command(model: Path, **options: Any) -> None:
             path = archive.pack(replace(request, scratch=scratch))
         description = archive.read_description(path)
     except (SignatureError, archive.ArchiveError) as error:
-        raise DataError(str(error)) from error
+        raise _as_ours(error, model) from error
     for note in _NOTES.get(description.runtime, ()):
         click.echo(f"note: {note}", err=True)
     nbytes = description.micro_batch * sum(output.dtype.itemsize * math.prod(output.shape)
@@ -115,6 +121,15 @@ def command(model: Path, **options: Any) -> None:
     for output in description.outputs:
         click.echo(f"gives {output.name}: {output.dtype} {output.shape}", err=True)
     click.echo(f"{path}  {description.name} {description.version}  {description.digest}")
+
+
+def _as_ours(error: ValueError, model: Path) -> BatchClientError:
+    """What packing says; a full disk is not the model's fault."""
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+        return StorageError(f"packing {model}: no room for the archive, or for what it is made of in the temporary "
+                            f"folder ({cause.strerror}): name another place with -o or TMPDIR")
+    return DataError(str(error))
 
 
 def _overruled(archive: Path, micro_batch: int) -> str | None:

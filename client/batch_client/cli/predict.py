@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batch_client.cli.options import array_options, server_options
+from batch_client.cli.options import array_options, server_options, typed_flags
 from batch_client.cli.verb import Verb
 from batch_client.errors import BatchClientError, DataError, ServingError, UsageError
 from batch_client.jsontext import parse_json
@@ -50,6 +50,8 @@ def command(query: str, **options: Any) -> None:
     from batch_client.eventloop import run_verb
     from batch_client.spec import Records, ServerSpec
 
+    if (count := len(options["endpoints"])) > 1 and (flag := typed_flags("endpoints")):  # settings are for run too
+        raise UsageError(f"{flag} is given {count} times, wanted once: predict asks one server")
     text, array = options.pop("records"), options.pop("array")
     spec = ServerSpec(**options)
     records = Records.parse(text) if text else None

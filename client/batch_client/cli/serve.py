@@ -40,7 +40,7 @@ __all__ = ["command"]
               help="Write the server's log here instead of to stderr.")
 def command(archive: str, token_file: Path | None, log_dir: Path | None, **server: Any) -> None:
     """Serve ARCHIVE, a file made by `pack`, until Ctrl-C."""
-    # aiohttp is slow to import, and `batch-client --help` imports this module.
+    # aiohttp is slow to import, and `batch-client serve --help` imports this module.
     from batch_client.server import ServerSettings
     from batch_client.server_foreground import serve_forever
 

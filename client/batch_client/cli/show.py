@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batch_client.cli.verb import Verb
-from batch_client.errors import DataError, MismatchError, UsageError, in_one_line
+from batch_client.errors import DataError, MismatchError, StorageError, UsageError, in_one_line
+from batch_client.files import require_writable
 from batch_client.urls import split_url
 
 if TYPE_CHECKING:
@@ -63,11 +64,12 @@ def command(output_url: str, *, picture: Path | None, as_json: bool, **options: 
     path = picture or Path((_place(output_url).stem or "output") + ".png")  # a bucket's root has no name
     if path.suffix.lower() != ".png":
         raise UsageError(f"-o {path}: the picture is a PNG: wanted a name that ends with .png")
+    require_writable(path, "-o")
     png, figures, sentence = run_verb(_show(output_url, **options))
     try:
         path.write_bytes(png)
     except OSError as error:
-        raise UsageError(f"{path}: can't write the picture there: {error.strerror}") from error
+        raise StorageError(f"{path}: the picture can't be written: {error.strerror}") from error
     if as_json:
         click.echo(json.dumps({**figures, "picture": str(path)}))
         return

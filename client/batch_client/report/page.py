@@ -37,7 +37,7 @@ def render(data: ReportData) -> str:
     parts = [
         f"<h1>{text_of(heading)}</h1>",
         _ending(data),
-        *(f'<p class="ending">Gone on without a server: {text_of(reason)}</p>' for reason in _left_out(data)),
+        *(f'<p class="ending">The run went on without a server: {text_of(reason)}</p>' for reason in _left_out(data)),
         "" if found is None else _verdict(found),
         _section("This run", _definitions(_figures(data))),
         *([] if found is None else _charts(data, found)),
