@@ -8,11 +8,7 @@ import threading
 from batch_client.cli.observers import LogLines, ProgressBar
 from batch_client.cli.pack import command as pack
 from batch_client.cli.stream import MOST_WAITING, PatientStream
-<<<<<<< HEAD
-from batch_client.events import ServerAway, ServerBack, ServerJoined, ServerLeftOut
-=======
 from batch_client.events import ServerAway, ServerBack, ServerJoined, ServerLeftOut, SourceIsPacked, Stopping
->>>>>>> c2ae27aca7983fcb89bd1fa9e9e0788ba32869bc
 
 
 def test_log_lines_that_are_dropped_are_whole_lines():
