@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from batch_client.errors import ServingError, UsageError
+from batch_client.errors import CredentialsError, ServingError, UsageError
 from batch_client.files import replace_file, require_writable
 from batch_client.server import EmbeddedServer, ServerSettings
 
@@ -80,7 +80,7 @@ async def _watch(server: EmbeddedServer, write: Callable[[str | None], None], ec
             if echo is not None:
                 echo(log.read())
             server.shorten(log)
-            failing = _told(await server.token(), write, warn, failing=failing)
+            failing = await _told(server, write, warn, failing=failing)
             server.sweep()
             if time.monotonic() - last_ready >= WORKERS_SECONDS:
                 if await _has_ready_workers(server):
@@ -90,14 +90,17 @@ async def _watch(server: EmbeddedServer, write: Callable[[str | None], None], ec
             await asyncio.sleep(min(WATCH_SECONDS, server.renewal_due_in() + 0.1))
 
 
-def _told(token: str | None, write: Callable[[str | None], None], warn: Callable[[str], None], *, failing: bool
-          ) -> bool:
-    """Whether the token can't be written: the disk is full, the folder is gone. Those who know it go on meanwhile."""
+async def _told(server: EmbeddedServer, write: Callable[[str | None], None], warn: Callable[[str], None], *,
+                failing: bool) -> bool:
+    """Whether the token can't be written, by us or TorchServe: a disk is full, a folder gone. Those who know it go on
+    meanwhile.
+    """
     try:
-        write(token)
-    except UsageError as error:
+        write(await server.token())
+        server.require_key_file()
+    except (UsageError, CredentialsError) as error:
         if not failing:
-            warn(f"{error}; it is tried again every {WATCH_SECONDS:g} s, and holds an old token until then")
+            warn(f"{error}; it is tried again every few seconds, and --token-out holds an old token until then")
         return True
     if failing:
         warn("--token-out holds the current token again")
@@ -110,6 +113,8 @@ async def _has_ready_workers(server: EmbeddedServer) -> bool:
     """
     try:
         described = [await server.describe(lane.name) for lane in server.lanes]
+    except CredentialsError:  # of this something is said already, and it is no worker's fault
+        return True
     except ServingError:
         return False
     return all(any(worker["status"] == "READY" for worker in lane["workers"]) for lane in described)

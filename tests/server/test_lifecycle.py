@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from batch_client import regions, server_process
-from batch_client.errors import ServingError, UsageError
+from batch_client.errors import CredentialsError, ServingError, UsageError
 from batch_client.java import find_java
 from batch_client.regions import usable_folder
 from batch_client.server import ABANDONED_SECONDS, EmbeddedServer, ServerSettings
@@ -63,6 +63,38 @@ async def test_a_token_of_three_seconds_is_renewed_before_it_ends(make_archive):
             seen.add(await server.token())
             assert (await server.describe())["modelName"] == "echo"  # the management token has as short a life
             await asyncio.sleep(0.2)
+
+
+@pytest.fixture
+def small_disk(monkeypatch):
+    """A disk of its own for the temporary folder."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("a small disk needs Linux's tmpfs, and root")
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # a worker's socket has to fit
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", short], check=False,
+                              capture_output=True)
+        if done.returncode:
+            pytest.skip(f"no small disk here: {done.stderr.decode().strip()}")
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        yield Path(short)
+        subprocess.run(["umount", short], check=True)
+
+
+async def test_a_token_that_the_full_disk_took_is_made_again_when_there_is_room(make_archive, small_disk):
+    async with EmbeddedServer(ServerSettings(make_archive(), workers=1)) as server:
+        old, key_file = await server.token(), server.log_path.parent / "key_file.json"
+        key_file.unlink()  # so that the place it has is somebody else's at once
+        disk = os.statvfs(small_disk)
+        (small_disk / "filler").write_bytes(bytes(disk.f_bavail * disk.f_bsize))
+        key_file.touch()
+        server._renew_at["inference"] = 0
+        await server.token()
+        with pytest.raises(CredentialsError, match=r"key file .* can't be read"):
+            server.require_key_file()
+        (small_disk / "filler").unlink()
+        server._renew_at["inference"] = 0  # as five seconds later
+        assert await server.token(refused=old) != old
+        assert await predict(server) == 200
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from batch_client import server as server_module
 from batch_client import server_foreground
-from batch_client.errors import ServingError, UsageError
+from batch_client.errors import CredentialsError, ServingError, UsageError
 from batch_client.server import EmbeddedServer, ServerSettings
 from batch_client.server_config import Model
 from batch_client.server_foreground import _secret, _watch, serve_forever
@@ -34,14 +34,20 @@ class Management:
         self.write()
 
     def write(self):
-        keys = {kind: {"key": f"{kind}-{self.made}"} for kind in ("inference", "management", "API")}
+        keys = {kind: {"key": f"{kind}-{self.made}"} for kind in ("inference", "management")}
+        keys["API"] = {"key": "API-0"}  # which stays
         self.key_file.write_text(json.dumps(keys))
 
-    async def renew(self, _):
+    async def renew(self, request):
+        if request.headers["Authorization"] != "Bearer API-0":
+            raise web.HTTPBadRequest
         if self.how == "describes only":
             raise web.HTTPServiceUnavailable
         await self._fail()
         self.made += 1
+        if self.how == "disk is full":  # as TorchServe's generateKeyFile: the keys in memory, then the file
+            self.key_file.write_text("")
+            raise web.HTTPInternalServerError
         self.write()
         return web.Response()
 
@@ -50,6 +56,8 @@ class Management:
         await self._fail()
         if self.how == "first is dead" and request.headers["Authorization"] == "Bearer management-0":
             raise web.HTTPBadRequest
+        if self.how == "disk is full":
+            raise web.HTTPBadRequest  # whatever token we have
         return web.json_response([{"workers": [{"status": "READY"}]}])
 
     async def _fail(self):
@@ -138,6 +146,56 @@ async def test_a_token_that_died_while_the_machine_slept_is_renewed(running, man
     management.how = "first is dead"
     assert (await running.describe())["workers"] == [{"status": "READY"}]
     assert management.made == 1
+
+
+async def test_a_token_that_is_lost_on_a_full_disk_is_made_again_once_there_is_room(running, management, monkeypatch):
+    monkeypatch.setattr(server_module, "LOST_SECONDS", 0.0)
+    assert await running.token() == "inference-0"
+    await running.describe()
+    management.how = "disk is full"
+    due(running)
+    assert await running.token() == "inference-0"  # a run goes on with it until it is refused
+    with pytest.raises(CredentialsError, match=r"key file in .* can't be read, .*: make room there$"):
+        await running.token(refused="inference-0")
+    with pytest.raises(CredentialsError):
+        await running.describe()
+    management.how = "well"
+    assert await running.token(refused="inference-0") == f"inference-{management.made}"
+    assert (await running.describe())["workers"] == [{"status": "READY"}]
+
+
+async def test_a_lost_token_is_not_asked_for_all_the_time(running, management):
+    await running.token()
+    management.how = "disk is full"
+    due(running)
+    await running.token()
+    for _ in range(10):
+        with pytest.raises(CredentialsError):
+            await running.token(refused="inference-0")
+    assert management.made == 1
+    assert 0 < running.renewal_due_in() <= server_module.LOST_SECONDS
+
+
+async def test_a_disk_that_is_full_for_a_while_at_a_renewal_ends_nothing(running, management, monkeypatch, tmp_path):
+    monkeypatch.setattr(server_foreground, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(server_foreground, "WORKERS_SECONDS", 0.0)
+    monkeypatch.setattr(server_foreground, "HOPELESS_SECONDS", 0.0)
+    monkeypatch.setattr(server_module, "LOST_SECONDS", 0.0)
+    said = []
+    with _secret(tmp_path / "token") as write:
+        await running.describe()
+        watching = asyncio.create_task(_watch(running, write, None, said.append))
+        await until((tmp_path / "token").exists)
+        management.how = "disk is full"
+        due(running)
+        await until(lambda: management.made > 5 or watching.done())
+        assert not watching.done()
+        assert len(said) == 1
+        management.how = "well"
+        await until(lambda: (tmp_path / "token").read_text() != "inference-0")
+        await until(lambda: said[-1] == "--token-out holds the current token again")
+        watching.cancel()
+        await asyncio.wait([watching])
 
 
 async def test_a_token_file_that_can_not_be_written_for_a_while_ends_nothing(running, monkeypatch, tmp_path):
