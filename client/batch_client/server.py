@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -49,13 +49,17 @@ class _PortTakenError(Exception):
 class EmbeddedServer:
     """TorchServe with one model, as an async context manager.
 
-    `token` makes it a token source for an endpoint at `url`.
+    `token` makes it a token source for an endpoint at `url`. `echo` gets its log, from the start to the end, whenever
+    `tell_log` is called.
     """
 
     def __init__(
         self, settings: ServerSettings, *, environ: Mapping[str, str] = os.environ, bundled_java: bool = True,
+        echo: Callable[[str], None] | None = None,
     ) -> None:
         self._settings = settings
+        self._echo = echo
+        self._log: IO[str] | None = None  # from which is told; it may be deleted meanwhile
         self._environ = environ
         self._bundled_java = bundled_java
         self._model = Model("", "")
@@ -199,11 +203,17 @@ class EmbeddedServer:
         """The last lines of the server's log."""
         return "\n".join(self._alive().log().splitlines()[-lines:])
 
-    def shorten(self, log: IO[str]) -> None:
-        """Empty the server's log, open here, once it is large; not one in a folder that somebody named."""
-        if self._settings.log_dir is None and os.fstat(log.fileno()).st_size > MOST_LOG_BYTES:
-            log.seek(0)
-            log.truncate()  # TorchServe appends
+    def tell_log(self) -> None:
+        """Give what has been logged since the last time to `echo`, and empty the log once it is large; not one in a
+        folder that somebody named.
+        """
+        if self._log is None:
+            return
+        if self._echo is not None:
+            self._echo(self._log.read())
+        if self._settings.log_dir is None and os.fstat(self._log.fileno()).st_size > MOST_LOG_BYTES:
+            self._log.seek(0)
+            self._log.truncate()  # TorchServe appends
 
     def sweep(self) -> None:
         """Remove what clients that were killed have left in shared memory."""
@@ -222,6 +232,8 @@ class EmbeddedServer:
 
     async def _start_once(self, java: Java, home: Path) -> None:
         self._running = launch(self._settings, self._model, self._lanes, java, home, self._environ)
+        self._log = self._running.log_path.open("r+", encoding="utf-8", errors="replace")
+        self._log.seek(self._running.log_start)
         self._keys, self._api_key = {}, None
         self._renew_at = dict.fromkeys(("inference", "management"), _now() + self._half_life)
         try:
@@ -234,6 +246,7 @@ class EmbeddedServer:
 
     async def _ready(self) -> None:
         while True:
+            self.tell_log()
             self._check_loading()
             began = asyncio.get_running_loop().time()
             with contextlib.suppress(aiohttp.ClientConnectionError, TimeoutError):
@@ -337,6 +350,10 @@ class EmbeddedServer:
         running, self._running = self._running, None
         if running is not None:
             await running.end()
+        if self._log is not None:
+            self.tell_log()  # its last words too
+            self._log.close()
+            self._log = None
 
 
 def _now() -> float:

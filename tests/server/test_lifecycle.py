@@ -226,7 +226,8 @@ DIES = {
 
 @pytest.mark.parametrize(("handler", "reason"), DIES.items())
 async def test_a_model_that_does_not_load_fails_with_its_reason(make_archive, family, handler, reason):
-    server = EmbeddedServer(ServerSettings(make_archive(handler), workers=1, startup_seconds=600))
+    told = []
+    server = EmbeddedServer(ServerSettings(make_archive(handler), workers=1, startup_seconds=600), echo=told.append)
     with pytest.raises(ServingError, match="does not load") as caught:
         async with asyncio.timeout(120):
             await server.start()
@@ -234,6 +235,7 @@ async def test_a_model_that_does_not_load_fails_with_its_reason(make_archive, fa
     said, log = reason_of(caught.value)
     assert reason in said
     assert "Traceback" in log or "os._exit" in handler
+    assert "".join(told) == log  # to its last line: a container takes the file with it
     assert family(psutil.Process()).named("ModelServer") == []
 
 

@@ -31,6 +31,7 @@ class Management:
         self.key_file = folder / "key_file.json"
         self.how = "well"
         self.made = self.described = 0
+        self.workers = 1
         self.write()
 
     def write(self):
@@ -58,7 +59,7 @@ class Management:
             raise web.HTTPBadRequest
         if self.how == "disk is full":
             raise web.HTTPBadRequest  # whatever token we have
-        return web.json_response([{"workers": [{"status": "READY"}]}])
+        return web.json_response([{"workers": [{"status": "READY"}] * self.workers}])
 
     async def _fail(self):
         if self.how == "slow":
@@ -106,7 +107,8 @@ async def running(tmp_path, management, guard):
         properties = {"management_address": url}
         server._running = ServerProcess(guard, -1, tmp_path, None, log, 0, properties, ready=True)
         server._renew_at = dict.fromkeys(("inference", "management"), time.time() + 1800)
-        yield server
+        with log.open("r+") as server._log:
+            yield server
 
 
 def due(server):
@@ -184,7 +186,7 @@ async def test_a_disk_that_is_full_for_a_while_at_a_renewal_ends_nothing(running
     said = []
     with _secret(tmp_path / "token") as write:
         await running.describe()
-        watching = asyncio.create_task(_watch(running, write, None, said.append))
+        watching = asyncio.create_task(_watch(running, write, said.append))
         await until((tmp_path / "token").exists)
         management.how = "disk is full"
         due(running)
@@ -203,7 +205,7 @@ async def test_a_token_file_that_can_not_be_written_for_a_while_ends_nothing(run
     folder, moved, said = tmp_path / "secrets", tmp_path / "moved", []
     folder.mkdir()
     with _secret(folder / "token") as write:
-        watching = asyncio.create_task(_watch(running, write, None, said.append))
+        watching = asyncio.create_task(_watch(running, write, said.append))
         await until((folder / "token").exists)
         folder.rename(moved)
         due(running)
@@ -222,8 +224,9 @@ async def test_a_log_that_somebody_deletes_ends_nothing(running, monkeypatch):
     monkeypatch.setattr(server_foreground, "WATCH_SECONDS", 0.001)
     monkeypatch.setattr(server_module, "MOST_LOG_BYTES", 100)
     told = []
+    running._echo = told.append
     with running.log_path.open("a") as server:  # as TorchServe has it
-        watching = asyncio.create_task(_watch(running, unwritten, told.append, told.append))
+        watching = asyncio.create_task(_watch(running, unwritten, told.append))
         await until(lambda: len(told) > 3)
         running.log_path.unlink()
         for number in range(3):
@@ -288,7 +291,7 @@ async def test_the_watch_goes_on_through_a_slow_moment_and_notices_the_end(runni
     monkeypatch.setattr(server_foreground, "WORKERS_SECONDS", 0.01)
     token_file = tmp_path / "token"
     stack = contextlib.ExitStack()
-    watching = asyncio.create_task(_watch(running, stack.enter_context(_secret(token_file)), None, print))
+    watching = asyncio.create_task(_watch(running, stack.enter_context(_secret(token_file)), print))
     management.how = "slow"
     await asyncio.sleep(3 * SLOW)
     assert not watching.done()
@@ -317,12 +320,29 @@ async def test_workers_that_are_ready_are_seldom_looked_at(running, management, 
         if rounds == 200:
             enough.set()
 
-    watching = asyncio.create_task(_watch(running, unwritten, count, print))
+    running._echo = count
+    watching = asyncio.create_task(_watch(running, unwritten, print))
     async with asyncio.timeout(60):
         await enough.wait()
     watching.cancel()
     assert (management.described > 20) == in_each_round
     assert (management.described == 0) != in_each_round
+
+
+async def test_a_worker_that_was_given_up_is_said_once_and_so_is_its_return(running, management, monkeypatch):
+    monkeypatch.setattr(server_foreground, "WATCH_SECONDS", 0.001)
+    monkeypatch.setattr(server_foreground, "WORKERS_SECONDS", 0.0)
+    monkeypatch.setattr(server_foreground, "MISSING_SECONDS", 0.0)
+    running._lanes, management.workers, said = (Lane("echo", 2, 8),), 2, []
+    watching = asyncio.create_task(_watch(running, unwritten, said.append))
+    for workers, line in ((1, "1 of 2 workers are ready: "), (2, "all 2 workers are ready again")):
+        seen = management.described
+        await until(lambda seen=seen: management.described > seen + 3)
+        management.workers = workers
+        await until(lambda line=line: said and said[-1].startswith(line))
+    watching.cancel()
+    await asyncio.wait([watching])
+    assert len(said) == 2
 
 
 async def test_a_server_that_never_answers_is_hopeless_in_the_end(running, management, monkeypatch):
@@ -331,7 +351,7 @@ async def test_a_server_that_never_answers_is_hopeless_in_the_end(running, manag
     monkeypatch.setattr(server_foreground, "HOPELESS_SECONDS", 2 * SLOW)
     management.how = "refuses"
     with pytest.raises(ServingError, match="no worker has been ready for"):
-        await _watch(running, unwritten, None, print)
+        await _watch(running, unwritten, print)
 
 
 async def test_a_token_file_of_somebody_else_stays_when_the_start_fails(tmp_path):
