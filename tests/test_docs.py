@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 EXPLANATION = ROOT / "docs" / "explanation"
 # Of Docker and curl, which the pages show in use.
-FOREIGN = {"--build-arg", "--cpus", "--cpuset-cpus", "--data-binary", "--gpus", "--ipc", "--rm", "--shm-size",
-           "--target"}
+FOREIGN = {"--build-arg", "--cpus", "--cpuset-cpus", "--data-binary", "--gpus", "--ipc", "--read-only", "--rm",
+           "--shm-size", "--target", "--tmpfs"}
 CLI = (ROOT / "docs" / "reference" / "cli.md").read_text()
 
 

@@ -26,13 +26,33 @@ CPUINFO_BYTES = 1 << 16  # the first core says what all are
 _INSTRUCTIONS = (("amx_tile", "amx"), ("avx512f", "avx512"), ("avx2", "avx2"), ("sve", "sve"), ("asimd", "neon"))
 
 
-def cores() -> int:
-    """Cores that this process may use: its affinity, and the CPU quota of its control group."""
+def cores(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Cores that this process may use: its affinity, and the CPU quotas of its control group and of those above it.
+
+    In a container `membership` may name the host's path, which is not there: the mounted top is then its own group.
+    """
     usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("ascii").split()
-        usable = min(usable, max(1, int(quota) // int(period)))
+    lines: list[str] = []
+    with contextlib.suppress(OSError):
+        lines = membership.read_text("utf-8", "replace").splitlines()
+    for controllers, path in (line.split(":", 2)[1:] for line in lines):
+        if controllers == "" or "cpu" in controllers.split(","):  # version 2, or 1
+            top = groups / ("cpu" if controllers else "")
+            group = top / path.lstrip("/")
+            usable = min([usable, *(_quota(one) for one in (group, *group.parents) if one.is_relative_to(top))])
     return usable
+
+
+def _quota(group: Path) -> int:
+    """Cores that a control group may use; more than any machine has where it has no limit."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (group / "cpu.max").read_text("ascii").split()
+        return max(1, int(quota) // int(period))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = ((group / f"cpu.cfs_{name}_us").read_text("ascii") for name in ("quota", "period"))
+        if int(quota) > 0:  # -1 is none
+            return max(1, int(quota) // int(period))
+    return sys.maxsize
 
 
 def gpus(environ: Mapping[str, str]) -> int:

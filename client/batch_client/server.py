@@ -12,14 +12,14 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 import aiohttp
 
-from batch_client.errors import ServingError, UsageError
+from batch_client.errors import CredentialsError, ServingError, UsageError
 from batch_client.java import Java, find_java, torchserve_home
 from batch_client.machine import gpus, has_address
 from batch_client.regions import sweep
@@ -35,6 +35,7 @@ LOG_SETTLE_SECONDS = 0.5  # a dying worker's traceback comes in many lines
 SILENT_DEATHS = 3  # of one worker, before its end counts as one without a word
 SILENCE_SECONDS = 30.0  # at most, until a worker that died without a word has died again
 RENEWAL_TRIES = 10  # of a token's renewal while the old one still lives
+LOST_SECONDS = 5.0  # between tries of one that TorchServe made and could not write down: the old one is dead
 STARTS = 3  # tries, when somebody else took a free port in between
 MOST_LOG_BYTES = 64 << 20  # of a log in the private folder: a model may print for each batch
 ABANDONED_SECONDS = 900.0  # no client waits as long for an answer
@@ -48,13 +49,17 @@ class _PortTakenError(Exception):
 class EmbeddedServer:
     """TorchServe with one model, as an async context manager.
 
-    `token` makes it a token source for an endpoint at `url`.
+    `token` makes it a token source for an endpoint at `url`. `echo` gets its log, from the start to the end, whenever
+    `tell_log` is called.
     """
 
     def __init__(
         self, settings: ServerSettings, *, environ: Mapping[str, str] = os.environ, bundled_java: bool = True,
+        echo: Callable[[str], None] | None = None,
     ) -> None:
         self._settings = settings
+        self._echo = echo
+        self._log: IO[str] | None = None  # from which is told; it may be deleted meanwhile
         self._environ = environ
         self._bundled_java = bundled_java
         self._model = Model("", "")
@@ -64,6 +69,7 @@ class EmbeddedServer:
         self._renewing = asyncio.Lock()
         self._renew_at: dict[str, float] = {}
         self._keys: dict[str, str | None] = {}  # as last read: a request must not cost a look at the key file
+        self._api_key: str | None = None  # makes the others, and stays: a full disk takes it from the key file
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -159,11 +165,17 @@ class EmbeddedServer:
         dies at once for everyone, so renewals are done one at a time. Where a renewal fails, the old token stays: it
         may live on, and whether it does the server says.
 
-        Raises ServingError when the server has ended.
+        Raises ServingError when the server has ended, CredentialsError where it takes one that could not be read.
         """
         if self.ended():
             raise self._end_error()
         return await self._key("inference", refused)
+
+    def require_key_file(self) -> None:
+        """Raises CredentialsError where TorchServe could not write down the token that it takes now."""
+        if self._alive().key("inference") is None:
+            raise CredentialsError(f"TorchServe's key file in {self._alive().folder} can't be read, as where the disk "
+                                   "was full when it made a token, which nobody knows then: make room there")
 
     def renewal_due_in(self) -> float:
         """Seconds until `token` will make another one."""
@@ -191,11 +203,17 @@ class EmbeddedServer:
         """The last lines of the server's log."""
         return "\n".join(self._alive().log().splitlines()[-lines:])
 
-    def shorten(self, log: IO[str]) -> None:
-        """Empty the server's log, open here, once it is large; not one in a folder that somebody named."""
-        if self._settings.log_dir is None and os.fstat(log.fileno()).st_size > MOST_LOG_BYTES:
-            log.seek(0)
-            log.truncate()  # TorchServe appends
+    def tell_log(self) -> None:
+        """Give what has been logged since the last time to `echo`, and empty the log once it is large; not one in a
+        folder that somebody named.
+        """
+        if self._log is None:
+            return
+        if self._echo is not None:
+            self._echo(self._log.read())
+        if self._settings.log_dir is None and os.fstat(self._log.fileno()).st_size > MOST_LOG_BYTES:
+            self._log.seek(0)
+            self._log.truncate()  # TorchServe appends
 
     def sweep(self) -> None:
         """Remove what clients that were killed have left in shared memory."""
@@ -214,7 +232,9 @@ class EmbeddedServer:
 
     async def _start_once(self, java: Java, home: Path) -> None:
         self._running = launch(self._settings, self._model, self._lanes, java, home, self._environ)
-        self._keys = {}
+        self._log = self._running.log_path.open("r+", encoding="utf-8", errors="replace")
+        self._log.seek(self._running.log_start)
+        self._keys, self._api_key = {}, None
         self._renew_at = dict.fromkeys(("inference", "management"), _now() + self._half_life)
         try:
             async with asyncio.timeout(self._settings.startup_seconds):
@@ -226,6 +246,7 @@ class EmbeddedServer:
 
     async def _ready(self) -> None:
         while True:
+            self.tell_log()
             self._check_loading()
             began = asyncio.get_running_loop().time()
             with contextlib.suppress(aiohttp.ClientConnectionError, TimeoutError):
@@ -279,12 +300,18 @@ class EmbeddedServer:
         async with self._renewing:
             key = self._keys.get(kind)
             if key is None or key == refused:  # a renewal that we gave up may have been made
-                key = self._alive().key(kind)
+                key = self._read(kind)
             if (key is not None and key == refused) or self._due(kind):
                 await self._renew(kind)
-                key = self._alive().key(kind) or key
-            self._keys[kind] = key
-            return key
+                key = self._read(kind)
+            if key is None and refused is not None:
+                self.require_key_file()
+            self._keys[kind] = key or self._keys.get(kind)
+            return self._keys[kind]
+
+    def _read(self, kind: str) -> str | None:
+        self._api_key = self._api_key or self._alive().key("API")
+        return self._alive().key(kind)
 
     async def _get(self, path: str, key: str | None) -> tuple[int, str]:
         if self._session is None:
@@ -299,19 +326,23 @@ class EmbeddedServer:
         return self._settings.token_minutes * 30
 
     def _due(self, kind: str) -> bool:
-        return _now() >= self._renew_at[kind] and self._alive().key(kind) is not None
+        return _now() >= self._renew_at[kind] and self._api_key is not None
 
     async def _renew(self, kind: str) -> None:
         """Asks for a new token. TorchServe answers without a body and writes it to its key file.
 
         One that it does not make leaves the old one, which has half its life left; it is asked again before that ends.
+        On a full disk it makes one and can't write it (its generateKeyFile empties the file): it is asked again soon.
         """
         asked = _now()
         made = False
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-            status, _ = await self._get(f"/token?type={kind}", self._alive().key("API"))
+            status, _ = await self._get(f"/token?type={kind}", self._api_key)
             made = status == 200
-        self._renew_at[kind] = asked + self._half_life if made else _now() + self._half_life / RENEWAL_TRIES
+        if self._alive().key(kind) is None:
+            self._renew_at[kind] = _now() + LOST_SECONDS
+        else:
+            self._renew_at[kind] = asked + self._half_life if made else _now() + self._half_life / RENEWAL_TRIES
 
     # Ending
 
@@ -319,6 +350,10 @@ class EmbeddedServer:
         running, self._running = self._running, None
         if running is not None:
             await running.end()
+        if self._log is not None:
+            self.tell_log()  # its last words too
+            self._log.close()
+            self._log = None
 
 
 def _now() -> float:

@@ -129,6 +129,7 @@ def main(arguments: list[str]) -> int:
     lifeline, grace, folder, shared = int(arguments[0]), float(arguments[1]), Path(arguments[2]), arguments[3]
     woken = wakeups()
     lock(folder / LOCK, os.O_RDWR | os.O_CREAT)
+    lock(folder)  # which systemd-tmpfiles goes by: it removes what is old in /tmp, but nothing below a locked folder
     if shared:
         lock(Path(shared))
     command = subprocess.Popen(

@@ -3,7 +3,7 @@
 import pytest
 
 from batch_client import machine
-from batch_client.machine import cpu_kind, device, gpu_variables, gpus
+from batch_client.machine import cores, cpu_kind, device, gpu_variables, gpus
 
 
 @pytest.mark.parametrize(("text", "machine", "kind"), [
@@ -18,6 +18,30 @@ from batch_client.machine import cpu_kind, device, gpu_variables, gpus
 ])
 def test_the_kind_of_a_cpu(text, machine, kind):
     assert cpu_kind(text, machine) == kind
+
+
+@pytest.mark.parametrize(("membership", "files", "wanted"), [
+    ("0::/\n", {"cpu.max": "100000 100000\n"}, 1),  # a container with a control group namespace
+    ("0::/a/b\n", {"a/cpu.max": "150000 100000\n", "a/b/cpu.max": "max 100000\n"}, 1),  # a part of a core is left
+    ("0::/a\n", {"a/cpu.max": "1000 100000\n"}, 1),
+    ("0::/a\n", {"b/cpu.max": "100000 100000\n", "a/cpu.max": "max 100000\n"}, 64),
+    ("4:cpu,cpuacct:/ecs/task/it\n0::/\n", {"cpu/ecs/task/cpu.cfs_quota_us": "300000\n",
+                                            "cpu/ecs/task/cpu.cfs_period_us": "100000\n",
+                                            "cpu/ecs/task/it/cpu.cfs_quota_us": "-1\n",
+                                            "cpu/ecs/task/it/cpu.cfs_period_us": "100000\n"}, 3),
+    ("1:cpu:/the/hosts/path\n", {"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+    ("2:cpuset:/a\n", {"cpu/a/cpu.cfs_quota_us": "100000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 64),
+    (None, {"cpu.max": "100000 100000\n"}, 64),
+])
+def test_the_cores_are_those_of_the_tightest_control_group(tmp_path, monkeypatch, membership, files, wanted):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text)
+    if membership is not None:
+        (tmp_path / "membership").write_text(membership)
+    assert cores(tmp_path / "groups", tmp_path / "membership") == wanted
 
 
 @pytest.mark.parametrize(("listed", "visible", "name"), [

@@ -15,7 +15,7 @@ def test_log_lines_that_are_dropped_are_whole_lines():
     reading, writing = os.pipe()
     stream = PatientStream(os.fdopen(writing, "w"))
     log = LogLines(stream)
-    lines, read = 4 * MOST_WAITING, []
+    lines, read = 4 * MOST_WAITING // 200, []
     for number in range(lines):  # more than the pipe and the queue hold
         log(ServerLeftOut("http://s", f"{number} {'x' * 200}"))
     with os.fdopen(reading) as reader:
@@ -30,6 +30,24 @@ def test_log_lines_that_are_dropped_are_whole_lines():
     assert len(read) < 2 * lines
     numbers = [int(json.loads(line)["reason"].split()[0]) for line in read]
     assert numbers == sorted({*numbers})
+
+
+def test_what_waits_for_a_reader_is_bounded_in_characters():
+    reading, writing = os.pipe()
+    stream = PatientStream(os.fdopen(writing, "w"))
+    piece = "x" * (MOST_WAITING // 4)  # as a server's log comes, in whatever its model says in two seconds
+    for _ in range(50):
+        stream.write(piece)
+        stream.write("")
+    waiting = []
+    while not stream._queue.empty():
+        waiting.append(stream._queue.get())
+    assert all(waiting)
+    assert 0 < sum(map(len, waiting)) <= MOST_WAITING + len(piece)
+    os.close(reading)  # which ends the thread's write
+    stream.close()
+    stream._thread.join(60)
+    stream._target.close()
 
 
 def test_what_becomes_of_servers_has_a_line_each():

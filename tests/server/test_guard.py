@@ -100,10 +100,11 @@ def test_shared_memory_goes_with_all_that_is_in_it_and_nothing_else(guarded, tmp
     assert not tmp_path.exists()  # it had no log
 
 
-def test_shared_memory_is_locked_for_as_long_as_the_guard_lives(guarded, tmp_path_factory):
+@pytest.mark.parametrize("shares", [True, False])
+def test_its_folders_are_locked_for_as_long_as_the_guard_lives(guarded, tmp_path, tmp_path_factory, shares):
     shared = tmp_path_factory.mktemp("memory")
     guard, _, _ = guarded(OBEDIENT, shared)
-    handle = os.open(shared, os.O_RDONLY)
+    handle = os.open(shared if shares else tmp_path, os.O_RDONLY)
     try:
         with pytest.raises(BlockingIOError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -160,6 +160,8 @@ def test_the_images_run_as_somebody_without_rights(stage):
     assert isinstance(json.loads(instruction(stage, "ENTRYPOINT")), list)
 
 
-def test_what_is_installed_is_pinned():
-    for stage in ("client-environment", "server-environment"):
-        assert "--constraint constraints.txt" in instruction(stage, "RUN")
+def test_what_is_installed_is_pinned_and_what_it_is_built_with():
+    for stage in ("client-environment", "torch"):  # server-environment is made from torch
+        names = [name for name, _ in stages()[stage]]
+        assert ("ENV", "PIP_CONSTRAINT=/src/constraints.txt") in stages()[stage]
+        assert names.index("ENV") < names.index("RUN")

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from batch_client import regions, server_process
-from batch_client.errors import ServingError, UsageError
+from batch_client.errors import CredentialsError, ServingError, UsageError
 from batch_client.java import find_java
 from batch_client.regions import usable_folder
 from batch_client.server import ABANDONED_SECONDS, EmbeddedServer, ServerSettings
@@ -63,6 +63,38 @@ async def test_a_token_of_three_seconds_is_renewed_before_it_ends(make_archive):
             seen.add(await server.token())
             assert (await server.describe())["modelName"] == "echo"  # the management token has as short a life
             await asyncio.sleep(0.2)
+
+
+@pytest.fixture
+def small_disk(monkeypatch):
+    """A disk of its own for the temporary folder."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("a small disk needs Linux's tmpfs, and root")
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # a worker's socket has to fit
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", short], check=False,
+                              capture_output=True)
+        if done.returncode:
+            pytest.skip(f"no small disk here: {done.stderr.decode().strip()}")
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        yield Path(short)
+        subprocess.run(["umount", short], check=True)
+
+
+async def test_a_token_that_the_full_disk_took_is_made_again_when_there_is_room(make_archive, small_disk):
+    async with EmbeddedServer(ServerSettings(make_archive(), workers=1)) as server:
+        old, key_file = await server.token(), server.log_path.parent / "key_file.json"
+        key_file.unlink()  # so that the place it has is somebody else's at once
+        disk = os.statvfs(small_disk)
+        (small_disk / "filler").write_bytes(bytes(disk.f_bavail * disk.f_bsize))
+        key_file.touch()
+        server._renew_at["inference"] = 0
+        await server.token()
+        with pytest.raises(CredentialsError, match=r"key file .* can't be read"):
+            server.require_key_file()
+        (small_disk / "filler").unlink()
+        server._renew_at["inference"] = 0  # as five seconds later
+        assert await server.token(refused=old) != old
+        assert await predict(server) == 200
 
 
 @pytest.fixture
@@ -194,7 +226,8 @@ DIES = {
 
 @pytest.mark.parametrize(("handler", "reason"), DIES.items())
 async def test_a_model_that_does_not_load_fails_with_its_reason(make_archive, family, handler, reason):
-    server = EmbeddedServer(ServerSettings(make_archive(handler), workers=1, startup_seconds=600))
+    told = []
+    server = EmbeddedServer(ServerSettings(make_archive(handler), workers=1, startup_seconds=600), echo=told.append)
     with pytest.raises(ServingError, match="does not load") as caught:
         async with asyncio.timeout(120):
             await server.start()
@@ -202,6 +235,7 @@ async def test_a_model_that_does_not_load_fails_with_its_reason(make_archive, fa
     said, log = reason_of(caught.value)
     assert reason in said
     assert "Traceback" in log or "os._exit" in handler
+    assert "".join(told) == log  # to its last line: a container takes the file with it
     assert family(psutil.Process()).named("ModelServer") == []
 
 
@@ -344,7 +378,8 @@ def health(token_file, port):
     """The Dockerfile's HEALTHCHECK, for this token file and port: its exit status and what it said last."""
     line = re.search(r"^ +CMD (\[.*)$", (CLIENT.parent / "Dockerfile").read_text(), re.MULTILINE)[1]
     code = json.loads(line)[2].replace("/run/batch-client/token", str(token_file)).replace("8080", port)
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    proxied = os.environ | {"http_proxy": "http://127.0.0.1:9", "no_proxy": ""}  # where nobody listens
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, env=proxied)
     return done.returncode, done.stderr.strip().rpartition("\n")[2]
 
 

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from batch_client import server as server_module
 from batch_client import server_foreground
-from batch_client.errors import ServingError, UsageError
+from batch_client.errors import CredentialsError, ServingError, UsageError
 from batch_client.server import EmbeddedServer, ServerSettings
 from batch_client.server_config import Model
 from batch_client.server_foreground import _secret, _watch, serve_forever
@@ -31,17 +31,24 @@ class Management:
         self.key_file = folder / "key_file.json"
         self.how = "well"
         self.made = self.described = 0
+        self.workers = 1
         self.write()
 
     def write(self):
-        keys = {kind: {"key": f"{kind}-{self.made}"} for kind in ("inference", "management", "API")}
+        keys = {kind: {"key": f"{kind}-{self.made}"} for kind in ("inference", "management")}
+        keys["API"] = {"key": "API-0"}  # which stays
         self.key_file.write_text(json.dumps(keys))
 
-    async def renew(self, _):
+    async def renew(self, request):
+        if request.headers["Authorization"] != "Bearer API-0":
+            raise web.HTTPBadRequest
         if self.how == "describes only":
             raise web.HTTPServiceUnavailable
         await self._fail()
         self.made += 1
+        if self.how == "disk is full":  # as TorchServe's generateKeyFile: the keys in memory, then the file
+            self.key_file.write_text("")
+            raise web.HTTPInternalServerError
         self.write()
         return web.Response()
 
@@ -50,7 +57,9 @@ class Management:
         await self._fail()
         if self.how == "first is dead" and request.headers["Authorization"] == "Bearer management-0":
             raise web.HTTPBadRequest
-        return web.json_response([{"workers": [{"status": "READY"}]}])
+        if self.how == "disk is full":
+            raise web.HTTPBadRequest  # whatever token we have
+        return web.json_response([{"workers": [{"status": "READY"}] * self.workers}])
 
     async def _fail(self):
         if self.how == "slow":
@@ -98,7 +107,8 @@ async def running(tmp_path, management, guard):
         properties = {"management_address": url}
         server._running = ServerProcess(guard, -1, tmp_path, None, log, 0, properties, ready=True)
         server._renew_at = dict.fromkeys(("inference", "management"), time.time() + 1800)
-        yield server
+        with log.open("r+") as server._log:
+            yield server
 
 
 def due(server):
@@ -140,12 +150,62 @@ async def test_a_token_that_died_while_the_machine_slept_is_renewed(running, man
     assert management.made == 1
 
 
+async def test_a_token_that_is_lost_on_a_full_disk_is_made_again_once_there_is_room(running, management, monkeypatch):
+    monkeypatch.setattr(server_module, "LOST_SECONDS", 0.0)
+    assert await running.token() == "inference-0"
+    await running.describe()
+    management.how = "disk is full"
+    due(running)
+    assert await running.token() == "inference-0"  # a run goes on with it until it is refused
+    with pytest.raises(CredentialsError, match=r"key file in .* can't be read, .*: make room there$"):
+        await running.token(refused="inference-0")
+    with pytest.raises(CredentialsError):
+        await running.describe()
+    management.how = "well"
+    assert await running.token(refused="inference-0") == f"inference-{management.made}"
+    assert (await running.describe())["workers"] == [{"status": "READY"}]
+
+
+async def test_a_lost_token_is_not_asked_for_all_the_time(running, management):
+    await running.token()
+    management.how = "disk is full"
+    due(running)
+    await running.token()
+    for _ in range(10):
+        with pytest.raises(CredentialsError):
+            await running.token(refused="inference-0")
+    assert management.made == 1
+    assert 0 < running.renewal_due_in() <= server_module.LOST_SECONDS
+
+
+async def test_a_disk_that_is_full_for_a_while_at_a_renewal_ends_nothing(running, management, monkeypatch, tmp_path):
+    monkeypatch.setattr(server_foreground, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(server_foreground, "WORKERS_SECONDS", 0.0)
+    monkeypatch.setattr(server_foreground, "HOPELESS_SECONDS", 0.0)
+    monkeypatch.setattr(server_module, "LOST_SECONDS", 0.0)
+    said = []
+    with _secret(tmp_path / "token") as write:
+        await running.describe()
+        watching = asyncio.create_task(_watch(running, write, said.append))
+        await until((tmp_path / "token").exists)
+        management.how = "disk is full"
+        due(running)
+        await until(lambda: management.made > 5 or watching.done())
+        assert not watching.done()
+        assert len(said) == 1
+        management.how = "well"
+        await until(lambda: (tmp_path / "token").read_text() != "inference-0")
+        await until(lambda: said[-1] == "--token-out holds the current token again")
+        watching.cancel()
+        await asyncio.wait([watching])
+
+
 async def test_a_token_file_that_can_not_be_written_for_a_while_ends_nothing(running, monkeypatch, tmp_path):
     monkeypatch.setattr(server_foreground, "WATCH_SECONDS", 0.01)
     folder, moved, said = tmp_path / "secrets", tmp_path / "moved", []
     folder.mkdir()
     with _secret(folder / "token") as write:
-        watching = asyncio.create_task(_watch(running, write, None, said.append))
+        watching = asyncio.create_task(_watch(running, write, said.append))
         await until((folder / "token").exists)
         folder.rename(moved)
         due(running)
@@ -164,8 +224,9 @@ async def test_a_log_that_somebody_deletes_ends_nothing(running, monkeypatch):
     monkeypatch.setattr(server_foreground, "WATCH_SECONDS", 0.001)
     monkeypatch.setattr(server_module, "MOST_LOG_BYTES", 100)
     told = []
+    running._echo = told.append
     with running.log_path.open("a") as server:  # as TorchServe has it
-        watching = asyncio.create_task(_watch(running, unwritten, told.append, told.append))
+        watching = asyncio.create_task(_watch(running, unwritten, told.append))
         await until(lambda: len(told) > 3)
         running.log_path.unlink()
         for number in range(3):
@@ -230,7 +291,7 @@ async def test_the_watch_goes_on_through_a_slow_moment_and_notices_the_end(runni
     monkeypatch.setattr(server_foreground, "WORKERS_SECONDS", 0.01)
     token_file = tmp_path / "token"
     stack = contextlib.ExitStack()
-    watching = asyncio.create_task(_watch(running, stack.enter_context(_secret(token_file)), None, print))
+    watching = asyncio.create_task(_watch(running, stack.enter_context(_secret(token_file)), print))
     management.how = "slow"
     await asyncio.sleep(3 * SLOW)
     assert not watching.done()
@@ -259,12 +320,29 @@ async def test_workers_that_are_ready_are_seldom_looked_at(running, management, 
         if rounds == 200:
             enough.set()
 
-    watching = asyncio.create_task(_watch(running, unwritten, count, print))
+    running._echo = count
+    watching = asyncio.create_task(_watch(running, unwritten, print))
     async with asyncio.timeout(60):
         await enough.wait()
     watching.cancel()
     assert (management.described > 20) == in_each_round
     assert (management.described == 0) != in_each_round
+
+
+async def test_a_worker_that_was_given_up_is_said_once_and_so_is_its_return(running, management, monkeypatch):
+    monkeypatch.setattr(server_foreground, "WATCH_SECONDS", 0.001)
+    monkeypatch.setattr(server_foreground, "WORKERS_SECONDS", 0.0)
+    monkeypatch.setattr(server_foreground, "MISSING_SECONDS", 0.0)
+    running._lanes, management.workers, said = (Lane("echo", 2, 8),), 2, []
+    watching = asyncio.create_task(_watch(running, unwritten, said.append))
+    for workers, line in ((1, "1 of 2 workers are ready: "), (2, "all 2 workers are ready again")):
+        seen = management.described
+        await until(lambda seen=seen: management.described > seen + 3)
+        management.workers = workers
+        await until(lambda line=line: said and said[-1].startswith(line))
+    watching.cancel()
+    await asyncio.wait([watching])
+    assert len(said) == 2
 
 
 async def test_a_server_that_never_answers_is_hopeless_in_the_end(running, management, monkeypatch):
@@ -273,7 +351,7 @@ async def test_a_server_that_never_answers_is_hopeless_in_the_end(running, manag
     monkeypatch.setattr(server_foreground, "HOPELESS_SECONDS", 2 * SLOW)
     management.how = "refuses"
     with pytest.raises(ServingError, match="no worker has been ready for"):
-        await _watch(running, unwritten, None, print)
+        await _watch(running, unwritten, print)
 
 
 async def test_a_token_file_of_somebody_else_stays_when_the_start_fails(tmp_path):

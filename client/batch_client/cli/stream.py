@@ -12,23 +12,27 @@ from typing import TextIO
 
 __all__ = ["PatientStream", "say"]
 
-MOST_WAITING = 2048
+MOST_WAITING = 1 << 20  # characters; a piece that comes before that may go beyond it
 CLOSE_SECONDS = 1.0
 
 
 class PatientStream:
-    """A text stream written by a thread of its own; what does not fit its bounded queue is dropped."""
+    """A text stream written by a thread of its own; pieces that find MOST_WAITING in its queue are dropped."""
 
     def __init__(self, target: TextIO | None = None) -> None:
         self._target = target or sys.stderr
         self._descriptor = _descriptor_of(self._target)
-        self._queue: queue.Queue[str | None] = queue.Queue(MOST_WAITING)
+        self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._waiting = 0
+        self._lock = threading.RLock()  # tqdm writes when it is collected, which may be anywhere in a `write`
         self._thread = threading.Thread(target=self._drain, name="stderr", daemon=True)
         self._thread.start()
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(queue.Full):
-            self._queue.put_nowait(text)
+        with self._lock:
+            if text and self._waiting < MOST_WAITING:
+                self._waiting += len(text)
+                self._queue.put(text)
         return len(text)
 
     def flush(self) -> None:
@@ -47,8 +51,7 @@ class PatientStream:
     def close(self) -> None:
         """Wait a moment for what is still queued."""
         end = time.monotonic() + CLOSE_SECONDS
-        with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=CLOSE_SECONDS)
+        self._queue.put(None)
         self._thread.join(max(0.0, end - time.monotonic()))
 
     def _drain(self) -> None:
@@ -56,6 +59,8 @@ class PatientStream:
             # Nobody listens any more; the run goes on.
             with contextlib.suppress(OSError, ValueError):
                 self._write(text)
+            with self._lock:
+                self._waiting -= len(text)
 
     def _write(self, text: str) -> None:
         if self._descriptor is None:
