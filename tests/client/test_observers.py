@@ -8,7 +8,7 @@ import threading
 from batch_client.cli.observers import LogLines, ProgressBar
 from batch_client.cli.pack import command as pack
 from batch_client.cli.stream import MOST_WAITING, PatientStream
-from batch_client.events import ServerAway, ServerBack, ServerJoined, ServerLeftOut, SourceIsPacked, Stopping
+from batch_client.events import ServerAway, ServerBack, ServerJoined, ServerLeftOut, SourceIsPacked
 
 
 def test_log_lines_that_are_dropped_are_whole_lines():
