@@ -1,4 +1,4 @@
-"""A server in the foreground: until a signal asks it to end, with its token in a file and its log told.
+"""A server in the foreground: until it is cancelled, with its token in a file and its log told.
 
 Rule: what goes wrong beside the server (a reader that left, a full disk) does not end it.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from batch_client.errors import CredentialsError, ServingError, UsageError
 from batch_client.files import replace_file, require_writable
@@ -34,8 +34,8 @@ async def serve_forever(
     token_file: Path | None = None,
     echo: Callable[[str], None] | None = None,
     warn: Callable[[str], None] = print,
-) -> None:
-    """Serves until SIGINT or SIGTERM, then returns.
+) -> NoReturn:
+    """Serves until it is cancelled, and ends the server then.
 
     announce: called once, when every worker is ready. token_file: holds the current token with mode 0600, is replaced
     at each renewal (the old token dies then) and removed at the end. echo: gets the server's log as it grows, from its
@@ -47,35 +47,14 @@ async def serve_forever(
     """
     if token_file is not None:
         require_writable(token_file, "--token-out")
-    loop = asyncio.get_running_loop()
-    this = asyncio.current_task()
-    asked = False
-
-    def ask() -> None:
-        nonlocal asked
-        asked = True
-        if this is not None:
-            this.cancel()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, ask)
-    try:
-        async with EmbeddedServer(settings, echo=echo) as server:
-            with _secret(token_file) as write:
-                write(await server.token())  # before it is said to be there
-                announce(server)
-                await _watch(server, write, warn)
-    except asyncio.CancelledError:
-        if not asked:
-            raise
-        if this is not None:
-            this.uncancel()
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+    async with EmbeddedServer(settings, echo=echo) as server:
+        with _secret(token_file) as write:
+            write(await server.token())  # before it is said to be there
+            announce(server)
+            await _watch(server, write, warn)
 
 
-async def _watch(server: EmbeddedServer, write: Callable[[str | None], None], warn: Callable[[str], None]) -> None:
+async def _watch(server: EmbeddedServer, write: Callable[[str | None], None], warn: Callable[[str], None]) -> NoReturn:
     workers, failing = _Workers(server, warn), False
     while True:
         server.tell_log()

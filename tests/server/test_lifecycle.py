@@ -387,8 +387,8 @@ def health(token_file, port):
 async def test_serve_runs_until_it_is_asked_to_stop(make_archive, family, until, tmp_path, number):
     token_file = tmp_path / "token"
     serve = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", "from batch_client.cli.serve import command; command()",
-        str(make_archive()), "--workers", "1", "--token-out", str(token_file),
+        sys.executable, "-m", "batch_client", "serve", str(make_archive()), "--workers", "1", "--token-out",
+        str(token_file),
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(CLIENT)})
     try:
         announced = [(await serve.stdout.readline()).decode().strip() for _ in range(4)]

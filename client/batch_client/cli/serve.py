@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ __all__ = ["command"]
 def command(archive: str, token_file: Path | None, log_dir: Path | None, **server: Any) -> None:
     """Serve ARCHIVE, a file made by `pack`, until Ctrl-C."""
     # aiohttp is slow to import, and `batch-client serve --help` imports this module.
+    from batch_client.eventloop import run_verb
     from batch_client.server import ServerSettings
     from batch_client.server_foreground import serve_forever
 
@@ -69,7 +71,8 @@ def command(archive: str, token_file: Path | None, log_dir: Path | None, **serve
         stream.write(f"batch-client: {line}\n")
 
     try:
-        asyncio.run(serve_forever(settings, announce, token_file=token_file, echo=None if log_dir else echo,
-                                  warn=warn))
+        with suppress(KeyboardInterrupt, asyncio.CancelledError):
+            run_verb(serve_forever(settings, announce, token_file=token_file, echo=None if log_dir else echo,
+                                   warn=warn))
     finally:
         stream.close()
