@@ -8,12 +8,11 @@ import numpy as np
 
 from batch_client.errors import BrokenPromiseError
 from batch_client.plan import OutputGeometry, Span, Unit
+from batch_handler.oip import STATUS_NOT_FINITE
 
-__all__ = ["STATUS_FAILED", "STATUS_NOT_FINITE", "STATUS_OK", "UnitAssembler"]
+__all__ = ["STATUS_FAILED", "UnitAssembler"]
 
-STATUS_OK = 0
-STATUS_FAILED = 1
-STATUS_NOT_FINITE = 2
+STATUS_FAILED = 1  # which no server says: the client does, and lists the record
 
 _UNPLACED = 255
 

@@ -15,7 +15,7 @@ from batch_client.jsontext import parse_json
 from batch_client.plan import OutputGeometry
 from batch_client.regions import usable_folder
 from batch_client.serving import Servers, ask_for_room, turned_away
-from batch_handler.oip import ModelMetadata, OipError
+from batch_handler.oip import RECORD_STATUS, ModelMetadata, OipError
 
 __all__ = ["ModelContract", "contract_of", "fetch_contract"]
 
@@ -24,11 +24,8 @@ METADATA_SECONDS = 30
 BUSY_SECONDS = 30.0
 # The fingerprint of a server that gives none: any Open Inference Protocol server but ours.
 UNVERIFIED = "unverified"
-# What may name an array of the output, and the array beside them that no model's output may be.
-OUTPUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-STATUS_ARRAY = "record_status"
-# What may name a lane: it becomes a part of a path.
-LANE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# What may name an array of the output, or a lane: either becomes a part of a path.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -107,10 +104,10 @@ def contract_of(url: str, body: bytes) -> ModelContract:
                            f"predict takes several, as JSON: [{{{record}}}]")
     one = metadata.inputs[0]
     for spec in metadata.outputs:
-        if not OUTPUT_NAME.fullmatch(spec.name) or spec.name == STATUS_ARRAY:
+        if not NAME.fullmatch(spec.name) or spec.name == RECORD_STATUS:
             raise ServingError(f"{url}: model {metadata.name} names an output {spec.name[:100]!r}, which can't name an "
                                "array: rename it in the model, with letters, digits, '.', '_' and '-', and not "
-                               f"{STATUS_ARRAY}")
+                               f"{RECORD_STATUS}")
     names = [spec.name for spec in metadata.outputs]
     if len({*names}) < len(names):
         raise ServingError(f"{url}: model {metadata.name} has several outputs of one name ({', '.join(names)[:200]}), "
@@ -138,7 +135,7 @@ def contract_of(url: str, body: bytes) -> ModelContract:
         numerics=dict(numerics) if isinstance(numerics, Mapping) else {},
         ceiling=_positive(parameters.get("ceiling_records_per_s")),
         micro_batch_seconds=None if took is None else took / 1e3,
-        bulk_lane=lane if isinstance(lane, str) and LANE_NAME.fullmatch(lane) else None,
+        bulk_lane=lane if isinstance(lane, str) and NAME.fullmatch(lane) else None,
         # What lies where others can write is believed only with checksums, which our handler alone gives.
         shared_memory=usable_folder(parameters.get("shared_memory")) if fingerprint != UNVERIFIED else None,
     )

@@ -18,7 +18,6 @@ from types import MappingProxyType
 
 import numpy as np
 
-from batch_client.assemble import STATUS_NOT_FINITE, STATUS_OK
 from batch_client.contract import ModelContract
 from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.endpoint import Endpoint, Pool, Room
@@ -35,6 +34,9 @@ from batch_handler.oip import (
     BODY_CHECKSUM,
     CONTENT_TYPE,
     HEADER_LENGTH,
+    RECORD_STATUS,
+    STATUS_NOT_FINITE,
+    STATUS_OK,
     Extent,
     InferReply,
     InferRequest,
@@ -49,7 +51,6 @@ from batch_handler.oip import (
 
 __all__ = ["Exchange", "Prediction"]
 
-RECORD_STATUS = "record_status"
 SERVED = (STATUS_OK, STATUS_NOT_FINITE)  # what a record that was scored may have
 REQUEST_SECONDS = 300.0
 LONGEST_NUMBER = 18  # digits of a length in bytes

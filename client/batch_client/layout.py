@@ -21,6 +21,7 @@ from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
 from batch_client.plan import OutputGeometry, Plan
+from batch_handler.oip import RECORD_STATUS
 
 __all__ = ["FAILED_PREFIX", "GENERATION_KEY", "LEDGER_PREFIX", "MANIFEST_KEY", "MANIFEST_PREFIX", "REMOVING_KEY",
            "SPEC_KEY", "STATUS", "SUCCESS_KEY", "OutputLayout"]
@@ -33,7 +34,7 @@ FAILED_PREFIX = "_run/failed/"
 MANIFEST_KEY = "_run/manifest.json"
 MANIFEST_PREFIX = "_run/manifest/"
 SUCCESS_KEY = "_SUCCESS"
-STATUS = OutputGeometry("record_status", np.dtype(np.uint8), ())
+STATUS = OutputGeometry(RECORD_STATUS, np.dtype(np.uint8), ())
 # What a reader finds of a chunk object that somebody has removed: no status that a record has.
 _STATUS_LOST = 255
 

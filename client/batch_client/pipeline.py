@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 
 from batch_client.agreement import ask_again
-from batch_client.assemble import STATUS_NOT_FINITE, UnitAssembler
+from batch_client.assemble import UnitAssembler
 from batch_client.budget import ByteBudget, Lease
 from batch_client.errors import STOPPED, STOPPED_AT_ONCE, DataError, MismatchError, StoppedError, one_error
 from batch_client.events import (
@@ -52,6 +52,7 @@ from batch_client.storage import Store, child_url
 from batch_client.stream import UnitStream
 from batch_client.summary import RunSummary, Tally
 from batch_client.writer import ChunkWriter
+from batch_handler.oip import STATUS_NOT_FINITE
 
 __all__ = ["execute", "plan_run"]
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from zarr.api import asynchronous as zarr_async
 
-from batch_client.assemble import STATUS_FAILED, STATUS_NOT_FINITE, STATUS_OK
+from batch_client.assemble import STATUS_FAILED
 from batch_client.errors import DataError, MismatchError, one_error
 from batch_client.jsontext import canonical_json
 from batch_client.layout import MANIFEST_KEY, SPEC_KEY, STATUS, SUCCESS_KEY
@@ -21,6 +21,7 @@ from batch_client.manifest import Manifest, RootHash, manifest_rows, read_manife
 from batch_client.storage import Store
 from batch_client.stringset import StringSet
 from batch_client.zarrstore import SourceStore
+from batch_handler.oip import STATUS_NOT_FINITE, STATUS_OK
 
 __all__ = ["Verification", "verify_output"]
 

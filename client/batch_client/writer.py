@@ -12,11 +12,12 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 
-from batch_client.assemble import STATUS_FAILED, STATUS_NOT_FINITE, STATUS_OK, UnitAssembler
+from batch_client.assemble import STATUS_FAILED, UnitAssembler
 from batch_client.errors import BrokenPromiseError
 from batch_client.layout import STATUS, OutputLayout
 from batch_client.ledger import ChunkProof, Row
 from batch_client.storage import Store, child_url
+from batch_handler.oip import STATUS_NOT_FINITE, STATUS_OK
 
 __all__ = ["ChunkWriter", "encode_unit", "proof_of"]
 

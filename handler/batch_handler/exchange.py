@@ -16,7 +16,7 @@ from typing import Any
 
 from batch_handler import content, oip
 from batch_handler.model import Model
-from batch_handler.oip import Array, Extent, InferRequest, ModelMetadata, OipError, Tensor, TensorSpec
+from batch_handler.oip import RECORD_STATUS, Array, Extent, InferRequest, ModelMetadata, OipError, Tensor, TensorSpec
 from batch_handler.scoring import MAX_SECONDS, Failure, Query, Score
 from batch_handler.shared import SharedMemory
 from batch_handler.tensors import Buffer, noting
@@ -24,7 +24,6 @@ from batch_handler.tensors import Buffer, noting
 __all__ = [
     "MAX_BATCH_BYTES",
     "MAX_RECORDS",
-    "RECORD_STATUS",
     "Exchange",
     "Pending",
     "Reply",
@@ -45,7 +44,6 @@ MAX_BATCH_BYTES = 64 << 20
 _LONGEST_ERROR = 2000
 # Of a float32 in JSON, with its comma.
 _NUMBER_BYTES = 20
-RECORD_STATUS = "record_status"
 _JSON = "application/json"
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 _NPY = "application/x-npy"

@@ -44,6 +44,9 @@ __all__ = [
     "CONTENT_TYPE",
     "DATATYPES",
     "HEADER_LENGTH",
+    "RECORD_STATUS",
+    "STATUS_NOT_FINITE",
+    "STATUS_OK",
     "Array",
     "Extent",
     "InferReply",
@@ -67,6 +70,10 @@ CONTENT_TYPE = "application/octet-stream"
 HEADER_LENGTH = "Inference-Header-Content-Length"
 # HTTP header of a reply: the CRC-32C of its whole body, so that no bit of it can change unnoticed.
 BODY_CHECKSUM = "Body-Crc32c"
+# The output beside the model's own, a uint8 a record, and what the server says in it.
+RECORD_STATUS = "record_status"
+STATUS_OK = 0
+STATUS_NOT_FINITE = 2
 
 # The JSON header is padded with spaces to this many bytes, so that the first tensor of a body is aligned.
 _ALIGNMENT = 64

@@ -18,7 +18,7 @@ from typing import TypeAlias
 import numpy as np
 
 from batch_handler.batching import Load, Stack, gather, plan, scatter
-from batch_handler.oip import Array
+from batch_handler.oip import STATUS_NOT_FINITE, Array
 from batch_handler.runtimes import Runtime
 from batch_handler.runtimes.device import CapacityError, LostDeviceError
 from batch_handler.runtimes.slots import Slot
@@ -29,17 +29,12 @@ __all__ = [
     "BUSY",
     "HEARD_SECONDS",
     "MAX_SECONDS",
-    "STATUS_NOT_FINITE",
-    "STATUS_OK",
     "Failure",
     "Query",
     "Score",
     "Scorer",
     "exit_process",
 ]
-
-STATUS_OK = 0
-STATUS_NOT_FINITE = 2
 
 # TorchServe closes a dying worker's output without reading what is left of it: a reason needs time to be read.
 HEARD_SECONDS = 0.5

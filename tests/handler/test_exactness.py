@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from batch_handler.archive import pack
 from batch_handler.draft import OutputDraft
 from batch_handler.model import Model, Tuning
+from batch_handler.oip import STATUS_NOT_FINITE, STATUS_OK
 from batch_handler.runtimes.device import CpuDevice
-from batch_handler.scoring import STATUS_NOT_FINITE, STATUS_OK, Query
+from batch_handler.scoring import Query
 from batch_handler.signature import InputSpec
 
 WIDE = InputSpec("image", np.dtype("f4"), (6, 6), (1, 6, 6))

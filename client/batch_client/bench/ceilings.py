@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import numpy as np
 
-from batch_client.assemble import STATUS_OK, UnitAssembler
+from batch_client.assemble import UnitAssembler
 from batch_client.budget import ByteBudget
 from batch_client.contract import ModelContract, fetch_contract
 from batch_client.dialect import Verdict
@@ -29,6 +29,7 @@ from batch_client.spec import RunSpec
 from batch_client.storage import Store
 from batch_client.stream import UnitStream
 from batch_client.writer import ChunkWriter
+from batch_handler.oip import STATUS_OK
 
 __all__ = ["read_alone", "wire_alone", "write_alone"]
 
