@@ -149,8 +149,8 @@ class Exchange:
         self._nonce = f"{rng.getrandbits(48):012x}"
         self._numbers = itertools.count()
 
-    async def ask(self, span: Span, rows: Pieces, room: Room | None = None) -> Prediction | Verdict:
-        """The prediction for `rows` (n, *source's record shape), or a verdict for which they may be to blame.
+    async def ask(self, span: Span, records: Pieces, room: Room | None = None) -> Prediction | Verdict:
+        """The prediction for `records` (n, *source's record shape), or a verdict for which they may be to blame.
 
         `room` is the way to a server of a caller that takes a request apart; None is the pool's.
 
@@ -163,7 +163,7 @@ class Exchange:
                 with timed(Step.ROOM, self._emit, self._clock):
                     endpoint = await held.enter_async_context((room or self.pool.room)())
                 # Only now: records that wait for room are held once, as they were read.
-                attempt = self._placed(endpoint, span, rows.each(self._contract.on_the_wire), held)
+                attempt = self._placed(endpoint, span, records.each(self._contract.on_the_wire), held)
                 attempt.probe = room is not None
                 sent_at, lane = self._clock(), endpoint.lane
                 verdict, prediction = await self._attempt(endpoint, attempt, span, tries)
@@ -199,14 +199,14 @@ class Exchange:
         idle = self._clock() - max(self._last_success, since)
         return idle if idle > self._patience else None
 
-    def _placed(self, endpoint: Endpoint, span: Span, rows: Pieces, held: AsyncExitStack) -> _Attempt:
+    def _placed(self, endpoint: Endpoint, span: Span, records: Pieces, held: AsyncExitStack) -> _Attempt:
         """A request. Its records, and room for outputs, are in the server's shared memory while `held` lasts, or its
         records are in its body.
         """
         ident = f"{self._nonce}-{next(self._numbers)}"
         if endpoint.shared_memory is not None:
-            extents, end = self._extents(ident, rows) if endpoint.shared_outputs else ({}, 0)
-            message = self._encode(ident, span, rows, ident, extents)
+            extents, end = self._extents(ident, records) if endpoint.shared_outputs else ({}, 0)
+            message = self._encode(ident, span, records, ident, extents)
             try:
                 region = held.enter_context(self._regions.region(endpoint.shared_memory, ident, message.shared, end))
             except OSError:  # full, or gone with its server
@@ -218,13 +218,13 @@ class Exchange:
                 if extents:
                     held.enter_context(_counted(endpoint))
                 return _Attempt(message, ident, frozenset(extents.values()), region)
-        return _Attempt(self._encode(ident, span, rows), ident)
+        return _Attempt(self._encode(ident, span, records), ident)
 
-    def _extents(self, ident: str, rows: Pieces) -> tuple[dict[str, Extent], int]:
+    def _extents(self, ident: str, records: Pieces) -> tuple[dict[str, Extent], int]:
         """Where the larger outputs go: behind the records in region `ident`; and where that ends."""
-        extents, end = {}, rows.nbytes
+        extents, end = {}, records.nbytes
         for output in self._contract.outputs:
-            size = len(rows) * output.record_bytes
+            size = len(records) * output.record_bytes
             if size >= SHARED_OUTPUT_BYTES:
                 extents[output.name], end = Extent(ident, end, size), end + size
         return extents, end
@@ -235,7 +235,7 @@ class Exchange:
             self._regions.give_up(endpoint.shared_memory)
             endpoint.shared_memory = None
 
-    def _encode(self, ident: str, span: Span, rows: Pieces, in_region: str | None = None,
+    def _encode(self, ident: str, span: Span, records: Pieces, in_region: str | None = None,
                 extents: Mapping[str, Extent] = MappingProxyType({})) -> Message:
         parameters: dict[str, object] = {"binary_data_output": True}
         outputs: tuple[RequestedOutput, ...] = ()
@@ -245,7 +245,7 @@ class Exchange:
             # Who names one output gets no other; and only a bulk reply has a status without being asked.
             names = (*self._contract.output_names, RECORD_STATUS)
             outputs = tuple(RequestedOutput(name, extent=extents.get(name)) for name in names)
-        inputs = (Tensor(self._contract.input_name, rows.arrays[0], rows.arrays[1:]),)
+        inputs = (Tensor(self._contract.input_name, records.arrays[0], records.arrays[1:]),)
         request = InferRequest(id=ident, inputs=inputs, outputs=outputs, parameters=parameters)
         return encode_request(request, region=in_region)
 

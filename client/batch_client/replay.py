@@ -58,22 +58,22 @@ async def replay(spec: RunSpec, services: Services, count: int, observers: tuple
     scorer = Scorer(exchange, prepared.plan.micro_batch, emit)
     chosen = set(services.rng.sample(range(prepared.plan.unit_count), min(count, prepared.plan.unit_count)))
     published = {row.unit: row async for row in manifest_rows(services.output_store, manifest) if row.unit in chosen}
-    records = 0
+    done = 0
     for index in sorted(chosen):
         unit = prepared.plan.unit(index)
         assembler = UnitAssembler(unit, prepared.plan.outputs)
         # A chunk that is missing now and was not then has another ETag than its row.
         stream = UnitStream(prepared.source, prepared.plan, unit, ByteBudget(spec.max_bytes_in_flight),
                             allow_missing=True)
-        async for span, rows, lease in stream.spans():
-            scored = await scorer.score(span, rows)
+        async for span, records, lease in stream.spans():
+            scored = await scorer.score(span, records)
             assembler.place(span, scored.outputs, scored.status)
             lease.release()
         _same_source(published[index], stream.etags, prepared.source.url)
         found = [await proof_of(key, data) async for key, data in encode_unit(layout, assembler)]
         await _compare(published[index], found, services.output_store)
-        records += unit.count
-    return Replay(tuple(sorted(chosen)), records)
+        done += unit.count
+    return Replay(tuple(sorted(chosen)), done)
 
 
 def _same_source(wanted: Row, found: Mapping[str, str | None], where: str) -> None:

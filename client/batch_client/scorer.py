@@ -49,7 +49,7 @@ class _Case:
     """A suspect request while it is taken apart."""
 
     span: Span
-    rows: np.ndarray
+    records: np.ndarray
     room: Room
     alone: bool
     outputs: dict[str, np.ndarray] = field(default_factory=dict)
@@ -94,28 +94,28 @@ class Scorer:
         self._most_records = sys.maxsize  # of a request, as far as a server has said
         self._open: list[_Case] = []
 
-    async def score(self, span: Span, rows: Pieces) -> Scored:
-        """Predictions for `rows` (n, *record shape of the source), whose places begin at `span.first_row`.
+    async def score(self, span: Span, records: Pieces) -> Scored:
+        """Predictions for `records` (n, *record shape of the source), whose places begin at `span.first_row`.
 
         Raises DataError when the server fails on zeros too or takes no request of this size, HopelessError when more
         records failed than `most_failed`, and what `Exchange.ask` raises.
         """
         failed = 0
         if span.count > max(self._most_records, self._micro_batch):
-            return await self._split(span, rows, Verdict(Outcome.TOO_LARGE))
+            return await self._split(span, records, Verdict(Outcome.TOO_LARGE))
         while True:
-            answer = await self._exchange.ask(span, rows)
+            answer = await self._exchange.ask(span, records)
             if isinstance(answer, Prediction):
                 return Scored(answer.outputs, answer.status)
             failed += 1
             if answer.outcome is Outcome.TOO_LARGE:
                 self._most_records = min(self._most_records, span.count - 1)
-                return await self._split(span, rows, answer)
+                return await self._split(span, records, answer)
             if answer.outcome not in (Outcome.FAILED, Outcome.RAISED) or failed >= SUSPECT_AFTER:
-                return await self._isolate(span, rows, answer)
+                return await self._isolate(span, records, answer)
             await self._exchange.pause(failed)
 
-    async def _split(self, span: Span, rows: Pieces, verdict: Verdict) -> Scored:
+    async def _split(self, span: Span, records: Pieces, verdict: Verdict) -> Scored:
         """Two requests for one that is too large for the server, cut between micro-batches."""
         micro_batches = -(-(span.first_row % self._micro_batch + span.count) // self._micro_batch)
         if micro_batches < 2:
@@ -124,30 +124,30 @@ class Scorer:
         count = micro_batches // 2 * self._micro_batch - span.first_row % self._micro_batch
         first = Span(span.start, span.start + count, span.first_row)
         second = Span(span.start + count, span.stop, span.first_row + count)
-        parts = [await self.score(first, rows[:count]), await self.score(second, rows[count:])]
+        parts = [await self.score(first, records[:count]), await self.score(second, records[count:])]
         return Scored(
             {name: np.concatenate([part.outputs[name] for part in parts]) for name in parts[0].outputs},
             np.concatenate([part.status for part in parts]),
             parts[0].failures + parts[1].failures)
 
-    async def _isolate(self, span: Span, records: Pieces, verdict: Verdict) -> Scored:
-        rows = records.joined()
+    async def _isolate(self, span: Span, pieces: Pieces, verdict: Verdict) -> Scored:
+        records = pieces.joined()
         try:
-            case = await self._take_apart(span, rows, verdict)
+            case = await self._take_apart(span, records, verdict)
         except _CompanyError as error:
             self._failed -= error.failed
-            case = await self._take_apart(span, rows, error.verdict)
+            case = await self._take_apart(span, records, error.verdict)
         self._tell(case)
         return Scored(case.outputs, case.status, tuple(case.failures))
 
-    async def _take_apart(self, span: Span, rows: np.ndarray, verdict: Verdict) -> _Case:
+    async def _take_apart(self, span: Span, records: np.ndarray, verdict: Verdict) -> _Case:
         """The handler's own word is about one request. Where a worker died or hung, all that were aboard failed with
         it: so nothing else may be aboard.
         """
         if verdict.outcome in _OF_ONE_REQUEST:
-            return await self._case(_Case(span, rows, self._exchange.pool.room, alone=False), verdict)
+            return await self._case(_Case(span, records, self._exchange.pool.room, alone=False), verdict)
         async with self._exchange.pool.alone() as room:
-            return await self._case(_Case(span, rows, room, alone=True), verdict)
+            return await self._case(_Case(span, records, room, alone=True), verdict)
 
     async def _case(self, case: _Case, verdict: Verdict) -> _Case:
         self._open.append(case)
@@ -162,18 +162,18 @@ class Scorer:
         """A request of zeros in the shape of the suspect must succeed, or nothing can be said about its records."""
         tries, began = 0, self._exchange.now()
         while True:
-            answer = await self._exchange.ask(case.span, Pieces([np.zeros_like(case.rows)]), case.room)
+            answer = await self._exchange.ask(case.span, Pieces([np.zeros_like(case.records)]), case.room)
             if isinstance(answer, Prediction):
                 if not case.outputs:
                     case.outputs = {name: np.zeros_like(array) for name, array in answer.outputs.items()}
                 return
             tries += 1
-            records = f"records {case.span.start} to {case.span.stop - 1}"
+            which = f"records {case.span.start} to {case.span.stop - 1}"
             if answer.outcome is Outcome.REFUSED or (answer.outcome is Outcome.RAISED and tries >= FAILURES_ALONE):
-                raise DataError(f"{records}: {answer.outcome.value}, and on zeros in their place too "
+                raise DataError(f"{which}: {answer.outcome.value}, and on zeros in their place too "
                                 f"({answer.reason}): nothing can be scored")
             if self._exchange.out_of_patience(began) is not None:
-                raise StoppedError(f"{records}: the server fails on zeros in their place too ({answer.reason}) and "
+                raise StoppedError(f"{which}: the server fails on zeros in their place too ({answer.reason}) and "
                                    "has answered nothing within --patience; the same command goes on from here")
             await self._exchange.pause(tries)
 
@@ -222,9 +222,9 @@ class Scorer:
 
         Raises _CompanyError when it failed for a reason that may be another request's.
         """
-        rows = np.zeros_like(case.rows)
-        rows[low:high] = case.rows[low:high]
-        answer = await self._exchange.ask(case.span, Pieces([rows]), case.room)
+        records = np.zeros_like(case.records)
+        records[low:high] = case.records[low:high]
+        answer = await self._exchange.ask(case.span, Pieces([records]), case.room)
         if isinstance(answer, Prediction):
             for name, array in case.outputs.items():
                 array[low:high] = answer.outputs[name][low:high]

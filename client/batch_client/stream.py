@@ -45,12 +45,12 @@ class UnitStream:
                 lease = await self.budget.take((stop - start) * self.plan.source.record_bytes, self.rank)
             try:
                 with self.timed(Step.READ):
-                    rows = await self.source.read(start, stop, allow_missing=self.allow_missing)
-                self._pin(rows.etags)
-                self.nbytes += rows.nbytes
+                    block = await self.source.read(start, stop, allow_missing=self.allow_missing)
+                self._pin(block.etags)
+                self.nbytes += block.nbytes
                 first = start - (0 if carried is None else len(carried))
                 for span in self.plan.requests(first, stop):
-                    records = rows.records[max(span.start - start, 0):span.stop - start]
+                    records = block.records[max(span.start - start, 0):span.stop - start]
                     if carried is not None:
                         records, carried = carried + records, None
                     if self._goes_on(span, stop):
@@ -59,7 +59,7 @@ class UnitStream:
                     else:
                         yield span, records, lease.hold()
                 # While the next block waits for the budget, this one's requests alone have its bytes.
-                del rows, records
+                del block, records
             finally:
                 lease.release()
 

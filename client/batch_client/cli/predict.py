@@ -18,7 +18,7 @@ from batch_client.errors import BatchClientError, DataError, ServingError, Usage
 from batch_client.jsontext import parse_json
 
 if TYPE_CHECKING:
-    from batch_client.reader import Rows, Source
+    from batch_client.reader import Block, Source
     from batch_client.serving import Servers
     from batch_client.spec import Records, ServerSpec
 
@@ -67,9 +67,9 @@ async def _predict(query: str, records: Records | None, array: str | None, spec:
         prepared = _read_query(query)
         async with open_servers(spec) as servers:
             return await _send(servers, prepared)
-    source, rows = await _read_records(query, records, array, anonymous=spec.anonymous)
+    source, block = await _read_records(query, records, array, anonymous=spec.anonymous)
     async with open_servers(spec) as servers:
-        return await _send(servers, await _as_query(servers, source, rows))
+        return await _send(servers, await _as_query(servers, source, block))
 
 
 def _read_query(query: str) -> _Query:
@@ -111,7 +111,7 @@ def _sniff(name: str, body: bytes) -> str:
     raise UsageError(f"{name}: begins with {body[:8]!r}; wanted {KINDS}")
 
 
-async def _read_records(url: str, records: Records, array: str | None, *, anonymous: bool) -> tuple[Source, Rows]:
+async def _read_records(url: str, records: Records, array: str | None, *, anonymous: bool) -> tuple[Source, Block]:
     from batch_client.reader import open_source
     from batch_client.storage import open_store
 
@@ -124,7 +124,7 @@ async def _read_records(url: str, records: Records, array: str | None, *, anonym
     return source, await source.read(start, stop)
 
 
-async def _as_query(servers: Servers, source: Source, rows: Rows) -> _Query:
+async def _as_query(servers: Servers, source: Source, block: Block) -> _Query:
     """Records as an .npy of the dtype and shape that the model takes, as `run` would send them.
 
     Raises DataError where `run` would refuse them.
@@ -137,7 +137,7 @@ async def _as_query(servers: Servers, source: Source, rows: Rows) -> _Query:
     contract = await fetch_contract(servers, servers.urls[0])
     geometry_for(source, contract)
     file = io.BytesIO()
-    np.save(file, contract.on_the_wire(rows.records.joined()), allow_pickle=False)
+    np.save(file, contract.on_the_wire(block.records.joined()), allow_pickle=False)
     return _Query(NPY, file.getvalue())
 
 
