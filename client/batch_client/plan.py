@@ -40,11 +40,12 @@ ALONE_COMPUTE_SECONDS = 0.5
 # The last requests of a run are a quarter as long, so that a few workers end at nearly the same time.
 TAIL_REQUESTS = 8
 TAIL_SHARE = 4
-# Output chunks of a short run are at most a 32nd of it, or 8 MiB in and 8,192 records: a write after the last
-# prediction, and what a kill loses, stay small.
+# Output chunks of a short run are at most a 32nd of it, or 8 MiB in, 8,192 records and an eighth of it: a write after the
+# last prediction, and what a kill loses, stay small, however slow the model is.
 LEAST_CHUNKS = 32
-LEAST_CHUNK_BYTES_IN = 8 * MIB
-LEAST_CHUNK_RECORDS = 8192
+SHORT_CHUNK_BYTES_IN = 8 * MIB
+SHORT_CHUNK_RECORDS = 8192
+LEAST_SHORT_CHUNKS = 8
 # Assembled chunks held at a time, beside the byte budget of the records.
 OUTPUT_BYTES = 64 * MIB
 # Every source object of a chunk is named in its ledger row; and a chunk is assembled and encoded in memory.
@@ -376,14 +377,14 @@ def _request(spec: RunSpec, micro_batch: int, wire_bytes: int, reply_bytes: int,
 
 def _default_chunk(source: Geometry, outputs: tuple[OutputGeometry, ...], micro_batch: int) -> int:
     """Records of an output chunk: whole input chunks of at most 8 MiB out, 64 MiB in and 32,768 records in all, and of
-    no more than a 32nd of the source or, if that is more, 8 MiB in and 8,192 records; at least one. Of the numbers over
-    half of what that allows the one that fills its last micro-batch best, to a thousandth; where none does to a
-    hundredth, the next larger one that does, or else the best of all.
+    no more than a 32nd of the source or, if that is more, 8 MiB in, 8,192 records and an eighth of it; at least one. Of
+    the numbers over half of what that allows the one that fills its last micro-batch best, to a thousandth; where none
+    does to a hundredth, the next larger one that does, or else the best of all.
     """
     record_bytes, bytes_out = max(source.record_bytes, 1), max(1, sum(output.record_bytes for output in outputs))
     most = min(MAX_CHUNK_RECORDS, MAX_CHUNK_BYTES_OUT // bytes_out, MAX_CHUNK_BYTES_IN // record_bytes,
                MOST_SOURCE_OBJECTS // source.chunk_objects * source.chunk_records)
-    short = min(LEAST_CHUNK_RECORDS, LEAST_CHUNK_BYTES_IN // record_bytes)
+    short = min(SHORT_CHUNK_RECORDS, SHORT_CHUNK_BYTES_IN // record_bytes, source.count // LEAST_SHORT_CHUNKS)
     wanted = min(most, max(source.count // LEAST_CHUNKS, short))
 
     def empty_places(chunks: int) -> float:

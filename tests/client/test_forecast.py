@@ -130,17 +130,17 @@ def test_a_calibration_has_the_chunks_of_what_is_there():
 
     async def both():
         stop = asyncio.Event()
-        asyncio.get_running_loop().call_later(20, stop.set)
+        asyncio.get_running_loop().call_later(8, stop.set)
         with pytest.raises(StoppedError):
-            await execute(world.spec(), services, (), stop)
+            await execute(world.spec(chunk_records=2 * CHUNK), services, (), stop)
         return await calibrate(world.spec(chunk_records=None), services)
 
-    assert run_virtually(both()).plan.grid_records == CHUNK
+    assert run_virtually(both()).plan.grid_records == 2 * CHUNK
 
     # Where nothing is there, it is the rule's.
     fresh = replace(services, output_store=MemoryStore("memory://fresh"))
     found = run_virtually(calibrate(world.spec(chunk_records=None), fresh))
-    assert found.plan.grid_records != CHUNK
+    assert found.plan.grid_records != 2 * CHUNK
 
 
 def test_a_calibration_that_got_no_answer_says_why():

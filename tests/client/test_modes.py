@@ -97,14 +97,15 @@ def test_overwrite_replaces_an_output_of_ours_and_nothing_else(root):
     run_virtually(run())
 
 
-def test_an_unfinished_run_goes_on_with_its_own_chunks_even_where_it_may_be_overwritten(root):
-    world = World(1, server=SimulatedServer(seconds=5))
+def test_an_unfinished_run_goes_on_with_its_own_chunks_even_where_it_may_be_overwritten():
+    world, whole = World(1, server=SimulatedServer(seconds=5)), World(1)
+    root = run_virtually(whole.live(calm(), chunk_records=2 * CHUNK)).root
 
     async def run():
         stop = asyncio.Event()
-        asyncio.get_running_loop().call_later(20, stop.set)
+        asyncio.get_running_loop().call_later(8, stop.set)
         with pytest.raises(StoppedError):
-            await execute(world.spec(), world.services(calm(), Life()), (), stop)
+            await execute(world.spec(chunk_records=2 * CHUNK), world.services(calm(), Life()), (), stop)
         summary = await world.live(calm(), overwrite=True, chunk_records=None)
         assert 0 < summary.scored < len(world.records)
         assert summary.root == root

@@ -195,10 +195,10 @@ async def test_requests_are_cut_by_what_the_server_says_a_micro_batch_takes_and_
             return replace(described, parameters={**described.parameters, "micro_batch_ms": 50.0})
 
     records = records_of(400)
-    usual, _ = await score(records)
-    slow, _ = await score(records, server=Slow())
-    # Two micro-batches fit 0.1 s; in a run of one chunk all requests are among the last, and have one each.
-    assert (usual.requests, slow.requests) == (1, 400 // 4)
+    usual, _ = await score(records, chunk_records=400)
+    slow, _ = await score(records, server=Slow(), chunk_records=400)
+    # Two micro-batches fit 0.1 s; in a run of one chunk all requests are among the last: of a quarter, one micro-batch.
+    assert (usual.requests, slow.requests) == (4, 400 // 4)
     assert slow.root == usual.root
 
 

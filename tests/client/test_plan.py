@@ -71,6 +71,7 @@ def test_an_output_chunk_is_whole_input_chunks_within_the_three_bounds():
     assert plan_of(count=2_000_000, chunk=64).grid_records == 32_768
     assert plan_of(count=200_000, chunk=64).grid_records == 8192
     assert plan_of(count=100_000, record=(16,), chunk=64).grid_records == 8192
+    assert plan_of(count=2000, chunk=64).grid_records == 192
     large = plan_of(count=200_000, record=(224, 224, 3), chunk=16, micro_batch=16)
     assert large.grid_records == 64 * MIB // (224 * 224 * 3) // 16 * 16
     wide = OutputGeometry("map", np.dtype(np.float32), (512, 512))
@@ -88,6 +89,8 @@ def test_an_output_chunk_leaves_few_places_of_its_last_micro_batch_empty(chunk, 
 
 @pytest.mark.parametrize(("count", "micro_batch", "grid"), [
     (2_000, 8, 200),  # 8 MiB, more than a 32nd
+    (800, 4, 100),  # an eighth of it
+    (100, 4, 100),  # an input chunk
     (20_000, 8, 600),  # a 32nd
     (200_000, 8, 1600),  # 64 MiB
     (2_000, 4096, 1700),  # of all that 64 MiB allow none fills it

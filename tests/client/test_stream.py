@@ -80,7 +80,8 @@ async def test_requests_under_way_have_no_more_bytes_than_the_budget():
 
 
 async def test_while_a_block_waits_for_the_budget_the_one_before_is_its_requests_alone():
-    plan = plan_of(count=20, chunk=10, record=(3,), micro_batch=5, request_records=5, max_bytes_in_flight=30)
+    plan = plan_of(count=20, chunk=10, record=(3,), micro_batch=5, request_records=5, chunk_records=20,
+                   max_bytes_in_flight=30)
     budget = ByteBudget(plan.max_bytes_in_flight)
     stream = await stream_of(plan, plan.unit(0), budget)
     spans = stream.spans()
