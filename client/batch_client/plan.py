@@ -40,8 +40,8 @@ ALONE_COMPUTE_SECONDS = 0.5
 # The last requests of a run are a quarter as long, so that a few workers end at nearly the same time.
 TAIL_REQUESTS = 8
 TAIL_SHARE = 4
-# Output chunks of a short run are at most a 32nd of it, or 8 MiB in, 8,192 records and an eighth of it: a write after the
-# last prediction, and what a kill loses, stay small, however slow the model is.
+# Output chunks of a short run are at most a 32nd of it, or 8 MiB in, 8,192 records and an eighth of it: a write after
+# the last prediction, and what a kill loses, stay small, however slow the model is.
 LEAST_CHUNKS = 32
 SHORT_CHUNK_BYTES_IN = 8 * MIB
 SHORT_CHUNK_RECORDS = 8192
@@ -164,6 +164,11 @@ class Plan:
     @property
     def unit_count(self) -> int:
         return -(-self.count // self.chunk_records)
+
+    @property
+    def filled_places(self) -> float:
+        """The part of the model's work that is for records: a chunk's last micro-batch may have empty places."""
+        return self.grid_records / (-(-self.grid_records // self.micro_batch) * self.micro_batch)
 
     @property
     def unit_bytes_out(self) -> int:

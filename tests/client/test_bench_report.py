@@ -6,16 +6,23 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib import import_module
 
+import numpy as np
 import pytest
+import zarr
 
+from batch_client.bench import session as session_module
 from batch_client.bench.search import Way
 from batch_client.bench.session import BenchReport, BenchSpec, _Session
 from batch_client.bench.tuner import Found, Measured
 from batch_client.bench.verdict import Ceilings, Whole, can_be_lowered
+from batch_client.bench.workers import Workers
 from batch_client.bottleneck import Limit
 from batch_client.errors import ServingError
+from batch_client.reader import open_source
+from batch_client.storage import open_store
 from batch_client.tuning import Tuning, tuning_path
 from batch_handler import runtimes as handler_runtimes
+from support.simulated import SimulatedServer
 
 START = Way("eager", 128, 2, 1, "glibc-held")
 TUNING = Tuning(device="here", model_digest="sha256:1", runtime="eager", micro_batch=128, workers=2, threads=1,
@@ -126,6 +133,41 @@ def test_a_better_tuning_file_is_kept_and_both_figures_are_said(archive, tmp_pat
     assert session._saved(replace(TUNING, precision="bfloat16", records_per_s=8_000.0)) == (path, None, None)
     path.unlink()
     assert session._saved(replace(TUNING, records_per_s=9_000.0)) == (path, None, None)
+
+
+async def test_with_an_input_a_micro_batch_counts_by_what_its_chunks_put_into_it(archive, tmp_path, monkeypatch):
+    """Of these pictures an output chunk has 400: four micro-batches of 100, or three of 128 and 16 in a fourth."""
+    noted = {}
+
+    @asynccontextmanager
+    async def note(_, environ, *, records_of, filled, **__):
+        noted[int(environ["BATCH_HANDLER_MICRO_BATCH"])] = filled
+        yield Workers([], records_of(None), filled)
+
+    monkeypatch.setattr(session_module, "workers_of", note)
+    zarr.create_array(tmp_path / "in.zarr", shape=(100_000, 224, 224, 3), chunks=(100, 224, 224, 3), dtype=np.uint8)
+    source = await open_source(open_store(str(tmp_path / "in.zarr")), None)
+    server = SimulatedServer((224, 224, 3), micro_batch=128)
+    for given in (source, None):
+        session = _Session(BenchSpec(archive=str(archive), input="in"), given, archive, tmp_path, print, {})
+        session._model = {"metadata": server.metadata().to_json(), "micro_batch": 128, "digest": "",
+                          "record_bytes": 224 * 224 * 3, "versions": {}}
+        session._require_fitting(session._run_spec())
+        for micro_batch in (100, 128):
+            async with session._opened(replace(START, micro_batch=micro_batch), 1.0):
+                pass
+        assert noted == ({100: 1.0, 128: 400 / 512} if given else {100: 1.0, 128: 1.0})
+
+
+async def test_the_empty_places_of_micro_batches_are_no_records():
+    class Steady:
+        def tell(self, line):
+            pass
+
+        async def answer(self, seconds):
+            return {"records": 1000, "seconds": 2.0}
+
+    assert await Workers([Steady(), Steady()], 128, 0.75).window(1.0) == 750
 
 
 async def test_a_way_that_fails_says_so_of_the_archive_and_not_of_the_copy_that_is_measured(archive, tmp_path):

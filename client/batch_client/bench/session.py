@@ -29,7 +29,7 @@ from batch_client.bench.verdict import Ceilings, Whole, can_be_lowered
 from batch_client.bench.workers import ask_handler, workers_of
 from batch_client.bottleneck import Limit
 from batch_client.budget import ByteBudget
-from batch_client.contract import contract_of
+from batch_client.contract import ModelContract, contract_of
 from batch_client.errors import BatchClientError, StorageError, UsageError
 from batch_client.figures import number, significant
 from batch_client.folders import temporary_folder
@@ -186,7 +186,7 @@ class _Session:
         self._gpus = 0
         self._device = ""
         self._model: dict[str, Any] = {}
-        self._plan: Plan | None = None
+        self._contract: ModelContract | None = None
         self._reply_bytes = 1
         self._request_records: dict[Way, int] = {}
 
@@ -226,18 +226,24 @@ class _Session:
 
     def _require_fitting(self, run: RunSpec) -> None:
         """Raises what `run` would be refused with: for its model, and for its source where there is one."""
-        contract = contract_of(self._spec.archive, json.dumps(self._model["metadata"]).encode())
-        self._reply_bytes = reply_bytes_of(contract.outputs)
-        if self._source is not None:
-            self._plan = make_plan(run, geometry_for(self._source, contract), contract.input_dtype, contract.outputs,
-                                   contract.micro_batch)
+        self._contract = contract_of(self._spec.archive, json.dumps(self._model["metadata"]).encode())
+        self._reply_bytes = reply_bytes_of(self._contract.outputs)
+        self._plan_of(run, self._contract.micro_batch)
+
+    def _plan_of(self, run: RunSpec, micro_batch: int) -> Plan | None:
+        """What a run over the source would choose with such micro-batches; None where there is no source."""
+        if self._source is None or self._contract is None:
+            return None
+        contract = self._contract
+        return make_plan(run, geometry_for(self._source, contract), contract.input_dtype, contract.outputs, micro_batch)
 
     async def _require_storage(self, run: RunSpec) -> None:
         """Raises what reading the first records and writing an object raise: not after minutes of measuring."""
-        if self._source is None or self._plan is None:
+        plan = self._plan_of(run, self._model["micro_batch"])
+        if self._source is None or plan is None:
             return
         budget = ByteBudget(run.max_bytes_in_flight)
-        stream = UnitStream(self._source, self._plan, self._plan.unit(0), budget, run.allow_missing)
+        stream = UnitStream(self._source, plan, plan.unit(0), budget, run.allow_missing)
         async for _, _, lease in stream.spans():
             lease.release()
         async with self._scratch("try") as output:
@@ -274,7 +280,8 @@ class _Session:
 
     @asynccontextmanager
     async def _opened(self, way: Way, seconds: float) -> AsyncIterator[Trial]:
-        grid_records = MAX_CHUNK_RECORDS if self._plan is None else self._plan.grid_records
+        plan = self._plan_of(self._run_spec(), way.micro_batch)
+        grid_records = MAX_CHUNK_RECORDS if plan is None else plan.grid_records
 
         def records_of(took: float | None) -> int:
             return default_request(max(1, self._model["record_bytes"]), self._reply_bytes, way.micro_batch,
@@ -286,7 +293,8 @@ class _Session:
         environ = environment(self._environ, kept_back, self._folder, settings, way.threads, (), None)
         environ |= tuning.environment() | gpu_variables(self._environ)
         async with workers_of(self._folder / "model", environ, count=way.workers, records_of=records_of,
-                              gpus=self._gpus, seconds=seconds) as workers:
+                              gpus=self._gpus, seconds=seconds,
+                              filled=1.0 if plan is None else plan.filled_places) as workers:
             self._request_records[way] = workers.records
             yield workers
 

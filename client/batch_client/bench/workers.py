@@ -28,30 +28,34 @@ END_SECONDS = 5.0
 
 
 class Workers:
-    """Processes that are ready to score requests of `records` records for as long as they are asked to."""
+    """Processes that are ready to score requests of `records` records for as long as they are asked to; `filled` is the
+    part of a run's micro-batches that has records.
+    """
 
-    def __init__(self, processes: Sequence[_Process], records: int) -> None:
+    def __init__(self, processes: Sequence[_Process], records: int, filled: float) -> None:
         self._processes = processes
         self.records = records
+        self._filled = filled
 
     async def window(self, seconds: float) -> float:
-        """Records/s of all processes together while each scores for `seconds`, and at least one request.
+        """Records/s of a run by all processes together, while each scores for `seconds`, and at least one request.
 
         Raises ServingError when one fails.
         """
         for process in self._processes:
             process.tell(f"{seconds}\n")
         answers = [await process.answer(seconds + ANSWER_SECONDS) for process in self._processes]
-        return sum(float(answer["records"]) / float(answer["seconds"]) for answer in answers)
+        return self._filled * sum(float(answer["records"]) / float(answer["seconds"]) for answer in answers)
 
 
 @asynccontextmanager
 async def workers_of(
     directory: Path, environ: Mapping[str, str], *, count: int, records_of: Callable[[float | None], int], gpus: int,
-    seconds: float,
+    seconds: float, filled: float = 1.0,
 ) -> AsyncIterator[Workers]:
     """`count` processes that have loaded the model in `directory`. `records_of` says how many records a request has,
     given the seconds that a micro-batch takes, None if unknown: the least of all processes, which load side by side.
+    `filled`: the part of a run's micro-batches that has records.
 
     Raises ServingError when one has not within `seconds`, with the handler's reason.
     """
@@ -71,7 +75,7 @@ async def workers_of(
                     await process.answer(seconds)
         except TimeoutError:
             raise ServingError(f"not loaded within {seconds:.0f} s") from None
-        yield Workers(processes, records)
+        yield Workers(processes, records, filled)
 
 
 async def ask_handler(words: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
