@@ -365,9 +365,10 @@ def _request(spec: RunSpec, micro_batch: int, wire_bytes: int, reply_bytes: int,
     wire_bytes, reply_bytes: of one record.
     """
     if micro_batch * reply_bytes > MAX_REPLY_BYTES:
+        fitting = MAX_REPLY_BYTES // reply_bytes
+        todo = f"pack the model with a --micro-batch of at most {fitting}" if fitting else "one record has too many"
         raise DataError(f"the outputs of one micro-batch of {micro_batch} are {micro_batch * reply_bytes:,} bytes, a "
-                        f"reply has at most {MAX_REPLY_BYTES:,}: pack the model with a --micro-batch of at most "
-                        f"{max(1, MAX_REPLY_BYTES // reply_bytes)}")
+                        f"reply has at most {MAX_REPLY_BYTES:,}: {todo}")
     request = spec.request_records or usual
     if request % micro_batch:
         raise UsageError(f"--request-records {request}: wanted a multiple of the server's micro-batch, {micro_batch}")

@@ -215,6 +215,16 @@ def test_sizes_that_can_not_be_met_are_refused_with_both_numbers(options, wanted
     assert wanted in str(refused.value)
 
 
+@pytest.mark.parametrize(("size", "micro_batch", "wanted"), [
+    (100 * MIB, 1, "1 are 104,857,601 bytes, a reply has at most 62,914,560: one record has too many"),
+    (10 * MIB, 10, "--micro-batch of at most 5"),
+])
+def test_a_micro_batch_that_no_reply_has_room_for_is_refused(size, micro_batch, wanted):
+    with pytest.raises(DataError) as refused:
+        plan_of(output=OutputGeometry("y", np.dtype(np.uint8), (size,)), micro_batch=micro_batch, chunk=1)
+    assert wanted in str(refused.value)
+
+
 def test_the_bounds_are_of_the_output_chunk_that_is_made():
     wide = OutputGeometry("y", np.dtype(np.float32), (1 << 20,))
     assert plan_of(10**6, 500_000, record=(1,), output=wide, records=Records(0, 15), micro_batch=1).chunk_records == 15
