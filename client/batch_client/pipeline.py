@@ -76,6 +76,7 @@ async def plan_run(spec: RunSpec, services: Services, observers: tuple[Observer,
     _, manifest = await _found(spec, services.output_store, prepared)
     if manifest is None:
         await _reusable(spec, services, prepared)
+        await OutputLayout.open(prepared.plan, spec.codec)
     return prepared.plan
 
 
