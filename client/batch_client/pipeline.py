@@ -327,10 +327,13 @@ class _Run:
         return True
 
     def _order(self) -> Iterator[Unit]:
-        """Units of this run's part. A client that joins others begins somewhere else, so that they meet late."""
+        """Units of this run's part that are not proven. A client that joins others begins somewhere else, so that they
+        meet late.
+        """
         mine = self._plan.part(self._spec.part)
         offset = 0 if self._first or not mine else self._services.rng.randrange(len(mine))
-        return (self._plan.unit(mine[(step + offset) % len(mine)]) for step in range(len(mine)))
+        for units in (mine[offset:], mine[:offset]):
+            yield from map(self._plan.unit, self.view.unproven(units))
 
     def _look_at_others(self, tasks: asyncio.TaskGroup) -> None:
         """Now and then, beside the work: with many clients the ledger is long, and listing it slow."""

@@ -8,6 +8,7 @@ import pytest
 
 from batch_client.errors import DataError, MismatchError, StoppedError, UsageError
 from batch_client.events import RunStarted
+from batch_client.ledger import LedgerView
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.progress import progress_of
@@ -38,6 +39,25 @@ def test_parts_share_a_ledger_and_the_last_one_publishes(order, root):
         await world.check(root)
 
     run_virtually(run())
+
+
+def test_a_run_that_goes_on_passes_over_proven_chunks_together(root, monkeypatch):
+    """One by one a million of them would keep everything else waiting."""
+    world, proven, looks = World(1), LedgerView.__contains__, []
+
+    def look(view, unit):
+        looks.append((unit, proven(view, unit)))
+        return looks[-1][1]
+
+    async def run():
+        await world.live(calm(), part=(2, 3))
+        monkeypatch.setattr(LedgerView, "__contains__", look)
+        assert (await world.live(calm())).published
+        await world.check(root)
+
+    run_virtually(run())
+    assert {unit for unit, _ in looks} == {*range(4), *range(8, 12)}
+    assert not any(found for _, found in looks)
 
 
 @pytest.mark.parametrize("clients", [2, 4])
