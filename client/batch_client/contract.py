@@ -15,7 +15,7 @@ from batch_client.jsontext import parse_json
 from batch_client.plan import OutputGeometry
 from batch_client.regions import usable_folder
 from batch_client.serving import Servers, ask_for_room, turned_away
-from batch_handler.oip import RECORD_STATUS, ModelMetadata, OipError
+from batch_handler.oip import RESERVED_NAMES, ModelMetadata, OipError
 
 __all__ = ["ModelContract", "contract_of", "fetch_contract"]
 
@@ -104,10 +104,10 @@ def contract_of(url: str, body: bytes) -> ModelContract:
                            f"predict takes several, as JSON: [{{{record}}}]")
     one = metadata.inputs[0]
     for spec in metadata.outputs:
-        if not NAME.fullmatch(spec.name) or spec.name == RECORD_STATUS:
+        if not NAME.fullmatch(spec.name) or spec.name in RESERVED_NAMES:
             raise ServingError(f"{url}: model {metadata.name} names an output {spec.name[:100]!r}, which can't name an "
                                "array: rename it in the model, with letters, digits, '.', '_' and '-', and not "
-                               f"{RECORD_STATUS}")
+                               f"{' or '.join(RESERVED_NAMES)}")
     names = [spec.name for spec in metadata.outputs]
     if len({*names}) < len(names):
         raise ServingError(f"{url}: model {metadata.name} has several outputs of one name ({', '.join(names)[:200]}), "

@@ -33,7 +33,7 @@ FLUSH_SOURCE_CHUNKS = 50_000  # some 5 MB of keys and ETags
 READS_AT_ONCE = 64
 READ_BYTES = 64 << 20
 LARGEST_SEGMENT = 64 << 20
-# Rows that are held at a time when they are read again in the order of the units.
+# Units that are looked at together; so many rows are held when they are read again in the order of the units.
 BLOCK_UNITS = 1024
 
 
@@ -134,6 +134,11 @@ class LedgerView:
     def proven(self, units: range) -> np.ndarray:
         """The numbers of those of these units that are proven."""
         return np.flatnonzero(self._hashes[units.start:units.stop]) + units.start
+
+    def unproven(self, units: range) -> Iterator[int]:
+        """The numbers of those of these units that are not proven, found some at a time: there may be millions."""
+        for start in range(units.start, units.stop, BLOCK_UNITS):
+            yield from (np.flatnonzero(self._hashes[start:min(start + BLOCK_UNITS, units.stop)] == 0) + start).tolist()
 
     async def refresh(self) -> None:
         """Raises MismatchError for a segment that can't be read, for rows that contradict each other, and where

@@ -8,6 +8,7 @@ Units of work are begun lazily; a byte budget bounds what is read ahead, the poo
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
@@ -75,6 +76,7 @@ async def plan_run(spec: RunSpec, services: Services, observers: tuple[Observer,
     _, manifest = await _found(spec, services.output_store, prepared)
     if manifest is None:
         await _reusable(spec, services, prepared)
+        await OutputLayout.open(prepared.plan, spec.codec)
     return prepared.plan
 
 
@@ -200,7 +202,7 @@ class _Run:
         self._first = begun.first
         self._ledger = Ledger(self._store, begun.generation, name, services.clock)
         self.view = LedgerView(self._store, prepared.plan.unit_count, begun.generation)
-        self._refreshed_at = services.clock()
+        self._look_at = services.clock() + FLUSH_SECONDS
         self._writing: dict[int, int] = {}
         self._held: dict[int, int] = {}
         self._found: dict[int, list[RecordFailed]] = {}  # of units that are being scored
@@ -269,7 +271,7 @@ class _Run:
                         return
                     if row.unit not in mine:
                         continue  # another client's part
-                    await self._look_at_others()
+                    self._look_at_others(tasks)
                     if row.unit not in self.view:
                         await places.acquire()
                         # An object, and what is at its place already.
@@ -315,7 +317,7 @@ class _Run:
                 await self._places.acquire()
                 if self._stop.is_set():
                     return False
-                await self._look_at_others()
+                self._look_at_others(tasks)
                 if unit.index in self.view:
                     self._places.release()
                     continue
@@ -325,16 +327,25 @@ class _Run:
         return True
 
     def _order(self) -> Iterator[Unit]:
-        """Units of this run's part. A client that joins others begins somewhere else, so that they meet late."""
+        """Units of this run's part that are not proven. A client that joins others begins somewhere else, so that they
+        meet late.
+        """
         mine = self._plan.part(self._spec.part)
         offset = 0 if self._first or not mine else self._services.rng.randrange(len(mine))
-        return (self._plan.unit(mine[(step + offset) % len(mine)]) for step in range(len(mine)))
+        for units in (mine[offset:], mine[:offset]):
+            yield from map(self._plan.unit, self.view.unproven(units))
 
-    async def _look_at_others(self) -> None:
+    def _look_at_others(self, tasks: asyncio.TaskGroup) -> None:
+        """Now and then, beside the work: with many clients the ledger is long, and listing it slow."""
+        if self._services.clock() >= self._look_at:
+            self._look_at = math.inf  # one look at a time
+            tasks.create_task(self._refresh())
+
+    async def _refresh(self) -> None:
+        began = self._services.clock()
+        await self.view.refresh()
         now = self._services.clock()
-        if now - self._refreshed_at >= FLUSH_SECONDS:
-            self._refreshed_at = now
-            await self.view.refresh()
+        self._look_at = now + max(FLUSH_SECONDS, 10 * (now - began))
 
     async def _unit_in_its_place(self, unit: Unit, rank: int) -> None:
         try:

@@ -62,11 +62,16 @@ class ETags:
 
     def add(self, key: str, etag: str) -> None:
         self._keys.add(key)
-        self._pairs.add(f"{key}\n{etag}")
+        self._pairs.add(_pair(key, etag))
 
     def has(self, key: str, etag: str | None) -> bool:
         """Whether an object had this ETag; None is for an object that was absent."""
-        return key not in self._keys if etag is None else f"{key}\n{etag}" in self._pairs
+        return key not in self._keys if etag is None else _pair(key, etag) in self._pairs
+
+
+def _pair(key: str, etag: str) -> str:
+    # Azure's listings have an ETag without the quotes that it has in replies, and so in ledgers.
+    return key + "\n" + etag.removeprefix("W/").strip('"')
 
 
 class Source:

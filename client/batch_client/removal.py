@@ -11,7 +11,7 @@ import asyncio
 import math
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -24,7 +24,6 @@ __all__ = ["Contents", "contents_of", "remove_output", "require_unpublished"]
 
 DELETES_AT_ONCE = 32
 SHOWN = 20
-LAST = 6
 
 
 @dataclass(frozen=True)
@@ -90,14 +89,14 @@ async def remove_output(store: Store, *, published: bool = True, kept: Sequence[
         if made:  # else it is of a removal that somebody asked for
             await store.delete(REMOVING_KEY)
         raise
-    for order in (*range(LAST), None):
-        # A listing need not show all while objects of it vanish: each kind is gone when one shows none.
-        before = math.inf
-        while found := await _remove_kind(store, order, mark):
-            if found >= before:
-                raise StorageError(f"{store.url}: {found:,} objects are still listed after they were deleted: "
-                                   "nothing else may write there; try again")
-            before = found
+    # What has a known key needs no listing, which takes long where there are millions of objects.
+    await _delete(store, [GENERATION_KEY], mark)
+    await _delete(store, ["zarr.json", SUCCESS_KEY], mark)
+    await _remove_all(store, "", lambda key: key.endswith("zarr.json"), mark)
+    await _remove_all(store, LEDGER_PREFIX, lambda _: True, mark)
+    await _remove_all(store, "", lambda key: key not in (SPEC_KEY, REMOVING_KEY), mark)
+    await _delete(store, [SPEC_KEY], mark)
+    await _remove_all(store, "", lambda key: key != REMOVING_KEY, mark)
     await store.delete(REMOVING_KEY)
 
 
@@ -118,11 +117,22 @@ async def require_unpublished(store: Store) -> None:
         raise UsageError(f"{store.url} is published: --clean removes only outputs that are not")
 
 
-async def _remove_kind(store: Store, order: int | None, mark: Blob | None) -> int:
-    """Delete every object of one kind, or of all but the mark, that a listing shows; how many there were."""
+async def _remove_all(store: Store, prefix: str, wanted: Callable[[str], bool], mark: Blob | None) -> None:
+    """Delete all objects with this prefix whose key is wanted."""
+    # A listing need not show all while objects of it vanish: they are gone when one shows none.
+    before = math.inf
+    while found := await _remove_listed(store, prefix, wanted, mark):
+        if found >= before:
+            raise StorageError(f"{store.url}: {found:,} objects are still listed after they were deleted: "
+                               "nothing else may write there; try again")
+        before = found
+
+
+async def _remove_listed(store: Store, prefix: str, wanted: Callable[[str], bool], mark: Blob | None) -> int:
+    """Delete what is wanted of what a listing shows; how many objects that were."""
     found, batch = 0, []
-    async for meta in store.list(""):
-        if order == _order(meta.key) or (order is None and meta.key != REMOVING_KEY):
+    async for meta in store.list(prefix):
+        if wanted(meta.key):
             found += 1
             batch.append(meta.key)
         if len(batch) == DELETES_AT_ONCE:
@@ -143,20 +153,3 @@ async def _delete(store: Store, keys: Sequence[str], mark: Blob | None) -> None:
         async with asyncio.TaskGroup() as tasks:
             for key in keys:
                 tasks.create_task(store.delete(key))
-
-
-def _order(key: str) -> int:
-    """The generation first, then the group's metadata and `_SUCCESS`, so that nothing half-deleted opens; `spec.json`
-    last, but for the mark.
-    """
-    if key == REMOVING_KEY:
-        return LAST
-    if key == GENERATION_KEY:
-        return 0
-    if key in ("zarr.json", SUCCESS_KEY):
-        return 1
-    if key.endswith("zarr.json"):
-        return 2
-    if key.startswith(LEDGER_PREFIX):
-        return 3
-    return 5 if key == SPEC_KEY else 4

@@ -14,7 +14,7 @@ from batch_client.ledger import Row
 from batch_client.manifest import manifest_rows, read_manifest
 from batch_client.prepare import Prepared
 from batch_client.reader import ETags
-from batch_client.storage import Store, child_url, put_same
+from batch_client.storage import Store, child_url
 from batch_client.writer import proof_of
 
 __all__ = ["copy_chunks", "reusable_rows"]
@@ -60,5 +60,8 @@ async def _copy(old: Store, new: Store, key: str, sha256: str) -> None:
     if blob is None or (await proof_of(key, blob.data)).sha256 != sha256:
         raise DataError(f"--reuse {child_url(old.url, key)}: {'missing' if blob is None else 'altered'} since it was "
                         "published: run batch-client verify on it, or score everything again without --reuse")
-    if not await put_same(new, key, blob.data):
+    if await new.create(key, blob.data):
+        return
+    stored = await new.get(key)
+    if stored is None or (await proof_of(key, stored.data)).sha256 != sha256:
         raise BrokenPromiseError(f"{child_url(new.url, key)} holds other bytes than the output it is reused from")

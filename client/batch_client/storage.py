@@ -264,12 +264,12 @@ def _pauses() -> Iterator[float]:
     return pauses()
 
 
-async def put_same(store: Store, key: str, data: bytes | memoryview) -> bool:
+async def put_same(store: Store, key: str, data: bytes) -> bool:
     """Write unless it exists: whether `key` holds `data` afterwards: written now, or found there."""
     if await store.create(key, data):
         return True
     stored = await store.get(key)
-    return stored is not None and stored.data == data
+    return stored is not None and bytes(stored.data) == data  # a memoryview compares item by item
 
 
 def child_url(url: str, key: str) -> str:

@@ -44,9 +44,9 @@ class ChunkWriter:
         proofs = []
         adopted = False
         async for key, data in encode_unit(self._layout, unit, status_first=not self._exact):
-            stored = await self._put(key, data)
-            adopted |= stored is not None
-            proofs.append(await proof_of(key, data if stored is None else stored))
+            proof, found = await self._put(key, data)
+            adopted |= found
+            proofs.append(proof)
         return Row(
             unit=unit.unit.index,
             chunks=tuple(proofs),
@@ -56,14 +56,16 @@ class ChunkWriter:
             not_finite=unit.count(STATUS_NOT_FINITE),
         ), adopted
 
-    async def _put(self, key: str, data: bytes) -> bytes | None:
-        """None once `data` is stored by this call, else the bytes that were there already."""
+    async def _put(self, key: str, data: bytes) -> tuple[ChunkProof, bool]:
+        """The proof of what is stored now, and whether it was there already."""
+        proof = await proof_of(key, data)
         if await self._store.create(key, data):
-            return None
+            return proof, False
         stored = await self._store.get(key)
+        found = None if stored is None else await proof_of(key, stored.data)
         adopts = not self._exact and not key.startswith(f"{STATUS.name}/")
-        if stored is not None and (adopts or stored.data == data):
-            return bytes(stored.data)
+        if found is not None and (adopts or found == proof):
+            return found, True
         raise BrokenPromiseError(
             f"{child_url(self._store.url, key)} holds other bytes than this run computes: the server's numbers are "
             "not repeatable, the source has changed, the chunk was altered, or another run's client wrote there; "

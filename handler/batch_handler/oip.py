@@ -45,6 +45,7 @@ __all__ = [
     "DATATYPES",
     "HEADER_LENGTH",
     "RECORD_STATUS",
+    "RESERVED_NAMES",
     "STATUS_NOT_FINITE",
     "STATUS_OK",
     "Array",
@@ -72,6 +73,8 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 BODY_CHECKSUM = "Body-Crc32c"
 # The output beside the model's own, a uint8 a record, and what the server says in it.
 RECORD_STATUS = "record_status"
+# What no output of a model may be called: an array beside it, and the metadata of the group in which its own array is.
+RESERVED_NAMES = (RECORD_STATUS, "zarr.json")
 STATUS_OK = 0
 STATUS_NOT_FINITE = 2
 

@@ -31,7 +31,7 @@ from batch_handler.fields import (
     shape_of,
     text,
 )
-from batch_handler.oip import RECORD_STATUS, OipError, TensorSpec, datatype_of
+from batch_handler.oip import RESERVED_NAMES, OipError, TensorSpec, datatype_of
 
 __all__ = [
     "FORMAT",
@@ -176,8 +176,8 @@ class OutputSpec:
 
     def __post_init__(self) -> None:
         _check_tensor("output", self.name, self.dtype, self.shape)
-        if self.name == RECORD_STATUS:
-            raise SignatureError(f"output {RECORD_STATUS} has a name that replies need, wanted another")
+        if self.name in RESERVED_NAMES:
+            raise SignatureError(f"output {self.name} has a name that replies or stored outputs need, wanted another")
         if self.softmax and (self.dtype.kind != "f" or not self.shape):
             raise SignatureError(f"output {self.name} has softmax, wanted a float dtype and a last axis")
 

@@ -21,7 +21,7 @@ def metadata(*outputs, **parameters):
                        "outputs": [{"name": name, **tensor} for name in outputs]}).encode()
 
 
-@pytest.mark.parametrize("name", ["scores", "dense_1.bias-add", "0", "record_statuses"])
+@pytest.mark.parametrize("name", ["scores", "dense_1.bias-add", "0", "record_statuses", "c", "zarr.json5"])
 def test_outputs_whose_names_can_name_arrays_are_taken(name):
     assert contract_of("http://s", metadata(name)).output_names == (name,)
 
@@ -32,7 +32,7 @@ def test_outputs_of_one_name_are_refused():
 
 
 @pytest.mark.parametrize("name", ["dense/BiasAdd", "scores:0", "../up", ".hidden", "_run", "", "a\nb", "scores\n", "é",
-                                  "record_status"])
+                                  "record_status", "zarr.json"])
 def test_outputs_whose_names_cannot_name_arrays_are_refused(name):
     with pytest.raises(ServingError) as caught:
         contract_of("http://s", metadata("fine", name))

@@ -76,6 +76,7 @@ def test_a_view_says_what_a_dict_of_all_rows_says(segments, halfway, own):
         await view.refresh()
         assert len(view) == len(naive)
         assert [unit for unit in range(UNITS) if unit in view] == sorted(naive)
+        assert [*view.unproven(range(1, UNITS))] == [unit for unit in range(1, UNITS) if unit not in naive]
         for name in ("records", "failed", "not_finite", "missing_chunks"):
             assert getattr(view, name) == sum(getattr(row, name) for row in naive.values())
         assert [row async for row in view.rows()] == [naive[unit] for unit in sorted(naive)]

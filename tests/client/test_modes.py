@@ -8,6 +8,7 @@ import pytest
 
 from batch_client.errors import DataError, MismatchError, StoppedError, UsageError
 from batch_client.events import RunStarted
+from batch_client.ledger import LedgerView
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.progress import progress_of
@@ -19,7 +20,7 @@ from batch_handler.oip import HEADER_LENGTH, InferReply, Tensor, decode_request,
 from support.faulty import Life, calm
 from support.simulated import URL, Breaking, SimulatedServer
 from support.virtual import run_virtually
-from support.world import CHUNK, World, opened, undisturbed
+from support.world import CHUNK, RECORDS, World, opened, undisturbed
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,25 @@ def test_parts_share_a_ledger_and_the_last_one_publishes(order, root):
     run_virtually(run())
 
 
+def test_a_run_that_goes_on_passes_over_proven_chunks_together(root, monkeypatch):
+    """One by one a million of them would keep everything else waiting."""
+    world, proven, looks = World(1), LedgerView.__contains__, []
+
+    def look(view, unit):
+        looks.append((unit, proven(view, unit)))
+        return looks[-1][1]
+
+    async def run():
+        await world.live(calm(), part=(2, 3))
+        monkeypatch.setattr(LedgerView, "__contains__", look)
+        assert (await world.live(calm())).published
+        await world.check(root)
+
+    run_virtually(run())
+    assert {unit for unit, _ in looks} == {*range(4), *range(8, 12)}
+    assert not any(found for _, found in looks)
+
+
 @pytest.mark.parametrize("clients", [2, 4])
 def test_clients_at_one_output_publish_once_and_the_same(clients, root):
     world = World(2, server=SimulatedServer(seconds=5))
@@ -55,6 +75,61 @@ def test_clients_at_one_output_publish_once_and_the_same(clients, root):
         await world.check(root)
 
     run_virtually(run())
+
+
+class LongLedger(MemoryStore):
+    """After the first listing of the ledger each one ends once `go_on` is set."""
+
+    def __init__(self, go_on, error=None):
+        super().__init__("memory://out")
+        self.listings = self.at_once = self.most_at_once = 0
+        self._go_on, self._error = go_on, error
+
+    async def list(self, prefix):
+        if prefix.startswith("_run/ledger/"):
+            self.listings += 1
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+            if self.listings > 1:
+                await self._go_on.wait()
+                if self._error is not None:
+                    raise self._error
+            self.at_once -= 1
+        async for meta in super().list(prefix):
+            yield meta
+
+
+class Finishing(SimulatedServer):
+    """Sets `finished` with the answer to request number `last`."""
+
+    def __init__(self, last, **options):
+        super().__init__(**options)
+        self.finished, self._last = asyncio.Event(), last
+
+    def answer(self, body, header_length):
+        if self.requests == self._last:
+            self.finished.set()
+        return super().answer(body, header_length)
+
+
+def test_records_are_scored_while_the_ledger_is_listed(root):
+    world = World(1, server=Finishing(RECORDS // 4, seconds=8))
+    world.output = LongLedger(world.server.finished)
+
+    async def run():
+        await world.live(calm())
+        await world.check(root)
+
+    run_virtually(run())
+    assert (world.output.listings, world.output.most_at_once) == (3, 1)  # at the start, beside the work, at the end
+
+
+def test_what_is_found_wrong_in_the_ledger_ends_a_run_at_once():
+    world = World(1, server=Finishing(12, seconds=8))
+    world.output = LongLedger(world.server.finished, MismatchError("the ledger can't be trusted"))
+    with pytest.raises(MismatchError, match=r"^the ledger can't be trusted$"):
+        run_virtually(world.live(calm()))
+    assert world.server.requests < RECORDS // 4
 
 
 def test_parts_that_fail_within_their_own_leave_do_not_publish_beyond_it():

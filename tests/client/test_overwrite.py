@@ -12,7 +12,7 @@ from batch_client import pipeline, plan
 from batch_client.errors import BrokenPromiseError, CredentialsError, DataError, MismatchError, UsageError
 from batch_client.events import ChunkHeld
 from batch_client.layout import GENERATION_KEY, MANIFEST_KEY, REMOVING_KEY, SUCCESS_KEY, OutputLayout
-from batch_client.pipeline import execute
+from batch_client.pipeline import execute, plan_run
 from batch_client.place import begin
 from batch_client.prepare import open_services, prepare
 from batch_client.removal import contents_of, remove_output
@@ -272,6 +272,8 @@ def test_an_overwrite_deletes_nothing_where_zarr_refuses_what_is_to_be_there(mon
         with pytest.raises(ValueError, match="no such array"):
             await world.live(calm(), Life(), overwrite=True)
         assert world.output.objects == before
+        with pytest.raises(ValueError, match="no such array"):  # and `plan` says so before
+            await plan_run(world.spec(overwrite=True), world.services(calm(), Life()))
 
     run_virtually(run())
 

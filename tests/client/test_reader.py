@@ -1,5 +1,7 @@
 """What a source gives is what zarr gives, in every layout; and decoded chunks are not copied."""
 
+from dataclasses import replace
+
 import numcodecs
 import numpy as np
 import pytest
@@ -127,6 +129,29 @@ class Rewritten(MemoryStore):
         if key.endswith("zarr.json"):
             self.objects[key] = self.objects[key].replace(b'"uint8"', b'"int8"')
         return blob
+
+
+class AzuresStore(MemoryStore):
+    """Azure's List Blobs has ETags without the quotes of Get Blob."""
+
+    async def list(self, prefix):
+        async for meta in super().list(prefix):
+            yield replace(meta, etag=meta.etag.strip('"'))
+
+
+async def test_an_etag_is_the_same_with_quotes_and_without():
+    store = AzuresStore()
+    store.objects = (await source_of(records_of(COUNT), (CHUNK, 3))).objects
+    source = await open_source(store, None)
+    etags = (await source.read(0, COUNT)).etags
+
+    async def pinned():
+        yield etags
+
+    await source.require_unchanged(pinned())
+    store.objects["c/0/0"] += b"changed"
+    with pytest.raises(MismatchError, match="chunk c/0/0 changed since it was scored"):
+        await source.require_unchanged(pinned())
 
 
 async def nothing_read():

@@ -13,8 +13,9 @@ import pytest
 from batch_client import pipeline
 from batch_client.cli.observers import ProgressBar
 from batch_client.cli.run import _sentence
-from batch_client.errors import DataError, MismatchError
+from batch_client.errors import BrokenPromiseError, DataError, MismatchError
 from batch_client.events import ChunkReused, RunStarted
+from batch_client.layout import GENERATION_KEY, SPEC_KEY
 from batch_client.ledger import Row
 from batch_client.pipeline import execute, plan_run
 from batch_client.prepare import Services
@@ -22,7 +23,7 @@ from batch_client.progress import progress_of
 from batch_client.report import Report
 from batch_client.report.page import render
 from batch_client.reuse import copy_chunks
-from batch_client.storage import MemoryStore
+from batch_client.storage import Blob, MemoryStore
 from batch_client.writer import proof_of
 from support.faulty import Life, calm
 from support.simulated import Breaking
@@ -138,6 +139,47 @@ async def test_the_hash_of_a_large_copy_leaves_the_event_loop_to_others(monkeypa
     await copy_chunks(old, new, row)
     assert new.objects == old.objects
     assert {*threads} - {threading.main_thread()}  # where the store in memory makes its ETags
+
+
+class Incomparable(bytes):
+    """To compare all of a large object keeps the event loop from others."""
+
+    def __eq__(self, other):
+        raise AssertionError("compared")
+
+    __hash__ = bytes.__hash__
+
+
+class Finding(MemoryStore):
+    """Gives chunks as bytes that can't be compared."""
+
+    async def get(self, key, start=None, stop=None):
+        blob = await super().get(key, start, stop)
+        return Blob(Incomparable(blob.data), blob.etag) if blob and "/c/" in key else blob
+
+
+async def test_an_object_that_is_there_is_compared_by_its_hash():
+    old, new = MemoryStore("memory://old"), Finding("memory://new")
+    old.objects = {"y/c/0/0": bytes(1 << 20)}
+    row = Row(0, (await proof_of("y/c/0/0", bytes(1 << 20)),), {}, 1, 0, 0)
+    await copy_chunks(old, new, row)
+    await copy_chunks(old, new, row)
+    new.objects = {"y/c/0/0": bytes(1 << 20)[:-1] + b"1"}
+    with pytest.raises(BrokenPromiseError, match="y/c/0/0 holds other bytes than the output it is reused from"):
+        await copy_chunks(old, new, row)
+
+
+def test_a_chunk_that_an_earlier_life_wrote_is_compared_by_its_hash():
+    world = World(1)
+
+    async def run():
+        root = (await world.live(calm())).root
+        begun, world.output = world.output.objects, Finding("memory://out")
+        world.output.objects = {key: data for key, data in begun.items()
+                                if "/c/" in key or key in (SPEC_KEY, GENERATION_KEY)}
+        assert (await world.live(calm(), Life())).root == root
+
+    run_virtually(run())
 
 
 def test_a_copy_that_fails_leaves_what_was_copied_proven():

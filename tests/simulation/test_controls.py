@@ -82,6 +82,7 @@ def test_proving_before_writing_is_caught(calm, monkeypatch):
                 await put(self, key, data)
 
         writes.append(asyncio.create_task(later()))
+        return await writer.proof_of(key, data), False
 
     monkeypatch.setattr(Ledger, "add", at_once)
     late = {"kinds": CRASHES, "faults": 4, "steps": 130}  # a crash matters between a proof and its write
@@ -94,6 +95,7 @@ def test_proving_before_writing_is_caught(calm, monkeypatch):
 def test_believing_that_what_exists_is_right_is_caught(calm, monkeypatch):
     async def trusting(self, key, data):
         await self._store.create(key, data)
+        return await writer.proof_of(key, data), False
 
     class Unsteady(SimulatedServer):
         """Its bits depend on how many requests it has had."""
