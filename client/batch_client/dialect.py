@@ -37,10 +37,11 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """An outcome and the server's own words about it, one line."""
+    """An outcome and the server's own words about it, one line; `server` is its URL, where it was asked for records."""
 
     outcome: Outcome
     reason: str = ""
+    server: str = ""
 
     def __str__(self) -> str:
         return f"{self.outcome.value}: {self.reason}"

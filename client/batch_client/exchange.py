@@ -13,7 +13,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -72,12 +72,14 @@ class Prediction:
     """The answer to one request: an array (records, *output shape) by output name, and a uint8 status a record.
 
     In its server batch the model computed for `before` seconds for others, then for `compute` for it; 0 if unknown.
+    `server` is the URL of the one that answered.
     """
 
     outputs: Mapping[str, np.ndarray]
     status: np.ndarray
     compute: float = 0.0
     before: float = 0.0
+    server: str = ""
 
 
 @dataclass
@@ -149,10 +151,11 @@ class Exchange:
         self._nonce = f"{rng.getrandbits(48):012x}"
         self._numbers = itertools.count()
 
-    async def ask(self, span: Span, records: Pieces, room: Room | None = None) -> Prediction | Verdict:
+    async def ask(self, span: Span, records: Pieces, room: Room | None = None, at: str = "") -> Prediction | Verdict:
         """The prediction for `records` (n, *source's record shape), or a verdict for which they may be to blame.
 
-        `room` is the way to a server of a caller that takes a request apart; None is the pool's.
+        `room` is the way to a server of a caller that takes a request apart; None is the pool's. `at` is the URL of the
+        server that it would rather ask.
 
         Raises StoppedError when no server answered anything for longer than patience, CredentialsError for a token
         that stays refused, MismatchError or ServingError when no server is left.
@@ -161,7 +164,7 @@ class Exchange:
         while True:
             async with AsyncExitStack() as held:
                 with timed(Step.ROOM, self._emit, self._clock):
-                    endpoint = await held.enter_async_context((room or self.pool.room)())
+                    endpoint = await held.enter_async_context((room or self.pool.room)(at=at))
                 # Only now: records that wait for room are held once, as they were read.
                 attempt = self._placed(endpoint, span, records.each(self._contract.on_the_wire), held)
                 attempt.probe = room is not None
@@ -172,10 +175,10 @@ class Exchange:
                 self._learn(endpoint, verdict, prediction, sent_at)
                 seconds = self._clock() - sent_at
             if prediction is not None:
-                return prediction
+                return replace(prediction, server=endpoint.url)
             if _is_suspect(verdict, tries):
                 self._emit(RequestRetried(endpoint.url, str(verdict), 0.0, seconds, attempt.probe))
-                return verdict
+                return replace(verdict, server=endpoint.url)
             await self._before_next(endpoint, verdict, tries, seconds, probe=attempt.probe)
 
     def now(self) -> float:
@@ -311,6 +314,8 @@ class Exchange:
                         f"{endpoint.url} refuses the token: {verdict.reason}"))
             case Outcome.BROKEN | Outcome.CORRUPT:
                 self.pool.broke(endpoint, sent_at, str(verdict))
+            case Outcome.FAILED | Outcome.RAISED | Outcome.REFUSED if endpoint.on_trial:
+                self.pool.sick(endpoint.url, sent_at, str(verdict))
             case Outcome.NOT_SHARED:
                 self._send_bodies(endpoint)
             case Outcome.OTHER_MODEL:

@@ -76,13 +76,13 @@ def world_of(count, poisons, chunk=1000):
     return make_source(records, (chunk, 3)), clean
 
 
-def score(source, server, **options):
+def score(source, server, urls=(URL,), **options):
     output = MemoryStore("memory://out")
-    spec = RunSpec(**{"input": "memory://source", "output": "memory://out", "endpoints": (URL,), "model": "toy",
+    spec = RunSpec(**{"input": "memory://source", "output": "memory://out", "endpoints": urls, "model": "toy",
                       "chunk_records": 1000, "request_records": 64, "in_flight": 4, **options})
 
     async def run():
-        services = Services(Servers(server, {URL: NoTokens()}, "toy"), source, output,
+        services = Services(Servers(server, dict.fromkeys(urls, NoTokens()), "toy"), source, output,
                             clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(2))
         return await execute(spec, services)
 
@@ -135,6 +135,24 @@ def test_one_poison_costs_at_most_the_promised_requests(kind, place):
     assert list(letters(output)) == [place]
     probes = server.requests - 2
     assert probes <= 2 * math.ceil(math.log2(64)) + 6
+
+
+@pytest.mark.parametrize("kind", ["raise", "exit"])
+def test_one_poison_costs_no_more_where_there_are_two_servers(kind):
+    servers = {"http://one": PoisonedServer(), "http://two": PoisonedServer()}
+
+    class Two:
+        async def send(self, method, url, *arguments):
+            return await servers[url[:10]].send(method, url, *arguments)
+
+    source, clean = world_of(64, {40: kind}, chunk=64)
+    summary, output = score(source, Two(), tuple(servers), max_failed=1, chunk_records=64)
+    assert summary.published
+    assert list(letters(output)) == [40]
+    assert sum(server.requests for server in servers.values()) - 2 <= 2 * math.ceil(math.log2(64)) + 6
+    found = run_virtually(opened(output))["y"]
+    expected = servers["http://one"].expected(clean, 64)
+    np.testing.assert_array_equal(np.delete(found, 40, 0).view(np.uint32), np.delete(expected, 40, 0).view(np.uint32))
 
 
 def test_without_leave_the_failures_are_held_back_and_a_later_run_may_accept_them():
