@@ -30,6 +30,7 @@ class Outcome(Enum):
     TOKEN = "the token is wrong or expired"  # noqa: S105 - the text of an outcome
     NO_MODEL = "the server has no such model"
     BROKEN = "the connection broke"
+    LATE = "no answer came in time"
     CORRUPT = "the reply does not belong to the request or was altered"
     OTHER_MODEL = "the reply is another model's"
     NOT_SHARED = "the server can't read the records in shared memory"
@@ -67,7 +68,7 @@ _BY_STATUS = {
     429: Outcome.BUSY,
     502: Outcome.BROKEN,
     503: Outcome.BUSY,
-    504: Outcome.BROKEN,
+    504: Outcome.LATE,
 }
 
 

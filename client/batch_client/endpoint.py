@@ -160,13 +160,14 @@ class Pool:
             except TimeoutError:
                 continue
 
-    def answered(self, endpoint: Endpoint, sent_at: float, records: int, compute: float, before: float) -> None:
-        """It answered a request of so many records that was sent at `sent_at`; compute and before: see `Limiter`."""
+    def answered(self, endpoint: Endpoint, sent_at: float, records: int, compute: float, before: float,
+                 place: int) -> None:
+        """It answered a request of so many records that was sent at `sent_at`; the rest: see `Limiter`."""
         if endpoint.ejections >= AWAY_AFTER:
             self._emit(ServerBack(endpoint.url, self._clock() - endpoint.broken_since))
         endpoint.broken = endpoint.ejections = endpoint.turned_away = 0
         endpoint.other_model = endpoint.refused_since = None
-        endpoint.limiter.answered(self._clock(), sent_at, endpoint.in_flight, records, compute, before)
+        endpoint.limiter.answered(self._clock(), sent_at, endpoint.in_flight, records, compute, before, place)
 
     def overloaded(self, endpoint: Endpoint, sent_at: float) -> None:
         """It had no room for a request sent at `sent_at`: fewer at once, and a pause with full jitter for all."""
@@ -202,6 +203,11 @@ class Pool:
             endpoint.rests_until = self._clock() + pause
             if endpoint.ejections == AWAY_AFTER:
                 self._emit(ServerAway(endpoint.url, reason))
+
+    def late(self, endpoint: Endpoint, sent_at: float, reason: str) -> None:
+        """It did not answer in time: it has too much to do, or has broken."""
+        endpoint.limiter.overloaded(self._clock(), sent_at)
+        self.broke(endpoint, sent_at, reason)
 
     def sick(self, url: str, sent_at: float, reason: str) -> None:
         """It fails on zeros, or on trial: as good as broken, if there is another to ask."""

@@ -23,13 +23,14 @@ from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.endpoint import Endpoint, Pool, Room
 from batch_client.errors import CredentialsError, StoppedError
 from batch_client.events import Event, RequestDone, RequestRetried, RequestSent, Step, timed
+from batch_client.limiter import REQUEST_SECONDS
 from batch_client.pieces import Pieces
 from batch_client.plan import Span
 from batch_client.regions import Region
 from batch_client.retry import RetryBucket, full_jitter
 from batch_client.serving import Servers
 from batch_client.tokens import NoTokenError, authorization
-from batch_client.transport import HttpReply, TransportError
+from batch_client.transport import HttpReply, LateError, TransportError
 from batch_handler.oip import (
     BODY_CHECKSUM,
     CONTENT_TYPE,
@@ -52,7 +53,6 @@ from batch_handler.oip import (
 __all__ = ["Exchange", "Prediction"]
 
 SERVED = (STATUS_OK, STATUS_NOT_FINITE)  # what a record that was scored may have
-REQUEST_SECONDS = 300.0
 LONGEST_NUMBER = 18  # digits of a length in bytes
 # A token may be refused while its server restarts or another program renews it; after this long it is wrong.
 TOKEN_SECONDS = 30.0
@@ -168,11 +168,11 @@ class Exchange:
                 # Only now: records that wait for room are held once, as they were read.
                 attempt = self._placed(endpoint, span, records.each(self._contract.on_the_wire), held)
                 attempt.probe = room is not None
-                sent_at, lane = self._clock(), endpoint.lane
+                sent_at, lane, place = self._clock(), endpoint.lane, endpoint.in_flight
                 verdict, prediction = await self._attempt(endpoint, attempt, span, tries)
                 if verdict.outcome is Outcome.NO_MODEL:
                     self.pool.without_model(endpoint, lane, verdict.reason)
-                self._learn(endpoint, verdict, prediction, sent_at)
+                self._learn(endpoint, verdict, prediction, sent_at, place)
                 seconds = self._clock() - sent_at
             if prediction is not None:
                 return replace(prediction, server=endpoint.url)
@@ -272,7 +272,7 @@ class Exchange:
             reply = await self._transport.send("POST", url, headers, message.parts,
                                                min(REQUEST_SECONDS, max(self._patience, 1.0)))
         except TransportError as error:
-            return Verdict(Outcome.BROKEN, str(error)), None
+            return Verdict(Outcome.LATE if isinstance(error, LateError) else Outcome.BROKEN, str(error)), None
         verdict = read_reply(reply.status, reply.body)
         if verdict.outcome is Outcome.TOKEN:
             endpoint.refused_token = token
@@ -300,11 +300,12 @@ class Exchange:
                                self._clock() - started, prediction.compute * 1e3, attempt.probe))
         return Verdict(Outcome.RESULT), prediction
 
-    def _learn(self, endpoint: Endpoint, verdict: Verdict, prediction: Prediction | None, sent_at: float) -> None:
+    def _learn(self, endpoint: Endpoint, verdict: Verdict, prediction: Prediction | None, sent_at: float,
+               place: int) -> None:
         if prediction is not None:
             self._last_success = self._clock()
             self._bucket.succeeded()
-            self.pool.answered(endpoint, sent_at, len(prediction.status), prediction.compute, prediction.before)
+            self.pool.answered(endpoint, sent_at, len(prediction.status), prediction.compute, prediction.before, place)
         match verdict.outcome:
             case Outcome.BUSY:
                 self.pool.overloaded(endpoint, sent_at)
@@ -312,6 +313,8 @@ class Exchange:
                 if self.pool.refused(endpoint, sent_at) > min(TOKEN_SECONDS, self._patience):
                     self.pool.leave_out(endpoint, CredentialsError(
                         f"{endpoint.url} refuses the token: {verdict.reason}"))
+            case Outcome.LATE:
+                self.pool.late(endpoint, sent_at, str(verdict))
             case Outcome.BROKEN | Outcome.CORRUPT:
                 self.pool.broke(endpoint, sent_at, str(verdict))
             case Outcome.FAILED | Outcome.RAISED | Outcome.REFUSED if endpoint.on_trial:
@@ -381,7 +384,7 @@ def _counted(endpoint: Endpoint) -> Iterator[None]:
 def _is_suspect(verdict: Verdict, tries: _Tries) -> bool:
     if verdict.outcome in _SUSPECT:
         return True
-    tries.broken += verdict.outcome in (Outcome.BROKEN, Outcome.CORRUPT)
+    tries.broken += verdict.outcome in (Outcome.BROKEN, Outcome.LATE, Outcome.CORRUPT)
     return tries.broken >= BROKEN_TRIES
 
 

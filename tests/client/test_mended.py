@@ -27,7 +27,7 @@ def test_a_success_forgets_the_refusals_before_it():
     pool = Pool((URL,), 4, lambda: now[0], random.Random(1))
     endpoint = pool.endpoints[0]
     assert pool.refused(endpoint, 0.0) == 0
-    pool.answered(endpoint, 0.0, 1, 0.0, 0.0)
+    pool.answered(endpoint, 0.0, 1, 0.0, 0.0, 1)
     now[0] = 3600.0
     assert pool.refused(endpoint, now[0]) == 0
 
