@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 
 import numpy as np
 
 from batch_client.agreement import ask_again
 from batch_client.assemble import UnitAssembler
 from batch_client.budget import ByteBudget, Lease
-from batch_client.errors import STOPPED, STOPPED_AT_ONCE, DataError, MismatchError, StoppedError, one_error
+from batch_client.errors import (
+    STOPPED,
+    STOPPED_AT_ONCE,
+    DataError,
+    MismatchError,
+    StoppedError,
+    StorageError,
+    one_error,
+)
 from batch_client.events import (
     NOT_FINITE,
     ChunkHeld,
@@ -236,9 +244,14 @@ class _Run:
                                   self._plan.records_in(mine), self._plan.records_in(self.view.proven(mine))))
             pool.tell(self._emit, asks_again=True)
             await self._score_all()
-        finally:
+        except asyncio.CancelledError:
+            raise  # at once: what is stored without a proof is scored again and compared
+        except BaseException:
             # What is stored is stored, whatever happened since: prove it, so that a resume need not repeat it.
-            await self._ledger.flush()
+            with suppress(StorageError):  # what ends the run is what to tell
+                await self._ledger.flush()
+            raise
+        await self._ledger.flush()
         await self.view.refresh()
         # Another client may have proven what was held back here.
         self._held = {index: failed for index, failed in self._held.items() if index not in self.view}
