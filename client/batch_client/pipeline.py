@@ -372,7 +372,7 @@ class _Run:
         if failures:
             await self._list(unit.index, failures)
         del self._found[unit.index]
-        if not self._accept(unit, assembler):
+        if not await self._accept(unit, assembler):
             return
         with self._timed(Step.WRITE):
             row, adopted = await self._writer.write(assembler, stream.etags)
@@ -414,7 +414,7 @@ class _Run:
     def _timed(self, step: Step) -> AbstractContextManager[None]:
         return timed(step, self._emit, self._services.clock)
 
-    def _accept(self, unit: Unit, assembler: UnitAssembler) -> bool:
+    async def _accept(self, unit: Unit, assembler: UnitAssembler) -> bool:
         """Whether a unit is to be written: its failures are within what the run accepts. If not it is held back, so
         that nothing has to be overwritten when more are accepted later.
         """
@@ -429,6 +429,7 @@ class _Run:
         self._held[unit.index] = failed
         self._emit(ChunkHeld(unit.index, unit.count, failed))
         if self.failed > self._spec.max_failed + HOPELESS:
+            await self._list_what_was_found(())
             raise self._too_many()
         return False
 

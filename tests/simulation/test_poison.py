@@ -197,6 +197,28 @@ def test_a_record_that_is_not_finite_is_said_so_beside_one_that_fails():
     assert {place: status[place] for place in np.flatnonzero(status)} == {5: 1, 40: 2, 41: 2}
 
 
+def test_what_was_found_in_chunks_that_are_not_done_is_listed_too_when_a_run_gives_up():
+    class Waiting(PoisonedServer):
+        """The first chunk, which is not finite, is done after the second's record was found and before the rest."""
+
+        async def send(self, method, url, headers, parts, deadline):
+            if method != "GET":
+                marks = decode_request(b"".join(parts), int(headers["Inference-Header-Content-Length"]),
+                                       max_tensor_bytes=1 << 24).inputs[0].data[:, 1]
+                await asyncio.sleep(float(marks.max()))
+            return await super().send(method, url, headers, parts, deadline)
+
+    records = np.ones((2200, 3), np.float32)
+    records[:1100, 0] = NAN
+    records[1100, 0] = RAISE
+    records[0, 1], records[2199, 1] = 100, 200
+    error, output = score(make_source(records, (1100, 3)), Waiting(), chunk_records=1100, request_records=112,
+                          require_finite=True)
+    assert isinstance(error, DataError)
+    assert "1,100 records failed" in str(error)
+    assert set(letters(output)) == {*range(1101)}
+
+
 def test_a_server_that_fails_on_anything_convicts_nobody():
     server = PoisonedServer()
     server.fails_on_zeros = True
