@@ -116,6 +116,8 @@ _FAILED_RECORDS = ("records that fail are looked for one by one: mend them, or l
 _MORE_BYTES = "raise --max-bytes-in-flight"
 _NO_CEILING = "find its quickest settings (bench --save), or add workers, GPUs or endpoints"
 _SHARED = "run longer, or give the client and the store other cores than the model's"
+# A client's own queue and that of others look alike.
+_OTHER_CLIENTS = "other clients that use these servers have the rest of what they can do; where there are none, "
 
 
 def find_bottleneck(totals: Totals, of_ceiling: float | None = None) -> Bottleneck | None:
@@ -167,7 +169,7 @@ def _advice(limit: Limit, totals: Totals, of_ceiling: float | None) -> str:
             # A server that does not say how long it computes is none of ours, and `bench` can't measure it.
             return _NO_CEILING if totals.compute_seconds > 0 else _ADVICE[limit]
         if of_ceiling < NEAR_CEILING:
-            return _SHARED
+            return _OTHER_CLIENTS + _SHARED if _backlog(totals) >= BACKLOG else _SHARED
     return _ADVICE[limit]
 
 

@@ -30,6 +30,7 @@ class Outcome(Enum):
     TOKEN = "the token is wrong or expired"  # noqa: S105 - the text of an outcome
     NO_MODEL = "the server has no such model"
     BROKEN = "the connection broke"
+    LATE = "no answer came in time"
     CORRUPT = "the reply does not belong to the request or was altered"
     OTHER_MODEL = "the reply is another model's"
     NOT_SHARED = "the server can't read the records in shared memory"
@@ -37,10 +38,11 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """An outcome and the server's own words about it, one line."""
+    """An outcome and the server's own words about it, one line; `server` is its URL, where it was asked for records."""
 
     outcome: Outcome
     reason: str = ""
+    server: str = ""
 
     def __str__(self) -> str:
         return f"{self.outcome.value}: {self.reason}"
@@ -66,7 +68,7 @@ _BY_STATUS = {
     429: Outcome.BUSY,
     502: Outcome.BROKEN,
     503: Outcome.BUSY,
-    504: Outcome.BROKEN,
+    504: Outcome.LATE,
 }
 
 

@@ -1,8 +1,9 @@
 """The servers of a run: how many requests each one holds, and whether it is well.
 
 A request goes to the healthy server with the smallest share of its limit in use. A server without room rests for a
-moment; one that keeps breaking is ejected for a while that doubles, and tried again with one request; one that is left
-out gets nothing, until `agreement.py` finds that it has the run's model after all.
+moment; one that keeps breaking, or failing on zeros while there is another, is ejected for a while that doubles, and
+tried again with one request; one that is left out gets nothing, until `agreement.py` finds that it has the run's model
+after all.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from batch_client.errors import BatchClientError, MismatchError, ServingError
@@ -62,15 +64,20 @@ class Endpoint:
         """Whether it was left out because it gave no usable answer, and may have one later."""
         return isinstance(self.left_out, _OF_ABSENT)
 
+    @property
+    def on_trial(self) -> bool:
+        """After an ejection one request at a time shows whether the server is back."""
+        return self.broken >= EJECT_AFTER
+
+    def is_up(self, now: float) -> bool:
+        return self.left_out is None and now >= self.rests_until
+
     def has_room(self, now: float) -> bool:
-        if self.left_out is not None or now < self.rests_until:
-            return False
-        # After an ejection one request at a time shows whether the server is back.
-        return self.in_flight < (1 if self.broken >= EJECT_AFTER else self.limiter.limit)
+        return self.is_up(now) and self.in_flight < (1 if self.on_trial else self.limiter.limit)
 
 
-# Waits for room at a server and holds it for one attempt.
-Room = Callable[[], AbstractAsyncContextManager[Endpoint]]
+# Waits for room at a server and holds it for one attempt; `at` as in `Pool.room`.
+Room = Callable[..., AbstractAsyncContextManager[Endpoint]]
 
 
 class Pool:
@@ -105,13 +112,15 @@ class Pool:
             self._emit(ServerLeftOut(endpoint.url, str(endpoint.left_out), asked_again=again))
 
     @asynccontextmanager
-    async def room(self, turn: AbstractAsyncContextManager[object] | None = None) -> AsyncIterator[Endpoint]:
+    async def room(self, turn: AbstractAsyncContextManager[object] | None = None,
+                   at: str = "") -> AsyncIterator[Endpoint]:
         """Wait for room at a server, first come, first served, and hold it for one attempt; `turn` is for `alone`.
+        `at` is the URL of the one to ask, unless it rests, is on trial or is left out.
 
         Raises the first server's reason when every server has been left out.
         """
         async with turn or self._turn:
-            endpoint = await self._enter()
+            endpoint = await self._enter(at)
         try:
             yield endpoint
         finally:
@@ -128,12 +137,14 @@ class Pool:
             while any(endpoint.in_flight for endpoint in self.endpoints):
                 self._changed.clear()
                 await self._changed.wait()
-            yield lambda: self.room(nullcontext())
+            yield partial(self.room, nullcontext())
 
-    async def _enter(self) -> Endpoint:
+    async def _enter(self, at: str) -> Endpoint:
         while True:
             now = self._clock()
-            free = [endpoint for endpoint in self.endpoints if endpoint.has_room(now)]
+            wanted = [endpoint for endpoint in self.endpoints
+                      if endpoint.url == at and endpoint.is_up(now) and not endpoint.on_trial]
+            free = [endpoint for endpoint in wanted or self.endpoints if endpoint.has_room(now)]
             if free:
                 endpoint = min(free, key=lambda endpoint: endpoint.in_flight / endpoint.limiter.limit)
                 endpoint.in_flight += 1
@@ -149,13 +160,14 @@ class Pool:
             except TimeoutError:
                 continue
 
-    def answered(self, endpoint: Endpoint, sent_at: float, records: int, compute: float, before: float) -> None:
-        """It answered a request of so many records that was sent at `sent_at`; compute and before: see `Limiter`."""
+    def answered(self, endpoint: Endpoint, sent_at: float, records: int, compute: float, before: float,
+                 place: int) -> None:
+        """It answered a request of so many records that was sent at `sent_at`; the rest: see `Limiter`."""
         if endpoint.ejections >= AWAY_AFTER:
             self._emit(ServerBack(endpoint.url, self._clock() - endpoint.broken_since))
         endpoint.broken = endpoint.ejections = endpoint.turned_away = 0
         endpoint.other_model = endpoint.refused_since = None
-        endpoint.limiter.answered(self._clock(), sent_at, endpoint.in_flight, records, compute, before)
+        endpoint.limiter.answered(self._clock(), sent_at, endpoint.in_flight, records, compute, before, place)
 
     def overloaded(self, endpoint: Endpoint, sent_at: float) -> None:
         """It had no room for a request sent at `sent_at`: fewer at once, and a pause with full jitter for all."""
@@ -185,12 +197,22 @@ class Pool:
         if endpoint.broken == 0:
             endpoint.broken_since = self._clock()
         endpoint.broken += 1
-        if endpoint.broken >= EJECT_AFTER and sent_at >= endpoint.rests_until:
+        if endpoint.on_trial and sent_at >= endpoint.rests_until:
             pause = min(EJECT_MOST_SECONDS, EJECT_SECONDS * 2.0**endpoint.ejections)
             endpoint.ejections += 1
             endpoint.rests_until = self._clock() + pause
             if endpoint.ejections == AWAY_AFTER:
                 self._emit(ServerAway(endpoint.url, reason))
+
+    def late(self, endpoint: Endpoint, sent_at: float, reason: str) -> None:
+        """It did not answer in time: it has too much to do, or has broken."""
+        endpoint.limiter.overloaded(self._clock(), sent_at)
+        self.broke(endpoint, sent_at, reason)
+
+    def sick(self, url: str, sent_at: float, reason: str) -> None:
+        """It fails on zeros, or on trial: as good as broken, if there is another to ask."""
+        if self.usable > 1:
+            self.broke(next(endpoint for endpoint in self.endpoints if endpoint.url == url), sent_at, reason)
 
     def strange(self, endpoint: Endpoint, other_model: str) -> None:
         """A sound reply named another model. One may be a bit that flipped in the name; two alike are the truth."""

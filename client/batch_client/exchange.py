@@ -13,7 +13,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -23,13 +23,14 @@ from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.endpoint import Endpoint, Pool, Room
 from batch_client.errors import CredentialsError, StoppedError
 from batch_client.events import Event, RequestDone, RequestRetried, RequestSent, Step, timed
+from batch_client.limiter import REQUEST_SECONDS
 from batch_client.pieces import Pieces
 from batch_client.plan import Span
 from batch_client.regions import Region
 from batch_client.retry import RetryBucket, full_jitter
 from batch_client.serving import Servers
 from batch_client.tokens import NoTokenError, authorization
-from batch_client.transport import HttpReply, TransportError
+from batch_client.transport import HttpReply, LateError, TransportError
 from batch_handler.oip import (
     BODY_CHECKSUM,
     CONTENT_TYPE,
@@ -52,7 +53,6 @@ from batch_handler.oip import (
 __all__ = ["Exchange", "Prediction"]
 
 SERVED = (STATUS_OK, STATUS_NOT_FINITE)  # what a record that was scored may have
-REQUEST_SECONDS = 300.0
 LONGEST_NUMBER = 18  # digits of a length in bytes
 # A token may be refused while its server restarts or another program renews it; after this long it is wrong.
 TOKEN_SECONDS = 30.0
@@ -72,12 +72,14 @@ class Prediction:
     """The answer to one request: an array (records, *output shape) by output name, and a uint8 status a record.
 
     In its server batch the model computed for `before` seconds for others, then for `compute` for it; 0 if unknown.
+    `server` is the URL of the one that answered.
     """
 
     outputs: Mapping[str, np.ndarray]
     status: np.ndarray
     compute: float = 0.0
     before: float = 0.0
+    server: str = ""
 
 
 @dataclass
@@ -149,10 +151,11 @@ class Exchange:
         self._nonce = f"{rng.getrandbits(48):012x}"
         self._numbers = itertools.count()
 
-    async def ask(self, span: Span, records: Pieces, room: Room | None = None) -> Prediction | Verdict:
+    async def ask(self, span: Span, records: Pieces, room: Room | None = None, at: str = "") -> Prediction | Verdict:
         """The prediction for `records` (n, *source's record shape), or a verdict for which they may be to blame.
 
-        `room` is the way to a server of a caller that takes a request apart; None is the pool's.
+        `room` is the way to a server of a caller that takes a request apart; None is the pool's. `at` is the URL of the
+        server that it would rather ask.
 
         Raises StoppedError when no server answered anything for longer than patience, CredentialsError for a token
         that stays refused, MismatchError or ServingError when no server is left.
@@ -161,21 +164,21 @@ class Exchange:
         while True:
             async with AsyncExitStack() as held:
                 with timed(Step.ROOM, self._emit, self._clock):
-                    endpoint = await held.enter_async_context((room or self.pool.room)())
+                    endpoint = await held.enter_async_context((room or self.pool.room)(at=at))
                 # Only now: records that wait for room are held once, as they were read.
                 attempt = self._placed(endpoint, span, records.each(self._contract.on_the_wire), held)
                 attempt.probe = room is not None
-                sent_at, lane = self._clock(), endpoint.lane
+                sent_at, lane, place = self._clock(), endpoint.lane, endpoint.in_flight
                 verdict, prediction = await self._attempt(endpoint, attempt, span, tries)
                 if verdict.outcome is Outcome.NO_MODEL:
                     self.pool.without_model(endpoint, lane, verdict.reason)
-                self._learn(endpoint, verdict, prediction, sent_at)
+                self._learn(endpoint, verdict, prediction, sent_at, place)
                 seconds = self._clock() - sent_at
             if prediction is not None:
-                return prediction
+                return replace(prediction, server=endpoint.url)
             if _is_suspect(verdict, tries):
                 self._emit(RequestRetried(endpoint.url, str(verdict), 0.0, seconds, attempt.probe))
-                return verdict
+                return replace(verdict, server=endpoint.url)
             await self._before_next(endpoint, verdict, tries, seconds, probe=attempt.probe)
 
     def now(self) -> float:
@@ -269,7 +272,7 @@ class Exchange:
             reply = await self._transport.send("POST", url, headers, message.parts,
                                                min(REQUEST_SECONDS, max(self._patience, 1.0)))
         except TransportError as error:
-            return Verdict(Outcome.BROKEN, str(error)), None
+            return Verdict(Outcome.LATE if isinstance(error, LateError) else Outcome.BROKEN, str(error)), None
         verdict = read_reply(reply.status, reply.body)
         if verdict.outcome is Outcome.TOKEN:
             endpoint.refused_token = token
@@ -297,11 +300,12 @@ class Exchange:
                                self._clock() - started, prediction.compute * 1e3, attempt.probe))
         return Verdict(Outcome.RESULT), prediction
 
-    def _learn(self, endpoint: Endpoint, verdict: Verdict, prediction: Prediction | None, sent_at: float) -> None:
+    def _learn(self, endpoint: Endpoint, verdict: Verdict, prediction: Prediction | None, sent_at: float,
+               place: int) -> None:
         if prediction is not None:
             self._last_success = self._clock()
             self._bucket.succeeded()
-            self.pool.answered(endpoint, sent_at, len(prediction.status), prediction.compute, prediction.before)
+            self.pool.answered(endpoint, sent_at, len(prediction.status), prediction.compute, prediction.before, place)
         match verdict.outcome:
             case Outcome.BUSY:
                 self.pool.overloaded(endpoint, sent_at)
@@ -309,8 +313,12 @@ class Exchange:
                 if self.pool.refused(endpoint, sent_at) > min(TOKEN_SECONDS, self._patience):
                     self.pool.leave_out(endpoint, CredentialsError(
                         f"{endpoint.url} refuses the token: {verdict.reason}"))
+            case Outcome.LATE:
+                self.pool.late(endpoint, sent_at, str(verdict))
             case Outcome.BROKEN | Outcome.CORRUPT:
                 self.pool.broke(endpoint, sent_at, str(verdict))
+            case Outcome.FAILED | Outcome.RAISED | Outcome.REFUSED if endpoint.on_trial:
+                self.pool.sick(endpoint.url, sent_at, str(verdict))
             case Outcome.NOT_SHARED:
                 self._send_bodies(endpoint)
             case Outcome.OTHER_MODEL:
@@ -376,7 +384,7 @@ def _counted(endpoint: Endpoint) -> Iterator[None]:
 def _is_suspect(verdict: Verdict, tries: _Tries) -> bool:
     if verdict.outcome in _SUSPECT:
         return True
-    tries.broken += verdict.outcome in (Outcome.BROKEN, Outcome.CORRUPT)
+    tries.broken += verdict.outcome in (Outcome.BROKEN, Outcome.LATE, Outcome.CORRUPT)
     return tries.broken >= BROKEN_TRIES
 
 

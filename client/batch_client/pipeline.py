@@ -10,14 +10,22 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 
 import numpy as np
 
 from batch_client.agreement import ask_again
 from batch_client.assemble import UnitAssembler
 from batch_client.budget import ByteBudget, Lease
-from batch_client.errors import STOPPED, STOPPED_AT_ONCE, DataError, MismatchError, StoppedError, one_error
+from batch_client.errors import (
+    STOPPED,
+    STOPPED_AT_ONCE,
+    DataError,
+    MismatchError,
+    StoppedError,
+    StorageError,
+    one_error,
+)
 from batch_client.events import (
     NOT_FINITE,
     ChunkHeld,
@@ -238,9 +246,14 @@ class _Run:
                                   self._plan.records_in(mine), self._plan.records_in(self.view.proven(mine))))
             pool.tell(self._emit, asks_again=True)
             await self._score_all()
-        finally:
+        except asyncio.CancelledError:
+            raise  # at once: what is stored without a proof is scored again and compared
+        except BaseException:
             # What is stored is stored, whatever happened since: prove it, so that a resume need not repeat it.
-            await self._ledger.flush()
+            with suppress(StorageError):  # what ends the run is what to tell
+                await self._ledger.flush()
+            raise
+        await self._ledger.flush()
         await self.view.refresh()
         # Another client may have proven what was held back here.
         self._held = {index: failed for index, failed in self._held.items() if index not in self.view}
@@ -370,7 +383,7 @@ class _Run:
         if failures:
             await self._list(unit.index, failures)
         del self._found[unit.index]
-        if not self._accept(unit, assembler):
+        if not await self._accept(unit, assembler):
             return
         with self._timed(Step.WRITE):
             row, adopted = await self._writer.write(assembler, stream.etags)
@@ -412,7 +425,7 @@ class _Run:
     def _timed(self, step: Step) -> AbstractContextManager[None]:
         return timed(step, self._emit, self._services.clock)
 
-    def _accept(self, unit: Unit, assembler: UnitAssembler) -> bool:
+    async def _accept(self, unit: Unit, assembler: UnitAssembler) -> bool:
         """Whether a unit is to be written: its failures are within what the run accepts. If not it is held back, so
         that nothing has to be overwritten when more are accepted later.
         """
@@ -427,6 +440,7 @@ class _Run:
         self._held[unit.index] = failed
         self._emit(ChunkHeld(unit.index, unit.count, failed))
         if self.failed > self._spec.max_failed + HOPELESS:
+            await self._list_what_was_found(())
             raise self._too_many()
         return False
 

@@ -88,6 +88,9 @@ async def prepare(spec: RunSpec, services: Services,
         chosen = replace(spec, chunk_records=spec.chunk_records or _chunk_of(earlier, geometry))
         plan = make_plan(chosen, geometry, contract.input_dtype, contract.outputs, contract.micro_batch,
                          contract.micro_batch_seconds, _request_size(contract, services.servers))
+        if contract.micro_batch_seconds is not None:
+            for endpoint in pool.endpoints:
+                endpoint.limiter.expect(contract.micro_batch_seconds * plan.request_records / plan.micro_batch)
         return Prepared(source, contract, plan, _identity(spec, services, source, contract, plan), pool)
 
     if begun and not spec.overwrite:

@@ -3,7 +3,9 @@
 A request on which the model or its worker failed twice is a suspect. It is split into halves of whole records, which
 keep their places: the other half's records are overwritten by zeros, so that the shape and every survivor's bits stay
 what they are. A record is given up after three failures alone, with a success of zeros in between, which shows that the
-server is well. For one such record among n this takes at most 2⌈log₂ n⌉ + 6 requests beyond the first two.
+server is well: it is the same that failed, and probes stay there. One that fails on zeros is ejected while there are
+others, which are asked instead. For one such record among n this takes at most 2⌈log₂ n⌉ + 6 requests beyond the first
+two.
 """
 
 from __future__ import annotations
@@ -46,12 +48,13 @@ class Scored:
 
 @dataclass(eq=False)
 class _Case:
-    """A suspect request while it is taken apart."""
+    """A suspect request while it is taken apart. `server` is the one that failed on it, then the last one asked."""
 
     span: Span
     records: np.ndarray
     room: Room
     alone: bool
+    server: str
     outputs: dict[str, np.ndarray] = field(default_factory=dict)
     status: np.ndarray = field(init=False)
     failures: list[RecordFailed] = field(default_factory=list)
@@ -145,9 +148,10 @@ class Scorer:
         it: so nothing else may be aboard.
         """
         if verdict.outcome in _OF_ONE_REQUEST:
-            return await self._case(_Case(span, records, self._exchange.pool.room, alone=False), verdict)
+            return await self._case(_Case(span, records, self._exchange.pool.room, alone=False, server=verdict.server),
+                                    verdict)
         async with self._exchange.pool.alone() as room:
-            return await self._case(_Case(span, records, room, alone=True), verdict)
+            return await self._case(_Case(span, records, room, alone=True, server=verdict.server), verdict)
 
     async def _case(self, case: _Case, verdict: Verdict) -> _Case:
         self._open.append(case)
@@ -158,18 +162,31 @@ class Scorer:
             self._open.remove(case)
         return case
 
+    async def _ask(self, case: _Case, records: np.ndarray) -> Prediction | Verdict:
+        answer = await self._exchange.ask(case.span, Pieces([records]), case.room, case.server)
+        case.server = answer.server
+        return answer
+
     async def _require_health(self, case: _Case) -> None:
-        """A request of zeros in the shape of the suspect must succeed, or nothing can be said about its records."""
-        tries, began = 0, self._exchange.now()
+        """A request of zeros in the shape of the suspect must succeed at a server, which is asked from then on, or
+        nothing can be said about its records.
+        """
+        tries, began, pool = 0, self._exchange.now(), self._exchange.pool
+        failing: set[str] = set()  # servers that say themselves that they can't score zeros
         while True:
-            answer = await self._exchange.ask(case.span, Pieces([np.zeros_like(case.records)]), case.room)
+            answer = await self._ask(case, np.zeros_like(case.records))
             if isinstance(answer, Prediction):
                 if not case.outputs:
                     case.outputs = {name: np.zeros_like(array) for name, array in answer.outputs.items()}
                 return
             tries += 1
+            pool.sick(answer.server, self._exchange.now(), str(answer))
+            if answer.outcome in _OF_ONE_REQUEST:
+                failing.add(answer.server)
+            certain = answer.outcome is Outcome.REFUSED or (answer.outcome is Outcome.RAISED
+                                                            and tries >= FAILURES_ALONE)
             which = f"records {case.span.start} to {case.span.stop - 1}"
-            if answer.outcome is Outcome.REFUSED or (answer.outcome is Outcome.RAISED and tries >= FAILURES_ALONE):
+            if certain and all(one.url in failing for one in pool.endpoints if one.left_out is None):
                 raise DataError(f"{which}: {answer.outcome.value}, and on zeros in their place too "
                                 f"({answer.reason}): nothing can be scored")
             if self._exchange.out_of_patience(began) is not None:
@@ -224,11 +241,15 @@ class Scorer:
         """
         records = np.zeros_like(case.records)
         records[low:high] = case.records[low:high]
-        answer = await self._exchange.ask(case.span, Pieces([records]), case.room)
+        well = case.server
+        answer = await self._ask(case, records)
         if isinstance(answer, Prediction):
             for name, array in case.outputs.items():
                 array[low:high] = answer.outputs[name][low:high]
             case.status[low:high] = answer.status[low:high]
         elif not case.alone and answer.outcome not in _OF_ONE_REQUEST:
             raise _CompanyError(answer, len(case.failures))
+        elif case.server != well:  # which had no room, or broke: of this one zeros have said nothing
+            await self._require_health(case)
+            return await self._probe(case, low, high)
         return answer

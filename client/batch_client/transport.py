@@ -12,7 +12,7 @@ import aiohttp
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.payload import Payload
 
-__all__ = ["HttpReply", "HttpTransport", "Transport", "TransportError"]
+__all__ = ["HttpReply", "HttpTransport", "LateError", "Transport", "TransportError"]
 
 CONNECT_SECONDS = 10
 LARGEST_REPLY = 256 << 20
@@ -20,6 +20,10 @@ LARGEST_REPLY = 256 << 20
 
 class TransportError(Exception):
     """No whole reply came: refused, reset, cut short or too late. The message is one line."""
+
+
+class LateError(TransportError):
+    """It was not there at the deadline."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Transport(Protocol):
 
     async def send(self, method: str, url: str, headers: Mapping[str, str], parts: Sequence[bytes | memoryview],
                    deadline: float) -> HttpReply:
-        """Raises TransportError when no whole reply came. `parts` are the body's pieces in order; `deadline` is in
-        seconds from now.
+        """Raises TransportError when no whole reply came, LateError when none had by the deadline. `parts` are the
+        body's pieces in order; `deadline` is in seconds from now.
         """
 
 
@@ -97,7 +101,7 @@ class HttpTransport:
         except aiohttp.ConnectionTimeoutError as error:
             raise TransportError(f"no connection within {CONNECT_SECONDS:g} s") from error
         except TimeoutError as error:
-            raise TransportError(f"no answer within {deadline:g} s") from error
+            raise LateError(f"no answer within {deadline:g} s") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             said = f"{type(error).__name__}: {error}".replace(" ssl:default", "")  # said of http too
             raise TransportError(" ".join(said.split())[:200]) from error

@@ -299,6 +299,24 @@ def test_far_below_the_ceiling_more_workers_are_not_the_advice(source):
     assert "other cores" in far.advice
 
 
+def test_clients_that_share_servers_are_told_that_others_have_the_rest(source):
+    async def run():
+        served = Workers(ceiling=80.0)
+
+        async def client(number):
+            spec = RunSpec(input="memory://slow", output="memory://out", endpoints=(URL,), model="toy",
+                           chunk_records=16, request_records=4, in_flight=4)
+            return await execute(spec, Services(
+                served.servers(), Slow("memory://slow", source), MemoryStore("memory://out"),
+                rng=random.Random(number), clock=lambda: asyncio.get_running_loop().time(), cpu=lambda: 0.0))
+
+        return await asyncio.gather(client(1), client(2))
+
+    for summary in run_virtually(run()):
+        assert summary.percent_of_ceiling < 85
+        assert "other clients that use these servers have the rest" in summary.advice
+
+
 @pytest.mark.parametrize("wire", [0.01, 0.1, 0.5])
 def test_far_servers_that_compute_all_the_time_are_limited_by_the_model(source, wire):
     """As far as the model's ceiling says that they do: two workers, four records in 0.1 s each."""

@@ -35,7 +35,7 @@ def test_a_success_ends_a_row_of_breaks(pool, clock):
     for _ in range(3):
         for _ in range(EJECT_AFTER - 1):
             pool.broke(endpoint, clock.now, "reset")
-        pool.answered(endpoint, clock.now, 1, 0.0, 0.0)
+        pool.answered(endpoint, clock.now, 1, 0.0, 0.0, 1)
     assert endpoint.ejections == 0
     endpoint.in_flight = 1
     assert endpoint.has_room(clock.now)
@@ -119,7 +119,7 @@ def test_a_server_that_breaks_for_more_than_a_moment_is_told_once_and_so_is_its_
         clock.now = first.rests_until
 
     def answer():
-        pool.answered(first, clock.now, 1, 0.0, 0.0)
+        pool.answered(first, clock.now, 1, 0.0, 0.0, 1)
 
     break_again()
     answer()

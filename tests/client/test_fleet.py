@@ -12,8 +12,8 @@ from batch_client.agreement import AGAIN_SECONDS, ask_again
 from batch_client.calibrate import calibrate
 from batch_client.contract import fetch_contract
 from batch_client.endpoint import Pool
-from batch_client.errors import MismatchError, ServingError, UsageError
-from batch_client.events import ServerJoined, ServerLeftOut
+from batch_client.errors import DataError, MismatchError, ServingError, StoppedError, UsageError
+from batch_client.events import ServerAway, ServerJoined, ServerLeftOut
 from batch_client.pipeline import execute, plan_run
 from batch_client.prepare import Services
 from batch_client.replay import replay
@@ -305,5 +305,69 @@ def test_a_fast_run_uses_all_servers_and_its_manifest_says_what_it_gives_up():
         services = Services(two_servers(first, second), world.source, world.output, rng=random.Random(1))
         with pytest.raises(UsageError, match="promises no equal bytes"):
             await replay(world.spec(exact=False), services, 1)
+
+    run_virtually(run())
+
+
+DIED = HttpReply(500, {}, b'{"code": 500, "type": "InternalServerException", "message": "Worker died."}')
+OUT_OF_MEMORY = HttpReply(500, {}, b'{"error": "the model raised RuntimeError: CUDA out of memory"}')
+MOVED = HttpReply(302, {}, b"sign in first")  # of a proxy before it
+
+
+class Sick(SimulatedServer):
+    """Its model is the run's, and it answers no request."""
+
+    def __init__(self, reply):
+        super().__init__(seconds=0.01)
+        self.reply = reply
+
+    def answer(self, body, header_length):
+        return self.reply
+
+
+@pytest.mark.parametrize("reply", [DIED, OUT_OF_MEMORY, MOVED])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_server_that_fails_on_zeros_is_left_alone_and_no_record_is_to_blame(root, reply, first):
+    world = World(1)
+    sick, well = Sick(reply), SimulatedServer(seconds=1.0)
+
+    async def run():
+        said = []
+        servers = two_servers(sick, well) if first else two_servers(well, sick)
+        summary = await run_on(servers, world, world.output, said.append)
+        assert (summary.root, summary.failed) == (root, 0)
+        (away,) = [event for event in said if isinstance(event, ServerAway)]
+        assert away.endpoint == ("http://one" if first else "http://two")
+        assert str(reply.status) in away.reason
+
+    run_virtually(run())
+
+
+@pytest.mark.parametrize(("reply", "error", "words"), [
+    (DIED, StoppedError, "fails on zeros"), (OUT_OF_MEMORY, DataError, "nothing can be scored"),
+    (MOVED, DataError, "nothing can be scored"),
+])
+def test_servers_that_all_fail_on_zeros_end_a_run_as_one_does(reply, error, words):
+    world = World(1)
+
+    async def run():
+        with pytest.raises(error, match=words):
+            await run_on(two_servers(Sick(reply), Sick(reply)), world, world.output, patience=600.0)
+
+    run_virtually(run())
+
+
+def test_a_server_that_fails_on_zeros_is_no_reason_to_give_up_while_another_is_away(root):
+    world = World(1)
+
+    class Restarting(SimulatedServer):
+        async def send(self, method, *arguments):
+            if method != "GET" and asyncio.get_running_loop().time() < 1200.0:
+                raise TransportError("nobody listens there")
+            return await super().send(method, *arguments)
+
+    async def run():
+        summary = await run_on(two_servers(Sick(OUT_OF_MEMORY), Restarting()), world, world.output, patience=600.0)
+        assert (summary.root, summary.failed) == (root, 0)
 
     run_virtually(run())

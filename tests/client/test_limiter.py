@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_client.limiter import BEGIN, OWN_COMPUTE, OWN_TRANSIT, Limiter
+from batch_client.limiter import BEGIN, OWN_COMPUTE, OWN_TRANSIT, REQUEST_SECONDS, Limiter
 from support.queueing import BulkClient, QueueingServer
 
 TRANSIT = 0.004
@@ -57,9 +57,9 @@ def test_a_far_server_is_kept_busy():
 
 def test_a_server_that_tells_no_times_is_kept_busy():
     class Silent(Limiter):
-        def answered(self, now, sent_at, in_flight, records, compute, before):
+        def answered(self, now, sent_at, in_flight, records, compute, before, place):
             del compute, before
-            super().answered(now, sent_at, in_flight, records, 0.0, 0.0)
+            super().answered(now, sent_at, in_flight, records, 0.0, 0.0, place)
 
     saturated, _ = measured(Fixed(100), 4, 0.1)
     found, _ = measured(Silent(64), 4, 0.1)
@@ -127,32 +127,32 @@ def test_the_way_is_learned_from_the_last_of_a_server_batch(told, wanted):
     limiter = Limiter(32)
     for time in range(0, 1000, 10):
         for place in range(count := limiter.limit):
-            limiter.answered(time + 0.004 + 0.1 * count, time, count, 100, 0.1, 0.1 * place * told)
+            limiter.answered(time + 0.004 + 0.1 * count, time, count, 100, 0.1, 0.1 * place * told, place + 1)
     assert limiter.limit in wanted
 
 
 def test_what_was_not_held_back_by_the_limit_does_not_move_it():
     limiter = Limiter(32)
     for time in range(100):
-        limiter.answered(time + 0.1, time, 2, 1000, 0.1, 0.0)
-        limiter.answered(time + 9.9, time, 2, 1000, 0.1, 0.0)
+        limiter.answered(time + 0.1, time, 2, 1000, 0.1, 0.0, 2)
+        limiter.answered(time + 9.9, time, 2, 1000, 0.1, 0.0, 2)
     assert limiter.limit == BEGIN
 
 
 def test_a_small_request_says_nothing_of_large_ones():
     limiter = Limiter(32)
     for time in range(50):
-        limiter.answered(time + 0.3, time, 99, 1000, 0.1, 0.0)
+        limiter.answered(time + 0.3, time, 99, 1000, 0.1, 0.0, 99)
     held = limiter.limit
     for time in range(50, 90):
-        limiter.answered(time + 0.3, time, 99, 10, 0.001, 0.0)
+        limiter.answered(time + 0.3, time, 99, 10, 0.001, 0.0, 99)
     assert limiter.limit == held
 
 
 def test_a_burst_of_refusals_cuts_once_and_answers_grow_it_back_by_one_a_round():
     limiter = Limiter(16)
     for time in range(40):
-        limiter.answered(time + 0.1, time, 16, 1000, 0.1, 0.0)
+        limiter.answered(time + 0.1, time, 16, 1000, 0.1, 0.0, 16)
     assert limiter.limit == 16
     for _ in range(10):
         limiter.overloaded(now=100.0, sent_at=99.5)
@@ -160,11 +160,31 @@ def test_a_burst_of_refusals_cuts_once_and_answers_grow_it_back_by_one_a_round()
     limiter.overloaded(now=102.0, sent_at=101.5)
     assert limiter.limit == 7
     for time in range(7):
-        limiter.answered(200.1 + time, 200.0 + time, 16, 1000, 0.1, 0.0)
+        limiter.answered(200.1 + time, 200.0 + time, 16, 1000, 0.1, 0.0, 16)
     assert limiter.limit in (7, 8)
     for time in range(400):
-        limiter.answered(300.1 + time, 300.0 + time, 16, 1000, 0.1, 0.0)
+        limiter.answered(300.1 + time, 300.0 + time, 16, 1000, 0.1, 0.0, 16)
     assert limiter.limit == 16
+
+
+def test_the_limit_stays_within_half_of_what_can_be_answered_in_time():
+    limiter = Limiter(32)
+    for place in range(1, 5):  # a burst, at one worker
+        limiter.answered(40.0 * place, 0.0, 5 - place, 100, 0.0, 0.0, place)
+    assert limiter.limit == 3
+    for time in range(160, 4000, 40):
+        limiter.answered(time + 120, time, 3, 100, 0.0, 0.0, 3)
+        assert limiter.limit * 40 <= REQUEST_SECONDS / 2
+    for time in range(4000, 8000, 40):  # and at sixteen
+        limiter.answered(time + 40, time, 32, 100, 0.0, 0.0, 32)
+    assert limiter.limit == 32
+
+
+@pytest.mark.parametrize(("seconds", "begins"), [(0.1, BEGIN), (30.0, BEGIN), (60.0, 2), (90.0, 1), (900.0, 1)])
+def test_it_begins_with_what_one_worker_answers_in_time(seconds, begins):
+    limiter = Limiter(32)
+    limiter.expect(seconds)
+    assert limiter.limit == begins
 
 
 times = st.floats(0, 1e4)
@@ -177,13 +197,13 @@ def test_the_limit_stays_between_one_and_the_most_and_never_stays_at_one(steps, 
     for good, seconds, in_flight, records, compute, before in steps:
         now += seconds
         if good:
-            limiter.answered(now, now - seconds, in_flight, records, compute, before)
+            limiter.answered(now, now - seconds, in_flight, records, compute, before, max(1, in_flight))
         else:
             limiter.overloaded(now, now - seconds)
         assert 1 <= limiter.limit <= most
     for _ in range(3):
         now += 10
-        limiter.answered(now, now - 9, limiter.limit, 10**6, 9.0, 0.0)
+        limiter.answered(now, now - 9, limiter.limit, 10**6, 9.0, 0.0, limiter.limit)
     assert limiter.limit >= min(most, 2)
 
 

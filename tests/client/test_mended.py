@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from obstore.exceptions import GenericError
 from batch_client.endpoint import EJECT_AFTER, Pool
 from batch_client.errors import CredentialsError, DataError, MismatchError, StoppedError, StorageError
 from batch_client.events import ChunkWritten, RequestSent
-from batch_client.layout import GENERATION_KEY
+from batch_client.layout import GENERATION_KEY, LEDGER_PREFIX
 from batch_client.ledger import Ledger
 from batch_client.pipeline import execute
 from batch_client.storage import MemoryStore, _translate
@@ -27,7 +28,7 @@ def test_a_success_forgets_the_refusals_before_it():
     pool = Pool((URL,), 4, lambda: now[0], random.Random(1))
     endpoint = pool.endpoints[0]
     assert pool.refused(endpoint, 0.0) == 0
-    pool.answered(endpoint, 0.0, 1, 0.0, 0.0)
+    pool.answered(endpoint, 0.0, 1, 0.0, 0.0, 1)
     now[0] = 3600.0
     assert pool.refused(endpoint, now[0]) == 0
 
@@ -172,3 +173,50 @@ def test_a_mended_source_is_advised_only_where_it_is_read_again():
     said = run_virtually(run(1))
     assert "held back: 1" in said
     assert said.endswith("or mend the source and score it into a new OUTPUT, or with --overwrite")
+
+
+class NoLedger(MemoryStore):
+    """A store that is away whenever a proof is to be written."""
+
+    async def create(self, key, data):
+        if key.startswith(LEDGER_PREFIX):
+            raise StorageError("the store is away")
+        return await super().create(key, data)
+
+
+def run_without_ledger(server):
+    world = World(1, server)
+
+    async def run(*observers):
+        services = replace(world.services(Fate(random.Random(0), faults=0), Life()), output_store=NoLedger("memory://o"))
+        await execute(world.spec(), services, observers)
+
+    return run
+
+
+def test_an_error_that_ends_a_run_is_told_also_where_the_store_is_away():
+    class Refusing(SimulatedServer):
+        def answer(self, body, header_length):
+            if self.requests > 8:
+                return HttpReply(400, {}, b'{"error": "no more"}')
+            return super().answer(body, header_length)
+
+    with pytest.raises(DataError, match="nothing can be scored"):
+        run_virtually(run_without_ledger(Refusing())())
+    with pytest.raises(StorageError, match="the store is away"):
+        run_virtually(run_without_ledger(SimulatedServer())())
+
+
+def test_a_run_that_is_cancelled_waits_for_no_store():
+    run = run_without_ledger(SimulatedServer(seconds=0.01))
+
+    async def cancelled():
+        def cancel(event):
+            if isinstance(event, ChunkWritten):
+                task.cancel()
+
+        task = asyncio.ensure_future(run(cancel))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run_virtually(cancelled())

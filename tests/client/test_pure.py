@@ -101,7 +101,7 @@ def test_torchserves_answers_mean_what_the_table_says(status, kind, wanted):
     (429, b"", Outcome.BUSY),
     (500, b'{"error": "the model raised"}', Outcome.RAISED),
     (503, b'{"error": "queue is full"}', Outcome.BUSY),
-    (504, b'{"status": 504, "error": "Gateway Timeout"}', Outcome.BROKEN),
+    (504, b'{"status": 504, "error": "Gateway Timeout"}', Outcome.LATE),
     (502, b"<html>", Outcome.BROKEN),
     (500, b"\xff\xfe", Outcome.FAILED),
     (302, b"", Outcome.REFUSED),

@@ -1,12 +1,13 @@
 """Requests over real connections: what a server, or a proxy on the way, may make of them."""
 
+import asyncio
 from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
 
 from batch_client import transport
-from batch_client.transport import HttpTransport, TransportError
+from batch_client.transport import HttpTransport, LateError, TransportError
 
 
 @asynccontextmanager
@@ -49,6 +50,18 @@ async def test_a_redirect_is_an_answer_and_what_was_sent_goes_nowhere_else():
         reply = await client.send("POST", url, {"Authorization": "Bearer secret"}, (b"records",), 10)
     assert reply.status == 307
     assert seen == []
+
+
+async def test_a_reply_that_is_not_there_at_the_deadline_is_late():
+    over = asyncio.Event()
+
+    async def never(request):
+        await over.wait()
+
+    async with serving(web.get("/", never)) as url, HttpTransport() as client:
+        with pytest.raises(LateError, match="no answer within"):
+            await client.send("GET", url, {}, (), 0.01)
+        over.set()
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["of a length", "chunked"])

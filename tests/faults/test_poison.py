@@ -42,7 +42,7 @@ class Company:
     def __init__(self):
         self.pool = Pool(("http://nobody",), 4, lambda: 0.0, random.Random(1))
 
-    async def ask(self, span, rows, room=None):
+    async def ask(self, span, rows, room=None, at=""):
         if rows[2].any():
             return Verdict(Outcome.RAISED, "not this one")
         if rows[5].any() and room == self.pool.room:
@@ -66,11 +66,30 @@ async def test_a_probe_that_goes_down_with_another_request_says_nothing_of_its_r
     np.testing.assert_array_equal(np.delete(scored.outputs["y"], 2), np.delete(rows[:, 0], 2))
 
 
+async def test_a_record_is_judged_where_zeros_were_answered():
+    class Moving(Company):
+        """One server raises on all records, and has eight of nine requests for them, since the well one has no room."""
+
+        asked = 0
+
+        async def ask(self, span, rows, room=None, at=""):
+            records = rows.joined()
+            self.asked += records.any()
+            if records.any() and self.asked % 9:
+                return Verdict(Outcome.RAISED, "out of memory", "http://sick")
+            return Prediction({"y": records.astype(np.float32)}, np.zeros(span.count, np.uint8), server="http://well")
+
+    rows = np.arange(1, 9, dtype=np.uint8)[:, None]
+    scored = await Scorer(Moving(), 8, [].append).score(Span(0, 8, 0), Pieces([rows]))
+    assert scored.failures == ()
+    np.testing.assert_array_equal(scored.outputs["y"], rows)
+
+
 async def test_a_model_that_raises_on_every_record_is_not_asked_six_times_for_each():
     class Raising(Company):
         requests = 0
 
-        async def ask(self, span, rows, room=None):
+        async def ask(self, span, rows, room=None, at=""):
             self.requests += 1
             if rows.joined().any():
                 return Verdict(Outcome.RAISED, "index out of range")

@@ -76,13 +76,13 @@ def world_of(count, poisons, chunk=1000):
     return make_source(records, (chunk, 3)), clean
 
 
-def score(source, server, **options):
+def score(source, server, urls=(URL,), **options):
     output = MemoryStore("memory://out")
-    spec = RunSpec(**{"input": "memory://source", "output": "memory://out", "endpoints": (URL,), "model": "toy",
+    spec = RunSpec(**{"input": "memory://source", "output": "memory://out", "endpoints": urls, "model": "toy",
                       "chunk_records": 1000, "request_records": 64, "in_flight": 4, **options})
 
     async def run():
-        services = Services(Servers(server, {URL: NoTokens()}, "toy"), source, output,
+        services = Services(Servers(server, dict.fromkeys(urls, NoTokens()), "toy"), source, output,
                             clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(2))
         return await execute(spec, services)
 
@@ -137,6 +137,24 @@ def test_one_poison_costs_at_most_the_promised_requests(kind, place):
     assert probes <= 2 * math.ceil(math.log2(64)) + 6
 
 
+@pytest.mark.parametrize("kind", ["raise", "exit"])
+def test_one_poison_costs_no_more_where_there_are_two_servers(kind):
+    servers = {"http://one": PoisonedServer(), "http://two": PoisonedServer()}
+
+    class Two:
+        async def send(self, method, url, *arguments):
+            return await servers[url[:10]].send(method, url, *arguments)
+
+    source, clean = world_of(64, {40: kind}, chunk=64)
+    summary, output = score(source, Two(), tuple(servers), max_failed=1, chunk_records=64)
+    assert summary.published
+    assert list(letters(output)) == [40]
+    assert sum(server.requests for server in servers.values()) - 2 <= 2 * math.ceil(math.log2(64)) + 6
+    found = run_virtually(opened(output))["y"]
+    expected = servers["http://one"].expected(clean, 64)
+    np.testing.assert_array_equal(np.delete(found, 40, 0).view(np.uint32), np.delete(expected, 40, 0).view(np.uint32))
+
+
 def test_without_leave_the_failures_are_held_back_and_a_later_run_may_accept_them():
     server = PoisonedServer()
     source, clean = world_of(3000, {1500: "raise", 2999: "exit"})
@@ -177,6 +195,28 @@ def test_a_record_that_is_not_finite_is_said_so_beside_one_that_fails():
     assert (summary.failed, summary.not_finite) == (1, 2)
     status = run_virtually(opened(output))["record_status"]
     assert {place: status[place] for place in np.flatnonzero(status)} == {5: 1, 40: 2, 41: 2}
+
+
+def test_what_was_found_in_chunks_that_are_not_done_is_listed_too_when_a_run_gives_up():
+    class Waiting(PoisonedServer):
+        """The first chunk, which is not finite, is done after the second's record was found and before the rest."""
+
+        async def send(self, method, url, headers, parts, deadline):
+            if method != "GET":
+                marks = decode_request(b"".join(parts), int(headers["Inference-Header-Content-Length"]),
+                                       max_tensor_bytes=1 << 24).inputs[0].data[:, 1]
+                await asyncio.sleep(float(marks.max()))
+            return await super().send(method, url, headers, parts, deadline)
+
+    records = np.ones((2200, 3), np.float32)
+    records[:1100, 0] = NAN
+    records[1100, 0] = RAISE
+    records[0, 1], records[2199, 1] = 100, 200
+    error, output = score(make_source(records, (1100, 3)), Waiting(), chunk_records=1100, request_records=112,
+                          require_finite=True)
+    assert isinstance(error, DataError)
+    assert "1,100 records failed" in str(error)
+    assert set(letters(output)) == {*range(1101)}
 
 
 def test_a_server_that_fails_on_anything_convicts_nobody():

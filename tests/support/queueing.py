@@ -90,7 +90,7 @@ class BulkClient:
     def fill(self):
         while self.in_flight < self.limiter.limit:
             self._count(+1)
-            self.server.send(functools.partial(self._replied, self.server.now))
+            self.server.send(functools.partial(self._replied, self.server.now, self.in_flight))
 
     def measure(self, seconds):
         """Requests a second and mean number in flight, over the next so many seconds."""
@@ -100,14 +100,14 @@ class BulkClient:
         self._count(0)
         return (self.server.done - done) / seconds, self._area / seconds
 
-    def _replied(self, sent_at, compute, before):
+    def _replied(self, sent_at, place, compute, before):
         now = self.server.now
         if compute is None:
             self.limiter.overloaded(now, sent_at)
             self._count(-1)
             self.server.after(self.pause, self.fill)
             return
-        self.limiter.answered(now, sent_at, self.in_flight, 1000, compute, before)
+        self.limiter.answered(now, sent_at, self.in_flight, 1000, compute, before, place)
         self._count(-1)
         self.fill()
 
