@@ -235,8 +235,7 @@ class _Run:
         await self.view.refresh()
         if len(self.view):  # of an earlier life: told before more is scored that could not be published
             await self._require_unchanged()
-        contract = self._prepared.contract
-        pool = self._prepared.pool
+        contract, pool = self._prepared.contract, self._prepared.pool
         try:
             if self._services.reuse_store is not None and reusable is not None:
                 await self._reuse(self._services.reuse_store, reusable)
@@ -340,9 +339,7 @@ class _Run:
         return True
 
     def _order(self) -> Iterator[Unit]:
-        """Units of this run's part that are not proven. A client that joins others begins somewhere else, so that they
-        meet late.
-        """
+        """Units of this part that are not proven; who joins others begins somewhere else, so that they meet late."""
         mine = self._plan.part(self._spec.part)
         offset = 0 if self._first or not mine else self._services.rng.randrange(len(mine))
         for units in (mine[offset:], mine[:offset]):
