@@ -32,7 +32,7 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
     """Show what `run` with the same words would do. Nothing is written, and no record is sent but with --calibrate."""
     from batch_client import api
     from batch_client.eventloop import run_verb
-    from batch_client.events import ServerLeftOut, SourceIsPacked
+    from batch_client.events import RecordsCast, ServerLeftOut, SourceIsPacked
     from batch_client.forecast import Prices
 
     asked = [options.pop(f"price_per_{what}") for what in ("hour", "1000_puts", "1000_gets")]
@@ -43,20 +43,22 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
     prices = None if asked == [None] * 3 else Prices(*(price or 0.0 for price in asked))
     spec = spec_of(input_url, output_url, options)
     left_out: list[str] = []
-    packed: dict[str, str] = {}
+    said: dict[str, str] = {}
 
     def observe(event: Event) -> None:
         if isinstance(event, ServerLeftOut):
             left_out.append(event.reason)
         if isinstance(event, SourceIsPacked):
-            packed["source_is_packed"] = str(event)
+            said["source_is_packed"] = str(event)
+        if isinstance(event, RecordsCast):
+            said["records_are_cast"] = str(event)
 
     if calibrate:
         found = run_verb(api.calibrate(spec, (observe,)))
-        figures = _figures(found.plan) | packed | _forecast(found) | _cost(found.plan, prices, found, spec)
+        figures = _figures(found.plan) | said | _forecast(found) | _cost(found.plan, prices, found, spec)
     else:
         plan = run_verb(api.plan(spec, (observe,)))
-        figures = _figures(plan) | packed | {"left_out": left_out} | _cost(plan, prices, None, spec)
+        figures = _figures(plan) | said | {"left_out": left_out} | _cost(plan, prices, None, spec)
     if as_json:
         click.echo(json.dumps(figures))
         return
