@@ -50,6 +50,13 @@ def test_a_size_of_a_settings_file_is_no_truth_value(tmp_path, monkeypatch, capf
     assert "True: wanted a number of bytes such as 64M" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--config", "cfg.toml"], ["--config=cfg.toml"]])
+def test_where_the_settings_file_is_named_is_said(words, capfd):
+    assert cli.main(["run", "in", "out", *words]) == 64
+    assert capfd.readouterr().err == (
+        "batch-client: --config stands before the verb: wanted batch-client --config FILE run …\n")
+
+
 @pytest.mark.parametrize(("flag", "value"), [
     ("--max-bytes-in-flight", "9" * 5000), ("--max-bytes-in-flight", "9" * 5000 + "M"), ("--part", "1/" + "9" * 5000),
     ("--part", "9" * 5000 + "/1"), ("--in-flight", "9" * 5000), ("--records", "0:" + "9" * 5000),
