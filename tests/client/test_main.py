@@ -96,6 +96,13 @@ def test_a_report_in_the_output_is_refused_before_the_run(page, tmp_path, monkey
     assert f"--report {page} is in OUTPUT out: wanted a place beside it" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("page", ["report.pdf", "report"])
+def test_a_report_is_not_given_the_name_of_another_kind(page, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "in", "out", "--archive", "m.mar", "--report", page]) == 64
+    assert f"--report {page}: the report is HTML: wanted a name that ends with .html" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("page", ["s3://bucket/report.html", "file:///tmp/report.html"])
 def test_a_report_has_no_url(page, capfd):
     assert cli.main(["run", "in", "out", "--archive", "m.mar", "--report", page]) == 64
