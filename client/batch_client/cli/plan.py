@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from batch_client.forecast import Prices
     from batch_client.plan import Plan
     from batch_client.spec import RunSpec
+
+
+LEAST_SECONDS = 1.0  # of a calibration: in less the first answers, and the machine's whims, are most of it
 
 
 @click.command("plan", cls=Verb)
@@ -54,7 +58,7 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
             said["records_are_cast"] = str(event)
 
     if calibrate:
-        found = run_verb(api.calibrate(spec, (observe,)))
+        found = _if_long_enough(run_verb(api.calibrate(spec, (observe,))))
         figures = _figures(found.plan) | said | _forecast(found) | _cost(found.plan, prices, found, spec)
     else:
         plan = run_verb(api.plan(spec, (observe,)))
@@ -67,6 +71,11 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
         click.echo(f"{name.replace('_', ' '):<{width}}  {_shown(value)}")
 
 
+def _if_long_enough(found: Calibration) -> Calibration:
+    """Without a forecast where all of a small array was scored in no time."""
+    return found if found.seconds >= LEAST_SECONDS else replace(found, forecast=None)
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(one, str) for one in value):
         return "; ".join(value) or "no server"
@@ -74,7 +83,7 @@ def _shown(value: Any) -> str:
         middle, low, high = map(_rounded, value)
         return f"{middle}  (95 %: {low} to {high})"
     if value is None:
-        return "unknown: too few answers to forecast from"
+        return "unknown: too few answers, or too short a time, to forecast from"
     return f"{value:,}" if isinstance(value, int | float) else value
 
 
