@@ -23,6 +23,7 @@ __all__ = [
     "Observer",
     "Published",
     "RecordFailed",
+    "RecordsCast",
     "RecordsScored",
     "RequestDone",
     "RequestRetried",
@@ -79,6 +80,24 @@ class SourceIsPacked:
         return (f"{self.source} is scored as it is stored: its scale_factor {self.scale_factor:g} and add_offset "
                 f"{self.add_offset:g}, which xarray applies, are not; a model that was trained on such values needs "
                 "the array written decoded, or pack with scale and mean in a --signature file")
+
+
+@dataclass(frozen=True)
+class RecordsCast:
+    """Whole numbers (or bools) of the source are sent as floats, which the model's input is: unscaled, whatever the
+    model was trained on.
+    """
+
+    source: str
+    dtype: str
+    input_name: str
+    input_dtype: str
+
+    def __str__(self) -> str:
+        """What a person is to know of it."""
+        return (f"{self.source}: {self.dtype} records are sent as {self.input_dtype}, as they are: a model that was "
+                f"trained on scaled numbers needs an archive packed with --input {self.input_name}:{self.dtype}:SHAPE "
+                "--scale NUMBER")
 
 
 @dataclass(frozen=True)
@@ -253,9 +272,9 @@ class Published:
     already: bool = False
 
 
-Event = (RunStarted | SourceIsPacked | ServerLeftOut | ServerJoined | ServerAway | ServerBack | StepBegan | StepEnded
-         | RequestSent | RequestDone | RequestRetried | RecordsScored | RecordFailed | ChunkHeld | ChunkReused
-         | ChunkWritten | Stopping | Published)
+Event = (RunStarted | SourceIsPacked | RecordsCast | ServerLeftOut | ServerJoined | ServerAway | ServerBack | StepBegan
+         | StepEnded | RequestSent | RequestDone | RequestRetried | RecordsScored | RecordFailed | ChunkHeld
+         | ChunkReused | ChunkWritten | Stopping | Published)
 
 
 class Observer(Protocol):

@@ -5,6 +5,7 @@ those that were there when it first asked, and the driver's program is slow.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import platform
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["cores", "cpu_kind", "device", "free_ports", "gpu_variables", "gpus", "has_address"]
+__all__ = ["cores", "cpu_kind", "device", "free_ports", "gpu_variables", "gpus", "has_address", "is_taken"]
 
 DEVICES = Path("/dev")
 # Of NVIDIA's driver, of WSL, of Jetson, of ROCm.
@@ -147,4 +148,15 @@ def has_address(address: str) -> bool:
         with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as one:
             one.bind(place)
             return True
+    return False
+
+
+def is_taken(address: str, port: int) -> bool:
+    """Whether somebody listens at this port of an address of this machine."""
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Java: connections that have ended don't count
+        try:
+            one.bind((address, port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
     return False

@@ -163,9 +163,14 @@ def _chunk_of(stored: Mapping[str, Any], source: Geometry) -> int | None:
 def geometry_for(source: Source, contract: ModelContract) -> Geometry:
     """The source's geometry, once it is clear that the model takes its records; raises DataError where it does not."""
     found = source.geometry
-    if _squeezed(found.record_shape) != _squeezed(contract.input_shape):
+    there, wanted = _squeezed(found.record_shape), _squeezed(contract.input_shape)
+    if there != wanted:
+        instead = "score another array, or pack the model for these records"
+        if sorted(there) == sorted(wanted):
+            instead = ("axes in another order, and records are reshaped, not transposed: transpose in the model that "
+                       "is packed (such as x.permute(0, 3, 1, 2)), or write the array in the model's order")
         raise DataError(f"{source.url}: a record has shape {found.record_shape}, model {contract.name} takes "
-                        f"{contract.input_shape}: score another array, or pack the model for these records")
+                        f"{contract.input_shape}: {instead}")
     # numpy calls 64-bit integers in 64-bit floats safe, which have 53 bits for them.
     rounded = found.dtype.kind in "iu" and found.dtype.itemsize == 8 and contract.input_dtype.kind == "f"
     if rounded or not np.can_cast(found.dtype, contract.input_dtype, "safe"):

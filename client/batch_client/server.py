@@ -21,7 +21,7 @@ import aiohttp
 
 from batch_client.errors import CredentialsError, ServingError, UsageError
 from batch_client.java import Java, find_java, torchserve_home
-from batch_client.machine import gpus, has_address
+from batch_client.machine import gpus, has_address, is_taken
 from batch_client.regions import sweep
 from batch_client.server_config import Model, ServerSettings, model_of
 from batch_client.server_lanes import Lane, lanes_of
@@ -30,6 +30,7 @@ from batch_client.server_process import ServerProcess, launch, settled
 
 __all__ = ["EmbeddedServer", "ServerSettings"]
 
+ANOTHER_PORT = "end what listens there, or take another --port or --metrics-port"
 POLL_SECONDS, MOST_POLL_SECONDS = 0.1, 5.0  # between looks at a server that is starting
 LOG_SETTLE_SECONDS = 0.5  # a dying worker's traceback comes in many lines
 SILENT_DEATHS = 3  # of one worker, before its end counts as one without a word
@@ -115,15 +116,11 @@ class EmbeddedServer:
         """Starts TorchServe and returns when every worker is ready.
 
         Raises UsageError for an address that is another machine's; ServingError when something is missing on this one,
-        the tuning file can't be taken, the model does not load (with the handler's own reason) or `startup_seconds` are
-        over.
+        a port is taken, the tuning file can't be taken, the model does not load (with the handler's own reason) or
+        `startup_seconds` are over.
         """
         self._model = model_of(self._settings.archive)
-        if ":" in self._settings.address:
-            raise UsageError(f"--address {self._settings.address}: wanted a name or an IPv4 address, such as 0.0.0.0: "
-                             "TorchServe takes no other")
-        if not await asyncio.to_thread(has_address, self._settings.address):
-            raise UsageError(f"--address {self._settings.address}: not an address of this machine")
+        await asyncio.to_thread(self._require_address)
         home = torchserve_home()
         java = await asyncio.to_thread(find_java, self._environ, bundled=self._bundled_java)
         self._settings = await asyncio.to_thread(settled, self._settings, self._environ)
@@ -140,9 +137,9 @@ class EmbeddedServer:
                 asked = self._asked_for(str(taken))
                 if asked or not left:
                     await self.stop()
-                    raise ServingError(f"{taken}: end what listens there, or take another --port or --metrics-port"
-                                       if asked else f"no free ports for TorchServe in {STARTS} starts, others took "
-                                       "them in between: try again") from None
+                    raise ServingError(f"{taken}: {ANOTHER_PORT}" if asked else
+                                       f"no free ports for TorchServe in {STARTS} starts, others took them in between: "
+                                       "try again") from None
             except BaseException as error:
                 if self._running is not None:
                     self._running.failed = isinstance(error, ServingError)
@@ -150,6 +147,17 @@ class EmbeddedServer:
                 raise
             else:
                 return
+
+    def _require_address(self) -> None:
+        """Raises UsageError and ServingError where nothing can listen: sooner than Java's stack trace would say so."""
+        if ":" in self._settings.address:
+            raise UsageError(f"--address {self._settings.address}: wanted a name or an IPv4 address, such as 0.0.0.0: "
+                             "TorchServe takes no other")
+        if not has_address(self._settings.address):
+            raise UsageError(f"--address {self._settings.address}: not an address of this machine")
+        for port in (self._settings.port, self._settings.metrics_port):
+            if port and is_taken(self._settings.address, port):
+                raise ServingError(f"{self._settings.address}:{port} is taken: {ANOTHER_PORT}")
 
     async def stop(self) -> None:
         """Ends TorchServe and its workers, and removes its files; the log stays if it ended or failed by itself."""

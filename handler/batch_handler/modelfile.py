@@ -98,7 +98,7 @@ def graph_inputs(kind: str, path: Path, given: Sequence[InputSpec]) -> tuple[Inp
     """What a record is: as `given`, but not cast where an ONNX graph takes what travels; or what the graph says.
 
     Raises `ModelFileError` for what is no graph and has no inputs given, `SignatureError` where the graph leaves sizes
-    open, `ModelError` where it has other inputs.
+    open, `ModelError` where it has other inputs, or takes records of other sizes.
     """
     if kind != "onnx":
         if not given:
@@ -107,6 +107,7 @@ def graph_inputs(kind: str, path: Path, given: Sequence[InputSpec]) -> tuple[Inp
     graph, _ = open_graph(path, _CPU, [spec.name for spec in given], optimised=False)
     if not given:
         return graph.specs()
+    graph.require_shapes(given)
     # A graph of another number of inputs is refused when it is called.
     return tuple(replace(spec, cast=False) if taken == spec.dtype.name != "float32" and not spec.scaled else spec
                  for spec, taken in zip_longest(given, graph.dtypes()[:len(given)]))

@@ -10,6 +10,7 @@ import pytest
 
 from batch_client.agreement import AGAIN_SECONDS, ask_again
 from batch_client.calibrate import calibrate
+from batch_client.cli.run import _sentence
 from batch_client.contract import fetch_contract
 from batch_client.endpoint import Pool
 from batch_client.errors import DataError, MismatchError, ServingError, StoppedError, UsageError
@@ -104,6 +105,10 @@ def test_a_server_that_the_run_goes_on_without_is_named(root, other, reason):
         (why,) = [event.reason for event in said if isinstance(event, ServerLeftOut)]
         assert why.startswith(reason)
         assert summary.left_out == (why,)
+        assert ", 0 retries, without 1 of 2 servers → memory://out" in _sentence(summary)
+        assert "servers" not in _sentence(replace(summary, left_out=()))
+        part = replace(summary, published=False)
+        assert " s, without 1 of 2 servers: this part is done, " in _sentence(part)
         assert [limit > 0 for limit in summary.in_flight] == [True, False]
         found = await calibrate(world.spec(), services_on(two_servers(SimulatedServer(), other), world, world.output))
         assert found.left_out == (why,)

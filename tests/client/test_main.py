@@ -50,6 +50,13 @@ def test_a_size_of_a_settings_file_is_no_truth_value(tmp_path, monkeypatch, capf
     assert "True: wanted a number of bytes such as 64M" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--config", "cfg.toml"], ["--config=cfg.toml"]])
+def test_where_the_settings_file_is_named_is_said(words, capfd):
+    assert cli.main(["run", "in", "out", *words]) == 64
+    assert capfd.readouterr().err == (
+        "batch-client: --config stands before the verb: wanted batch-client --config FILE run …\n")
+
+
 @pytest.mark.parametrize(("flag", "value"), [
     ("--max-bytes-in-flight", "9" * 5000), ("--max-bytes-in-flight", "9" * 5000 + "M"), ("--part", "1/" + "9" * 5000),
     ("--part", "9" * 5000 + "/1"), ("--in-flight", "9" * 5000), ("--records", "0:" + "9" * 5000),
@@ -87,6 +94,13 @@ def test_a_report_in_the_output_is_refused_before_the_run(page, tmp_path, monkey
     (tmp_path / "elsewhere").mkdir()
     assert cli.main(["run", "in", "out", "--archive", "m.mar", "--report", page]) == 64
     assert f"--report {page} is in OUTPUT out: wanted a place beside it" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("page", ["report.pdf", "report"])
+def test_a_report_is_not_given_the_name_of_another_kind(page, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "in", "out", "--archive", "m.mar", "--report", page]) == 64
+    assert f"--report {page}: the report is HTML: wanted a name that ends with .html" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("page", ["s3://bucket/report.html", "file:///tmp/report.html"])

@@ -5,10 +5,28 @@ import os
 import re
 import threading
 
+import pytest
+
 from batch_client.cli.observers import LogLines, ProgressBar
 from batch_client.cli.pack import command as pack
 from batch_client.cli.stream import MOST_WAITING, PatientStream
-from batch_client.events import ServerAway, ServerBack, ServerJoined, ServerLeftOut, SourceIsPacked
+from batch_client.events import RecordsCast, ServerAway, ServerBack, ServerJoined, ServerLeftOut, SourceIsPacked
+from batch_client.pipeline import execute, plan_run
+from support.runs import records_of, services, source_of, spec
+from support.simulated import SimulatedServer
+
+
+class Screen:
+    text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        """Nothing is held back."""
+
+    def isatty(self):
+        return False
 
 
 def test_log_lines_that_are_dropped_are_whole_lines():
@@ -51,12 +69,6 @@ def test_what_waits_for_a_reader_is_bounded_in_characters():
 
 
 def test_what_becomes_of_servers_has_a_line_each():
-    class Screen:
-        text = ""
-
-        def write(self, text):
-            self.text += text
-
     screen, reason = Screen(), "the connection broke: reset by peer"
     bar = ProgressBar(screen)
     bar(ServerAway("http://b", "the connection broke: reset\nby peer"))
@@ -73,4 +85,23 @@ def test_what_becomes_of_servers_has_a_line_each():
 
 def test_who_has_packed_numbers_is_told_of_flags_that_there_are():
     flags = {flag for option in pack.params for flag in option.opts}
-    assert {*re.findall(r"--[a-z-]+", str(SourceIsPacked("in", 0.5, 1.0)))} <= flags
+    for event in (SourceIsPacked("in", 0.5, 1.0), RecordsCast("in", "uint8", "x", "float32")):
+        assert {*re.findall(r"--[a-z-]+", str(event))} <= flags
+
+
+@pytest.mark.parametrize(("dtype", "taken", "is_cast"), [
+    ("uint8", "float32", True), ("bool", "float32", True), ("int32", "float64", True),
+    ("uint8", "uint8", False), ("uint8", "int16", False), ("float32", "float64", False),
+])
+async def test_whole_numbers_for_a_model_of_floats_go_as_they_are_and_somebody_is_told(dtype, taken, is_cast):
+    source = await source_of(records_of(20, dtype=dtype), (10, 3))
+    said = (f"memory://source: {dtype} records are sent as {taken}, as they are: a model that was trained on scaled "
+            f"numbers needs an archive packed with --input x:{dtype}:SHAPE --scale NUMBER")
+    for go in (plan_run, execute):
+        told, screen, lines = [], Screen(), Screen()
+        bar, log = ProgressBar(screen), LogLines(lines)
+        await go(spec(), services(SimulatedServer(dtype=taken), source), (bar, log, told.append))
+        bar.close()
+        assert [str(event) for event in told if isinstance(event, RecordsCast)] == ([said] if is_cast else [])
+        assert (said in screen.text) is is_cast
+        assert ('"records are cast"' in lines.text) is is_cast

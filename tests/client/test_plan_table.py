@@ -2,8 +2,11 @@
 
 import pytest
 
+from batch_client import api
+from batch_client.calibrate import Calibration
+from batch_client.cli import main
 from batch_client.cli.plan import _cost, _figures, _shown
-from batch_client.forecast import Prices
+from batch_client.forecast import Forecast, Prices
 from batch_client.spec import Records
 from support.plans import plan_of, spec
 
@@ -38,3 +41,16 @@ def test_what_is_below_one_keeps_two_digits(value, wanted):
 def test_a_small_cost_is_not_rounded_to_nothing():
     cost = _cost(plan_of(count=10, chunk=10), Prices(thousand_puts=0.005), None, spec())["cost_of_requests"]
     assert cost == pytest.approx(0.005 * (2 + 1 / 64) / 1000, rel=1e-5)  # two objects and a share of a segment
+
+
+@pytest.mark.parametrize(("seconds", "is_known"), [(0.035, False), (20.1, True)])
+def test_what_was_scored_in_no_time_is_not_forecast_from(seconds, is_known, monkeypatch, capsys):
+    async def calibrated(*_):
+        return Calibration(plan_of(), Forecast(10, 300.0, seconds, seconds / 300, seconds * 80), 10, 0, (), seconds, 1)
+
+    monkeypatch.setattr(api, "calibrate", calibrated)
+    assert main(["plan", "in", "out", "--endpoint", "http://a:1", "--model", "m", "--calibrate",
+                 "--price-per-hour", "1"]) == 0
+    shown = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    unknown = "unknown: too few answers, or too short a time, to forecast from"
+    assert [shown[name].strip() == unknown for name in ("seconds", "records per s", "cost")] == [not is_known] * 3

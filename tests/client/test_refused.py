@@ -64,13 +64,20 @@ async def test_sources_that_can_not_be_scored_are_refused_before_anything_is_wri
     good, wide = await source_of(records_of(20), (10, 3)), await source_of(records_of(20, (4,)), (10, 4))
     for kind, wanted, source, options in [
         (DataError, "no Zarr array there", MemoryStore("memory://source"), {}),
-        (DataError, "a record has shape (4,), model toy takes (3,)", wide, {}),
+        (DataError, "a record has shape (4,), model toy takes (3,): score another array, or pack the model", wide, {}),
         (DataError, "records are float64", await source_of(records_of(20, dtype=np.float64), (10, 3)), {}),
         (UsageError, "INPUT memory://out/in is in OUTPUT memory://out", MemoryStore("memory://out/in"), {}),
         (DataError, "complex64 can't be scored", await source_of(records_of(20).astype(np.complex64), (10, 3)), {}),
         (UsageError, "over --max-bytes-in-flight", good, {"max_bytes_in_flight": 8}),
     ]:
         assert (await refused(kind, wanted, source, **options)).objects == {}
+
+
+async def test_records_with_their_axes_in_another_order_are_said_not_to_be_transposed():
+    await refused(DataError, "a record has shape (4, 4, 3), model toy takes (3, 4, 4): axes in another order, and "
+                  "records are reshaped, not transposed: transpose in the model that is packed (such as "
+                  "x.permute(0, 3, 1, 2)), or write the array in the model's order",
+                  await source_of(records_of(20, (4, 4, 3)), (10, 4, 4, 3)), SimulatedServer((3, 4, 4)))
 
 
 async def test_a_group_names_its_arrays():

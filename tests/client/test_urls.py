@@ -41,6 +41,21 @@ def test_a_path_that_can_not_be_is_refused(path):
         open_store(path)
 
 
+@pytest.mark.parametrize(("place", "wanted"), [
+    ("run:1.zarr", "a path with a colon is written ./run:1.zarr"),
+    ("s3:/data/in.zarr", "did you mean s3://data/in.zarr?"),
+])
+def test_a_colon_without_slashes_is_told_what_to_write(place, wanted):
+    with pytest.raises(UsageError) as error:
+        open_store(place, environ={})
+    assert str(error.value).endswith(f"not a URL, which has :// after its scheme: {wanted}")
+
+
+def test_a_path_with_a_colon_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert open_store("./run:1.zarr").url == (tmp_path / "run:1.zarr").as_uri()
+
+
 @pytest.mark.parametrize("cut", ["#2", "?version=2", "#", "?"])
 @pytest.mark.parametrize("url", ["s3://b/run", "file:///tmp/run"])
 def test_a_url_that_goes_on_after_its_path_is_no_place(url, cut):

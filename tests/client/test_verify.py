@@ -8,6 +8,7 @@ import pytest
 from batch_client import verify
 from batch_client.cli import main
 from batch_client.errors import DataError
+from batch_client.storage import MemoryStore
 from support.faulty import calm
 from support.simulated import Breaking
 from support.virtual import run_virtually
@@ -33,6 +34,18 @@ def test_what_cant_be_replayed_is_refused_before_anything_is_read(flags, exact, 
     monkeypatch.setattr("batch_client.storage.open_store", lambda *_, **__: world.output)
     assert main(["verify", "out", "--replay", "1", *flags]) == code
     assert wanted in capfd.readouterr().err
+
+
+def test_a_source_that_has_moved_can_be_brought_back(monkeypatch, capfd):
+    world = World(1)
+    run_virtually(world.live(calm()))
+    monkeypatch.setattr("batch_client.storage.open_store",
+                        lambda url, **_: world.output if url == "out" else MemoryStore(url))
+    assert main(["verify", "out", "--replay", "1", *SERVER]) == 65
+    said = capfd.readouterr().err
+    assert "memory://source: no Zarr array there" in said
+    assert said.endswith("; the run read it there, as the manifest says: bring it back to that place, or verify "
+                         "without --replay\n")
 
 
 def busiest_of(store, monkeypatch):

@@ -94,6 +94,17 @@ def test_it_says_what_it_found_to_a_person(published, capsys):
     assert capsys.readouterr().out.startswith("300 records, 1 without a score\n")
 
 
+def test_a_source_that_has_moved_is_named_with_a_flag(published, capsys):
+    (published / "in.zarr").rename(published / "elsewhere.zarr")
+    assert show(published) == 65
+    said = capsys.readouterr().err
+    assert "in.zarr: no Zarr array there" in said
+    assert said.endswith("; the run read it there: name where it is now with --source\n")
+    assert show(published, "--source", str(published / "nor-here.zarr")) == 65
+    assert "--source" not in capsys.readouterr().err
+    assert show(published, "--source", str(published / "elsewhere.zarr")) == 0
+
+
 def test_labels_that_are_no_class_are_counted(published, capsys):
     """Classes that are counted from 1 look like a bad model."""
     labels = np.load(published / "labels.npy") + 1

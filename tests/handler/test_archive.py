@@ -457,6 +457,21 @@ def test_outputs_that_no_run_can_carry_are_said(tmp_path, capsys, monkeypatch):
     assert "smaller" not in capsys.readouterr().err
 
 
+def test_another_models_archive_that_nobody_named_is_not_replaced_without_a_word(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def notes(size, *flags):
+        torch.manual_seed(size)
+        torch.save(torch.nn.Linear(2, size), "w.pt")
+        assert main(["pack", "w.pt", "--trust-pickle", "--input", "x:float32:2", *flags]) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if "note" in line]
+
+    assert notes(3) == notes(3) == []
+    first = read_description(tmp_path / "w.mar").digest
+    assert notes(4, "-o", "named.mar") == notes(5, "-o", "named.mar") == []
+    assert notes(4) == [f"note: w.mar held another model, {first}: it is replaced"]
+
+
 def test_an_error_names_the_file_that_was_given_and_not_its_copy(pack_request, tmp_path):
     path = tmp_path / "net.onnx"
     path.write_bytes(model([], [], [], [external("w", (2,), "net.onnx.data")]))

@@ -204,6 +204,25 @@ def test_what_is_no_graph_for_these_records_is_refused_in_one_line(content, mess
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("sizes", "shape", "wanted"), [
+    ([10], (11,), r"a record of image is \[11\] in the model, the graph takes \[10\]: say so with --input"),
+    (["h", 5], (6, 6), r"image is \[6, 6\] in the model, the graph takes \[any, 5\]"),
+    ([3, 4], (12,), r"image is \[12\] in the model, the graph takes \[3, 4\]"),
+    ([10], (10,), None), (["h", 6], (6, 6), None),
+])
+def test_records_of_other_sizes_than_a_graph_says_are_refused_by_name(sizes, shape, wanted, pack_request, tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model([node("Abs", ["image"], ["y"])], [value_info("image", ["n", *sizes])],
+                           [value_info("y", ["n", *sizes])]))
+    request = repacked(pack_request, path, tmp_path, outputs=(),
+                       inputs=(InputSpec("image", np.dtype("float32"), shape, shape),))
+    if wanted is None:
+        assert pack(request).is_file()
+        return
+    with pytest.raises(ArchiveError, match=wanted):
+        pack(request)
+
+
 def test_without_onnx_runtime_one_line_says_what_to_install(pack_request, onnx_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ArchiveError, match=r'pip install "batch-client\[onnx\]"'):

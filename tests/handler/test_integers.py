@@ -60,6 +60,20 @@ def test_what_records_become_is_said_where_they_change(flags, takes, packing):
     assert f"takes x: {takes}\n" in said
 
 
+@pytest.mark.parametrize(("flags", "noted"), [
+    (["--input", "x:uint8:4"], True),
+    (["--input", "x:uint8:4", "--scale", "1/255"], False),
+    (["--input", "x:int16:4"], False),
+    (["--input", "x:float32:4"], False),
+])
+def test_bytes_that_nothing_scales_are_told_of(flags, noted, packing):
+    code, said = packing("make_linear", *flags)
+    assert code == 0
+    note = ("note: x's values 0 to 255 reach the model as they are: where it was trained on 0 to 1, pack with "
+            "--scale 1/255 (scale in a --signature file)\n")
+    assert (note in said) == noted
+
+
 @pytest.mark.parametrize("flags", [["--input", "x:float32:5"], ["--input", "x:uint8:5", "--scale", "1/255"]])
 def test_where_nothing_else_could_be_wanted_nothing_is_said_of_it(flags, packing):
     code, said = packing("make_linear", *flags)

@@ -7,11 +7,29 @@ import pytest
 from batch_client import server as server_module
 from batch_client import server_process
 from batch_client.errors import ServingError, UsageError
-from batch_client.machine import has_address
+from batch_client.machine import has_address, is_taken
 from batch_client.server import EmbeddedServer, ServerSettings
 
 
-async def test_a_port_that_is_taken_is_named(make_archive, monkeypatch):
+@pytest.mark.parametrize("flag", ["port", "metrics_port"])
+async def test_a_port_that_is_taken_is_named_before_the_start(flag, make_archive, monkeypatch):
+    made = []
+    monkeypatch.setattr(server_module, "launch", made.append)
+    taken = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    port = taken.sockets[0].getsockname()[1]
+    try:
+        wanted = rf"^127\.0\.0\.1:{port} is taken: end what listens there, or take another --port or --metrics-port$"
+        with pytest.raises(ServingError, match=wanted):
+            await EmbeddedServer(ServerSettings(make_archive(), workers=1, **{flag: port})).start()
+    finally:
+        taken.close()
+        await taken.wait_closed()
+    assert made == []
+    assert not is_taken("127.0.0.1", port)
+
+
+async def test_a_port_that_is_taken_meanwhile_is_named(make_archive, monkeypatch):
+    monkeypatch.setattr(server_module, "is_taken", lambda *_: False)
     made, launch = [], server_module.launch
     monkeypatch.setattr(server_module, "launch", lambda *arguments: made.append(launch(*arguments)) or made[-1])
     taken = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)

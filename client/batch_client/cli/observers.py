@@ -16,6 +16,7 @@ from batch_client.events import (
     Event,
     Published,
     RecordFailed,
+    RecordsCast,
     RequestDone,
     RequestRetried,
     RequestSent,
@@ -70,7 +71,8 @@ class ProgressBar:
                 self._failed += 1
             case ChunkWritten() | ChunkHeld():
                 self._advance(event.records)
-            case SourceIsPacked() | ServerLeftOut() | ServerJoined() | ServerAway() | ServerBack() | Stopping():
+            case (SourceIsPacked() | RecordsCast() | ServerLeftOut() | ServerJoined() | ServerAway() | ServerBack()
+                  | Stopping()):
                 # A line of its own, below what is there of the bar.
                 self._stream.write(f"\n{' '.join(_said(event).split())}\n")
 
@@ -85,9 +87,10 @@ class ProgressBar:
             self._bar.close()
 
 
-def _said(event: SourceIsPacked | ServerLeftOut | ServerJoined | ServerAway | ServerBack | Stopping) -> str:
+def _said(event: SourceIsPacked | RecordsCast | ServerLeftOut | ServerJoined | ServerAway | ServerBack
+          | Stopping) -> str:
     match event:
-        case SourceIsPacked():
+        case SourceIsPacked() | RecordsCast():
             return str(event)
         case ServerLeftOut():
             again = "; it is asked again while the run goes on" if event.asked_again else ""
@@ -109,6 +112,7 @@ def _said(event: SourceIsPacked | ServerLeftOut | ServerJoined | ServerAway | Se
 _LINES: dict[type[Event], tuple[str, str]] = {
     RunStarted: ("info", "run started"),
     SourceIsPacked: ("warning", "source is packed"),
+    RecordsCast: ("warning", "records are cast"),
     ServerLeftOut: ("warning", "server left out"),
     ServerJoined: ("info", "server joined"),
     ServerAway: ("warning", "server away"),

@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from batch_client.tuning import RUNTIMES, tunings_beside
 
 if TYPE_CHECKING:
     from batch_handler.draft import SignatureDraft
+    from batch_handler.signature import ModelDescription
 
 FILE = click.Path(path_type=Path)
 # What runtimes do that fuse a convolution with its ReLU.
@@ -72,7 +74,6 @@ def command(model: Path, **options: Any) -> None:
     except ImportError as error:
         raise ServingError(f'packing needs {error.name}: pip install "batch-client[serve]"') from error
     from batch_client.folders import temporary_folder
-    from batch_client.plan import MAX_REPLY_BYTES
     from batch_client.resources import serve_config_dir
     from batch_handler.fields import SignatureError
 
@@ -101,20 +102,16 @@ def command(model: Path, **options: Any) -> None:
             golden=options["golden"],
             tolerance=draft.tolerance,
         )
+        held = None if options["output"] else _digest_in(output)
         with temporary_folder("pack") as scratch:
             path = archive.pack(replace(request, scratch=scratch))
         description = archive.read_description(path)
     except (SignatureError, archive.ArchiveError) as error:
         raise _as_ours(error, model) from error
-    for note in _NOTES.get(description.runtime, ()):
+    for note in _notes(path, description):
         click.echo(f"note: {note}", err=True)
-    nbytes = description.micro_batch * sum(output.dtype.itemsize * math.prod(output.shape)
-                                           for output in description.outputs)
-    if nbytes > MAX_REPLY_BYTES:
-        click.echo(f"note: the outputs of a micro-batch have {nbytes:,} bytes and a reply at most {MAX_REPLY_BYTES:,}: "
-                   "runs need a smaller --micro-batch", err=True)
-    if overruled := _overruled(path, description.micro_batch):
-        click.echo(f"note: {overruled}", err=True)
+    if held not in (None, description.digest):
+        click.echo(f"note: {path} held another model, {held}: it is replaced", err=True)
     for spec in description.inputs:
         becomes = "" if spec.model_dtype == spec.dtype else f" (as {spec.model_dtype} in the model)"
         click.echo(f"takes {spec.name}: {spec.dtype} {spec.shape}{becomes}", err=True)
@@ -130,6 +127,36 @@ def _as_ours(error: ValueError, model: Path) -> BatchClientError:
         return StorageError(f"packing {model}: no room for the archive, or for what it is made of in the temporary "
                             f"folder ({cause.strerror}): name another place with -o or TMPDIR")
     return DataError(str(error))
+
+
+def _digest_in(path: Path) -> str | None:
+    """Of the model in an archive; None where there is none."""
+    from batch_handler.archive import ArchiveError, read_description
+
+    try:
+        return read_description(path).digest
+    except ArchiveError:
+        return None
+
+
+def _notes(path: Path, description: ModelDescription) -> Iterator[str]:
+    """What whoever packed this may not expect of it."""
+    import numpy as np
+
+    from batch_client.plan import MAX_REPLY_BYTES
+
+    yield from _NOTES.get(description.runtime, ())
+    nbytes = description.micro_batch * sum(output.dtype.itemsize * math.prod(output.shape)
+                                           for output in description.outputs)
+    if nbytes > MAX_REPLY_BYTES:
+        yield (f"the outputs of a micro-batch have {nbytes:,} bytes and a reply at most {MAX_REPLY_BYTES:,}: runs need "
+               "a smaller --micro-batch")
+    if overruled := _overruled(path, description.micro_batch):
+        yield overruled
+    for spec in description.inputs:
+        if spec.cast and spec.dtype == np.uint8 and not spec.scaled:
+            yield (f"{spec.name}'s values 0 to 255 reach the model as they are: where it was trained on 0 to 1, pack "
+                   "with --scale 1/255 (scale in a --signature file)")
 
 
 def _overruled(archive: Path, micro_batch: int) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from batch_client.spec import RunSpec
 
 
+LEAST_SECONDS = 1.0  # of a calibration: in less the first answers, and the machine's whims, are most of it
+
+
 @click.command("plan", cls=Verb)
 @click.argument("input_url", metavar="INPUT")
 @click.argument("output_url", metavar="OUTPUT")
@@ -32,7 +36,7 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
     """Show what `run` with the same words would do. Nothing is written, and no record is sent but with --calibrate."""
     from batch_client import api
     from batch_client.eventloop import run_verb
-    from batch_client.events import ServerLeftOut, SourceIsPacked
+    from batch_client.events import RecordsCast, ServerLeftOut, SourceIsPacked
     from batch_client.forecast import Prices
 
     asked = [options.pop(f"price_per_{what}") for what in ("hour", "1000_puts", "1000_gets")]
@@ -43,26 +47,33 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
     prices = None if asked == [None] * 3 else Prices(*(price or 0.0 for price in asked))
     spec = spec_of(input_url, output_url, options)
     left_out: list[str] = []
-    packed: dict[str, str] = {}
+    said: dict[str, str] = {}
 
     def observe(event: Event) -> None:
         if isinstance(event, ServerLeftOut):
             left_out.append(event.reason)
         if isinstance(event, SourceIsPacked):
-            packed["source_is_packed"] = str(event)
+            said["source_is_packed"] = str(event)
+        if isinstance(event, RecordsCast):
+            said["records_are_cast"] = str(event)
 
     if calibrate:
-        found = run_verb(api.calibrate(spec, (observe,)))
-        figures = _figures(found.plan) | packed | _forecast(found) | _cost(found.plan, prices, found, spec)
+        found = _if_long_enough(run_verb(api.calibrate(spec, (observe,))))
+        figures = _figures(found.plan) | said | _forecast(found) | _cost(found.plan, prices, found, spec)
     else:
         plan = run_verb(api.plan(spec, (observe,)))
-        figures = _figures(plan) | packed | {"left_out": left_out} | _cost(plan, prices, None, spec)
+        figures = _figures(plan) | said | {"left_out": left_out} | _cost(plan, prices, None, spec)
     if as_json:
         click.echo(json.dumps(figures))
         return
     width = max(len(name) for name in figures)
     for name, value in figures.items():
         click.echo(f"{name.replace('_', ' '):<{width}}  {_shown(value)}")
+
+
+def _if_long_enough(found: Calibration) -> Calibration:
+    """Without a forecast where all of a small array was scored in no time."""
+    return found if found.seconds >= LEAST_SECONDS else replace(found, forecast=None)
 
 
 def _shown(value: Any) -> str:
@@ -72,7 +83,7 @@ def _shown(value: Any) -> str:
         middle, low, high = map(_rounded, value)
         return f"{middle}  (95 %: {low} to {high})"
     if value is None:
-        return "unknown: too few answers to forecast from"
+        return "unknown: too few answers, or too short a time, to forecast from"
     return f"{value:,}" if isinstance(value, int | float) else value
 
 

@@ -93,6 +93,8 @@ def _page_about(spec: RunSpec, page: Path | None) -> Iterator[tuple[Observer, ..
     local = split_url(spec.output).scheme in ("", "file")
     if local and is_inside(page.absolute().as_uri(), open_store(spec.output).url):
         raise UsageError(f"--report {page} is in OUTPUT {spec.output}: wanted a place beside it")
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--report {page}: the report is HTML: wanted a name that ends with .html")
     report = Report(spec.input)
     try:
         yield (report,)
@@ -157,14 +159,24 @@ def _sentence(summary: RunSummary) -> str:
     if summary.reused:
         copied = f"{counted(summary.reused, 'record')} copied"
         scored, pace = (f"{copied}, {one if summary.scored else 'none scored'}" for one in (scored, pace))
+    without = _without(summary)
     if not summary.published:
-        return (f"{scored}: this part is done, {summary.output} is published when all parts are"
+        return (f"{scored}{without}: this part is done, {summary.output} is published when all parts are"
                 f"{_limited_by(summary)}")
     not_finite = f"{summary.not_finite:,} not finite, " if summary.not_finite else ""
     missing = (f"{counted(summary.missing_chunks, 'missing input chunk')} taken as the fill value, "
                if summary.missing_chunks else "")
     return (f"{pace}, {summary.failed:,} failed, {not_finite}{missing}"
-            f"{counted(summary.retries, 'retry', 'retries')} → {summary.output}{_limited_by(summary)}")
+            f"{counted(summary.retries, 'retry', 'retries')}{without} → {summary.output}{_limited_by(summary)}")
+
+
+def _without(summary: RunSummary) -> str:
+    """The servers that were left out to the end: what tells of them in the run may not be shown."""
+    from batch_client.figures import counted
+
+    if not summary.left_out:
+        return ""
+    return f", without {len(summary.left_out)} of {counted(len(summary.in_flight), 'server')}"
 
 
 def _limited_by(summary: RunSummary) -> str:

@@ -141,7 +141,12 @@ async def _show(output_url: str, *, labels: str | None, records: str | None, sou
         raise UsageError(f"--labels: output {output.name} has one number a record and no score for each class: there "
                          "is nothing to count as right")
     place = source or run.source
-    inputs = await open_source(open_store(place, anonymous=anonymous), run.source_array or None)
+    try:
+        inputs = await open_source(open_store(place, anonymous=anonymous), run.source_array or None)
+    except DataError as error:
+        if source is None:
+            raise DataError(f"{error}; the run read it there: name where it is now with --source") from error
+        raise
     _require_scored(place, inputs, run)
     span = _Range(start, stop, origin, scores.geometry.count, inputs.geometry.count)
     truth = None if labels is None else await _labels(labels, span, anonymous=anonymous)

@@ -19,6 +19,15 @@ CONFIG = "batch-client.toml"
 class Verb(click.Command):
     """A command of batch-client."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.option_name != "--config":
+                raise
+            raise UsageError("--config stands before the verb: wanted batch-client --config FILE "
+                             f"{ctx.info_name} …") from error
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)

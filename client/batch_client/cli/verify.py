@@ -11,7 +11,7 @@ import click
 
 from batch_client.cli.options import SERVER_OPTIONS, bytes_option, server_options, typed_flags
 from batch_client.cli.verb import Verb
-from batch_client.errors import UsageError
+from batch_client.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from batch_client.replay import Replay
@@ -67,6 +67,7 @@ async def _verify(output_url: str, deep: bool, replays: int | None,  # noqa: FBT
     from batch_client.manifest import read_manifest
     from batch_client.prepare import open_services
     from batch_client.publish import published_manifest
+    from batch_client.reader import open_source
     from batch_client.replay import replay, require_exact
     from batch_client.spec import Records, RunSpec
 
@@ -80,6 +81,11 @@ async def _verify(output_url: str, deep: bool, replays: int | None,  # noqa: FBT
     spec = replace(
         spec, input=run["source"], array=run["source_array"] or None, records=Records(run["start"], run["stop"]),
         chunk_records=run["grid_records"], codec=run["codec"], exact=run["exact"])
+    try:
+        await open_source(open_store(spec.input, anonymous=spec.anonymous), spec.array)
+    except DataError as error:
+        raise DataError(f"{error}; the run read it there, as the manifest says: bring it back to that place, or verify "
+                        "without --replay") from error
     stream = PatientStream()
     try:
         async with open_services(spec) as services:

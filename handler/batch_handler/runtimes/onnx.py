@@ -92,6 +92,18 @@ class OnnxGraph:
         types = {node.name: _DTYPES.get(node.type) for node in self._session.get_inputs()}
         return tuple(types[name] for name in self._inputs)
 
+    def require_shapes(self, given: Sequence[InputSpec]) -> None:
+        """Raises `ModelError` for records, in the signature's order, of other sizes than the graph itself says."""
+        shapes = {node.name: node.shape[1:] for node in self._session.get_inputs() if node.shape}
+        for name, spec in zip(self._inputs, given, strict=False):  # of another number it is refused when it is called
+            taken = shapes.get(name, spec.model_shape)
+            fits = len(taken) == len(spec.model_shape) and all(
+                not isinstance(size, int) or size == found for size, found in zip(taken, spec.model_shape, strict=True))
+            if not fits:
+                sizes = ", ".join(str(size) if isinstance(size, int) else "any" for size in taken)
+                raise ModelError(f"a record of {spec.name} is {list(spec.model_shape)} in the model, the graph takes "
+                                 f"[{sizes}]: say so with --input or --model-shape, or in the --signature file")
+
     def __call__(self, *inputs: Tensor) -> Any:
         if len(inputs) != len(self._inputs):
             raise ModelError(f"the graph takes {len(self._inputs)} inputs, the signature has {len(inputs)}")
