@@ -35,10 +35,8 @@ from batch_client.events import (
     Observer,
     Published,
     RecordFailed,
-    RecordsCast,
     RecordsScored,
     RunStarted,
-    SourceIsPacked,
     Step,
     Stopping,
     timed,
@@ -81,7 +79,7 @@ async def plan_run(spec: RunSpec, services: Services, observers: tuple[Observer,
     """
     prepared = await prepare(spec, services)
     prepared.pool.tell(to_all(observers))
-    _tell_of_numbers(prepared, to_all(observers))
+    prepared.tell_of_numbers(to_all(observers))
     _, manifest = await _found(spec, services.output_store, prepared)
     if manifest is None:
         await _reusable(spec, services, prepared)
@@ -101,7 +99,7 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     emit = to_all((tally, *observers))
     stop = stop or asyncio.Event()
     prepared = await prepare(spec, services)
-    _tell_of_numbers(prepared, emit)
+    prepared.tell_of_numbers(emit)
     output = services.output_store
     replaces, manifest = await _found(spec, output, prepared)
     if manifest is not None:  # whatever has become of what it reused
@@ -122,16 +120,6 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     if root is not None:
         emit(Published(spec.output, root))
     return tally.summary(spec, prepared, run.view)
-
-
-def _tell_of_numbers(prepared: Prepared, emit: Callable[[Event], None]) -> None:
-    """What the records' numbers may not be what the model was trained on for."""
-    source, contract = prepared.source, prepared.contract
-    if source.packing is not None:
-        emit(SourceIsPacked(source.url, *source.packing))
-    dtype, taken = source.geometry.dtype, contract.input_dtype
-    if taken.kind == "f" and dtype.kind != "f":
-        emit(RecordsCast(source.url, str(dtype), contract.input_name, str(taken)))
 
 
 async def _found(spec: RunSpec, output: Store, prepared: Prepared) -> tuple[bool, Manifest | None]:
