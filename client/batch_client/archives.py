@@ -84,10 +84,12 @@ def _split(url: str) -> tuple[str, str]:
 
 async def _fetch_at_once(store: ObjectStore, path: Path) -> bool:
     """As `_fetch`, in one answer: not every web server gives ranges."""
+    found = False
     with path.open("wb") as file:
         async for piece in store.stream(path.name):
+            found = True
             file.write(piece)
-        return file.tell() > 0
+    return found
 
 
 async def _fetch(store: Store, path: Path) -> bool:

@@ -204,6 +204,7 @@ class _Run:
         self._ledger = Ledger(self._store, begun.generation, name, services.clock)
         self.view = LedgerView(self._store, prepared.plan.unit_count, begun.generation)
         self._look_at = services.clock() + FLUSH_SECONDS
+        self._look: asyncio.Task[None] | None = None
         self._writing: dict[int, int] = {}
         self._held: dict[int, int] = {}
         self._found: dict[int, list[RecordFailed]] = {}  # of units that are being scored
@@ -283,6 +284,8 @@ class _Run:
                         nbytes = 2 * max(chunk.size for chunk in row.chunks)
                         lease = await self._budget.take(min(nbytes, self._budget.most))
                         tasks.create_task(self._copy(old, row, places, lease))
+                if self._look is not None:
+                    self._look.cancel()
 
     async def _copy(self, old: Store, row: Row, places: asyncio.Semaphore, lease: Lease) -> None:
         try:
@@ -329,6 +332,8 @@ class _Run:
                 tasks.create_task(self._unit_in_its_place(unit, rank))
                 # Ten units that are read at once share the machine: the servers would wait for the first as for all.
                 await self._under_way.wait()
+            if self._look is not None:
+                self._look.cancel()  # which may be long, and finds nothing that is left to begin
         return True
 
     def _order(self) -> Iterator[Unit]:
@@ -342,13 +347,15 @@ class _Run:
         """Now and then, beside the work: with many clients the ledger is long, and listing it slow."""
         if self._services.clock() >= self._look_at:
             self._look_at = math.inf  # one look at a time
-            tasks.create_task(self._refresh())
+            self._look = tasks.create_task(self._refresh())
 
     async def _refresh(self) -> None:
         began = self._services.clock()
-        await self.view.refresh()
-        now = self._services.clock()
-        self._look_at = now + max(FLUSH_SECONDS, 10 * (now - began))
+        try:
+            await self.view.refresh()
+        finally:
+            now = self._services.clock()
+            self._look_at = now + max(FLUSH_SECONDS, 10 * (now - began))
 
     async def _unit_in_its_place(self, unit: Unit, rank: int) -> None:
         try:

@@ -168,7 +168,8 @@ class Plan:
     @property
     def filled_places(self) -> float:
         """The part of the model's work that is for records: a chunk's last micro-batch may have empty places."""
-        return self.grid_records / (-(-self.grid_records // self.micro_batch) * self.micro_batch)
+        records = min(self.grid_records, self.source.count)
+        return records / (-(-records // self.micro_batch) * self.micro_batch)
 
     @property
     def unit_bytes_out(self) -> int:
@@ -400,7 +401,7 @@ def _default_chunk(source: Geometry, outputs: tuple[OutputGeometry, ...], micro_
 
     fitting = max(1, wanted // source.chunk_records)
     usual = range(fitting, fitting // 2, -1)
-    larger = range(fitting, most // source.chunk_records + 1)
+    larger = range(fitting, min(most, source.count) // source.chunk_records + 1)
     best = min(usual, key=empty_places)
     if empty_places(best) > MAX_EMPTY_PLACES:
         enough = (chunks for chunks in larger if empty_places(chunks) <= MAX_EMPTY_PLACES)

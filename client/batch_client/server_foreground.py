@@ -74,10 +74,10 @@ async def _told(server: EmbeddedServer, write: Callable[[str | None], None], war
         server.require_key_file()
     except (UsageError, CredentialsError) as error:
         if not failing:
-            warn(f"{error}; it is tried again every few seconds, and --token-out holds an old token until then")
+            warn(f"{error}; it is tried again every few seconds, and nobody is told of the current token until then")
         return True
     if failing:
-        warn("--token-out holds the current token again")
+        warn("the current token is told again")
     return False
 
 

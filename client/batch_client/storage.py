@@ -146,9 +146,10 @@ class ObjectStore:
             return Blob(memoryview(data), meta.get("e_tag"))
 
     async def stream(self, key: str) -> AsyncIterator[memoryview]:
-        """An object's bytes in pieces as they come, none if there is no such object."""
+        """An object's bytes in pieces as they come, the first one empty; none if there is no such object."""
         with self._mapped("reading", key), suppress(FileNotFoundError, foreign.NotFoundError):
             result = await self._repeated(lambda: obstore.get_async(self._inner, self._prefix + key))
+            yield memoryview(b"")
             async for piece in result.stream(min_chunk_size=STREAMED_BYTES):
                 yield memoryview(piece)
 

@@ -142,7 +142,8 @@ def _check_picture(picture: Image.Image, width: int, height: int) -> None:
     tags = getattr(picture, "tag_v2", {})
     wide, high = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)
     if wide > width + _MARGIN or high > height + _MARGIN:
-        raise OipError(f"the picture has tiles of {wide} x {high}, wanted them no larger than {width} x {height}")
+        raise OipError(f"the picture has tiles of {wide} x {high}, wanted at most {width + _MARGIN} x "
+                       f"{height + _MARGIN}")
     pixel = f"{picture.mode} of 16 bits" if _has_16_bits(picture) else picture.mode
     if pixel not in _IMAGE_MODES:
         raise OipError(f"the picture's pixels are {pixel}, wanted 8 bits a channel, grey or colour")

@@ -157,6 +157,8 @@ async def test_with_an_input_a_micro_batch_counts_by_what_its_chunks_put_into_it
             async with session._opened(replace(START, micro_batch=micro_batch), 1.0):
                 pass
         assert noted == ({100: 1.0, 128: 400 / 512} if given else {100: 1.0, 128: 1.0})
+        # The file says what the model can do, whatever source it is to score later.
+        assert session._tuning(START, Found(START, 400.0)).records_per_s == (512.0 if given else 400.0)
 
 
 async def test_the_empty_places_of_micro_batches_are_no_records():

@@ -78,7 +78,7 @@ def test_clients_at_one_output_publish_once_and_the_same(clients, root):
 
 
 class LongLedger(MemoryStore):
-    """After the first listing of the ledger each one ends once `go_on` is set."""
+    """The second listing of the ledger ends once `go_on` is set."""
 
     def __init__(self, go_on, error=None):
         super().__init__("memory://out")
@@ -90,11 +90,13 @@ class LongLedger(MemoryStore):
             self.listings += 1
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
-            if self.listings > 1:
-                await self._go_on.wait()
-                if self._error is not None:
-                    raise self._error
-            self.at_once -= 1
+            try:
+                if self.listings == 2:
+                    await self._go_on.wait()
+                    if self._error is not None:
+                        raise self._error
+            finally:
+                self.at_once -= 1
         async for meta in super().list(prefix):
             yield meta
 
@@ -122,6 +124,18 @@ def test_records_are_scored_while_the_ledger_is_listed(root):
 
     run_virtually(run())
     assert (world.output.listings, world.output.most_at_once) == (3, 1)  # at the start, beside the work, at the end
+
+
+def test_a_listing_that_comes_too_late_to_matter_is_not_waited_for(root):
+    world = World(1, server=SimulatedServer(seconds=8))
+    world.output = LongLedger(asyncio.Event())
+
+    async def run():
+        await world.live(calm())
+        await world.check(root)
+
+    run_virtually(run())
+    assert world.output.listings == 3
 
 
 def test_what_is_found_wrong_in_the_ledger_ends_a_run_at_once():

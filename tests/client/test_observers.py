@@ -2,8 +2,10 @@
 
 import json
 import os
+import queue
 import re
 import threading
+from contextlib import suppress
 
 import pytest
 
@@ -58,8 +60,9 @@ def test_what_waits_for_a_reader_is_bounded_in_characters():
         stream.write(piece)
         stream.write("")
     waiting = []
-    while not stream._queue.empty():
-        waiting.append(stream._queue.get())
+    with suppress(queue.Empty):
+        while True:
+            waiting.append(stream._queue.get_nowait())
     assert all(waiting)
     assert 0 < sum(map(len, waiting)) <= MOST_WAITING + len(piece)
     os.close(reading)  # which ends the thread's write

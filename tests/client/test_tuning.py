@@ -417,6 +417,14 @@ async def test_an_archives_name_may_be_escaped_in_its_url(archive, monkeypatch):
             assert (fetched.name, fetched.read_bytes()) == (archive.name, archive.read_bytes())
 
 
+async def test_an_empty_archive_on_a_web_server_is_one_that_is_there(archive, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    archive.write_bytes(b"")
+    with _Web(archive, (404, b"")) as web:
+        async with local_archive(web.url) as fetched:
+            assert fetched.read_bytes() == b""
+
+
 @pytest.mark.parametrize(("url", "wanted"), [
     ("https://host/emb.mar?X-Signature=secret", "https://host/emb.mar?…: no place has a '?' in its URL"),
     ("https://host/emb.mar#secret", "https://host/emb.mar#…: no place has a '#' in its URL"),

@@ -195,7 +195,7 @@ async def test_a_disk_that_is_full_for_a_while_at_a_renewal_ends_nothing(running
         assert len(said) == 1
         management.how = "well"
         await until(lambda: (tmp_path / "token").read_text() != "inference-0")
-        await until(lambda: said[-1] == "--token-out holds the current token again")
+        await until(lambda: said[-1] == "the current token is told again")
         watching.cancel()
         await asyncio.wait([watching])
 
@@ -215,7 +215,7 @@ async def test_a_token_file_that_can_not_be_written_for_a_while_ends_nothing(run
         assert sum("it is tried again" in line for line in said) == 1
         moved.rename(folder)
         await until(lambda: (folder / "token").read_text() == "inference-1")
-        await until(lambda: said[-1] == "--token-out holds the current token again")
+        await until(lambda: said[-1] == "the current token is told again")
         watching.cancel()
         await asyncio.wait([watching])
 

@@ -294,15 +294,21 @@ class _Session:
         environ |= tuning.environment() | gpu_variables(self._environ)
         async with workers_of(self._folder / "model", environ, count=way.workers, records_of=records_of,
                               gpus=self._gpus, seconds=seconds,
-                              filled=1.0 if plan is None else plan.filled_places) as workers:
+                              filled=self._filled(way)) as workers:
             self._request_records[way] = workers.records
             yield workers
+
+    def _filled(self, way: Way) -> float:
+        """The part of the places in micro-batches that the source's records fill."""
+        plan = self._plan_of(self._run_spec(), way.micro_batch)
+        return 1.0 if plan is None else plan.filled_places
 
     def _tuning(self, way: Way, found: Found | None = None) -> Tuning:
         return Tuning(
             device=self._device, model_digest=self._model["digest"], precision=self._spec.precision, **vars(way),
             versions={"batch-client": __version__, **self._model["versions"]},
-            records_per_s=1.0 if found is None else significant(found.records_per_s),
+            # What the model can do, whatever source it is to score later.
+            records_per_s=1.0 if found is None else significant(found.records_per_s / self._filled(way)),
             measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
             table=() if found is None else [one.to_value() for one in found.tried])
 

@@ -239,7 +239,7 @@ class SeaweedServer:
                 status, _ = self._signed("GET", "none")
             except StorageError:
                 status = 0
-            if status == 404:  # it knows the signature, and that there is no such bucket
+            if status in (200, 404):  # it knows the signature, and whether there is such a bucket
                 return True
             time.sleep(0.02)
         return False
