@@ -18,7 +18,7 @@ from pathlib import Path
 
 from batch_client.errors import BatchClientError, MismatchError, ServingError
 from batch_client.events import Event, ServerAway, ServerBack, ServerJoined, ServerLeftOut
-from batch_client.limiter import Limiter
+from batch_client.limiter import REQUEST_SECONDS, Limiter
 from batch_client.retry import full_jitter
 
 __all__ = ["Endpoint", "Pool", "Room"]
@@ -81,10 +81,11 @@ Room = Callable[..., AbstractAsyncContextManager[Endpoint]]
 
 
 class Pool:
-    """Hands out room for requests among the endpoints."""
+    """Hands out room for requests, each to be answered within `deadline` seconds, among the endpoints."""
 
-    def __init__(self, urls: tuple[str, ...], in_flight: int, clock: Callable[[], float], rng: random.Random) -> None:
-        self.endpoints = [Endpoint(url, Limiter(in_flight)) for url in urls]
+    def __init__(self, urls: tuple[str, ...], in_flight: int, clock: Callable[[], float], rng: random.Random,
+                 deadline: float = REQUEST_SECONDS) -> None:
+        self.endpoints = [Endpoint(url, Limiter(in_flight, deadline)) for url in urls]
         self._clock = clock
         self._rng = rng
         self._turn = asyncio.Lock()

@@ -24,9 +24,9 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["REQUEST_SECONDS", "Limiter"]
+__all__ = ["REQUEST_SECONDS", "Limiter", "deadline_of"]
 
-REQUEST_SECONDS = 300.0  # in which an attempt has to be answered
+REQUEST_SECONDS = 300.0  # in which an attempt has to be answered at most
 BEGIN = 4
 CUT = 0.7
 # A quarter more than there are workers: service times vary, and what is computed together is answered together.
@@ -38,11 +38,20 @@ OWN_TRANSIT = 8.0
 MOST_GROWTH = 1.0
 
 
-class Limiter:
-    """The number of requests that one endpoint may hold, between 1 and `most`. Times are in seconds of one clock."""
+def deadline_of(patience: float) -> float:
+    """Seconds in which an attempt has to be answered."""
+    return min(REQUEST_SECONDS, max(patience, 1.0))
 
-    def __init__(self, most: int) -> None:
+
+class Limiter:
+    """The number of requests that one endpoint may hold, between 1 and `most`. Times are in seconds of one clock.
+
+    deadline: in which a request has to be answered.
+    """
+
+    def __init__(self, most: int, deadline: float = REQUEST_SECONDS) -> None:
         self.most = most
+        self._deadline = deadline
         self._limit = float(min(most, BEGIN))
         self._full_at = self._cut_at = -math.inf
         self._records = 0
@@ -55,7 +64,7 @@ class Limiter:
 
     def expect(self, seconds: float) -> None:
         """A request takes about so long where none is before it: begin with what one worker answers in time."""
-        self._limit = min(self._limit, max(1.0, REQUEST_SECONDS / 2 / seconds))
+        self._limit = min(self._limit, max(1.0, self._deadline / 2 / seconds))
 
     def answered(self, now: float, sent_at: float, in_flight: int, records: int, compute: float, before: float,
                  place: int) -> None:
@@ -71,7 +80,7 @@ class Limiter:
             self._transit, self._in_time = math.inf, 0.0
         self._records = max(self._records, records)
         seconds = max(now - sent_at, 1e-9)
-        self._in_time = max(self._in_time, REQUEST_SECONDS / 2 / seconds * place)
+        self._in_time = max(self._in_time, self._deadline / 2 / seconds * place)
         self._move(0.0)
         compute = min(compute, seconds)
         # The last of a server batch waited for nobody behind it: what is not in the model is the way, or the queue.

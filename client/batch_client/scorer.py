@@ -3,14 +3,16 @@
 A request on which the model or its worker failed twice is a suspect. It is split into halves of whole records, which
 keep their places: the other half's records are overwritten by zeros, so that the shape and every survivor's bits stay
 what they are. A record is given up after three failures alone, with a success of zeros in between, which shows that the
-server is well: it is the same that failed, and probes stay there. One that fails on zeros is ejected while there are
-others, which are asked instead. For one such record among n this takes at most 2⌈log₂ n⌉ + 6 requests beyond the first
-two.
+server is well: it is the same that failed, and probes stay there. While there are others, one that fails on zeros is
+ejected, or passed over after three such failures, and another is asked. For one such record among n this takes at most
+2⌈log₂ n⌉ + 6 requests beyond the first two where one server is asked throughout; a change of server costs a request of
+zeros and repeats a probe.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -172,7 +174,7 @@ class Scorer:
         nothing can be said about its records.
         """
         tries, began, pool = 0, self._exchange.now(), self._exchange.pool
-        failing: set[str] = set()  # servers that say themselves that they can't score zeros
+        failing: Counter[str] = Counter()  # servers that say themselves that they can't score zeros, and how often
         while True:
             answer = await self._ask(case, np.zeros_like(case.records))
             if isinstance(answer, Prediction):
@@ -181,17 +183,19 @@ class Scorer:
                 return
             tries += 1
             pool.sick(answer.server, self._exchange.now(), str(answer))
-            if answer.outcome in _OF_ONE_REQUEST:
-                failing.add(answer.server)
+            failing[answer.server] += answer.outcome in _OF_ONE_REQUEST
+            usable = [one.url for one in pool.endpoints if one.left_out is None]
             certain = answer.outcome is Outcome.REFUSED or (answer.outcome is Outcome.RAISED
                                                             and tries >= FAILURES_ALONE)
             which = f"records {case.span.start} to {case.span.stop - 1}"
-            if certain and all(one.url in failing for one in pool.endpoints if one.left_out is None):
+            if certain and all(failing[url] for url in usable):
                 raise DataError(f"{which}: {answer.outcome.value}, and on zeros in their place too "
                                 f"({answer.reason}): nothing can be scored")
             if self._exchange.out_of_patience(began) is not None:
                 raise StoppedError(f"{which}: the server fails on zeros in their place too ({answer.reason}) and "
                                    "has answered nothing within --patience; the same command goes on from here")
+            if failing[case.server] >= FAILURES_ALONE and usable:  # its successes on records keep it from an ejection
+                case.server = min(usable, key=lambda url: failing[url])
             await self._exchange.pause(tries)
 
     async def _narrow(self, case: _Case, low: int, high: int, verdict: Verdict) -> None:

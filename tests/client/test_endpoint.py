@@ -41,6 +41,13 @@ def test_a_success_ends_a_row_of_breaks(pool, clock):
     assert endpoint.has_room(clock.now)
 
 
+def test_a_request_that_is_late_cuts_the_limit_and_is_a_break(pool, clock):
+    endpoint = pool.endpoints[0]
+    pool.late(endpoint, clock.now - 300, "no answer came in time")
+    assert endpoint.limiter.limit == 2
+    assert endpoint.broken == 1
+
+
 def test_an_ejection_doubles_up_to_half_a_minute(pool, clock):
     endpoint, pauses = pool.endpoints[0], []
     for _ in range(EJECT_AFTER + 7):

@@ -55,11 +55,13 @@ class OneWorker(SimulatedServer):
             raise LateError("no answer") from None
 
 
-@pytest.mark.parametrize(("each", "told", "stated", "most_late"), [
-    (20, False, False, 0), (40, False, False, 0), (60, False, False, 0), (90, False, False, 1), (120, False, False, 3),
-    (60, True, False, 0), (90, True, False, 1), (120, True, False, 3), (140, True, True, 0), (140, False, True, 0),
+@pytest.mark.parametrize(("each", "told", "stated", "most_late", "patience"), [
+    (20, False, False, 0, 600), (40, False, False, 0, 600), (60, False, False, 0, 600), (90, False, False, 1, 600),
+    (120, False, False, 3, 600), (60, True, False, 0, 600), (90, True, False, 1, 600), (120, True, False, 3, 600),
+    (140, True, True, 0, 600), (140, False, True, 0, 600),
+    (20, False, False, 2, 60), (20, True, False, 2, 60), (25, False, True, 0, 60), (40, False, False, 2, 120),
 ])
-def test_no_more_is_sent_than_is_answered_in_time(each, told, stated, most_late):
+def test_no_more_is_sent_than_is_answered_in_time(each, told, stated, most_late, patience):
     """told: a reply says how long it was computed. stated: the server says before what a micro-batch takes."""
     records = np.random.default_rng(1).integers(1, 99, (100 * REQUESTS, 3), np.uint8)
     source = make_source(records, (100, 3))
@@ -70,7 +72,7 @@ def test_no_more_is_sent_than_is_answered_in_time(each, told, stated, most_late)
         services = Services(Servers(server, {URL: NoTokens()}, "toy"), source, MemoryStore("memory://out"),
                             clock=clock, rng=random.Random(1))
         await execute(RunSpec(input="memory://in", output="memory://out", endpoints=(URL,), model="toy",
-                              chunk_records=100, request_records=100), services)
+                              chunk_records=100, request_records=100, patience=patience), services)
         assert server.late <= most_late
         assert clock() - began < REQUESTS * each + 2 * REQUEST_SECONDS
 

@@ -241,6 +241,27 @@ def test_a_model_that_refuses_everything_ends_the_run_soon():
     assert server.requests < 79
 
 
+@pytest.mark.parametrize("urls", [("http://one",), ("http://one", "http://two")])
+def test_a_model_that_raises_on_zeros_ends_the_run_soon(urls):
+    class Zeros(PoisonedServer):
+        def answer(self, body, header_length):
+            if not decode_request(body, header_length, max_tensor_bytes=1 << 24).inputs[0].data.any(axis=1).all():
+                return HttpReply(500, {}, b'{"error": "the model raised ValueError: zero norm"}')
+            return super().answer(body, header_length)
+
+    servers = {url: Zeros() for url in urls}
+
+    class All:
+        async def send(self, method, url, *arguments):
+            return await servers[url[:10]].send(method, url, *arguments)
+
+    source, _ = world_of(100_000, {300: "raise"})
+    error, _ = score(source, All(), urls, max_failed=5)
+    assert isinstance(error, DataError)
+    assert "zero norm" in str(error)
+    assert sum(server.requests for server in servers.values()) < 600 < 100_000 / 64
+
+
 def test_a_record_that_travels_alone_is_judged_by_three_failures_alone():
     server = PoisonedServer()
     source, _ = world_of(1, {0: "exit"}, chunk=1)
