@@ -25,6 +25,7 @@ from batch_client.regions import usable_folder
 from batch_client.server import ABANDONED_SECONDS, EmbeddedServer, ServerSettings
 from batch_client.server_log import load_failure, silent_deaths
 from batch_handler.service import HEARD_SECONDS
+from support.cli import command, heeded
 
 CLIENT = Path(__file__).parents[2] / "client"
 NO_JAVA = {"PATH": "/nonexistent", "HOME": "/nonexistent"}
@@ -386,10 +387,11 @@ def health(token_file, port):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_serve_runs_until_it_is_asked_to_stop(make_archive, family, until, tmp_path, number):
     token_file = tmp_path / "token"
-    serve = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "batch_client", "serve", str(make_archive()), "--workers", "1", "--token-out",
-        str(token_file),
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(CLIENT)})
+    words = command("serve", make_archive(), "--workers", "1", "--token-out", token_file)
+    with heeded(number):
+        serve = await asyncio.create_subprocess_exec(
+            *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(CLIENT)})
     try:
         announced = [(await serve.stdout.readline()).decode().strip() for _ in range(4)]
         assert announced[0].startswith("serving echo at http://127.0.0.1:")
