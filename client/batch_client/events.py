@@ -33,6 +33,7 @@ __all__ = [
     "ServerBack",
     "ServerJoined",
     "ServerLeftOut",
+    "SourceIsMasked",
     "SourceIsPacked",
     "Step",
     "StepBegan",
@@ -80,6 +81,22 @@ class SourceIsPacked:
         return (f"{self.source} is scored as it is stored: its scale_factor {self.scale_factor:g} and add_offset "
                 f"{self.add_offset:g}, which xarray applies, are not; a model that was trained on such values needs "
                 "the array written decoded, or pack with scale and mean in a --signature file")
+
+
+@dataclass(frozen=True)
+class SourceIsMasked:
+    """The source's metadata say that the number `missing` stands for missing values, for which xarray would give NaN
+    (https://cfconventions.org, "Missing data"). It is scored as a number.
+    """
+
+    source: str
+    missing: float
+
+    def __str__(self) -> str:
+        """What a person is to know of it."""
+        return (f"{self.source} is scored as it is stored: {self.missing:g}, which stands for missing values there and "
+                "is NaN in xarray, is a number for the model; where there are any, write the array with NaN in their "
+                "place, or with what the model was trained to see there")
 
 
 @dataclass(frozen=True)
@@ -272,9 +289,9 @@ class Published:
     already: bool = False
 
 
-Event = (RunStarted | SourceIsPacked | RecordsCast | ServerLeftOut | ServerJoined | ServerAway | ServerBack | StepBegan
-         | StepEnded | RequestSent | RequestDone | RequestRetried | RecordsScored | RecordFailed | ChunkHeld
-         | ChunkReused | ChunkWritten | Stopping | Published)
+Event = (RunStarted | SourceIsPacked | SourceIsMasked | RecordsCast | ServerLeftOut | ServerJoined | ServerAway
+         | ServerBack | StepBegan | StepEnded | RequestSent | RequestDone | RequestRetried | RecordsScored
+         | RecordFailed | ChunkHeld | ChunkReused | ChunkWritten | Stopping | Published)
 
 
 class Observer(Protocol):

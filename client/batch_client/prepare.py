@@ -15,7 +15,7 @@ from batch_client.agreement import ANY_NUMERICS, Wanted, agree
 from batch_client.contract import ModelContract
 from batch_client.endpoint import Pool
 from batch_client.errors import DataError, MismatchError, UsageError
-from batch_client.events import Event, RecordsCast, SourceIsPacked
+from batch_client.events import Event, RecordsCast, SourceIsMasked, SourceIsPacked
 from batch_client.jsontext import canonical_json, parse_json
 from batch_client.layout import SPEC_KEY, SUCCESS_KEY
 from batch_client.limiter import deadline_of
@@ -73,6 +73,8 @@ class Prepared:
         """Why the records' numbers may not be those that the model was trained on."""
         if self.source.packing is not None:
             emit(SourceIsPacked(self.source.url, *self.source.packing))
+        if self.source.missing is not None:
+            emit(SourceIsMasked(self.source.url, self.source.missing))
         dtype, taken = self.source.geometry.dtype, self.contract.input_dtype
         if taken.kind == "f" and dtype.kind != "f":
             emit(RecordsCast(self.source.url, str(dtype), self.contract.input_name, str(taken)))

@@ -6,10 +6,12 @@ threads. How many bytes may be held is the caller's business (`budget.py`).
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import lzma
 import math
+import struct
 import zlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -77,7 +79,8 @@ def _pair(key: str, etag: str) -> str:
 class Source:
     """An open source array.
 
-    `packing` is the scale factor and the offset that its attributes name, None where they change nothing.
+    `packing` is the scale factor and the offset that its attributes name, None where they change nothing; `missing` the
+    number that they say stands for missing values, None where there is none.
     """
 
     def __init__(self, store: Store, path: str, array: AsyncArray[Any], metadata: Mapping[str, bytes]) -> None:
@@ -94,6 +97,7 @@ class Source:
         grid = array.shards or array.chunks
         beside = (-(-size // piece) for size, piece in zip(array.shape[1:], grid[1:], strict=True) if size)
         self.packing = _packing(array.attrs)
+        self.missing = _missing(array)
         self.geometry = Geometry(shape=array.shape, dtype=np.dtype(array.dtype), chunk_records=grid[0],
                                  chunk_objects=math.prod(beside))
 
@@ -261,6 +265,21 @@ def _packing(attributes: Mapping[str, Any]) -> tuple[float, float] | None:
             return None
         found.append(float(value))
     return None if found == [1, 0] else (found[0], found[1])
+
+
+def _missing(array: AsyncArray[Any]) -> float | None:
+    """The number that stands for missing values (https://cfconventions.org, "Missing data"), as xarray writes it."""
+    attributes = array.attrs
+    value: Any = attributes.get("missing_value", attributes.get("_FillValue"))
+    if value is None and array.metadata.zarr_format == 2 and "_ARRAY_DIMENSIONS" in attributes:
+        value = np.asarray(array.metadata.fill_value).item()  # of arrays by others it means chunks that are not there
+    if isinstance(value, str):  # of floats in Zarr 3: a double, in base 64
+        try:
+            (value,) = struct.unpack("<d", base64.b64decode(value))
+        except (ValueError, struct.error):
+            return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and -_LARGEST <= value <= _LARGEST else None
 
 
 def _native(data: np.ndarray) -> np.ndarray:

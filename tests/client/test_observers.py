@@ -12,7 +12,15 @@ import pytest
 from batch_client.cli.observers import LogLines, ProgressBar
 from batch_client.cli.pack import command as pack
 from batch_client.cli.stream import MOST_WAITING, PatientStream
-from batch_client.events import RecordsCast, ServerAway, ServerBack, ServerJoined, ServerLeftOut, SourceIsPacked
+from batch_client.events import (
+    RecordsCast,
+    ServerAway,
+    ServerBack,
+    ServerJoined,
+    ServerLeftOut,
+    SourceIsMasked,
+    SourceIsPacked,
+)
 from batch_client.pipeline import execute, plan_run
 from support.runs import records_of, services, source_of, spec
 from support.simulated import SimulatedServer
@@ -108,3 +116,15 @@ async def test_whole_numbers_for_a_model_of_floats_go_as_they_are_and_somebody_i
         assert [str(event) for event in told if isinstance(event, RecordsCast)] == ([said] if is_cast else [])
         assert (said in screen.text) is is_cast
         assert ('"records are cast"' in lines.text) is is_cast
+
+
+async def test_who_scores_a_number_that_stands_for_missing_values_is_told():
+    source = await source_of(records_of(20), (10, 3), attributes={"_FillValue": -1})
+    for go in (plan_run, execute):
+        told, screen, lines = [], Screen(), Screen()
+        bar, log = ProgressBar(screen), LogLines(lines)
+        await go(spec(), services(SimulatedServer(), source), (bar, log, told.append))
+        bar.close()
+        assert [event for event in told if isinstance(event, SourceIsMasked)] == [SourceIsMasked(source.url, -1.0)]
+        assert "-1, which stands for missing values" in screen.text
+        assert '"source is masked"' in lines.text

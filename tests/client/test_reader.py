@@ -5,6 +5,7 @@ from dataclasses import replace
 import numcodecs
 import numpy as np
 import pytest
+import xarray
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,6 +68,29 @@ async def test_records_are_what_zarr_gives_in_every_layout(layout, least, tmp_pa
 async def test_numbers_that_stand_for_others_are_known(tmp_path, attributes, packing):
     zarr.create_array(tmp_path / "in.zarr", data=np.zeros((4, 2), np.int16), attributes=attributes)
     assert (await open_source(open_store(str(tmp_path / "in.zarr")), None)).packing == packing
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize(("dtype", "encoding", "missing"), [
+    ("float32", {"_FillValue": -999.0}, -999.0), ("float32", {}, None), ("float32", {"_FillValue": None}, None),
+    ("float64", {"dtype": "int16", "_FillValue": -32768, "scale_factor": 0.5}, -32768.0), ("uint8", {}, None),
+])
+async def test_the_number_that_xarray_writes_for_missing_values_is_known(
+        tmp_path, zarr_format, dtype, encoding, missing):
+    data = xarray.Dataset({"x": (("record", "place"), np.ones((4, 2), dtype))})
+    data.to_zarr(tmp_path / "in.zarr", encoding={"x": encoding}, zarr_format=zarr_format, consolidated=False)
+    assert (await open_source(open_store(str(tmp_path / "in.zarr")), "x")).missing == missing
+
+
+@pytest.mark.parametrize(("attributes", "missing"), [
+    ({"missing_value": -1}, -1.0), ({"_FillValue": 255}, 255.0), ({}, None), ({"_FillValue": 10**400}, None),
+    ({"_FillValue": "none"}, None), ({"_FillValue": True}, None), ({"missing_value": [1, 2]}, None),
+])
+@pytest.mark.parametrize("zarr_format", [2, 3])
+async def test_a_fill_value_that_only_absent_chunks_have_marks_nothing(tmp_path, zarr_format, attributes, missing):
+    zarr.create_array(tmp_path / "in.zarr", data=np.zeros((4, 2), np.int16), attributes=attributes, fill_value=7,
+                      zarr_format=zarr_format)
+    assert (await open_source(open_store(str(tmp_path / "in.zarr")), None)).missing == missing
 
 
 BLOSC = {

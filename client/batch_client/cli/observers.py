@@ -25,6 +25,7 @@ from batch_client.events import (
     ServerBack,
     ServerJoined,
     ServerLeftOut,
+    SourceIsMasked,
     SourceIsPacked,
     Stopping,
 )
@@ -71,8 +72,8 @@ class ProgressBar:
                 self._failed += 1
             case ChunkWritten() | ChunkHeld():
                 self._advance(event.records)
-            case (SourceIsPacked() | RecordsCast() | ServerLeftOut() | ServerJoined() | ServerAway() | ServerBack()
-                  | Stopping()):
+            case (SourceIsPacked() | SourceIsMasked() | RecordsCast() | ServerLeftOut() | ServerJoined() | ServerAway()
+                  | ServerBack() | Stopping()):
                 # A line of its own, below what is there of the bar.
                 self._stream.write(f"\n{' '.join(_said(event).split())}\n")
 
@@ -87,10 +88,10 @@ class ProgressBar:
             self._bar.close()
 
 
-def _said(event: SourceIsPacked | RecordsCast | ServerLeftOut | ServerJoined | ServerAway | ServerBack
+def _said(event: SourceIsPacked | SourceIsMasked | RecordsCast | ServerLeftOut | ServerJoined | ServerAway | ServerBack
           | Stopping) -> str:
     match event:
-        case SourceIsPacked() | RecordsCast():
+        case SourceIsPacked() | SourceIsMasked() | RecordsCast():
             return str(event)
         case ServerLeftOut():
             again = "; it is asked again while the run goes on" if event.asked_again else ""
@@ -112,6 +113,7 @@ def _said(event: SourceIsPacked | RecordsCast | ServerLeftOut | ServerJoined | S
 _LINES: dict[type[Event], tuple[str, str]] = {
     RunStarted: ("info", "run started"),
     SourceIsPacked: ("warning", "source is packed"),
+    SourceIsMasked: ("warning", "source is masked"),
     RecordsCast: ("warning", "records are cast"),
     ServerLeftOut: ("warning", "server left out"),
     ServerJoined: ("info", "server joined"),

@@ -36,7 +36,7 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
     """Show what `run` with the same words would do. Nothing is written, and no record is sent but with --calibrate."""
     from batch_client import api
     from batch_client.eventloop import run_verb
-    from batch_client.events import RecordsCast, ServerLeftOut, SourceIsPacked
+    from batch_client.events import RecordsCast, ServerLeftOut, SourceIsMasked, SourceIsPacked
     from batch_client.forecast import Prices
 
     asked = [options.pop(f"price_per_{what}") for what in ("hour", "1000_puts", "1000_gets")]
@@ -48,14 +48,14 @@ def command(input_url: str, output_url: str, *, calibrate: bool, as_json: bool, 
     spec = spec_of(input_url, output_url, options)
     left_out: list[str] = []
     said: dict[str, str] = {}
+    notices = {SourceIsPacked: "source_is_packed", SourceIsMasked: "source_is_masked", RecordsCast: "records_are_cast"}
 
     def observe(event: Event) -> None:
         if isinstance(event, ServerLeftOut):
             left_out.append(event.reason)
-        if isinstance(event, SourceIsPacked):
-            said["source_is_packed"] = str(event)
-        if isinstance(event, RecordsCast):
-            said["records_are_cast"] = str(event)
+        for kind, name in notices.items():
+            if isinstance(event, kind):
+                said[name] = str(event)
 
     if calibrate:
         found = _if_long_enough(run_verb(api.calibrate(spec, (observe,))))
