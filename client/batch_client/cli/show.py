@@ -129,10 +129,10 @@ class _Answers:
 async def _show(output_url: str, *, labels: str | None, records: str | None, source: str | None,
                 anonymous: bool) -> tuple[bytes, dict[str, Any], str]:
     """The picture, its figures, and the same in words."""
+    from batch_client.buckets import open_store
     from batch_client.picture import draw
     from batch_client.reader import open_source
     from batch_client.spec import Records
-    from batch_client.storage import open_store
 
     output = await _open_output(output_url, anonymous=anonymous)
     run, scores, origin = output.run, output.scores, output.run.start
@@ -162,11 +162,12 @@ async def _show(output_url: str, *, labels: str | None, records: str | None, sou
 async def _open_output(url: str, *, anonymous: bool) -> _Output:
     import msgspec
 
+    from batch_client.buckets import open_store
     from batch_client.layout import MANIFEST_KEY, SPEC_KEY, STATUS, SUCCESS_KEY
     from batch_client.publish import published_manifest
     from batch_client.reader import open_source
     from batch_client.spec import RunIdentity
-    from batch_client.storage import child_url, open_store
+    from batch_client.storage import child_url
 
     store = open_store(url, anonymous=anonymous)
     manifest = await published_manifest(store)
@@ -249,8 +250,8 @@ async def _labels(where: str, span: _Range, *, anonymous: bool) -> np.ndarray:
     """The labels of the range, from a .npy file, local, in a store or on the web, or a Zarr array, of which no more is
     read.
     """
+    from batch_client.buckets import open_store
     from batch_client.reader import open_source
-    from batch_client.storage import open_store
 
     if where.endswith(".npy"):
         labels = await _npy(where, anonymous=anonymous)
@@ -264,7 +265,7 @@ async def _labels(where: str, span: _Range, *, anonymous: bool) -> np.ndarray:
 async def _npy(where: str, *, anonymous: bool) -> np.ndarray:
     import numpy as np
 
-    from batch_client.storage import open_store
+    from batch_client.buckets import open_store
 
     folder, slash, name = where.rpartition("/")
     store = open_store(folder or (slash or "."), anonymous=anonymous)
