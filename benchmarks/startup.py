@@ -27,13 +27,14 @@ from measure import heading, interval, stamped
 from workload import SMALL, command, noop_server
 
 from batch_client.__main__ import end_process
+from batch_client.buckets import open_store
 from batch_client.layout import OutputLayout
 from batch_client.ledger import ChunkProof, Ledger, LedgerView, Row
 from batch_client.place import begin, generation_of
 from batch_client.plan import Geometry, OutputGeometry, Plan, make_plan
 from batch_client.publish import publish
 from batch_client.spec import RunIdentity, RunSpec
-from batch_client.storage import Blob, Meta, Store, open_store
+from batch_client.storage import Blob, Meta, Store
 from batch_client.summary import peak_memory
 
 BILLION = 1_000_000_000

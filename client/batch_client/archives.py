@@ -13,10 +13,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import unquote
 
+from batch_client.buckets import ObjectStore, open_store
 from batch_client.errors import CredentialsError, ServingError, StorageError, UsageError
 from batch_client.folders import temporary_folder
 from batch_client.machine import device
-from batch_client.storage import ObjectStore, Store, child_url, open_store
+from batch_client.storage import Store, child_url
 from batch_client.tuning import MAX_BYTES, is_tuning, tuning_path
 from batch_client.urls import require_path_alone, split_url
 

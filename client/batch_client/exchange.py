@@ -1,9 +1,8 @@
 """One request until it has an answer: send, check that the reply is the answer, send again when it is not.
 
-A reply is taken only if its id, checksum of the request, names, dtypes, shapes, extents in shared memory, model digest
-and fingerprint are the expected ones. Whatever is not the records' own fault (no room, a broken connection, an altered
-reply, a token) is dealt with here; what may be their fault goes back to `scorer.py`. What an answer means stands in
-`dialect.py`.
+Whatever is not the records' own fault (no room, a broken connection, an altered reply, a token) is dealt with here;
+what may be their fault goes back to `scorer.py`. What an answer means stands in `dialect.py`, whether it is the answer
+to the request in `answer.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-import numpy as np
-
+from batch_client.answer import Expected, OtherModelError, Prediction
 from batch_client.contract import ModelContract
 from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.endpoint import Endpoint, Pool, Room
@@ -32,28 +30,20 @@ from batch_client.serving import Servers
 from batch_client.tokens import NoTokenError, authorization
 from batch_client.transport import HttpReply, LateError, TransportError
 from batch_handler.oip import (
-    BODY_CHECKSUM,
     CONTENT_TYPE,
     HEADER_LENGTH,
     RECORD_STATUS,
-    STATUS_NOT_FINITE,
-    STATUS_OK,
     Extent,
-    InferReply,
     InferRequest,
     Message,
     OipError,
     RequestedOutput,
     Tensor,
-    crc32c,
-    decode_reply,
     encode_request,
 )
 
-__all__ = ["Exchange", "Prediction"]
+__all__ = ["Exchange"]
 
-SERVED = (STATUS_OK, STATUS_NOT_FINITE)  # what a record that was scored may have
-LONGEST_NUMBER = 18  # digits of a length in bytes
 # A token may be refused while its server restarts or another program renews it; after this long it is wrong.
 TOKEN_SECONDS = 30.0
 # An output of at least this many bytes comes back through shared memory, where there is some. A smaller one is soon
@@ -65,21 +55,6 @@ SHARED_OUTPUT_BYTES = 16 << 10
 BROKEN_TRIES = 8
 
 _SUSPECT = (Outcome.FAILED, Outcome.RAISED, Outcome.REFUSED, Outcome.TOO_LARGE)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answer to one request: an array (records, *output shape) by output name, and a uint8 status a record.
-
-    In its server batch the model computed for `before` seconds for others, then for `compute` for it; 0 if unknown.
-    `server` is the URL of the one that answered.
-    """
-
-    outputs: Mapping[str, np.ndarray]
-    status: np.ndarray
-    compute: float = 0.0
-    before: float = 0.0
-    server: str = ""
 
 
 @dataclass
@@ -96,18 +71,10 @@ class _Attempt:
     read_bytes: int = 0
     probe: bool = False
 
-    def read(self, name: str, offset: int, size: int) -> bytearray:
-        """An output that the server has put into region `name`; raises OipError where none was to be there."""
-        if self.region is None or (name, offset, size) not in self.extents:
-            raise OipError(f"the reply has {size} bytes at {offset} of region {name[:60]!r}, wanted them where the "
-                           "request has room for an output")
-        try:
-            data = self.region.read(offset, size)
-        except OSError as error:
-            raise OipError(f"region {name} can't be read: {error.strerror}") from error
-        if len(data) != size:
-            raise OipError(f"region {name} gave {len(data)} bytes, wanted {size}")
-        self.read_bytes += size
+    def read(self, offset: int, size: int) -> bytearray:
+        """Bytes of its region, fewer where that ends. Raises OSError."""
+        data = bytearray() if self.region is None else self.region.read(offset, size)
+        self.read_bytes += len(data)
         return data
 
 
@@ -139,6 +106,7 @@ class Exchange:
         self._model = servers.model
         self._regions = servers.regions
         self._contract = contract
+        self._expected = Expected(contract, exact=exact)
         self._exact = exact
         self._patience = patience
         self._clock = clock
@@ -147,7 +115,6 @@ class Exchange:
         self._bucket = RetryBucket(pool.usable)
         self._repeating = asyncio.Lock()
         self._last_success = clock()
-        self._version: str | None = None
         self._nonce = f"{rng.getrandbits(48):012x}"
         self._numbers = itertools.count()
 
@@ -285,9 +252,9 @@ class Exchange:
                   started: float) -> tuple[Verdict, Prediction | None]:
         """What a reply that says it is a result is worth: the prediction, if it is the answer to this attempt."""
         try:
-            answer = _decode(reply, attempt)
-            prediction = self._check(answer, attempt, span.count)
-        except _OtherModelError as error:
+            prediction = self._expected.prediction(reply, attempt.ident, attempt.message.crc32c, span.count,
+                                                   attempt.extents, attempt.read)
+        except OtherModelError as error:
             return Verdict(Outcome.OTHER_MODEL, str(error)), None
         except OipError as error:
             return Verdict(Outcome.CORRUPT, str(error)), None
@@ -337,38 +304,6 @@ class Exchange:
         if not rests:
             await self._wait(delay)
 
-    def _check(self, reply: InferReply, attempt: _Attempt, count: int) -> Prediction:
-        contract = self._contract
-        if reply.id != attempt.ident:
-            raise OipError(f"the reply has id {reply.id!r}, the request {attempt.ident!r}")
-        if contract.has_status and reply.parameters.get("request_crc32c") != attempt.message.crc32c:
-            raise OipError("the server received other bytes than were sent")
-        digest = str(reply.parameters.get("model_digest", contract.digest))
-        fingerprint = str(reply.parameters.get("fingerprint", contract.fingerprint)) if self._exact else ""
-        if digest != contract.digest or (self._exact and fingerprint != contract.fingerprint):
-            raise _OtherModelError(f"its model is {digest} with numerics {fingerprint or 'of any kind'}, this run's is "
-                                   f"{contract.digest} with {contract.fingerprint}")
-        if not contract.has_status:
-            # All that such a server says of which model it has loaded: the first reply's is the run's.
-            self._version = self._version or reply.model_version
-            if reply.model_version and reply.model_version != self._version:
-                raise _OtherModelError(f"its model is version {reply.model_version}, this run's is {self._version}")
-        tensors = {tensor.name: tensor.data for tensor in reply.outputs}
-        status = tensors.pop(RECORD_STATUS, None)
-        if status is None and not contract.has_status:
-            status = _status_of(tensors, count)
-        # That a record failed is for the client to say, which lists it.
-        if status is None or status.shape != (count,) or status.dtype != np.uint8 or not np.isin(status, SERVED).all():
-            raise OipError(f"{RECORD_STATUS} is missing, not uint8 ({count},), or has other values than 0 and 2")
-        for output in contract.outputs:
-            array = tensors.get(output.name)
-            wanted = (count, *output.shape)
-            if array is None or array.shape != wanted or array.dtype != output.dtype:
-                shown = "missing" if array is None else f"{array.dtype} {array.shape}"
-                raise OipError(f"output {output.name} is {shown}, wanted {output.dtype} {wanted}")
-        return Prediction({output.name: tensors[output.name] for output in contract.outputs}, status,
-                          _seconds(reply.parameters.get("compute_ms")), _seconds(reply.parameters.get("queue_ms")))
-
 
 @contextmanager
 def _counted(endpoint: Endpoint) -> Iterator[None]:
@@ -385,35 +320,3 @@ def _is_suspect(verdict: Verdict, tries: _Tries) -> bool:
         return True
     tries.broken += verdict.outcome in (Outcome.BROKEN, Outcome.LATE, Outcome.CORRUPT)
     return tries.broken >= BROKEN_TRIES
-
-
-class _OtherModelError(Exception):
-    """A sound reply of a model, or of numerics, that are not this run's."""
-
-
-def _status_of(tensors: Mapping[str, np.ndarray], count: int) -> np.ndarray:
-    """A status a record for servers that give none: 2 where any of its float outputs is not finite."""
-    finite = np.ones(count, bool)
-    for array in tensors.values():
-        if array.dtype.kind == "f" and len(array) == count:
-            finite &= np.isfinite(array.reshape(count, -1)).all(axis=1)
-    return np.where(finite, 0, 2).astype(np.uint8)
-
-
-def _decode(reply: HttpReply, attempt: _Attempt) -> InferReply:
-    wanted = reply.headers.get(BODY_CHECKSUM.lower())
-    if wanted is not None and wanted != str(crc32c(reply.body)):
-        raise OipError(f"the reply's bytes have CRC-32C {crc32c(reply.body)}, its header says {wanted[:20]}")
-    length = reply.headers.get(HEADER_LENGTH.lower())
-    if length is not None and not (length.isascii() and length.isdecimal() and len(length) <= LONGEST_NUMBER):
-        raise OipError(f"{HEADER_LENGTH} is {length[:40]!r}, wanted a number")
-    most = len(reply.body) * 8 + sum(extent.size for extent in attempt.extents)
-    return decode_reply(reply.body, None if length is None else int(length), max_tensor_bytes=most,
-                        shared=attempt.read if attempt.extents else None)
-
-
-def _seconds(milliseconds: object) -> float:
-    """What a server says it took; 0 for what can't be a time."""
-    if not isinstance(milliseconds, int | float) or not 0 <= milliseconds <= 1e12:
-        return 0.0
-    return milliseconds / 1e3

@@ -21,7 +21,6 @@ from batch_client.errors import (
     STOPPED,
     STOPPED_AT_ONCE,
     DataError,
-    MismatchError,
     StoppedError,
     StorageError,
     one_error,
@@ -44,15 +43,15 @@ from batch_client.events import (
 )
 from batch_client.exchange import Exchange
 from batch_client.figures import counted
-from batch_client.layout import FAILED_PREFIX, SPEC_KEY, SUCCESS_KEY, OutputLayout
+from batch_client.layout import FAILED_PREFIX, OutputLayout
 from batch_client.ledger import FLUSH_SECONDS, Ledger, LedgerView, Row
-from batch_client.manifest import Manifest, read_manifest
+from batch_client.occupant import check_occupant
 from batch_client.pieces import Pieces
-from batch_client.place import Begun, begin, check_place, generation_of
+from batch_client.place import Begun, begin, check_place
 from batch_client.plan import Plan, Span, Unit
 from batch_client.prepare import Prepared, Services, prepare
-from batch_client.publish import publish, published_manifest
-from batch_client.removal import contents_of, remove_output
+from batch_client.publish import publish
+from batch_client.removal import remove_output
 from batch_client.reuse import copy_chunks, reusable_rows
 from batch_client.scorer import HopelessError, Scorer
 from batch_client.spec import RunSpec
@@ -80,7 +79,7 @@ async def plan_run(spec: RunSpec, services: Services, observers: tuple[Observer,
     prepared = await prepare(spec, services)
     prepared.pool.tell(to_all(observers))
     prepared.tell_of_numbers(to_all(observers))
-    _, manifest = await _found(spec, services.output_store, prepared)
+    _, manifest = await check_occupant(spec, services.output_store, prepared)
     if manifest is None:
         await _reusable(spec, services, prepared)
         await OutputLayout.open(prepared.plan, spec.codec)
@@ -101,7 +100,7 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     prepared = await prepare(spec, services)
     prepared.tell_of_numbers(emit)
     output = services.output_store
-    replaces, manifest = await _found(spec, output, prepared)
+    replaces, manifest = await check_occupant(spec, output, prepared)
     if manifest is not None:  # whatever has become of what it reused
         emit(Published(spec.output, manifest.root, already=True))
         return tally.summary(spec, prepared, manifest)
@@ -122,68 +121,10 @@ async def execute(spec: RunSpec, services: Services, observers: tuple[Observer, 
     return tally.summary(spec, prepared, run.view)
 
 
-async def _found(spec: RunSpec, output: Store, prepared: Prepared) -> tuple[bool, Manifest | None]:
-    """Whether this run replaces what is at its output, and else the manifest of one that is published already.
-
-    Raises MismatchError for what it may neither replace nor go on with.
-    """
-    if spec.overwrite and await _replaces(spec, output, prepared):
-        return True, None
-    await check_place(output, prepared.identity)
-    return False, await published_manifest(output)
-
-
 async def _reusable(spec: RunSpec, services: Services, prepared: Prepared) -> AsyncIterator[Row] | None:
     if services.reuse_store is None:
         return None
     return await reusable_rows(services.reuse_store, prepared, require_finite=spec.require_finite)
-
-
-async def _goes_on(output: Store, prepared: Prepared) -> bool:
-    """Whether an output is this very run, not finished, of the source as it is now: it goes on, even where it was asked
-    to overwrite.
-    """
-    if await output.head(SUCCESS_KEY) is not None:
-        return False
-    spec = await output.get(SPEC_KEY)
-    if spec is None or bytes(spec.data) != prepared.identity.to_json():
-        return False
-    try:
-        generation = await generation_of(output)
-        if generation is None:  # its removal has begun, or nothing was scored yet
-            return False
-        proven = LedgerView(output, prepared.plan.unit_count, generation)
-        await proven.refresh()
-        if len(proven):
-            await prepared.source.require_unchanged(row.source async for row in proven.rows())
-    except MismatchError:
-        return False
-    return True
-
-
-async def _replaces(spec: RunSpec, output: Store, prepared: Prepared) -> bool:
-    """Whether a run that may overwrite takes away what is there. Writes nothing.
-
-    Raises MismatchError for a place that is no output of ours, DataError where the run would end at a missing chunk
-    that the published output tells of.
-    """
-    if await _goes_on(output, prepared):
-        return False
-    await contents_of(output)
-    if not spec.allow_missing:
-        await _require_no_missing_chunks(output, prepared)
-    return True
-
-
-async def _require_no_missing_chunks(output: Store, prepared: Prepared) -> None:
-    try:
-        there = await read_manifest(output)
-    except MismatchError:
-        return
-    if there.missing_chunks and there.run.get("source_metadata") == prepared.identity.source_metadata:
-        raise DataError(f"{output.url} was scored with --allow-missing, since INPUT lacked {there.missing_chunks:,} "
-                        "chunks: run again with --allow-missing, or restore them and remove the output first; nothing "
-                        "was deleted")
 
 
 class _Run:

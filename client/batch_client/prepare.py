@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from batch_client.agreement import ANY_NUMERICS, Wanted, agree
+from batch_client.buckets import is_inside, open_store
 from batch_client.contract import ModelContract
 from batch_client.endpoint import Pool
 from batch_client.errors import DataError, MismatchError, UsageError
@@ -23,7 +24,7 @@ from batch_client.plan import Geometry, Plan, RequestSize, make_plan, require_po
 from batch_client.reader import Source, open_source
 from batch_client.serving import Servers, open_servers
 from batch_client.spec import RunIdentity, RunSpec
-from batch_client.storage import Store, is_inside, open_store
+from batch_client.storage import Store
 
 __all__ = ["Prepared", "Services", "geometry_for", "open_services", "prepare"]
 

@@ -34,7 +34,7 @@ __all__ = ["UNREADABLE", "Block", "ETags", "Source", "open_source"]
 
 # What zarr, numcodecs, numpy and the codecs of the standard library raise for metadata or chunks that can't be
 # understood; gzip and bz2 say it by an OSError, zstd by a MemoryError or SystemError where a broken frame claims a size
-# that can't be, and what a store says is mapped before (`storage.py`).
+# that can't be, and what a store says is mapped before (`buckets.py`).
 UNREADABLE = (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, EOFError, OSError, MemoryError,
               SystemError, zlib.error, lzma.LZMAError)
 

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from batch_client.answer import Prediction
 from batch_client.assemble import STATUS_FAILED
 from batch_client.dialect import Outcome, Verdict
 from batch_client.endpoint import Room
 from batch_client.errors import DataError, StoppedError
 from batch_client.events import Event, RecordFailed
-from batch_client.exchange import Exchange, Prediction
+from batch_client.exchange import Exchange
 from batch_client.figures import counted
 from batch_client.pieces import Pieces
 from batch_client.plan import Span

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import zarr
 
+from batch_client.buckets import open_store
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.server import EmbeddedServer, ServerSettings
 from batch_client.serving import Servers
 from batch_client.spec import Records, RunSpec
-from batch_client.storage import open_store
 from batch_client.transport import HttpTransport
 from support.cli import run_cli
 

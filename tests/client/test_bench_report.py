@@ -17,9 +17,9 @@ from batch_client.bench.tuner import Found, Measured
 from batch_client.bench.verdict import Ceilings, Whole, can_be_lowered
 from batch_client.bench.workers import Workers
 from batch_client.bottleneck import Limit
+from batch_client.buckets import open_store
 from batch_client.errors import ServingError
 from batch_client.reader import open_source
-from batch_client.storage import open_store
 from batch_client.tuning import Tuning, tuning_path
 from batch_handler import runtimes as handler_runtimes
 from support.simulated import SimulatedServer

@@ -11,12 +11,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from batch_client import exchange
+from batch_client import answer, exchange
+from batch_client.answer import Prediction
 from batch_client.contract import ModelContract
 from batch_client.dialect import Outcome
 from batch_client.endpoint import Pool
 from batch_client.errors import BrokenPromiseError, DataError
-from batch_client.exchange import Exchange, Prediction, _Attempt, _Tries
+from batch_client.exchange import Exchange, _Attempt, _Tries
 from batch_client.layout import SPEC_KEY
 from batch_client.pieces import Pieces
 from batch_client.plan import OutputGeometry, Span
@@ -348,4 +349,4 @@ def test_a_chunk_that_was_altered_before_its_proof_is_never_overwritten_nor_beli
 @pytest.mark.parametrize("length", ["", "-1", "1.0", "\u00b2", "\u0661", "1" * 19, "1" * 5000])
 def test_a_replys_length_that_is_no_number_of_bytes_is_an_unsound_reply(length):
     with pytest.raises(OipError, match="wanted a number"):
-        exchange._decode(HttpReply(200, {HEADER_LENGTH.lower(): length}, b"{}"), _Attempt(None, "id"))
+        answer._decode(HttpReply(200, {HEADER_LENGTH.lower(): length}, b"{}"), frozenset(), None)

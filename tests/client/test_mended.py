@@ -9,13 +9,14 @@ import pytest
 import zarr
 from obstore.exceptions import GenericError
 
+from batch_client.buckets import _translate
 from batch_client.endpoint import EJECT_AFTER, Pool
 from batch_client.errors import CredentialsError, DataError, MismatchError, StoppedError, StorageError
 from batch_client.events import ChunkWritten, RequestSent
 from batch_client.layout import GENERATION_KEY, LEDGER_PREFIX
 from batch_client.ledger import Ledger
 from batch_client.pipeline import execute
-from batch_client.storage import MemoryStore, _translate
+from batch_client.storage import MemoryStore
 from batch_client.transport import HttpReply
 from support.faulty import Fate, Life
 from support.simulated import URL, SimulatedServer

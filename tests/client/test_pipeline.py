@@ -13,13 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zarr.storage import MemoryStore as ZarrMemory
 
+from batch_client.buckets import open_store
 from batch_client.cli.plan import _figures
 from batch_client.cli.run import _sentence
 from batch_client.errors import DataError, MismatchError, StoppedError
 from batch_client.events import ChunkWritten, Published, RecordsScored, RequestSent, RunStarted, StepEnded
 from batch_client.pipeline import execute, plan_run
 from batch_client.spec import Records
-from batch_client.storage import MemoryStore, open_store
+from batch_client.storage import MemoryStore
 from batch_client.verify import verify_output
 from batch_handler.oip import HEADER_LENGTH, Tensor, decode_reply, encode_reply
 from support.runs import records_of, refused, services, source_of, spec

@@ -13,9 +13,10 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, Tran
 from zarr.core.buffer.cpu import NDBuffer
 
 from batch_client import zarrstore
+from batch_client.buckets import open_store
 from batch_client.errors import DataError, MismatchError
 from batch_client.reader import open_source
-from batch_client.storage import Blob, MemoryStore, open_store
+from batch_client.storage import Blob, MemoryStore
 from batch_client.zarrstore import LEAST_KEPT_BYTES, PieceBuffer
 from support.runs import records_of, source_of
 

@@ -4,9 +4,10 @@ import asyncio
 
 import pytest
 
+from batch_client.buckets import open_store
 from batch_client.errors import DataError, StoppedError, StorageError
 from batch_client.removal import contents_of, remove_output
-from batch_client.storage import MemoryStore, open_store
+from batch_client.storage import MemoryStore
 from support.faulty import calm
 from support.virtual import run_virtually
 from support.world import World

@@ -3,8 +3,9 @@
 import pytest
 from obstore.exceptions import GenericError
 
+from batch_client.buckets import _translate, open_store
 from batch_client.errors import CredentialsError, StorageError, UsageError
-from batch_client.storage import MemoryStore, _translate, open_store
+from batch_client.storage import MemoryStore
 
 
 @pytest.fixture(params=["in memory", "on disk"])

@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_client import storage
+from batch_client import buckets
 from batch_client.archives import local_archive
+from batch_client.buckets import open_store
 from batch_client.errors import CredentialsError, ServingError, StorageError, UsageError
 from batch_client.machine import device
 from batch_client.server_config import ServerSettings, environment
 from batch_client.server_process import settled
-from batch_client.storage import MemoryStore, open_store
+from batch_client.storage import MemoryStore
 from batch_client.tuning import (
     ALLOCATORS,
     CLEARLY,
@@ -382,7 +383,7 @@ async def test_a_web_server_that_has_a_file_gives_it_and_a_damaged_one_is_refuse
 async def test_a_web_server_may_take_longer_than_a_store_has_patience(archive, monkeypatch):
     """It has to send the whole archive in one answer."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    monkeypatch.setattr(storage.open_store, "__kwdefaults__", storage.open_store.__kwdefaults__ | {"seconds": 1})
+    monkeypatch.setattr(buckets.open_store, "__kwdefaults__", buckets.open_store.__kwdefaults__ | {"seconds": 1})
     with _Web(archive, (404, b""), seconds=3) as web:
         async with local_archive(web.url) as fetched:
             assert fetched.read_bytes() == archive.read_bytes()

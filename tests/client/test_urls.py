@@ -2,8 +2,8 @@
 
 import pytest
 
+from batch_client.buckets import is_inside, open_store
 from batch_client.errors import UsageError
-from batch_client.storage import is_inside, open_store
 
 
 @pytest.mark.parametrize(("inner", "outer", "wanted"), [

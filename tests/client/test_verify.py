@@ -31,7 +31,7 @@ def test_what_cant_be_replayed_is_refused_before_anything_is_read(flags, exact, 
     world = World(1)
     run_virtually(world.live(calm(), exact=exact))
     del world.output.objects["y/c/0/0"]
-    monkeypatch.setattr("batch_client.storage.open_store", lambda *_, **__: world.output)
+    monkeypatch.setattr("batch_client.buckets.open_store", lambda *_, **__: world.output)
     assert main(["verify", "out", "--replay", "1", *flags]) == code
     assert wanted in capfd.readouterr().err
 
@@ -39,7 +39,7 @@ def test_what_cant_be_replayed_is_refused_before_anything_is_read(flags, exact, 
 def test_a_source_that_has_moved_can_be_brought_back(monkeypatch, capfd):
     world = World(1)
     run_virtually(world.live(calm()))
-    monkeypatch.setattr("batch_client.storage.open_store",
+    monkeypatch.setattr("batch_client.buckets.open_store",
                         lambda url, **_: world.output if url == "out" else MemoryStore(url))
     assert main(["verify", "out", "--replay", "1", *SERVER]) == 65
     said = capfd.readouterr().err

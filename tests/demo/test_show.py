@@ -10,7 +10,8 @@ import zarr
 from obstore.store import S3Store
 
 from batch_client.cli import main
-from batch_client.cli.show import _Answers, _choose, _sentence
+from batch_client.cli.show import _sentence
+from batch_client.gallery import _Answers, _choose
 from batch_client.layout import MANIFEST_KEY, SUCCESS_KEY
 from batch_client.manifest import ManifestBuilder
 from support.identities import identity_of
@@ -239,9 +240,9 @@ def test_labels_are_of_the_source_of_the_output_or_of_the_range(published, capsy
 def test_labels_that_memory_may_have_no_room_for_are_refused(published, capsys, monkeypatch):
     labels = published / "labels.npy"
     size = labels.stat().st_size
-    monkeypatch.setattr("batch_client.cli.show.MOST_LABEL_BYTES", size)
+    monkeypatch.setattr("batch_client.labels.MOST_LABEL_BYTES", size)
     assert show(published, "--labels", str(labels)) == 0
-    monkeypatch.setattr("batch_client.cli.show.MOST_LABEL_BYTES", size - 1)
+    monkeypatch.setattr("batch_client.labels.MOST_LABEL_BYTES", size - 1)
     assert show(published, "--labels", str(labels)) == 64
     assert f"{size:,} bytes, over {size - 1:,}: wanted a Zarr array" in capsys.readouterr().err
 

@@ -7,10 +7,10 @@ import random
 import numpy as np
 import pytest
 
+from batch_client.answer import Prediction
 from batch_client.dialect import Outcome, Verdict
 from batch_client.endpoint import Pool
 from batch_client.errors import DataError
-from batch_client.exchange import Prediction
 from batch_client.figures import counted
 from batch_client.pieces import Pieces
 from batch_client.plan import Span

@@ -9,7 +9,7 @@ import zarr
 from obstore.exceptions import GenericError
 from zarr.codecs import Crc32cCodec
 
-from batch_client import storage
+from batch_client import buckets
 from batch_client.errors import StorageError
 from support.cli import run_cli
 from support.faults import (
@@ -77,7 +77,7 @@ async def test_reads_wait_for_a_store_that_was_there(s3, s3_environ, output):
         store = opened(output, environ)
         await store.create("a", b"bytes")
         proxy.down = True
-        async with asyncio.timeout(storage.RETRY_SECONDS / 2):
+        async with asyncio.timeout(buckets.RETRY_SECONDS / 2):
             with pytest.raises(StorageError, match="check the network"):
                 await opened(output, environ).get("a")
         asyncio.get_running_loop().call_later(6, setattr, proxy, "down", False)
@@ -89,7 +89,7 @@ async def test_reads_wait_for_a_store_that_was_there(s3, s3_environ, output):
 async def test_a_long_listing_may_be_cut_again_and_again(monkeypatch, s3, s3_environ, output):
     """Each page is progress, after which the store has its time anew."""
     monkeypatch.setattr(obstore, "list", cut_after(obstore.list, pause=0.4))
-    monkeypatch.setattr(storage, "RETRY_SECONDS", 1)
+    monkeypatch.setattr(buckets, "RETRY_SECONDS", 1)
     store = opened(output, s3_environ)
     for number in range(6):
         await store.create(f"{number}", b"")
@@ -108,7 +108,7 @@ def cut_after(real, pause):
 
 
 async def test_a_store_that_stays_away_is_given_up(monkeypatch, s3, s3_environ, output):
-    monkeypatch.setattr(storage, "RETRY_SECONDS", 1)
+    monkeypatch.setattr(buckets, "RETRY_SECONDS", 1)
     with FaultProxy(s3.endpoint_url) as proxy:
         store = opened(output, s3_environ | {"AWS_ENDPOINT_URL": proxy.url})
         await store.create("a", b"bytes")

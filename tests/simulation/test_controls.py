@@ -7,9 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from batch_client import exchange, ledger, pipeline, writer
+from batch_client import answer, ledger, pipeline, writer
+from batch_client.answer import Expected, Prediction
 from batch_client.errors import BatchClientError, DataError, MismatchError
-from batch_client.exchange import Exchange, Prediction
 from batch_client.ledger import Ledger
 from batch_client.removal import remove_output
 from batch_client.scorer import Scorer
@@ -110,16 +110,16 @@ def test_believing_that_what_exists_is_right_is_caught(calm, monkeypatch):
 
 
 def test_taking_any_reply_is_caught(calm, monkeypatch):
-    def gullible(self, reply, asked, count):
+    def gullible(self, reply, ident, checksum, count):
         tensors = {tensor.name: tensor.data for tensor in reply.outputs}
         return Prediction({"y": tensors["y"]}, tensors["record_status"])
 
-    monkeypatch.setattr(Exchange, "_check", gullible)
+    monkeypatch.setattr(Expected, "_check", gullible)
     assert caught(calm, OTHER_ROOT, kinds=("swapped", "stale"), faults=20, steps=60) > len(SEEDS) // 2
 
 
 def test_not_checking_the_replys_checksum_is_caught(calm, monkeypatch):
-    def trusting(reply, asked):
+    def trusting(reply, extents, read):
         length = int(reply.headers.get("inference-header-content-length") or 0)
         try:
             return decode_reply(reply.body, length)
@@ -129,7 +129,7 @@ def test_not_checking_the_replys_checksum_is_caught(calm, monkeypatch):
             text = reply.body[:length].replace(b'"crc32c"', b'"crc32x"')
             return decode_reply(text + reply.body[length:], length)
 
-    monkeypatch.setattr(exchange, "_decode", trusting)
+    monkeypatch.setattr(answer, "_decode", trusting)
     # Most flips fall into bytes that are checked in another way too.
     assert caught(calm, OTHER_ROOT, kinds=("flipped",), faults=20, steps=60) > len(SEEDS) // 8
 

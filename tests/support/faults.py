@@ -18,7 +18,7 @@ import zarr
 from obstore.store import S3Store
 from zarr.storage import ObjectStore
 
-from batch_client.storage import open_store
+from batch_client.buckets import open_store
 from batch_client.zarrstore import SourceStore
 from support.cli import command, run_cli
 

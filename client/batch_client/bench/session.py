@@ -28,6 +28,7 @@ from batch_client.bench.tuner import Found, Trial, find_best
 from batch_client.bench.verdict import Ceilings, Whole, can_be_lowered
 from batch_client.bench.workers import ask_handler, workers_of
 from batch_client.bottleneck import Limit
+from batch_client.buckets import open_store
 from batch_client.budget import ByteBudget
 from batch_client.contract import ModelContract, contract_of
 from batch_client.errors import BatchClientError, StorageError, UsageError
@@ -45,7 +46,7 @@ from batch_client.server import EmbeddedServer, ServerSettings
 from batch_client.server_config import environment, model_of, parse_properties, template_of
 from batch_client.serving import Servers
 from batch_client.spec import MIB, Records, RunSpec
-from batch_client.storage import Store, child_url, open_store
+from batch_client.storage import Store, child_url
 from batch_client.stream import UnitStream
 from batch_client.transport import HttpTransport
 from batch_client.tuning import (

@@ -112,8 +112,8 @@ def _sniff(name: str, body: bytes) -> str:
 
 
 async def _read_records(url: str, records: Records, array: str | None, *, anonymous: bool) -> tuple[Source, Block]:
+    from batch_client.buckets import open_store
     from batch_client.reader import open_source
-    from batch_client.storage import open_store
 
     source = await open_source(open_store(url, anonymous=anonymous), array)
     start, stop = records.resolve(source.geometry.count)

@@ -83,8 +83,8 @@ def _page_about(spec: RunSpec, page: Path | None) -> Iterator[tuple[Observer, ..
     if page is None:
         yield ()
         return
+    from batch_client.buckets import is_inside, open_store
     from batch_client.report import Report
-    from batch_client.storage import is_inside, open_store
     from batch_client.urls import split_url
 
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(page)):  # pathlib has made one slash of two

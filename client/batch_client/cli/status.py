@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 @click.option("--anonymous", is_flag=True, help="Use storage without credentials: public buckets.")
 def command(output_url: str, *, as_json: bool, clean: bool, yes: bool, anonymous: bool) -> None:
     """Say how far the run into OUTPUT is: records done, rate, time left, failures, who wrote when."""
+    from batch_client.buckets import open_store
     from batch_client.eventloop import run_verb
-    from batch_client.storage import open_store
 
     store = open_store(output_url, anonymous=anonymous)
     if clean:

@@ -57,7 +57,7 @@ def command(output_url: str, *, deep: bool, replays: int | None, as_json: bool, 
 
 async def _verify(output_url: str, deep: bool, replays: int | None,  # noqa: FBT001 - called once, right above
                   options: dict[str, Any]) -> tuple[Verification, Replay | None]:
-    from batch_client.storage import open_store
+    from batch_client.buckets import open_store
 
     store = open_store(output_url, anonymous=options["anonymous"])
     if replays is None:
