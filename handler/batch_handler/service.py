@@ -73,13 +73,15 @@ class Service:
         taken: list[Pending | Reply] = []
         spent, sent = 0.0, 0
         for item in asked:
-            seconds = self._exchange.seconds(item.query) if isinstance(item, Pending) else 0.0
-            nbytes = item.nbytes if isinstance(item, Pending) else 0
-            if (spent and spent + seconds > MAX_SECONDS) or (sent and sent + nbytes > MAX_BATCH_BYTES):
+            if isinstance(item, Reply):
+                taken.append(item)
+                continue
+            seconds = self._exchange.seconds(item.query)
+            if (spent and spent + seconds > MAX_SECONDS) or (sent and sent + item.nbytes > MAX_BATCH_BYTES):
                 taken.append(refused(OipError(BUSY.message, BUSY.status)))
             else:
                 taken.append(item)
-                spent, sent = spent + seconds, sent + nbytes
+                spent, sent = spent + seconds, sent + item.nbytes
         return taken
 
     def _count(self, context: Any, pending: Sequence[Pending], replies: Sequence[Reply], micro_batches: int) -> None:

@@ -104,6 +104,15 @@ def test_a_server_batch_that_takes_the_model_too_long_together_is_cut(ask, tiny_
     assert "ask again" in json.loads(answers[1][2])["error"]
 
 
+def test_what_takes_the_model_no_time_is_answered_behind_whatever_is_slow(ask, tiny_dir):
+    class Slow(Model):
+        micro_batch_ms = 61_000.0
+
+    row, metadata, nonsense = infer(np.zeros((8, 6, 6), "u1"), {}), ({}, {}), ({"body": b"{"}, {})
+    answers = ask(row, metadata, nonsense, row, server=service_of(Slow.open(tiny_dir)))
+    assert [status for status, _, _ in answers] == [200, 200, 400, 503]
+
+
 @pytest.mark.parametrize(("first_row", "records", "statuses"), [
     (0, 2, [200, 200, 503, 503]), (6, 2, [200, 200, 503, 503]), (7, 2, [200, 503, 503, 503])])
 def test_a_bulk_request_takes_the_time_of_its_whole_micro_batches(ask, tiny_dir, first_row, records, statuses):
