@@ -232,8 +232,6 @@ class Exchange:
         are not JSON; those in `extents` are mostly not sent.
         """
         query = Query(arrays, first_row)
-        if query.records > self._max_records:
-            raise OipError(f"the request has {query.records} records, wanted at most {self._max_records}", 413)
         most = most_in_time(self._model.micro_batch, self._model.micro_batch_ms / 1e3, first_row or 0)
         if query.records > most:
             raise OipError(
