@@ -278,20 +278,19 @@ def encode_reply(
 
 
 def decode_reply(
-    body: Buffer, header_length: int | None, *, max_tensor_bytes: int | None = None, shared: ReadShared | None = None
+    body: Buffer, header_length: int | None, *, max_tensor_bytes: int, shared: ReadShared | None = None
 ) -> InferReply:
     """Read a reply of any OIP server; its binary outputs are views of `body` or of what `shared` reads.
 
     The `crc32c` of the binary bytes is verified where the reply carries one; one with outputs in shared memory has to,
-    since others may write there. `max_tensor_bytes` is the most of one output, and of all that are in shared memory:
-    give it with `shared`, since by default it is what a body of this length may have. Raises `OipError`.
+    since others may write there. `max_tensor_bytes` is the most of one output, and of all that are in shared memory.
+    Raises `OipError`.
     """
     header, tail = _split(body, header_length)
     fields = Fields(header, "reply")
     parameters = fields.get("parameters", dict, {})
-    limit = len(body) * 8 if max_tensor_bytes is None else max_tensor_bytes
     read: list[Buffer] = []
-    outputs = decode_tensors(fields.get("outputs", list), tail, "output", limit, noting(shared, read))
+    outputs = decode_tensors(fields.get("outputs", list), tail, "output", max_tensor_bytes, noting(shared, read))
     wanted = parameters.get("crc32c")
     if wanted is not None or read:
         found = crc32c(tail, *read)

@@ -71,7 +71,7 @@ def reply_of(answer):
     status, headers, body = answer
     assert status == 200, body
     length = headers.get(oip.HEADER_LENGTH)
-    return oip.decode_reply(body, None if length is None else int(length))
+    return oip.decode_reply(body, None if length is None else int(length), max_tensor_bytes=1 << 20)
 
 
 @pytest.mark.parametrize(("seconds", "first_row", "most"), [
