@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from batch_handler.tensors import (
     encode_tensors,
     extent_of,
     noting,
+    parse_json,
     refuse_duplicates,
     shown,
 )
@@ -305,25 +306,13 @@ def decode_reply(
     )
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise OipError(f"{name} is not JSON, wanted null for a number that is not finite")
-
-
 def _split(body: Buffer, header_length: int | None) -> tuple[Any, memoryview]:
     """The parsed JSON header and the bytes after it."""
     view = memoryview(body).cast("B") if len(body) else memoryview(b"")
     length = len(view) if header_length is None else header_length
     if not 0 < length <= len(view):
         raise OipError(f"the JSON header is said to be {length} bytes of a body of {len(view)}")
-    try:
-        header = json.loads(bytes(view[:length]), parse_constant=_refuse_constant)
-    except OipError:
-        raise
-    except RecursionError as error:
-        raise OipError("the JSON header is nested too deeply") from error
-    except ValueError as error:
-        # UnicodeDecodeError and JSONDecodeError both; the text may quote the body, so only its first line.
-        raise OipError(f"the JSON header can't be parsed: {str(error).splitlines()[0][:120]}") from error
+    header = parse_json(view[:length], "header", ", wanted null for a number that is not finite")
     return header, view[length:]
 
 
