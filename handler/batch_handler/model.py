@@ -170,25 +170,16 @@ class Model:
 
     def metadata(self) -> ModelMetadata:
         """What `GET /predictions/{name}` answers."""
-        described = self.description
         known = {} if self.ceiling is None else {"ceiling_records_per_s": self.ceiling}
         runtime = str(self.numerics.get("runtime"))
-        return ModelMetadata(
-            name=described.name,
-            versions=(described.version,),
-            platform=_PLATFORMS.get(runtime, f"pytorch_{runtime}"),
-            inputs=tuple(spec.tensor() for spec in described.inputs),
-            outputs=tuple(spec.tensor() for spec in described.outputs),
-            parameters={
-                "model_digest": self.digest,
-                "fingerprint": self.fingerprint,
-                "micro_batch": self.micro_batch,
-                "micro_batch_ms": self.micro_batch_ms,
-                "numerics": dict(self.numerics),
-                "golden_difference": self.golden_difference,
-                **known,
-            },
-        )
+        return self.description.metadata(_PLATFORMS.get(runtime, f"pytorch_{runtime}"), {
+            "fingerprint": self.fingerprint,
+            "micro_batch": self.micro_batch,
+            "micro_batch_ms": self.micro_batch_ms,
+            "numerics": dict(self.numerics),
+            "golden_difference": self.golden_difference,
+            **known,
+        })
 
     def check_golden(self, directory: Path, precision: str) -> None:
         """Raise `ModelLoadError` unless the golden records give the golden outputs, whatever is beside them, and can be
