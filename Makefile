@@ -48,7 +48,7 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
-	$(PIP) --editable '.[serve,demo,aws,dev]'
+	$(PIP) --editable '.[serve,demo,aws,onnx,dev]'
 	@touch $@
 
 clean:

@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -209,8 +208,6 @@ def served(archive: Path, work: Path) -> Iterator[Server]:
         if len(said) < 3:
             sys.exit("the server did not start")
         _, model, _, url = said[0].split()
-        while not token.exists() and process.poll() is None:  # it is written just after it is announced
-            time.sleep(0.05)
         yield Server(url, model, token, *java_and_workers(process.pid))
     finally:
         process.terminate()

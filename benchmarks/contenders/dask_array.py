@@ -13,18 +13,13 @@ from functools import cache
 import dask
 import dask.array as da
 import numpy as np
-import torch
 from dask.distributed import Client, LocalCluster
-from forward import Score, module_of, tuned
+from forward import Score, module_of, score_with, tuned
 from job import BLOCK, CLASSES, Job, the_job
 
 NOTEBOOK_BLOCK = 100
 # Dask sets a worker's environment itself, so the benchmark's own would not reach it.
 WORKER_ENVIRONMENT = "distributed.nanny.pre-spawn-environ"
-
-
-def score_with(block: np.ndarray, module: torch.nn.Module) -> np.ndarray:
-    return torch.softmax(module(torch.tensor(block).unsqueeze(1) / 255), 1).detach().numpy()
 
 
 @cache

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["MICRO_BATCH", "Score", "eager", "forward", "module_of", "traced", "tuned"]
+__all__ = ["MICRO_BATCH", "Score", "eager", "forward", "module_of", "score_with", "traced", "tuned"]
 
 MICRO_BATCH = 128
 WARM_UP_RUNS = 3
@@ -29,12 +30,11 @@ def module_of(model: str) -> torch.nn.Module:
 
 def eager(model: str) -> Score:
     """The module as it is loaded, a block at a time, gradients on: what the notebook does."""
-    module = module_of(model)
+    return partial(score_with, module=module_of(model))
 
-    def score(records: np.ndarray) -> np.ndarray:
-        return torch.softmax(module(torch.tensor(records).unsqueeze(1) / 255), 1).detach().numpy()
 
-    return score
+def score_with(records: np.ndarray, module: torch.nn.Module) -> np.ndarray:
+    return torch.softmax(module(torch.tensor(records).unsqueeze(1) / 255), 1).detach().numpy()
 
 
 def tuned(model: str) -> Score:

@@ -10,14 +10,13 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from batch_handler.oip import Array, OipError, Tensor, TensorSpec, datatype_of
-from batch_handler.tensors import Buffer, from_json_numbers, shown, to_json_numbers
+from batch_handler.tensors import Buffer, flattened, from_json_numbers, shown, to_json_numbers
 
 __all__ = [
     "decode_image",
@@ -25,7 +24,6 @@ __all__ = [
     "decode_npy",
     "encode_npy",
     "encode_predictions",
-    "parse_json",
 ]
 
 _NPY_MAGIC = b"\x93NUMPY"
@@ -65,20 +63,6 @@ def decode_npy(body: Buffer, spec: TensorSpec, max_records: int) -> tuple[Array,
     if dtype.kind == "b" and raw.size and raw.view(np.uint8).max() > 1:
         raise OipError("npy has a byte that is neither 0 nor 1, wanted bool")
     return np.ascontiguousarray(array[None] if single else array, spec.dtype), single
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON: numbers that are not finite can be sent as npy")
-
-
-def parse_json(body: Buffer) -> Any:
-    """Any JSON value; raises `OipError`."""
-    try:
-        return json.loads(bytes(body), parse_constant=_no_constant)
-    except RecursionError as error:
-        raise OipError("the JSON body is nested too deeply") from error
-    except ValueError as error:
-        raise OipError(f"the JSON body can't be parsed: {str(error).splitlines()[0][:120]}") from error
 
 
 def decode_json(value: Any, specs: Sequence[TensorSpec], max_records: int) -> tuple[Array, ...]:
@@ -219,12 +203,8 @@ def _check_records(records: int, max_records: int) -> None:
 
 def _is_nested(value: Any, shape: Sequence[int]) -> bool:
     """Whether lists of `value` are as long and as deep as `shape` says, and no deeper."""
-    flat = [value]
-    for size in shape:
-        if not all(isinstance(row, list) and len(row) == size for row in flat):
-            return False
-        flat = list(chain.from_iterable(flat))
-    return not any(isinstance(leaf, list | Mapping) for leaf in flat)
+    flat = flattened([value], shape)
+    return flat is not None and not any(isinstance(leaf, list | Mapping) for leaf in flat)
 
 
 def _json_column(records: list[Any], spec: TensorSpec, *, alone: bool) -> Array:

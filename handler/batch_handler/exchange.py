@@ -19,7 +19,7 @@ from batch_handler.model import Model
 from batch_handler.oip import RECORD_STATUS, Array, Extent, InferRequest, ModelMetadata, OipError, Tensor, TensorSpec
 from batch_handler.scoring import MAX_SECONDS, Failure, Query, Score
 from batch_handler.shared import SharedMemory
-from batch_handler.tensors import Buffer, noting
+from batch_handler.tensors import Buffer, noting, parse_json
 
 __all__ = [
     "MAX_BATCH_BYTES",
@@ -145,7 +145,7 @@ class Exchange:
 
     def _read_simple(self, body: bytes | bytearray, kind: str, headers: Mapping[str, str]) -> Pending | Reply:
         if kind == _JSON:
-            value = content.parse_json(body)
+            value = parse_json(body, "body", ": numbers that are not finite can be sent as npy")
             if isinstance(value, dict) and "inputs" in value:
                 return self._read_oip(body, None)
             records = content.decode_json(value, self._inputs, self._max_records)
@@ -232,8 +232,6 @@ class Exchange:
         are not JSON; those in `extents` are mostly not sent.
         """
         query = Query(arrays, first_row)
-        if query.records > self._max_records:
-            raise OipError(f"the request has {query.records} records, wanted at most {self._max_records}", 413)
         most = most_in_time(self._model.micro_batch, self._model.micro_batch_ms / 1e3, first_row or 0)
         if query.records > most:
             raise OipError(

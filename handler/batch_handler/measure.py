@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from batch_handler.model import DESCRIPTION_FILE, Model, ModelLoadError, read_description, read_golden, write_golden
-from batch_handler.oip import Array, ModelMetadata
+from batch_handler.oip import Array
 from batch_handler.runtimes.foreign import said
 from batch_handler.runtimes.transform import ModelError
 from batch_handler.service import tuning_from
@@ -70,7 +70,8 @@ def prepare(archive: Path, folder: Path) -> dict[str, Any]:
         "runtimes": list(runtimes_for(described.weights.kind)),
         "micro_batch": described.micro_batch,
         "record_bytes": sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in described.inputs),
-        "metadata": _metadata_of(described),
+        # As far as it is known before a worker has loaded the model.
+        "metadata": described.metadata("", {"micro_batch": described.micro_batch}).to_json(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
 
@@ -135,18 +136,6 @@ def main(argv: Sequence[str]) -> int:
         answer({"error": " ".join(str(error).split())[:500] or type(error).__name__})
         return 1
     return 0
-
-
-def _metadata_of(described: ModelDescription) -> dict[str, Any]:
-    """What a server will say of the model, as far as it is known before a worker has loaded it."""
-    return ModelMetadata(
-        name=described.name,
-        versions=(described.version,),
-        platform="",
-        inputs=tuple(spec.tensor() for spec in described.inputs),
-        outputs=tuple(spec.tensor() for spec in described.outputs),
-        parameters={"model_digest": described.digest, "micro_batch": described.micro_batch},
-    ).to_json()
 
 
 def _requests(directory: Path, described: ModelDescription, records: int) -> list[tuple[Array, ...]]:

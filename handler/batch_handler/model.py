@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from batch_handler.runtimes import Runtime, open_runtime
 from batch_handler.runtimes.device import Device, DeviceError, open_device
 from batch_handler.runtimes.foreign import classify, said
 from batch_handler.runtimes.transform import ModelError
-from batch_handler.scoring import Failure, Query, Score, Scorer, exit_process
+from batch_handler.scoring import Failure, Query, Score, Scorer
 from batch_handler.signature import (
     FileEntry,
     InputSpec,
@@ -110,14 +110,7 @@ class Model:
         self._scorer = scorer
 
     @classmethod
-    def open(
-        cls,
-        directory: Path,
-        tuning: Tuning | None = None,
-        *,
-        device: Device | None = None,
-        on_lost: Callable[[BaseException], None] = exit_process,
-    ) -> Model:
+    def open(cls, directory: Path, tuning: Tuning | None = None, *, device: Device | None = None) -> Model:
         """Check, load, warm up and self-test the model in `directory`; raises `ModelLoadError`."""
         tuning = tuning or Tuning()
         try:
@@ -129,7 +122,7 @@ class Model:
                 description, directory, device, precision=tuning.precision, runtime=tuning.runtime
             )
             device.restore()  # code that came with the model has run
-            return cls._ready(description, directory, runtime, tuning, on_lost)
+            return cls._ready(description, directory, runtime, tuning)
         except ModelLoadError:
             raise
         except (SignatureError, ModelError, DeviceError) as error:
@@ -140,17 +133,10 @@ class Model:
             raise ModelLoadError(f"model in {directory}: {said(classify(error))}") from error
 
     @classmethod
-    def _ready(
-        cls,
-        description: ModelDescription,
-        directory: Path,
-        runtime: Runtime,
-        tuning: Tuning,
-        on_lost: Callable[[BaseException], None],
-    ) -> Model:
+    def _ready(cls, description: ModelDescription, directory: Path, runtime: Runtime, tuning: Tuning) -> Model:
         micro_batch = tuning.micro_batch or description.micro_batch
         check_micro_batch(micro_batch)
-        scorer = Scorer(runtime, description.outputs, micro_batch, on_lost=on_lost)
+        scorer = Scorer(runtime, description.outputs, micro_batch)
         # How many workers there are is not in it: that changes no bit.
         numerics = {**runtime.numerics, "micro_batch": micro_batch}
         model = cls(description, scorer, micro_batch, numerics, tuning.ceiling)
@@ -184,25 +170,16 @@ class Model:
 
     def metadata(self) -> ModelMetadata:
         """What `GET /predictions/{name}` answers."""
-        described = self.description
         known = {} if self.ceiling is None else {"ceiling_records_per_s": self.ceiling}
         runtime = str(self.numerics.get("runtime"))
-        return ModelMetadata(
-            name=described.name,
-            versions=(described.version,),
-            platform=_PLATFORMS.get(runtime, f"pytorch_{runtime}"),
-            inputs=tuple(spec.tensor() for spec in described.inputs),
-            outputs=tuple(spec.tensor() for spec in described.outputs),
-            parameters={
-                "model_digest": self.digest,
-                "fingerprint": self.fingerprint,
-                "micro_batch": self.micro_batch,
-                "micro_batch_ms": self.micro_batch_ms,
-                "numerics": dict(self.numerics),
-                "golden_difference": self.golden_difference,
-                **known,
-            },
-        )
+        return self.description.metadata(_PLATFORMS.get(runtime, f"pytorch_{runtime}"), {
+            "fingerprint": self.fingerprint,
+            "micro_batch": self.micro_batch,
+            "micro_batch_ms": self.micro_batch_ms,
+            "numerics": dict(self.numerics),
+            "golden_difference": self.golden_difference,
+            **known,
+        })
 
     def check_golden(self, directory: Path, precision: str) -> None:
         """Raise `ModelLoadError` unless the golden records give the golden outputs, whatever is beside them, and can be

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from batch_handler.tensors import (
     encode_tensors,
     extent_of,
     noting,
+    parse_json,
     refuse_duplicates,
     shown,
 )
@@ -278,20 +279,19 @@ def encode_reply(
 
 
 def decode_reply(
-    body: Buffer, header_length: int | None, *, max_tensor_bytes: int | None = None, shared: ReadShared | None = None
+    body: Buffer, header_length: int | None, *, max_tensor_bytes: int, shared: ReadShared | None = None
 ) -> InferReply:
     """Read a reply of any OIP server; its binary outputs are views of `body` or of what `shared` reads.
 
     The `crc32c` of the binary bytes is verified where the reply carries one; one with outputs in shared memory has to,
-    since others may write there. `max_tensor_bytes` is the most of one output, and of all that are in shared memory:
-    give it with `shared`, since by default it is what a body of this length may have. Raises `OipError`.
+    since others may write there. `max_tensor_bytes` is the most of one output, and of all that are in shared memory.
+    Raises `OipError`.
     """
     header, tail = _split(body, header_length)
     fields = Fields(header, "reply")
     parameters = fields.get("parameters", dict, {})
-    limit = len(body) * 8 if max_tensor_bytes is None else max_tensor_bytes
     read: list[Buffer] = []
-    outputs = decode_tensors(fields.get("outputs", list), tail, "output", limit, noting(shared, read))
+    outputs = decode_tensors(fields.get("outputs", list), tail, "output", max_tensor_bytes, noting(shared, read))
     wanted = parameters.get("crc32c")
     if wanted is not None or read:
         found = crc32c(tail, *read)
@@ -306,25 +306,13 @@ def decode_reply(
     )
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise OipError(f"{name} is not JSON, wanted null for a number that is not finite")
-
-
 def _split(body: Buffer, header_length: int | None) -> tuple[Any, memoryview]:
     """The parsed JSON header and the bytes after it."""
     view = memoryview(body).cast("B") if len(body) else memoryview(b"")
     length = len(view) if header_length is None else header_length
     if not 0 < length <= len(view):
         raise OipError(f"the JSON header is said to be {length} bytes of a body of {len(view)}")
-    try:
-        header = json.loads(bytes(view[:length]), parse_constant=_refuse_constant)
-    except OipError:
-        raise
-    except RecursionError as error:
-        raise OipError("the JSON header is nested too deeply") from error
-    except ValueError as error:
-        # UnicodeDecodeError and JSONDecodeError both; the text may quote the body, so only its first line.
-        raise OipError(f"the JSON header can't be parsed: {str(error).splitlines()[0][:120]}") from error
+    header = parse_json(view[:length], "header", ", wanted null for a number that is not finite")
     return header, view[length:]
 
 

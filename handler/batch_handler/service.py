@@ -73,13 +73,15 @@ class Service:
         taken: list[Pending | Reply] = []
         spent, sent = 0.0, 0
         for item in asked:
-            seconds = self._exchange.seconds(item.query) if isinstance(item, Pending) else 0.0
-            nbytes = item.nbytes if isinstance(item, Pending) else 0
-            if (spent and spent + seconds > MAX_SECONDS) or (sent and sent + nbytes > MAX_BATCH_BYTES):
+            if isinstance(item, Reply):
+                taken.append(item)
+                continue
+            seconds = self._exchange.seconds(item.query)
+            if (spent and spent + seconds > MAX_SECONDS) or (sent and sent + item.nbytes > MAX_BATCH_BYTES):
                 taken.append(refused(OipError(BUSY.message, BUSY.status)))
             else:
                 taken.append(item)
-                spent, sent = spent + seconds, sent + nbytes
+                spent, sent = spent + seconds, sent + item.nbytes
         return taken
 
     def _count(self, context: Any, pending: Sequence[Pending], replies: Sequence[Reply], micro_batches: int) -> None:
@@ -99,15 +101,14 @@ class Service:
 _WORKER: dict[str, Service] = {}
 
 
-def initialize(context: Any, environ: Mapping[str, str] | None = None) -> Service:
+def initialize(context: Any) -> None:
     """Load the model of `context`; raises `ModelLoadError`, with which the worker never becomes ready."""
-    environ = os.environ if environ is None else environ
     properties = context.system_properties
-    lane = bulk_lane_of(environ)
+    lane = bulk_lane_of(os.environ)
     if lane is not None and context.model_name == lane:
         make_way()  # before the model's own threads are there
     try:
-        tuning, max_records = tuning_from(environ, properties.get("gpu_id"))
+        tuning, max_records = tuning_from(os.environ, properties.get("gpu_id"))
         model = Model.open(Path(properties["model_dir"]), tuning)
     except ModelLoadError as error:
         _log.critical("not ready: %s", error, exc_info=True)
@@ -120,9 +121,8 @@ def initialize(context: Any, environ: Mapping[str, str] | None = None) -> Servic
         "ready: %s %s, %s, fingerprint %s, micro-batches of %d",
         *(described.name, described.version, model.digest, model.fingerprint, model.micro_batch),
     )
-    exchange = Exchange(model, max_records, lane, shared_memory_of(environ))
-    _WORKER["service"] = service = Service(model, exchange, Counts(METRICS))
-    return service
+    exchange = Exchange(model, max_records, lane, shared_memory_of(os.environ))
+    _WORKER["service"] = Service(model, exchange, Counts(METRICS))
 
 
 def handle(data: Sequence[Mapping[str, Any]] | None, context: Any) -> list[bytes]:
@@ -135,22 +135,19 @@ def handle(data: Sequence[Mapping[str, Any]] | None, context: Any) -> list[bytes
 
 def tuning_from(environ: Mapping[str, str], gpu_id: Any) -> tuple[Tuning, int]:
     """The tuning and the limit of records a request in the environment's `BATCH_HANDLER_*`."""
-    micro_batch = _whole(environ, "BATCH_HANDLER_MICRO_BATCH", 0)
     tuning = Tuning(
-        threads=_whole(environ, "BATCH_HANDLER_THREADS", 1) or 1,
-        micro_batch=micro_batch or None,
+        threads=_whole(environ, "BATCH_HANDLER_THREADS") or 1,
+        micro_batch=_whole(environ, "BATCH_HANDLER_MICRO_BATCH") or None,
         precision=environ.get("BATCH_HANDLER_PRECISION") or "float32",
         gpu_id=None if gpu_id is None else int(gpu_id),
         runtime=environ.get("BATCH_HANDLER_RUNTIME") or None,
         ceiling=_positive(environ, "BATCH_HANDLER_CEILING"),
     )
-    return tuning, _whole(environ, "BATCH_HANDLER_MAX_RECORDS", MAX_RECORDS) or MAX_RECORDS
+    return tuning, _whole(environ, "BATCH_HANDLER_MAX_RECORDS") or MAX_RECORDS
 
 
-def _whole(environ: Mapping[str, str], name: str, default: int) -> int:
-    text = environ.get(name, "").strip()
-    if not text:
-        return default
+def _whole(environ: Mapping[str, str], name: str) -> int:
+    text = environ.get(name, "").strip() or "0"
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise ModelLoadError(f"{name} is {text[:40]!r}, wanted a whole number")
     return int(text)

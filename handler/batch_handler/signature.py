@@ -31,7 +31,7 @@ from batch_handler.fields import (
     shape_of,
     text,
 )
-from batch_handler.oip import RESERVED_NAMES, OipError, TensorSpec, datatype_of
+from batch_handler.oip import RESERVED_NAMES, ModelMetadata, OipError, TensorSpec, datatype_of
 
 __all__ = [
     "FORMAT",
@@ -277,6 +277,17 @@ class ModelDescription:
     def digest(self) -> str:
         """What the model computes: equal for archives that differ in tuning only."""
         return digest_of(self._body())
+
+    def metadata(self, platform: str, parameters: Mapping[str, Any]) -> ModelMetadata:
+        """What a server says of the model."""
+        return ModelMetadata(
+            name=self.name,
+            versions=(self.version,),
+            platform=platform,
+            inputs=tuple(spec.tensor() for spec in self.inputs),
+            outputs=tuple(spec.tensor() for spec in self.outputs),
+            parameters={"model_digest": self.digest, **parameters},
+        )
 
     def _body(self) -> dict[str, Any]:
         return {

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import google_crc32c
 import numpy as np
@@ -34,8 +34,10 @@ __all__ = [
     "dtype_named",
     "encode_tensors",
     "extent_of",
+    "flattened",
     "from_json_numbers",
     "noting",
+    "parse_json",
     "refuse_duplicates",
     "shown",
     "to_json_numbers",
@@ -161,6 +163,21 @@ class Fields:
         if not isinstance(found, kind) or isinstance(found, bool):
             raise OipError(f"{name} of {self.where} is {shown(found)}, wanted {_KINDS[kind]}")
         return found
+
+
+def parse_json(text: Buffer, what: str, instead: str) -> Any:
+    """Any JSON value; raises `OipError`, which says what to do `instead` of a number that is not finite."""
+
+    def refuse(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON{instead}")
+
+    try:
+        return json.loads(bytes(text), parse_constant=refuse)
+    except RecursionError as error:
+        raise OipError(f"the JSON {what} is nested too deeply") from error
+    except ValueError as error:
+        # UnicodeDecodeError and JSONDecodeError both; the text may quote the body, so only its first line.
+        raise OipError(f"the JSON {what} can't be parsed: {str(error).splitlines()[0][:120]}") from error
 
 
 def shown(value: Any) -> str:
@@ -336,13 +353,19 @@ def from_json_numbers(data: list[Any], dtype: np.dtype[Any], shape: tuple[int, .
         raise
 
 
+def flattened(rows: list[Any], shape: Sequence[int]) -> list[Any] | None:
+    """What is in `rows` where each is lists as long and as deep as `shape` says, else None."""
+    for size in shape:
+        if not all(isinstance(row, list) and len(row) == size for row in rows):
+            return None
+        rows = list(chain.from_iterable(rows))
+    return rows
+
+
 def _from_json(data: list[Any], dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> Array:
-    flat = data
-    if data and isinstance(data[0], list):
-        for size in shape[1:]:
-            if not all(isinstance(row, list) and len(row) == size for row in flat):
-                raise OipError(f"data of {name} is not nested by the shape of a record, {list(shape[1:])}")
-            flat = list(chain.from_iterable(flat))
+    flat = flattened(data, shape[1:]) if data and isinstance(data[0], list) else data
+    if flat is None:
+        raise OipError(f"data of {name} is not nested by the shape of a record, {list(shape[1:])}")
     count = math.prod(shape)
     if len(flat) != count:
         raise OipError(f"data of {name} has {len(flat)} values, wanted {count} for shape {list(shape)}")

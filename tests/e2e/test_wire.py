@@ -45,7 +45,7 @@ def bulk(server, images):
                 f"{server.url}/v2/models/toy/infer", data=message.join(),
                 headers={HEADER_LENGTH: str(message.header_length), "Content-Type": "application/octet-stream"}) as got:
             assert got.status == 200, await got.text()
-            return decode_reply(await got.read(), int(got.headers[HEADER_LENGTH]))
+            return decode_reply(await got.read(), int(got.headers[HEADER_LENGTH]), max_tensor_bytes=1 << 20)
 
     reply = asyncio.run(post())
     assert reply.parameters["request_crc32c"] == crc32c(message.join())

@@ -140,13 +140,6 @@ def test_wrong_json_records_are_told_what_is_wrong(value, specs, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
-def test_numbers_that_json_has_not_are_refused_as_in_the_other_protocol(number):
-    assert content.parse_json(b"[[1e999]]") == [[float("inf")]]
-    with pytest.raises(OipError, match=rf"{number} is not JSON: .* as npy$"):
-        content.parse_json(f"[[1, {number}]]".encode())
-
-
 def picture(array, kind="PNG"):
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,16 +46,24 @@ def test_without_seconds_each_batch_is_told_at_once_where_it_is_counted():
     assert metrics.threads == {threading.current_thread().name}
 
 
-def test_what_was_counted_in_the_meantime_is_told_in_one_sum():
+def test_what_was_counted_in_the_meantime_is_told_in_one_sum(monkeypatch):
+    due = []
+
+    def timer(seconds, tell, args):
+        assert seconds == 0.5
+        return SimpleNamespace(start=lambda: due.append(lambda: tell(*args)))
+
+    monkeypatch.setattr(threading, "Timer", timer)
     metrics, counts = Metrics(), Counts(NAMES, seconds=0.5)
     for records in range(100):
         counts.add(metrics, (1, records))
-    assert metrics.lines == []  # a hundred batches take no half second
-    assert until(lambda: len(metrics.lines) == 2)
+    assert metrics.lines == []
+    due.pop()()
     assert metrics.lines == [("Batches", 100), ("Records", 4950)]
     counts.add(metrics, (1, 3))
-    assert until(lambda: len(metrics.lines) == 4)
+    due.pop()()
     assert metrics.lines[2:] == [("Batches", 1), ("Records", 3)]  # counted once, not again
+    assert due == []
 
 
 def test_nothing_is_told_where_nothing_was_counted():

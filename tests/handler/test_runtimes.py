@@ -176,6 +176,26 @@ def test_a_model_that_returns_the_same_memory_again_gets_every_row_right(buffers
         np.testing.assert_array_equal(score.outputs[0], asked.inputs[0] * 2.0 + 1)
 
 
+@pytest.mark.parametrize("micro_batches", [2, 7])
+@pytest.mark.parametrize("names", [["y"], ["doubled", "y"]])
+def test_a_model_that_works_in_what_it_returned_before_gets_every_row_right(names, micro_batches):
+    kept = [torch.empty(B, WIDTH), torch.empty(B, WIDTH)]
+
+    def swapping(values: torch.Tensor) -> list[torch.Tensor]:
+        kept.reverse()
+        torch.mul(values, 2, out=kept[0])
+        torch.add(kept[0], 1, out=kept[1])
+        return kept[-len(names):]
+
+    specs = [OutputSpec(name, np.dtype("f4"), (WIDTH,)) for name in names]
+    device = ScriptedDevice(stack_bytes=2 * STACKED)
+    asked = Query((records(micro_batches * B, 1),), 0)
+    (score,) = Scorer(SlotRuntime(swapping, device, [INPUT], specs, numerics={}), specs, B).score([asked])
+    assert isinstance(score, Score)
+    for name, found in zip(names, score.outputs, strict=True):
+        np.testing.assert_array_equal(found, asked.inputs[0] * 2.0 + (name == "y"))
+
+
 def test_a_model_that_returns_its_input_is_right_in_a_stack():
     asked = Query((records(7 * B),), 0)
     (score,) = scorer_on(ScriptedDevice(stack_bytes=STACKED), lambda values: values).score([asked])

@@ -71,7 +71,7 @@ def reply_of(answer):
     status, headers, body = answer
     assert status == 200, body
     length = headers.get(oip.HEADER_LENGTH)
-    return oip.decode_reply(body, None if length is None else int(length))
+    return oip.decode_reply(body, None if length is None else int(length), max_tensor_bytes=1 << 20)
 
 
 @pytest.mark.parametrize(("seconds", "first_row", "most"), [
@@ -102,6 +102,15 @@ def test_a_server_batch_that_takes_the_model_too_long_together_is_cut(ask, tiny_
     answers = ask(*bodies, server=server)
     assert [status for status, _, _ in answers] == [200, 503, 200, 503]
     assert "ask again" in json.loads(answers[1][2])["error"]
+
+
+def test_what_takes_the_model_no_time_is_answered_behind_whatever_is_slow(ask, tiny_dir):
+    class Slow(Model):
+        micro_batch_ms = 61_000.0
+
+    row, metadata, nonsense = infer(np.zeros((8, 6, 6), "u1"), {}), ({}, {}), ({"body": b"{"}, {})
+    answers = ask(row, metadata, nonsense, row, server=service_of(Slow.open(tiny_dir)))
+    assert [status for status, _, _ in answers] == [200, 200, 400, 503]
 
 
 @pytest.mark.parametrize(("first_row", "records", "statuses"), [
@@ -240,6 +249,17 @@ def test_a_refusal_says_what_was_found_and_wanted(ask, tiny, asked, status, mess
     assert "\n" not in error
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_has_not_are_refused(ask, number):
+    body = f"[[1, {number}]]".encode()
+    simple, header = ask(({"body": body}, {}), ({"body": body}, {oip.HEADER_LENGTH: str(len(body))}))
+    assert (simple[0], header[0]) == (400, 400)
+    assert json.loads(simple[2])["error"] == (
+        f"the JSON body can't be parsed: {number} is not JSON: numbers that are not finite can be sent as npy")
+    assert json.loads(header[2])["error"] == (
+        f"the JSON header can't be parsed: {number} is not JSON, wanted null for a number that is not finite")
+
+
 @pytest.mark.parametrize("binary", [True, False])
 def test_no_name_makes_a_refusal_long(ask, images, binary):
     """Of names in it Java would get six bytes a letter, and close the worker's connection over 64 MiB."""
@@ -261,7 +281,7 @@ def test_full_memory_is_no_fault_of_the_records(ask, images, monkeypatch):
     def full(*_):
         raise MemoryError
 
-    monkeypatch.setattr(content, "parse_json", full)
+    monkeypatch.setattr(exchange, "parse_json", full)
     monkeypatch.setattr(content, "encode_npy", full)
     read, written, other = ask(
         ({"body": bytearray(b"[]")}, {"content-type": "application/json"}),

@@ -16,15 +16,7 @@ import torch
 from batch_handler.oip import Array
 from batch_handler.runtimes.device import PRECISIONS, Device, Event
 from batch_handler.runtimes.foreign import foreign
-from batch_handler.runtimes.transform import (
-    ModelError,
-    Preprocess,
-    by_output,
-    collect,
-    joined,
-    share_memory,
-    torch_dtype,
-)
+from batch_handler.runtimes.transform import ModelError, Preprocess, by_output, collect, joined, torch_dtype
 from batch_handler.signature import InputSpec, OutputSpec
 
 __all__ = ["Forward", "Slot", "SlotRuntime", "autocast", "most_stacked"]
@@ -102,8 +94,6 @@ class SlotRuntime:
         self._precision = precision if lower else "float32"
         self._fixed = fixed
         self._micro_batch = 0
-        self._overwrites = False  # whether the callable gives the same memory again
-        self._cleared = 0  # micro-batches of the longest stack for which it did not
 
     def prepare(self, micro_batch: int) -> tuple[Slot, ...]:
         """Allocate the slots and run zeros through them; raises `CapacityError` where they do not fit.
@@ -167,26 +157,13 @@ class SlotRuntime:
         return self._forward(*(step(tensor) for step, tensor in zip(self._preprocess, records, strict=True)))
 
     def _one_by_one(self, records: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The outputs of a stack. A module that writes into memory of its own and returns that is found out by it, and
-        its outputs are copied before it is called again.
+        """The outputs of a stack.
 
         Each micro-batch is preprocessed just before the model takes it, so that it comes from the nearest cache: the
         floats of a whole stack, written first, cost a worker 2 to 3 % more CPU where a core has 2 MB of its own cache.
         """
-        if not self._overwrites:
-            parts = self._micro_batches(records)
-            # A module may change its inputs in place, too, and takes them again where it is found out.
-            kept = [tensor.clone() for tensor in records] if len(parts) > self._cleared else records
-            outputs = by_output(map(self._forward_one, parts), self._outputs)
-            if not share_memory(outputs):
-                self._cleared = max(self._cleared, len(parts))
-                return joined(outputs, self._outputs)
-            self._overwrites, records = True, kept
-        copies = by_output(map(self._forward_one, self._micro_batches(records)), self._outputs, copy=True)
-        return joined(copies, self._outputs)
-
-    def _micro_batches(self, records: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        return list(zip(*(torch.split(tensor, self._micro_batch) for tensor in records), strict=True))
+        parts = zip(*(torch.split(tensor, self._micro_batch) for tensor in records), strict=True)
+        return joined(by_output(map(self._forward_one, parts), self._outputs), self._outputs)
 
 
 def most_stacked(inputs: Sequence[InputSpec], outputs: Sequence[OutputSpec], micro_batch: int, stack_bytes: int) -> int:

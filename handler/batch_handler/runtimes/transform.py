@@ -22,7 +22,6 @@ __all__ = [
     "collect",
     "example_inputs",
     "joined",
-    "share_memory",
     "torch_dtype",
 ]
 
@@ -99,21 +98,12 @@ def collect(raw: Any, specs: Sequence[OutputSpec], records: int) -> tuple[Tensor
     return tuple(_finish(tensor, spec, records) for tensor, spec in zip(tensors, specs, strict=True))
 
 
-def by_output(
-    raws: Iterable[Any], specs: Sequence[OutputSpec], *, copy: bool = False
-) -> tuple[tuple[Tensor, ...], ...]:
-    """What a module returned for several micro-batches → for each output, their tensors in order."""
-    rows = [
-        tuple(tensor.clone() for tensor in _by_output(raw, specs)) if copy else _by_output(raw, specs) for raw in raws
-    ]
-    return tuple(zip(*rows, strict=True))
+def by_output(raws: Iterable[Any], specs: Sequence[OutputSpec]) -> tuple[tuple[Tensor, ...], ...]:
+    """What a module returns for several micro-batches → for each output, copies of their tensors in order.
 
-
-def share_memory(outputs: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether any two tensors of an output are in the same memory, all of which are still held."""
-    return any(
-        len({tensor.untyped_storage().data_ptr() for tensor in tensors}) < len(tensors) for tensors in outputs
-    )
+    Each is copied before the next is asked for, since a module may work in the memory that it returned.
+    """
+    return tuple(zip(*(tuple(tensor.clone() for tensor in _by_output(raw, specs)) for raw in raws), strict=True))
 
 
 def joined(outputs: Sequence[Sequence[Tensor]], specs: Sequence[OutputSpec]) -> tuple[Tensor, ...]:
