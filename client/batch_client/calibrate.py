@@ -122,7 +122,7 @@ async def calibrate(spec: RunSpec, services: Services, observers: tuple[Observer
         raise StoppedError(f"no request was answered within {services.clock() - watcher.began:.0f} s; the last time "
                            f"{watcher.refused}")
     plan, scored, seconds = watcher.plan, sum(answer.records for answer in answers), services.clock() - watcher.began
-    records = sum(plan.unit(index).count for index in plan.part(spec.part)) if spec.part else plan.count
+    records = plan.records_in(plan.part(spec.part))
     found = forecast(answers, records)
     if scored == plan.count:  # all of it: that took what it took, and a part its share
         found = measured(records, seconds * records / plan.count, found)
