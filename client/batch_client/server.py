@@ -54,15 +54,12 @@ class EmbeddedServer:
     `tell_log` is called.
     """
 
-    def __init__(
-        self, settings: ServerSettings, *, environ: Mapping[str, str] = os.environ, bundled_java: bool = True,
-        echo: Callable[[str], None] | None = None,
-    ) -> None:
+    def __init__(self, settings: ServerSettings, *, environ: Mapping[str, str] = os.environ,
+                 echo: Callable[[str], None] | None = None) -> None:
         self._settings = settings
         self._echo = echo
         self._log: IO[str] | None = None  # from which is told; it may be deleted meanwhile
         self._environ = environ
-        self._bundled_java = bundled_java
         self._model = Model("", "")
         self._lanes: tuple[Lane, ...] = ()
         self._running: ServerProcess | None = None
@@ -122,7 +119,7 @@ class EmbeddedServer:
         self._model = model_of(self._settings.archive)
         await asyncio.to_thread(self._require_address)
         home = torchserve_home()
-        java = await asyncio.to_thread(find_java, self._environ, bundled=self._bundled_java)
+        java = await asyncio.to_thread(find_java, self._environ)
         self._settings = await asyncio.to_thread(settled, self._settings, self._environ)
         on_gpus = await asyncio.to_thread(gpus, self._environ)
         assert self._settings.workers is not None  # noqa: S101 - settled
