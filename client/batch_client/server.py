@@ -204,9 +204,9 @@ class EmbeddedServer:
         described: dict[str, Any] = json.loads(body)[0]
         return described
 
-    def log_tail(self, lines: int = 20) -> str:
-        """The last lines of the server's log."""
-        return "\n".join(self._alive().log().splitlines()[-lines:])
+    def last_words(self) -> str:
+        """What stands last in the server's log."""
+        return last_words(self._alive().log())
 
     def tell_log(self) -> None:
         """Give what has been logged since the last time to `echo`, and empty the log once it is large; not one in a
@@ -231,7 +231,7 @@ class EmbeddedServer:
 
     def _end_error(self) -> ServingError:
         return ServingError(f"TorchServe with the model {self.model_name} has ended (log: {self.log_path}): "
-                            f"{last_words(self._alive().log())}")
+                            f"{self.last_words()}")
 
     # Starting
 
@@ -246,7 +246,7 @@ class EmbeddedServer:
                 await self._ready()
         except TimeoutError:
             raise ServingError(f"the model {self.model_name} was not ready after {self._settings.startup_seconds:g} s "
-                               f"(log: {self.log_path}): {self.log_tail(1)}") from None
+                               f"(log: {self.log_path}): {self.last_words()}") from None
         self._running.ready = True
 
     async def _ready(self) -> None:
