@@ -61,7 +61,7 @@ from batch_client.summary import RunSummary, Tally
 from batch_client.writer import ChunkWriter
 from batch_handler.oip import STATUS_NOT_FINITE
 
-__all__ = ["execute", "plan_run"]
+__all__ = ["DRAIN_SECONDS", "execute", "plan_run"]
 
 # What a stop may take: work in flight is finished within this, the rest is left for the resume.
 DRAIN_SECONDS = 12.0

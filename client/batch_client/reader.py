@@ -28,7 +28,7 @@ from batch_client.storage import Store, child_url
 from batch_client.stringset import StringSet
 from batch_client.zarrstore import PieceBuffer, SourceStore, recording
 
-__all__ = ["UNREADABLE", "Block", "ETags", "Source", "open_source"]
+__all__ = ["Block", "ETags", "Source", "open_source"]
 
 # What zarr, numcodecs, numpy and the codecs of the standard library raise for metadata or chunks that can't be
 # understood; gzip and bz2 say it by an OSError, zstd by a MemoryError or SystemError where a broken frame claims a size
