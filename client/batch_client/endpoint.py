@@ -71,6 +71,7 @@ class Endpoint:
         return self.broken >= EJECT_AFTER
 
     def is_up(self, now: float) -> bool:
+        """Neither left out nor at rest."""
         return self.left_out is None and now >= self.rests_until
 
     def has_room(self, now: float) -> bool:

@@ -391,12 +391,12 @@ class _OtherModelError(Exception):
 
 
 def _status_of(tensors: Mapping[str, np.ndarray], count: int) -> np.ndarray:
-    """A status a record for servers that give none: 2 where any of its float outputs is not finite."""
+    """A status a record for servers that give none, by whether all of its float outputs are finite."""
     finite = np.ones(count, bool)
     for array in tensors.values():
         if array.dtype.kind == "f" and len(array) == count:
             finite &= np.isfinite(array.reshape(count, -1)).all(axis=1)
-    return np.where(finite, 0, 2).astype(np.uint8)
+    return np.where(finite, STATUS_OK, STATUS_NOT_FINITE).astype(np.uint8)
 
 
 def _decode(reply: HttpReply, attempt: _Attempt) -> InferReply:
