@@ -108,7 +108,7 @@ def _status_of(tensors: Mapping[str, np.ndarray], count: int) -> np.ndarray:
     for array in tensors.values():
         if array.dtype.kind == "f" and len(array) == count:
             finite &= np.isfinite(array.reshape(count, -1)).all(axis=1)
-    return np.where(finite, 0, 2).astype(np.uint8)
+    return np.where(finite, STATUS_OK, STATUS_NOT_FINITE).astype(np.uint8)
 
 
 def _decode(reply: HttpReply, extents: frozenset[Extent], read: Callable[[int, int], bytearray]) -> InferReply:

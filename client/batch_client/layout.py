@@ -71,11 +71,9 @@ class OutputLayout:
         await array.setitem(slice(start, start + len(values)), values)
         inner = "/".join([str(unit_index)] + ["0"] * (values.ndim - 1))
         key = f"{name}/c/{inner}"
-        buffer = await self._store.get(key, default_buffer_prototype())
-        if buffer is None:
-            raise RuntimeError(f"zarr wrote no {key}")
+        data = await _written(self._store, key)
         await self._store.delete(key)
-        return key, buffer.to_bytes()
+        return key, data
 
     async def metadata(self, attributes: Mapping[str, Any]) -> list[tuple[str, bytes]]:
         """Metadata documents in the order in which they are to be written: each array's, then the group's.
@@ -89,13 +87,7 @@ class OutputLayout:
             warnings.filterwarnings("ignore", category=ZarrUserWarning, message="Consolidated metadata")
             await zarr_async.consolidate_metadata(store)
         keys = [f"{name}/zarr.json" for name in self.array_names] + ["zarr.json"]
-        documents = []
-        for key in keys:
-            buffer = await store.get(key, default_buffer_prototype())
-            if buffer is None:
-                raise RuntimeError(f"zarr wrote no {key}")
-            documents.append((key, buffer.to_bytes()))
-        return documents
+        return [(key, await _written(store, key)) for key in keys]
 
     async def _create(self, store: MemoryStore, attributes: Mapping[str, Any]) -> dict[str, AsyncArray[Any]]:
         group: AsyncGroup = await zarr_async.open_group(
@@ -114,6 +106,13 @@ class OutputLayout:
                 config={"write_empty_chunks": True},
             )
         return arrays
+
+
+async def _written(store: MemoryStore, key: str) -> bytes:
+    buffer = await store.get(key, default_buffer_prototype())
+    if buffer is None:
+        raise RuntimeError(f"zarr wrote no {key}")
+    return buffer.to_bytes()
 
 
 def _lost(output: OutputGeometry) -> float:

@@ -23,7 +23,7 @@ from batch_client.layout import FAILED_PREFIX, LEDGER_PREFIX
 from batch_client.place import require_generation
 from batch_client.storage import Blob, Store, child_url, put_same
 
-__all__ = ["ChunkProof", "Ledger", "LedgerView", "Row", "row_json", "rows_from_json", "segment_of"]
+__all__ = ["FLUSH_SECONDS", "ChunkProof", "Ledger", "LedgerView", "Row", "row_json", "rows_from_json", "segment_of"]
 
 FLUSH_ROWS = 64
 FLUSH_SECONDS = 10.0

@@ -8,7 +8,6 @@ Units of work are begun lazily; a byte budget bounds what is read ahead, the poo
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 
@@ -61,7 +60,7 @@ from batch_client.summary import RunSummary, Tally
 from batch_client.writer import ChunkWriter
 from batch_handler.oip import STATUS_NOT_FINITE
 
-__all__ = ["execute", "plan_run"]
+__all__ = ["DRAIN_SECONDS", "execute", "plan_run"]
 
 # What a stop may take: work in flight is finished within this, the rest is left for the resume.
 DRAIN_SECONDS = 12.0
@@ -286,17 +285,14 @@ class _Run:
 
     def _look_at_others(self, tasks: asyncio.TaskGroup) -> None:
         """Now and then, beside the work: with many clients the ledger is long, and listing it slow."""
-        if self._services.clock() >= self._look_at:
-            self._look_at = math.inf  # one look at a time
+        if self._services.clock() >= self._look_at and (self._look is None or self._look.done()):
             self._look = tasks.create_task(self._refresh())
 
     async def _refresh(self) -> None:
         began = self._services.clock()
-        try:
-            await self.view.refresh()
-        finally:
-            now = self._services.clock()
-            self._look_at = now + max(FLUSH_SECONDS, 10 * (now - began))
+        await self.view.refresh()
+        now = self._services.clock()
+        self._look_at = now + max(FLUSH_SECONDS, 10 * (now - began))
 
     async def _unit_in_its_place(self, unit: Unit, rank: int) -> None:
         try:

@@ -22,8 +22,8 @@ import numpy as np
 from batch_client.errors import DataError, UsageError
 from batch_client.spec import MIB, RunSpec
 
-__all__ = ["MAX_CHUNK_RECORDS", "MAX_REQUEST_BYTES", "Geometry", "OutputGeometry", "Plan", "RequestSize", "Span",
-           "Unit", "default_request", "make_plan", "reply_bytes_of", "require_possible"]
+__all__ = ["MAX_CHUNK_RECORDS", "MAX_REPLY_BYTES", "MAX_REQUEST_BYTES", "Geometry", "OutputGeometry", "Plan",
+           "RequestSize", "Span", "Unit", "default_request", "make_plan", "reply_bytes_of", "require_possible"]
 
 # Each object of an output chunk costs the store and the client milliseconds, however small it is.
 MAX_CHUNK_RECORDS = 32_768

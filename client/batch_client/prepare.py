@@ -19,7 +19,6 @@ from batch_client.errors import DataError, MismatchError, UsageError
 from batch_client.events import Event, RecordsCast, SourceIsMasked, SourceIsPacked
 from batch_client.jsontext import canonical_json, parse_json
 from batch_client.layout import SPEC_KEY, SUCCESS_KEY
-from batch_client.limiter import deadline_of
 from batch_client.plan import Geometry, Plan, RequestSize, make_plan, require_possible
 from batch_client.reader import Source, open_source
 from batch_client.serving import Servers, open_servers
@@ -90,8 +89,7 @@ async def prepare(spec: RunSpec, services: Services,
     than the output that is there already.
     """
     source = await _open_apart(spec, services.source_store, services.output_store, services.reuse_store)
-    pool = Pool(services.servers.urls, spec.in_flight, services.clock, services.rng,
-                deadline_of(spec.patience))
+    pool = Pool(services.servers.urls, spec.in_flight, services.clock, services.rng, spec.patience)
     begun = await _stored_run(services.output_store)
     stored = None if spec.overwrite else _model_of(begun, services.output_store, instead, exact=spec.exact)
     contract = await agree(services.servers, pool, stored, exact=spec.exact)

@@ -30,7 +30,7 @@ from batch_client.storage import Store, child_url
 from batch_client.stringset import StringSet
 from batch_client.zarrstore import PieceBuffer, SourceStore, recording
 
-__all__ = ["UNREADABLE", "Block", "ETags", "Source", "open_source"]
+__all__ = ["Block", "ETags", "Source", "open_source"]
 
 # What zarr, numcodecs, numpy and the codecs of the standard library raise for metadata or chunks that can't be
 # understood; gzip and bz2 say it by an OSError, zstd by a MemoryError or SystemError where a broken frame claims a size
@@ -43,14 +43,12 @@ SHOWN = 20  # names of a group's arrays
 
 @dataclass(frozen=True)
 class Block:
-    """Records [start, stop) of a source, (*record shape) each: arrays in C order and native bytes.
+    """Records of a source, (*record shape) each: arrays in C order and native bytes.
 
     etags: ETag of each chunk object that was read, by key: "" where the store gives none, None where the object is
     absent. nbytes: bytes moved from the store.
     """
 
-    start: int
-    stop: int
     records: Pieces
     etags: Mapping[str, str | None]
     nbytes: int
@@ -118,7 +116,7 @@ class Source:
                 "store: restore it or choose other records; if it means the fill value, as where writers leave out "
                 "chunks of nothing else, run takes it so with --allow-missing")
         etags = {key: etag or "" for key, etag in record.etags.items()} | dict.fromkeys(record.missing)
-        return Block(start, stop, out.pieces().each(_native), etags, record.nbytes)
+        return Block(out.pieces().each(_native), etags, record.nbytes)
 
     async def _select(self, start: int, stop: int) -> PieceBuffer:
         out = PieceBuffer.empty((stop - start, *self.geometry.record_shape), self.geometry.dtype, self._array.order)

@@ -27,9 +27,9 @@ class RetryBucket:
     """The run's purse for repeated requests at so many servers."""
 
     def __init__(self, servers: int = 1) -> None:
-        self._most = self._tokens = RESERVE * servers
-        self._between_probes = PROBE_SECONDS / servers
+        self._most = self._tokens = 0.0
         self._next_probe = float("-inf")
+        self.resize(servers)
 
     def resize(self, servers: int) -> None:
         """There are more servers, or fewer, by now: what is saved stays, and each new one brings its reserve."""

@@ -6,14 +6,15 @@ manifest's SHA-256 before it is proven again here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 
 from batch_client.errors import BrokenPromiseError, DataError, MismatchError
+from batch_client.jsontext import parse_json
 from batch_client.ledger import Row
 from batch_client.manifest import manifest_rows, read_manifest
 from batch_client.prepare import Prepared
 from batch_client.reader import ETags
+from batch_client.spec import differences
 from batch_client.storage import Store, child_url
 from batch_client.writer import proof_of
 
@@ -32,10 +33,9 @@ async def reusable_rows(old: Store, prepared: Prepared, *, require_finite: bool)
     Raises MismatchError when `old` is not a published output or of another geometry, model or numerics.
     """
     manifest = await read_manifest(old)
-    theirs, ours = manifest.run, json.loads(prepared.identity.to_json())
-    differing = [f"{name} (there {theirs.get(name)!r}, now {ours[name]!r})" for name in _SAME
-                 if theirs.get(name) != ours[name]]
-    if differing:
+    ours, theirs = ({name: run[name] for name in _SAME if name in run}
+                    for run in (parse_json(prepared.identity.to_json()), manifest.run))
+    if differing := list(differences(ours, theirs)):
         raise MismatchError(f"--reuse {old.url}: no chunk of it can be reused: {'; '.join(differing)}")
     etags = await prepared.source.etags()
     return (row async for row in manifest_rows(old, manifest)

@@ -54,15 +54,12 @@ class EmbeddedServer:
     `tell_log` is called.
     """
 
-    def __init__(
-        self, settings: ServerSettings, *, environ: Mapping[str, str] = os.environ, bundled_java: bool = True,
-        echo: Callable[[str], None] | None = None,
-    ) -> None:
+    def __init__(self, settings: ServerSettings, *, environ: Mapping[str, str] = os.environ,
+                 echo: Callable[[str], None] | None = None) -> None:
         self._settings = settings
         self._echo = echo
         self._log: IO[str] | None = None  # from which is told; it may be deleted meanwhile
         self._environ = environ
-        self._bundled_java = bundled_java
         self._model = Model("", "")
         self._lanes: tuple[Lane, ...] = ()
         self._running: ServerProcess | None = None
@@ -122,7 +119,7 @@ class EmbeddedServer:
         self._model = model_of(self._settings.archive)
         await asyncio.to_thread(self._require_address)
         home = torchserve_home()
-        java = await asyncio.to_thread(find_java, self._environ, bundled=self._bundled_java)
+        java = await asyncio.to_thread(find_java, self._environ)
         self._settings = await asyncio.to_thread(settled, self._settings, self._environ)
         on_gpus = await asyncio.to_thread(gpus, self._environ)
         assert self._settings.workers is not None  # noqa: S101 - settled
@@ -207,9 +204,9 @@ class EmbeddedServer:
         described: dict[str, Any] = json.loads(body)[0]
         return described
 
-    def log_tail(self, lines: int = 20) -> str:
-        """The last lines of the server's log."""
-        return "\n".join(self._alive().log().splitlines()[-lines:])
+    def last_words(self) -> str:
+        """What stands last in the server's log."""
+        return last_words(self._alive().log())
 
     def tell_log(self) -> None:
         """Give what has been logged since the last time to `echo`, and empty the log once it is large; not one in a
@@ -234,7 +231,7 @@ class EmbeddedServer:
 
     def _end_error(self) -> ServingError:
         return ServingError(f"TorchServe with the model {self.model_name} has ended (log: {self.log_path}): "
-                            f"{last_words(self._alive().log())}")
+                            f"{self.last_words()}")
 
     # Starting
 
@@ -249,7 +246,7 @@ class EmbeddedServer:
                 await self._ready()
         except TimeoutError:
             raise ServingError(f"the model {self.model_name} was not ready after {self._settings.startup_seconds:g} s "
-                               f"(log: {self.log_path}): {self.log_tail(1)}") from None
+                               f"(log: {self.log_path}): {self.last_words()}") from None
         self._running.ready = True
 
     async def _ready(self) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -115,11 +114,13 @@ def with_tuning(settings: ServerSettings, tuning: Tuning) -> ServerSettings:
 
 
 def configuration(
-    settings: ServerSettings, model: Model, lanes: Sequence[Lane], ports: Sequence[int], folder: Path, templates: Path,
+    settings: ServerSettings, model: Model, lanes: Sequence[Lane], ports: Sequence[int], worker_port: int, folder: Path,
+    templates: Path,
 ) -> str:
     """The text of config.properties: the template, then what this start decides.
 
-    ports: PORTS free ones. folder: the start's own, with `models` and `workflows`. templates: serve_config/.
+    ports: PORTS free ones. worker_port: after which workers' sockets are named. folder: the start's own, with `models`
+    and `workflows`. templates: serve_config/.
     """
     inference, management, metrics, grpc, grpc_management = ports
     decided = {
@@ -129,8 +130,7 @@ def configuration(
                             else f"http://{LOOPBACK}:{metrics}"),
         "grpc_inference_port": str(grpc),
         "grpc_management_port": str(grpc_management),
-        # Workers listen on sockets named after their port in the private temp dir; on ports only without epoll.
-        "initial_worker_port": str(random.randrange(20000, 30000)),  # noqa: S311 - no secret
+        "initial_worker_port": str(worker_port),
         "metrics_config": str(templates / "metrics.yaml"),
         "model_store": str(folder / "models"),
         "workflow_store": str(folder / "workflows"),

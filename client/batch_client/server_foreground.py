@@ -104,7 +104,7 @@ class _Workers:
         if ready and all(ready):
             self._last_ready = now
         elif now - self._last_ready > HOPELESS_SECONDS:
-            raise ServingError(f"no worker has been ready for {HOPELESS_SECONDS:g} s: {self._server.log_tail(1)}")
+            raise ServingError(f"no worker has been ready for {HOPELESS_SECONDS:g} s: {self._server.last_words()}")
         if ready:
             self._say(sum(ready), sum(lane.workers for lane in self._server.lanes), now)
 

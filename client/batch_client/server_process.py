@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -128,7 +129,9 @@ def launch(
         (folder / "models").chmod(0o500)
         templates = serve_config_dir(environ)
         config = folder / "config.properties"
-        text = configuration(settings, model, lanes, free_ports(PORTS), folder, templates)
+        # Workers listen on sockets named after their port in the private temp dir; on ports only without epoll.
+        worker_port = random.randrange(20_000, 30_000)  # noqa: S311 - no secret
+        text = configuration(settings, model, lanes, free_ports(PORTS), worker_port, folder, templates)
         config.write_text(text, "ascii")
         properties = parse_properties(text)
         log_dir = (settings.log_dir or folder).absolute()

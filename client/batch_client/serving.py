@@ -22,7 +22,7 @@ from batch_client.transport import HttpReply, HttpTransport, Transport, Transpor
 if TYPE_CHECKING:
     from batch_client.server import EmbeddedServer
 
-__all__ = ["Servers", "ask", "ask_for_room", "open_servers", "turned_away"]
+__all__ = ["Servers", "ask_for_room", "open_servers", "turned_away"]
 
 LOG_SECONDS = 10.0  # between looks at how large an embedded server's log is
 
@@ -88,7 +88,7 @@ def _tokens_of(spec: ServerSpec) -> dict[str, TokenSource]:
     return dict.fromkeys(urls, NoTokens() if spec.token_command is None else CommandTokens(spec.token_command))
 
 
-async def ask(servers: Servers, method: str, url: str, path: str, seconds: float, *,
+async def _ask(servers: Servers, method: str, url: str, path: str, seconds: float, *,
               headers: Mapping[str, str] | None = None, parts: Sequence[bytes] = ()) -> tuple[HttpReply, Verdict]:
     """What the server at `url` answers, and what that means; a token that it refuses is asked for anew, once.
 
@@ -116,13 +116,13 @@ async def ask(servers: Servers, method: str, url: str, path: str, seconds: float
 async def ask_for_room(servers: Servers, method: str, url: str, path: str, seconds: float, *, patience: float,
                        headers: Mapping[str, str] | None = None, parts: Sequence[bytes] = ()
                        ) -> tuple[HttpReply, Verdict]:
-    """As `ask`; an answer that there is no room is none yet, and for `patience` seconds asked for again: a full queue,
+    """As `_ask`; an answer that there is no room is none yet, and for `patience` seconds asked for again: a full queue,
     or a worker that starts again.
     """
     now, rng = asyncio.get_running_loop().time, random.Random()  # noqa: S311 - spreads clients, and keeps no secret
     until = now() + patience
     for tries in itertools.count():
-        reply, verdict = await ask(servers, method, url, path, seconds, headers=headers, parts=parts)
+        reply, verdict = await _ask(servers, method, url, path, seconds, headers=headers, parts=parts)
         if verdict.outcome is not Outcome.BUSY or now() >= until:
             break
         await asyncio.sleep(min(full_jitter(tries, rng), max(0.0, until - now())))

@@ -16,7 +16,7 @@ from batch_client.jsontext import canonical_json, parse_json
 from batch_client.kinds import Place, keep_kinds
 from batch_client.urls import split_url
 
-__all__ = ["CODECS", "MIB", "Records", "RunIdentity", "RunSpec", "ServerSpec"]
+__all__ = ["CODECS", "MIB", "Records", "RunIdentity", "RunSpec", "ServerSpec", "differences"]
 
 MIB = 1 << 20
 # A digest, of which the first six bytes tell people which one it is.
@@ -218,7 +218,7 @@ class RunIdentity:
             plain = parse_json(self.to_json())
             mine = {field.name: plain[field.name] for field in fields(self)}
             # What else a later version may keep there says nothing of this run.
-            differing = list(_differences(mine, {name: value for name, value in other.items() if name in mine}))
+            differing = list(differences(mine, {name: value for name, value in other.items() if name in mine}))
         except (ValueError, AttributeError) as error:
             raise MismatchError(f"{where} holds a _run/spec.json that can't be read ({error}): "
                                 "it is not an output of batch-client; choose another OUTPUT") from error
@@ -226,12 +226,12 @@ class RunIdentity:
             raise MismatchError(f"{where} belongs to another run: {'; '.join(differing)}; {todo}")
 
 
-def _differences(mine: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def differences(mine: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Each field of either in which they differ, and how, as an error says it."""
     for name in dict.fromkeys([*mine, *other]):
         now, there = mine.get(name), other.get(name)
         if isinstance(now, Mapping) and isinstance(there, Mapping):
-            yield from _differences(now, there, f"{prefix}{name}.")
+            yield from differences(now, there, f"{prefix}{name}.")
         elif now != there or (name in mine) != (name in other):
             yield f"{prefix}{name} (there {_shown(name, other)}, now {_shown(name, mine)})"
 

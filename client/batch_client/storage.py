@@ -56,7 +56,7 @@ class Store(Protocol):
 
 
 class MemoryStore:
-    """A Store in a dict, for simulations."""
+    """A Store in a dict, for a calibration and for simulations."""
 
     def __init__(self, url: str = "memory://") -> None:
         self.url = url

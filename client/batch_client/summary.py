@@ -22,7 +22,7 @@ from batch_client.events import (
     ServerJoined,
 )
 from batch_client.figures import significant
-from batch_client.forecast import Answer, Sample, forecast
+from batch_client.forecast import Answer, FirstAnswers, forecast
 from batch_client.ledger import LedgerView
 from batch_client.manifest import Manifest
 from batch_client.prepare import Prepared
@@ -107,7 +107,7 @@ class Tally:
     def __init__(self, clock: Callable[[], float], cpu: Callable[[], float]) -> None:
         self._clock = clock
         self._timesheet = Timesheet(clock, cpu)
-        self._sample = Sample(clock())
+        self._first = FirstAnswers(clock())
         self._scored = self._requests = self._retries = self._read = self._written = self._reused = 0
         self._published = Published("", "")
         self._joined = False
@@ -116,13 +116,13 @@ class Tally:
         self._timesheet(event)
         match event:
             case RunStarted():
-                self._sample = Sample(self._clock())
+                self._first = FirstAnswers(self._clock())
             case ServerJoined():
                 self._joined = True
             case RequestDone():
                 self._requests += 1
             case RecordsScored():
-                self._sample.add(Answer(self._clock(), len(event.status)))
+                self._first.add(Answer(self._clock(), len(event.status)))
             case RequestRetried():
                 self._retries += 1
             case ChunkReused():
@@ -144,7 +144,7 @@ class Tally:
         # Of the servers that the run began with: what all can do is not known once there are more.
         ceiling = None if self._joined else contract.ceiling
         found = find_bottleneck(totals, None if ceiling is None else rate / ceiling)
-        expected = forecast(self._sample.answers, self._scored) if self._sample.enough(self._clock()) else None
+        expected = forecast(self._first.answers, self._scored) if self._first.enough(self._clock()) else None
         return RunSummary(
             records=prepared.plan.count,
             scored=self._scored,

@@ -25,8 +25,8 @@ from batch_client.errors import ServingError, StorageError
 from batch_client.files import replace_file, require_writable
 from batch_client.jsontext import parse_json
 
-__all__ = ["ALLOCATORS", "ALLOCATOR_VARIABLES", "CLEARLY", "DEFAULT_ALLOCATOR", "FORMAT", "MAX_BYTES", "PRECISIONS",
-           "RUNTIMES", "Tuning", "better_tuning", "is_tuning", "read_tuning", "require_place", "tuning_path",
+__all__ = ["ALLOCATORS", "ALLOCATOR_VARIABLES", "CLEARLY", "DEFAULT_ALLOCATOR", "MAX_BYTES", "PRECISIONS", "RUNTIMES",
+           "Tuning", "better_tuning", "is_tuning", "read_tuning", "require_place", "tuning_path",
            "tunings_beside", "write_tuning"]
 
 FORMAT = 1

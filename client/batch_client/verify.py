@@ -17,7 +17,8 @@ from batch_client.errors import DataError, MismatchError, one_error
 from batch_client.jsontext import canonical_json
 from batch_client.layout import MANIFEST_KEY, SPEC_KEY, STATUS, SUCCESS_KEY
 from batch_client.ledger import ChunkProof
-from batch_client.manifest import Manifest, RootHash, manifest_rows, read_manifest
+from batch_client.manifest import Manifest, RootHash, manifest_rows
+from batch_client.publish import published_manifest
 from batch_client.storage import Store
 from batch_client.stringset import StringSet
 from batch_client.zarrstore import SourceStore
@@ -72,9 +73,9 @@ async def verify_output(store: Store, *, deep: bool = False,
 
     Raises MismatchError when there is no published output, DataError naming what is missing or other than proven.
     """
-    if await store.get(SUCCESS_KEY) is None:  # not `head`, which can't tell that there is no bucket
+    manifest = await published_manifest(store)
+    if manifest is None:
         raise MismatchError(f"{store.url}: no published output (no {SUCCESS_KEY}): see batch-client status")
-    manifest = await read_manifest(store)
     problems = _Problems()
     await _identity(store, manifest, problems)
     await _coverage(store, manifest, problems)

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from batch_client.calibrate import calibrate
 from batch_client.errors import StoppedError
-from batch_client.forecast import Answer, Prices, cost_of, forecast, measured
+from batch_client.forecast import (
+    CHUNKS_A_SEGMENT,
+    SECONDS_A_SEGMENT,
+    Answer,
+    Prices,
+    cost_of,
+    forecast,
+    measured,
+)
+from batch_client.ledger import FLUSH_ROWS, FLUSH_SECONDS
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from batch_client.storage import MemoryStore
@@ -20,6 +29,10 @@ from support.plans import plan_of, plans
 from support.simulated import Breaking, SimulatedServer
 from support.virtual import run_virtually
 from support.world import CHUNK, World, make_source
+
+
+def test_what_is_costed_of_the_ledger_is_how_often_it_is_written():
+    assert (CHUNKS_A_SEGMENT, SECONDS_A_SEGMENT) == (FLUSH_ROWS, FLUSH_SECONDS)
 
 
 def answers_of(gaps, records=10):

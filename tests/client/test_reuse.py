@@ -13,10 +13,10 @@ import pytest
 from batch_client import pipeline
 from batch_client.cli.observers import ProgressBar
 from batch_client.cli.run import _sentence
-from batch_client.errors import BrokenPromiseError, DataError, MismatchError
-from batch_client.events import ChunkReused, RunStarted
+from batch_client.errors import BrokenPromiseError, DataError, MismatchError, StoppedError
+from batch_client.events import ChunkReused, ChunkWritten, RunStarted
 from batch_client.layout import GENERATION_KEY, SPEC_KEY
-from batch_client.ledger import Row
+from batch_client.ledger import LedgerView, Row
 from batch_client.pipeline import execute, plan_run
 from batch_client.prepare import Services
 from batch_client.progress import progress_of
@@ -76,6 +76,36 @@ def test_reuse_scores_what_changed_what_failed_and_what_was_appended():
         old.output.objects["y/c/7/0"] = b"altered"
         with pytest.raises(DataError, match="altered since it was published"):
             await execute(new.spec(reuse="memory://old"), wrong)
+
+    run_virtually(run())
+
+
+def test_others_rows_are_still_read_where_all_that_is_reused_was_proven_by_an_earlier_life(monkeypatch):
+    source, server = Appendable(), Breaking()
+    old = World(1, server=server, records=source.before, source=source.old)
+    new = World(2, server=server, records=source.records, source=source.new)
+    stop, seen, refresh = asyncio.Event(), [], LedgerView.refresh
+
+    def stop_once_all_is_copied(event):
+        if isinstance(event, RunStarted):
+            stop.set()
+
+    async def look(view):
+        seen.append("look")
+        await refresh(view)
+
+    async def run():
+        await old.live(calm(), max_failed=1)
+        server.broken, old.output.url = False, "memory://old"
+        spec = new.spec(reuse="memory://old", chunk_records=None)
+        with pytest.raises(StoppedError):
+            await execute(spec, services_with(new, new.output, old.output), (stop_once_all_is_copied,), stop)
+        monkeypatch.setattr(pipeline, "FLUSH_SECONDS", 0.0)  # a look is due before the first row that is reused
+        monkeypatch.setattr(LedgerView, "refresh", look)
+        await execute(spec, services_with(new, new.output, old.output), (lambda event: seen.append(type(event)),))
+        seen_while_scoring = seen[seen.index(RunStarted):len(seen) - seen[::-1].index(ChunkWritten)]
+        assert ChunkReused not in seen
+        assert "look" in seen_while_scoring
 
     run_virtually(run())
 

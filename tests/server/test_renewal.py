@@ -283,7 +283,6 @@ async def test_a_large_log_is_not_read_whole_for_the_last_words(running):
     end(running)
     with pytest.raises(ServingError, match=r"server\.log\): OutOfMemoryError: killed$"):
         await running.token()
-    assert running.log_tail(1) == "OutOfMemoryError: killed"
 
 
 async def test_the_watch_goes_on_through_a_slow_moment_and_notices_the_end(running, management, monkeypatch, tmp_path):
@@ -350,7 +349,7 @@ async def test_a_server_that_never_answers_is_hopeless_in_the_end(running, manag
     monkeypatch.setattr(server_foreground, "WORKERS_SECONDS", 0.01)
     monkeypatch.setattr(server_foreground, "HOPELESS_SECONDS", 2 * SLOW)
     management.how = "refuses"
-    with pytest.raises(ServingError, match="no worker has been ready for"):
+    with pytest.raises(ServingError, match=r"no worker has been ready for .* s: OutOfMemoryError: killed$"):
         await _watch(running, unwritten, print)
 
 

@@ -180,9 +180,8 @@ async def test_the_key_file_is_its_owners(server):
 
 
 async def test_the_log_is_short_and_has_no_line_a_request(server, ask):
-    before = len(server.log_tail(10_000).splitlines())
+    before = server.log_path.read_text()
     for _ in range(10):
         await ask("POST", f"{server.url}/predictions/echo", data=b"x")
-    assert len(server.log_tail(10_000).splitlines()) == before
-    assert "WARNING: " not in server.log_tail(10_000).replace("WARNING: sun.reflect.Reflection.getCallerClass", "")
-    assert len(server.log_tail(3).splitlines()) == 3
+    assert server.log_path.read_text() == before
+    assert "WARNING: " not in before.replace("WARNING: sun.reflect.Reflection.getCallerClass", "")

@@ -48,7 +48,7 @@ async def wire_alone(servers: Servers, spec: RunSpec, records: int, seconds: flo
     """
     contract = await fetch_contract(servers, servers.urls[0])
     rng = random.Random(0)  # noqa: S311 - no secret
-    pool = Pool(servers.urls, spec.in_flight, time.monotonic, rng)
+    pool = Pool(servers.urls, spec.in_flight, time.monotonic, rng, PATIENCE)
     for endpoint in pool.endpoints:  # as a run's requests go
         endpoint.lane, endpoint.shared_memory = contract.bulk_lane, contract.shared_memory
     exchange = Exchange(servers=servers, pool=pool, contract=contract, exact=True, patience=PATIENCE,

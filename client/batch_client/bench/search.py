@@ -17,7 +17,7 @@ from itertools import pairwise
 from batch_client.errors import ServingError
 from batch_client.plan import MAX_REQUEST_BYTES
 
-__all__ = ["MARGIN", "ROUNDS", "Space", "Way", "decided", "next_way", "ratio", "shares", "space_of", "wins"]
+__all__ = ["ROUNDS", "Space", "Way", "decided", "next_way", "ratio", "shares", "space_of", "wins"]
 
 MARGIN = 1.02  # the ratio from which a way counts as better: below it is noise
 ROUNDS = 5  # pairs of windows for two ways that are close

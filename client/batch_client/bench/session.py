@@ -154,7 +154,7 @@ async def bench(spec: BenchSpec, say: Say, environ: Mapping[str, str] = os.envir
     Raises the errors of `batch_client.errors`, and what can be refused at once before anything is measured.
     """
     torchserve_home()
-    await asyncio.to_thread(find_java, environ, bundled=True)
+    await asyncio.to_thread(find_java, environ)
     source = None
     if spec.input is not None:
         source = await open_source(open_store(spec.input, anonymous=spec.anonymous), spec.array)

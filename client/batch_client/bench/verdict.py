@@ -10,7 +10,7 @@ from batch_client.bench.tuner import Found
 from batch_client.bottleneck import Limit
 from batch_client.figures import number
 
-__all__ = ["NEAR", "Ceilings", "Whole", "can_be_lowered", "table_of", "ways_of"]
+__all__ = ["Ceilings", "Whole", "can_be_lowered", "table_of", "ways_of"]
 
 # Below this part of the lowest ceiling, something else costs, and the run's own account says what.
 NEAR = 0.85

@@ -6,19 +6,16 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import click
 from click.core import ParameterSource
 
 from batch_client.errors import UsageError
+from batch_client.spec import CODECS, Records, RunSpec
 
-if TYPE_CHECKING:
-    from batch_client.spec import RunSpec
-
-__all__ = ["AMOUNT", "BYTES", "SERVER_OPTIONS", "WORKERS", "ByteSize", "FiniteRange", "WorkersAndThreads",
-           "array_options", "bytes_option", "keep_nearest", "run_options", "server_options", "spec_of", "split_workers",
-           "typed_flags"]
+__all__ = ["AMOUNT", "SERVER_OPTIONS", "WORKERS", "array_options", "bytes_option", "keep_nearest", "missing_option",
+           "run_options", "server_options", "spec_of", "split_workers", "typed_flags"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -177,7 +174,7 @@ run_options = _stack(
                  help="The most requests at one endpoint at a time; the run finds the fewest that keep it busy. Raise "
                       "it for servers with more than 16 workers, lower it to leave them to others."),
     bytes_option,
-    click.option("--codec", type=click.Choice(["none", "zstd"]), default="none", show_default=True,
+    click.option("--codec", type=click.Choice(CODECS), default="none", show_default=True,
                  help="Compression of the output."),
     click.option("--patience", type=AMOUNT, default=600.0, show_default=True, metavar="SECONDS",
                  help="Stop, resumable, when no request was answered for this long."),
@@ -197,8 +194,6 @@ run_options = _stack(
 
 def spec_of(input_url: str, output_url: str, options: dict[str, Any]) -> RunSpec:
     """The RunSpec of a command's flags. Raises UsageError for flags that can't work."""
-    from batch_client.spec import Records, RunSpec
-
     records, part, fast = options.pop("records"), options.pop("part"), options.pop("fast")
     return RunSpec(input=input_url, output=output_url, records=Records.parse(records) if records else Records(),
                    part=None if part is None else _part_of(part), exact=not fast, **options)

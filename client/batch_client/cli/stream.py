@@ -7,7 +7,6 @@ import os
 import queue
 import sys
 import threading
-import time
 from typing import TextIO
 
 __all__ = ["PatientStream", "say"]
@@ -50,9 +49,8 @@ class PatientStream:
 
     def close(self) -> None:
         """Wait a moment for what is still queued."""
-        end = time.monotonic() + CLOSE_SECONDS
         self._queue.put(None)
-        self._thread.join(max(0.0, end - time.monotonic()))
+        self._thread.join(CLOSE_SECONDS)
 
     def _drain(self) -> None:
         while (text := self._queue.get()) is not None:

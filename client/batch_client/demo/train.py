@@ -17,7 +17,7 @@ from tqdm import tqdm
 from batch_client.demo.digits import HELD_BACK, Digits, load
 from batch_client.demo.network import make_model
 
-__all__ = ["EPOCHS", "accuracy", "save", "train"]
+__all__ = ["accuracy", "save", "train"]
 
 EPOCHS = 10
 _BATCH = 64

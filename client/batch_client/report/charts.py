@@ -13,7 +13,7 @@ from html import escape
 
 from batch_client.figures import axis_labels
 
-__all__ = ["COLOURS", "columns", "nice_ticks", "shares_bar", "text_of"]
+__all__ = ["columns", "nice_ticks", "shares_bar", "text_of"]
 
 WIDTH, HEIGHT = 720, 230
 # Classes s0, s1, … that the page has colours for.

@@ -30,7 +30,7 @@ from batch_client.report.sketches import EvenSample, LogHistogram, Timeline
 from batch_client.report.thumbnail import thumbnail
 from batch_client.timesheet import Timesheet
 
-__all__ = ["Report", "ReportData", "Sample"]
+__all__ = ["SCORED", "Report", "ReportData", "Sample", "ServerCounts"]
 
 # Names in the timeline: records that have their prediction; all others are reasons of retries.
 SCORED = "records"

@@ -285,8 +285,8 @@ def _servers(data: ReportData) -> str:
 
 
 def _samples(data: ReportData) -> str:
-    number, last = min(len(data.samples), _SHOWN_SAMPLES), len(data.samples) - 1
-    shown = [data.samples[at * last // max(1, number - 1)] for at in range(number)]
+    count, last = min(len(data.samples), _SHOWN_SAMPLES), len(data.samples) - 1
+    shown = [data.samples[at * last // max(1, count - 1)] for at in range(count)]
     pictures = any(sample.picture for sample in shown)
     head = ["record", *(["picture"] if pictures else []), "status", "highest", "at place", "first values"]
     return _table(head, [_row(sample, pictures=pictures) for sample in shown])
