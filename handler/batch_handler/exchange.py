@@ -61,12 +61,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """A body with what goes before it."""
+    """A body with what goes before it. `unshared` bytes of outputs are in it that were to be in shared memory."""
 
     body: bytes
     content_type: str = _JSON
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
+    unshared: int = 0
 
 
 @dataclass(frozen=True)
@@ -299,12 +300,14 @@ class Exchange:
             },
         )
         message = oip.encode_reply(reply, binary=binary, extents=extents)
+        unshared = 0
         if not self._written(message, [extents[name] for name in binary if name in extents]):
             message = oip.encode_reply(reply, binary=binary)
+            unshared = sum(extent.size for extent in extents.values())
         if message.header_length is None:
             return Reply(message.join())
         headers = {oip.HEADER_LENGTH: str(message.header_length), oip.BODY_CHECKSUM: str(message.crc32c)}
-        return Reply(message.join(), oip.CONTENT_TYPE, headers=headers)
+        return Reply(message.join(), oip.CONTENT_TYPE, headers=headers, unshared=unshared)
 
     def _written(self, message: oip.Message, extents: Sequence[Extent]) -> bool:
         """Whether what the reply has in shared memory could be put there."""
