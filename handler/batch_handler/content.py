@@ -43,6 +43,9 @@ _IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr
 # Tags of a TIFF, and how many pixels more than a picture a tile may have a side: writers' defaults are for large ones.
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 _MARGIN = 512
+# What a picture's body may have beside its pixels, such as a colour profile. Pillow takes half a second for a MiB of
+# empty chunks.
+_BESIDE_PIXELS = 1 << 20
 # Those that turn or mirror a picture; others have no meaning, and viewers take them as upright too.
 _TURNED = range(2, 9)
 
@@ -94,10 +97,14 @@ def decode_json(value: Any, specs: Sequence[TensorSpec], max_records: int) -> tu
 
 
 def decode_image(body: Buffer, spec: TensorSpec) -> Array:
-    """One picture as (1, *shape); its size is compared before its pixels are decoded. One that people see otherwise
-    than its pixels are stored is refused.
+    """One picture as (1, *shape); its bytes and its size are compared before its pixels are decoded. One that people
+    see otherwise than its pixels are stored is refused.
     """
     mode, height, width = _picture_of(spec)
+    most = 4 * (width + _MARGIN) * (height + _MARGIN) + _BESIDE_PIXELS
+    if len(body) > most:
+        raise OipError(f"the picture has {len(body)} bytes, wanted at most {most} for {width} x {height}: save it "
+                       "without what is not pixels", 413)
     try:
         _check_size(_webp_canvas(body) or (width, height), width, height)
         picture = Image.open(io.BytesIO(body), formats=_IMAGE_FORMATS)
