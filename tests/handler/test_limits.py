@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from batch_handler import content, oip
+from batch_handler.exchange import Exchange, Pending, Request
 from batch_handler.oip import InferRequest, OipError, Tensor, TensorSpec
 
 
@@ -41,3 +43,26 @@ def test_a_picture_of_noise_is_never_too_large(options):
     body = io.BytesIO()
     Image.fromarray(noise).save(body, **options)
     assert content.decode_image(body.getvalue(), TensorSpec("image", np.dtype("u1"), noise.shape)).shape[0] == 1
+
+
+@pytest.mark.parametrize("opening", [b"[", b"{", b'{"inputs": ['])
+@pytest.mark.parametrize("headers", [{"content-type": "application/json"}, {oip.HEADER_LENGTH.lower(): "20000"}])
+def test_json_has_not_far_more_lists_than_its_records_could_have(tiny, opening, headers):
+    """Twenty million empty lists are read for seconds, and have 1.6 GB."""
+    exchange, most = Exchange(tiny, max_records=2), 2 * (1 + 1 + 6) + 4096  # a record is 6 lists in one
+    least = opening.count(b"[") + opening.count(b"{")
+    # Cut off: what is parsed is refused otherwise.
+    many = [exchange.read(Request((opening + b"[" * (most - least) + more).ljust(20_000), headers))
+            for more in (b"", b"[")]
+    assert [reply.status for reply in many] == [400, 413]
+    assert json.loads(many[1].body)["error"] == (
+        f"the JSON has {most + 1} lists and objects, wanted at most {most} for 2 records")
+
+
+def test_json_of_as_many_records_as_may_be_is_taken_in_any_form(tiny, images, monkeypatch):
+    monkeypatch.setattr("batch_handler.exchange._OTHER_LISTS", 5)
+    exchange, records = Exchange(tiny, max_records=50), images.tolist()
+    tensor = {"name": "image", "datatype": "UINT8", "shape": [50, 6, 6], "data": records}
+    for value in (records, {"instances": [{"image": record} for record in records]}, {"inputs": [tensor]}):
+        asked = exchange.read(Request(json.dumps(value).encode(), {"content-type": "application/json"}))
+        assert isinstance(asked, Pending), asked
