@@ -17,7 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from batch_handler.oip import Array, OipError, Tensor, TensorSpec, datatype_of
-from batch_handler.tensors import Buffer, from_json_numbers, shown, to_json_numbers
+from batch_handler.tensors import Buffer, from_json_numbers, shown, to_json_numbers, why_no_json
 
 __all__ = [
     "decode_image",
@@ -81,7 +81,7 @@ def parse_json(body: Buffer) -> Any:
     except RecursionError as error:
         raise OipError("the JSON body is nested too deeply") from error
     except ValueError as error:
-        raise OipError(f"the JSON body can't be parsed: {str(error).splitlines()[0][:120]}") from error
+        raise OipError(f"the JSON body can't be parsed: {why_no_json(error)}") from error
 
 
 def decode_json(value: Any, specs: Sequence[TensorSpec], max_records: int) -> tuple[Array, ...]:

@@ -37,6 +37,7 @@ from batch_handler.tensors import (
     noting,
     refuse_duplicates,
     shown,
+    why_no_json,
 )
 
 __all__ = [
@@ -329,7 +330,7 @@ def _split(body: Buffer, header_length: int | None) -> tuple[Any, memoryview]:
         raise OipError("the JSON header is nested too deeply") from error
     except ValueError as error:
         # UnicodeDecodeError and JSONDecodeError both; the text may quote the body, so only its first line.
-        raise OipError(f"the JSON header can't be parsed: {str(error).splitlines()[0][:120]}") from error
+        raise OipError(f"the JSON header can't be parsed: {why_no_json(error)}") from error
     return header, view[length:]
 
 

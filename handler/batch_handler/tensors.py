@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -39,6 +40,7 @@ __all__ = [
     "refuse_duplicates",
     "shown",
     "to_json_numbers",
+    "why_no_json",
 ]
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -169,6 +171,13 @@ def shown(value: Any) -> str:
     except RecursionError:
         text = "nested too deeply"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+
+
+def why_no_json(error: ValueError) -> str:
+    """What the parser found, in one line; of a number with too many digits Python says how programs may change that."""
+    if "set_int_max_str_digits" in str(error):
+        return f"an integer has over {sys.get_int_max_str_digits()} digits"
+    return str(error).splitlines()[0][:120]
 
 
 def refuse_duplicates(what: str, names: Sequence[str]) -> None:

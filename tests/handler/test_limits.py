@@ -66,3 +66,11 @@ def test_json_of_as_many_records_as_may_be_is_taken_in_any_form(tiny, images, mo
     for value in (records, {"instances": [{"image": record} for record in records]}, {"inputs": [tensor]}):
         asked = exchange.read(Request(json.dumps(value).encode(), {"content-type": "application/json"}))
         assert isinstance(asked, Pending), asked
+
+
+@pytest.mark.parametrize(("headers", "what"), [
+    ({"content-type": "application/json"}, "body"), ({oip.HEADER_LENGTH.lower(): "5002"}, "header")])
+def test_a_number_of_too_many_digits_is_refused_in_our_words(tiny, headers, what):
+    reply = Exchange(tiny).read(Request(b"[" + b"9" * 5000 + b"]", headers))
+    assert (reply.status, json.loads(reply.body)) == (
+        400, {"error": f"the JSON {what} can't be parsed: an integer has over 4300 digits"})
