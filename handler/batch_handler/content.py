@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.GifImagePlugin import GifImageFile
 
 from batch_handler.oip import Array, OipError, Tensor, TensorSpec, datatype_of
 from batch_handler.tensors import Buffer, from_json_numbers, shown, to_json_numbers, why_no_json
@@ -163,7 +164,10 @@ def _check_seen(picture: Image.Image) -> None:
         raise OipError("the picture has several frames or pages, wanted one: save the one to score by itself")
     if (orientation := _orientation(picture)) in _TURNED:
         raise OipError(f"the picture's EXIF orientation is {orientation}, wanted 1: save it with its pixels upright")
-    if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+    # What the frame of a GIF leaves of its canvas is transparent too.
+    uncovered = isinstance(picture, GifImageFile) and picture.tile[0].extents != (0, 0, *picture.size)
+    if uncovered or (picture.has_transparency_data
+                     and picture.convert("RGBA").getchannel("A").getextrema() != (255, 255)):
         raise OipError("the picture is transparent in places, wanted it opaque: save it on a background")
     picture.info.pop("transparency", None)  # of which Pillow would warn as it converts a palette
 

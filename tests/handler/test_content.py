@@ -216,6 +216,15 @@ def palette(**options):
     return saved(image, **options)
 
 
+def on_a_canvas(left, top):
+    """A GIF of 5 x 4 with a frame of 4 x 4, or of 5 x 3, at that place."""
+    body = bytearray(saved(Image.new("P", (5 - left, 4 - top), 1), "GIF"))
+    body[6:10] = struct.pack("<HH", 5, 4)
+    frame = body.index(b",") + 1
+    body[frame:frame + 4] = struct.pack("<HH", left, top)
+    return bytes(body)
+
+
 @pytest.mark.parametrize("body", [
     saved(Image.new("RGBA", (5, 4), (9, 9, 9, 254))),
     saved(Image.new("LA", (5, 4), (9, 0))),
@@ -225,7 +234,9 @@ def palette(**options):
     palette(transparency=0),
     palette(transparency=b"\xff\x80"),
     palette(kind="GIF", transparency=0),
-], ids=["RGBA", "LA", "WebP", "RGB colour", "grey value", "palette", "palette alpha", "GIF"])
+    on_a_canvas(1, 0),
+    on_a_canvas(0, 1),
+], ids=["RGBA", "LA", "WebP", "RGB colour", "grey value", "palette", "palette alpha", "GIF", "GIF's left", "GIF's top"])
 def test_a_picture_that_shines_through_is_refused(body):
     with pytest.raises(OipError, match="transparent in places, wanted it opaque: save it on a background") as caught:
         content.decode_image(body, GREY)
@@ -237,7 +248,8 @@ def test_a_picture_that_shines_through_is_refused(body):
     saved(Image.new("LA", (5, 4), (9, 255))),
     saved(Image.new("L", (5, 4), 9), transparency=8),
     palette(transparency=b"\xff\xff"),
-], ids=["RGBA", "LA", "grey value", "palette alpha"])
+    palette(kind="GIF"),
+], ids=["RGBA", "LA", "grey value", "palette alpha", "GIF"])
 def test_an_alpha_channel_that_is_opaque_everywhere_changes_nothing(body):
     assert content.decode_image(body, GREY).max() == 9
 
