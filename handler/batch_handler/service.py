@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -127,6 +128,8 @@ def initialize(context: Any, environ: Mapping[str, str] | None = None) -> Servic
         raise
     os.environ[_DECODE] = "false"
     make_lean(sys.modules.get("ts.protocol.otf_message_handler"))
+    # What Pillow says of strangers' broken pictures: each text would be a line in the log, and be kept for good.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     described = model.description
     _log.info(
         "ready: %s %s, %s, fingerprint %s, micro-batches of %d",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
-from batch_handler import content, oip
+from batch_handler import content, oip, service
 from batch_handler.exchange import Exchange, Pending, Request
 from batch_handler.oip import InferRequest, OipError, Tensor, TensorSpec
 
@@ -74,3 +75,18 @@ def test_a_number_of_too_many_digits_is_refused_in_our_words(tiny, headers, what
     reply = Exchange(tiny).read(Request(b"[" + b"9" * 5000 + b"]", headers))
     assert (reply.status, json.loads(reply.body)) == (
         400, {"error": f"the JSON {what} can't be parsed: an integer has over 4300 digits"})
+
+
+def test_of_broken_pictures_nothing_is_left_in_a_worker_and_its_log(tiny_dir, make_context, monkeypatch):
+    monkeypatch.setattr(service, "_WORKER", {})
+    monkeypatch.setenv("TS_DECODE_INPUT_REQUEST", "true")
+    body = io.BytesIO()
+    Image.new("L", (6, 6)).save(body, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x0f\x01")
+    row, context = {"body": body.getvalue()}, make_context(tiny_dir, {"content-type": "image/jpeg"})
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        service.handle(None, make_context(tiny_dir))
+        service.handle([row], context)
+        assert not [key for key in vars(TiffImagePlugin).get("__warningregistry__", {}) if key != "version"]
+    assert context.get_response_status(0)[0] == 200
+    assert told == []
