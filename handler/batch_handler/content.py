@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.GifImagePlugin import GifImageFile
 
 from batch_handler.oip import Array, OipError, Tensor, TensorSpec, datatype_of
 from batch_handler.tensors import Buffer, flattened, from_json_numbers, shown, to_json_numbers
@@ -41,6 +42,9 @@ _IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr
 # Tags of a TIFF, and how many pixels more than a picture a tile may have a side: writers' defaults are for large ones.
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 _MARGIN = 512
+# What a picture's body may have beside its pixels, such as a colour profile. Pillow takes half a second for a MiB of
+# empty chunks.
+_BESIDE_PIXELS = 1 << 20
 # Those that turn or mirror a picture; others have no meaning, and viewers take them as upright too.
 _TURNED = range(2, 9)
 
@@ -78,10 +82,14 @@ def decode_json(value: Any, specs: Sequence[TensorSpec], max_records: int) -> tu
 
 
 def decode_image(body: Buffer, spec: TensorSpec) -> Array:
-    """One picture as (1, *shape); its size is compared before its pixels are decoded. One that people see otherwise
-    than its pixels are stored is refused.
+    """One picture as (1, *shape); its bytes and its size are compared before its pixels are decoded. One that people
+    see otherwise than its pixels are stored is refused.
     """
     mode, height, width = _picture_of(spec)
+    most = 4 * (width + _MARGIN) * (height + _MARGIN) + _BESIDE_PIXELS
+    if len(body) > most:
+        raise OipError(f"the picture has {len(body)} bytes, wanted at most {most} for {width} x {height}: save it "
+                       "without what is not pixels", 413)
     try:
         _check_size(_webp_canvas(body) or (width, height), width, height)
         picture = Image.open(io.BytesIO(body), formats=_IMAGE_FORMATS)
@@ -140,7 +148,10 @@ def _check_seen(picture: Image.Image) -> None:
         raise OipError("the picture has several frames or pages, wanted one: save the one to score by itself")
     if (orientation := _orientation(picture)) in _TURNED:
         raise OipError(f"the picture's EXIF orientation is {orientation}, wanted 1: save it with its pixels upright")
-    if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+    # What the frame of a GIF leaves of its canvas is transparent too.
+    uncovered = isinstance(picture, GifImageFile) and picture.tile[0].extents != (0, 0, *picture.size)
+    if uncovered or (picture.has_transparency_data
+                     and picture.convert("RGBA").getchannel("A").getextrema() != (255, 255)):
         raise OipError("the picture is transparent in places, wanted it opaque: save it on a background")
     picture.info.pop("transparency", None)  # of which Pillow would warn as it converts a palette
 
@@ -186,13 +197,14 @@ def _npy_header(body: Buffer) -> tuple[tuple[int, ...], bool, np.dtype[Any], int
         version = np.lib.format.read_magic(head)
         read = _NPY_READERS.get(version)
         shape, fortran, dtype = ((), False, None) if read is None else read(head, _MAX_NPY_HEADER)
-    # numpy evaluates the header as a literal; what that raises on nonsense is more than ValueError.
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-        raise OipError(f"the npy header can't be read: {str(error).splitlines()[0][:120]}") from error
+    # numpy evaluates the header as a literal: what that raises on nonsense is anything, and says how it is done.
+    except Exception as error:
+        raise OipError("the npy header can't be read: wanted descr, fortran_order and shape as numpy.save writes "
+                       "them") from error
     if dtype is None:
         raise OipError(f"npy has version {version[0]}.{version[1]}, wanted 1.0 or 2.0")
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise OipError(f"npy has shape {shape}, wanted sizes of at least 0")
+    if not all(type(size) is int and 0 <= size < 1 << 62 for size in shape):  # others may have too many digits to name
+        raise OipError("npy has a shape that no array has, wanted whole numbers from 0 to 2^62")
     return shape, fortran, dtype, head.tell()
 
 

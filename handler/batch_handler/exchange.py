@@ -44,6 +44,8 @@ MAX_BATCH_BYTES = 64 << 20
 _LONGEST_ERROR = 2000
 # Of a float32 in JSON, with its comma.
 _NUMBER_BYTES = 20
+# Lists and objects of a JSON body that hold no records, such as those that describe its tensors.
+_OTHER_LISTS = 4096
 _JSON = "application/json"
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 _NPY = "application/x-npy"
@@ -61,12 +63,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """A body with what goes before it."""
+    """A body with what goes before it. `unshared` bytes of outputs are in it that were to be in shared memory."""
 
     body: bytes
     content_type: str = _JSON
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
+    unshared: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Exchange:
         # By output of a reply: bytes a record where it is binary, numbers a record where it is JSON.
         self._sizes = {spec.name: _size(spec.tensor()) for spec in model.description.outputs} | {RECORD_STATUS: (1, 1)}
         self._record_bytes = max(_size(spec)[0] for spec in self._inputs)
+        self._most_lists = max_records * (1 + sum(map(_lists, self._inputs))) + _OTHER_LISTS
 
     def read(self, request: Request) -> Pending | Reply:
         """What to score for a request, or the reply that it gets without the model."""
@@ -145,6 +149,7 @@ class Exchange:
 
     def _read_simple(self, body: bytes | bytearray, kind: str, headers: Mapping[str, str]) -> Pending | Reply:
         if kind == _JSON:
+            self._check_lists(body, len(body))
             value = parse_json(body, "body", ": numbers that are not finite can be sent as npy")
             if isinstance(value, dict) and "inputs" in value:
                 return self._read_oip(body, None)
@@ -166,6 +171,7 @@ class Exchange:
         )
 
     def _read_oip(self, body: bytes | bytearray, header_length: int | None) -> Pending:
+        self._check_lists(body, len(body) if header_length is None else header_length)
         read: list[Buffer] = []
         memory = self._shared_memory
         from_memory = noting(functools.partial(self._read_shared, memory) if memory else None, read)
@@ -178,6 +184,13 @@ class Exchange:
         extents = self._extents(asked, len(arrays[0]))
         encode = functools.partial(self._encode_oip, asked.id, binary, extents, echo)
         return self._pending(arrays, binary, encode, asked.first_row if asked.exact else None, extents)
+
+    def _check_lists(self, body: bytes | bytearray, end: int) -> None:
+        """Refuse JSON that no records can have: `[],` is three bytes, and some eighty in memory once it is parsed."""
+        found = body.count(b"[", 0, end) + body.count(b"{", 0, end)
+        if found > self._most_lists:
+            raise OipError(f"the JSON has {found} lists and objects, wanted at most {self._most_lists} for "
+                           f"{self._max_records} records", 413)
 
     def _read_shared(self, memory: SharedMemory, region: str, offset: int, size: int) -> Buffer:
         """What is in shared memory, of which no body bounds the size: no more than is scored in time."""
@@ -297,12 +310,14 @@ class Exchange:
             },
         )
         message = oip.encode_reply(reply, binary=binary, extents=extents)
+        unshared = 0
         if not self._written(message, [extents[name] for name in binary if name in extents]):
             message = oip.encode_reply(reply, binary=binary)
+            unshared = sum(extent.size for extent in extents.values())
         if message.header_length is None:
             return Reply(message.join())
         headers = {oip.HEADER_LENGTH: str(message.header_length), oip.BODY_CHECKSUM: str(message.crc32c)}
-        return Reply(message.join(), oip.CONTENT_TYPE, headers=headers)
+        return Reply(message.join(), oip.CONTENT_TYPE, headers=headers, unshared=unshared)
 
     def _written(self, message: oip.Message, extents: Sequence[Extent]) -> bool:
         """Whether what the reply has in shared memory could be put there."""
@@ -352,6 +367,11 @@ def _size(spec: TensorSpec) -> tuple[int, int]:
     """Bytes and numbers of one record."""
     numbers = math.prod(spec.shape)
     return numbers * spec.dtype.itemsize, numbers
+
+
+def _lists(spec: TensorSpec) -> int:
+    """Of one record in JSON."""
+    return sum(math.prod(spec.shape[:depth]) for depth in range(len(spec.shape)))
 
 
 def most_in_time(micro_batch: int, seconds: float, first_row: int = 0) -> float:

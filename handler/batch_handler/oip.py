@@ -81,6 +81,8 @@ STATUS_NOT_FINITE = 2
 
 # The JSON header is padded with spaces to this many bytes, so that the first tensor of a body is aligned.
 _ALIGNMENT = 64
+# Characters of a request's id, which its reply repeats, each in up to twelve bytes of JSON.
+_LONGEST_ID = 1000
 
 _Parameters = Mapping[str, Any]
 
@@ -246,6 +248,9 @@ def decode_request(
     header, tail = _split(body, header_length)
     fields = Fields(header, "request")
     fields.only("id", "parameters", "inputs", "outputs")
+    ident = fields.get("id", str, "")
+    if len(ident) > _LONGEST_ID:
+        raise OipError(f"id has {len(ident)} characters, wanted at most {_LONGEST_ID}")
     inputs = decode_tensors(fields.get("inputs", list), tail, "input", max_tensor_bytes, shared)
     if not inputs:
         raise OipError("inputs is empty, wanted at least one tensor")
@@ -253,7 +258,7 @@ def decode_request(
     refuse_duplicates("output", [output.name for output in outputs])
     parameters = fields.get("parameters", dict, {})
     _check_parameters(parameters)
-    return InferRequest(fields.get("id", str, ""), inputs, outputs, MappingProxyType(parameters))
+    return InferRequest(ident, inputs, outputs, MappingProxyType(parameters))
 
 
 def encode_reply(

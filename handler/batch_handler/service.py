@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -34,6 +35,8 @@ METRICS = ("Batches", "BatchRequests", "BatchRecords", "MicroBatches", "Rejected
 # checksum can't be echoed. Set here, it needs no line in the server's configuration.
 _DECODE = "TS_DECODE_INPUT_REQUEST"
 
+_BUSY = refused(OipError(BUSY.message, BUSY.status))
+
 _log = logging.getLogger(__name__)
 
 
@@ -51,7 +54,15 @@ class Service:
         asked = self._that_fit([self._read(row, context, index) for index, row in enumerate(data)])
         pending = [item for item in asked if isinstance(item, Pending)]
         scores = iter(self._model.score([item.query for item in pending]))
-        replies = [item if isinstance(item, Reply) else _reply(item, next(scores), len(data)) for item in asked]
+        sent = sum(item.nbytes for item in pending)
+        replies: list[Reply] = []
+        for item in asked:
+            reply = item if isinstance(item, Reply) else _reply(item, next(scores), len(data))
+            # Shared memory is full, or the regions are gone: the first that fit are sent, and tell their clients so.
+            if reply.unshared and sent + reply.unshared > MAX_BATCH_BYTES:
+                reply = _BUSY
+            replies.append(reply)
+            sent += reply.unshared
         for index, reply in enumerate(replies):
             _send(reply, context, index)
         self._count(context, pending, replies, self._model.micro_batches - before)
@@ -78,7 +89,7 @@ class Service:
                 continue
             seconds = self._exchange.seconds(item.query)
             if (spent and spent + seconds > MAX_SECONDS) or (sent and sent + item.nbytes > MAX_BATCH_BYTES):
-                taken.append(refused(OipError(BUSY.message, BUSY.status)))
+                taken.append(_BUSY)
             else:
                 taken.append(item)
                 spent, sent = spent + seconds, sent + item.nbytes
@@ -116,6 +127,8 @@ def initialize(context: Any) -> None:
         raise
     os.environ[_DECODE] = "false"
     make_lean(sys.modules.get("ts.protocol.otf_message_handler"))
+    # What Pillow says of strangers' broken pictures: each text would be a line in the log, and be kept for good.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     described = model.description
     _log.info(
         "ready: %s %s, %s, fingerprint %s, micro-batches of %d",

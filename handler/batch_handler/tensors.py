@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -176,8 +177,7 @@ def parse_json(text: Buffer, what: str, instead: str) -> Any:
     except RecursionError as error:
         raise OipError(f"the JSON {what} is nested too deeply") from error
     except ValueError as error:
-        # UnicodeDecodeError and JSONDecodeError both; the text may quote the body, so only its first line.
-        raise OipError(f"the JSON {what} can't be parsed: {str(error).splitlines()[0][:120]}") from error
+        raise OipError(f"the JSON {what} can't be parsed: {_why_no_json(error)}") from error
 
 
 def shown(value: Any) -> str:
@@ -186,6 +186,13 @@ def shown(value: Any) -> str:
     except RecursionError:
         text = "nested too deeply"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+
+
+def _why_no_json(error: ValueError) -> str:
+    """What the parser found, in one line: the text may quote the body. Of long numbers it tells programmers what to call."""
+    if "set_int_max_str_digits" in str(error):
+        return f"an integer has over {sys.get_int_max_str_digits()} digits"
+    return str(error).splitlines()[0][:120]
 
 
 def refuse_duplicates(what: str, names: Sequence[str]) -> None:

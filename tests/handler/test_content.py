@@ -66,6 +66,18 @@ def test_npy_records_of_any_order(order, dtype):
     assert found.shape == (1, 2, 3)
 
 
+def npy_of(header):
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+
+
+def npy_sized(size):
+    return npy_of(b"{'descr':'<f4','fortran_order':False,'shape':(%s,3)}" % size)
+
+
+UNREADABLE = "the npy header can't be read: wanted descr, fortran_order and shape as numpy.save writes them"
+SIZES = "wanted whole numbers from 0 to 2^62"
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -77,10 +89,15 @@ def test_npy_records_of_any_order(order, dtype):
         (npy(np.zeros((2, 3), "f4"))[:-1], "has 23 bytes after its header, wanted 24"),
         (npy(np.zeros((2, 3), "f4")) + b"\0", "has 25 bytes after its header, wanted 24"),
         (npy(np.array([[{}]], object), allow_pickle=True), "dtype object"),
-        (b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535, "npy header can't be read"),
-        (b"\x93NUMPY\x01\x00\x10\x00" + b"{'a': 1}        ", "npy header can't be read"),
+        (npy_of(b"(" * 65535), UNREADABLE),
+        (npy_of(b"{'a': 1}        "), UNREADABLE),
+        (npy_of(b"("), UNREADABLE),
+        (npy_of(b"{'descr':'<f4','fortran_order':False,'shape':(1,16"), UNREADABLE),
+        (npy_sized(b"2**70"), UNREADABLE),
+        (npy_sized(b"True"), SIZES),
+        (npy_sized(b"0x" + b"f" * 3900), SIZES),
         (b"\x93NUMPY\x03\x00\x10\x00", "version 3.0, wanted 1.0 or 2.0"),
-        (npy(np.zeros((2, 3), "f4")).replace(b"(2, 3)", b"(-2,3)"), "wanted"),
+        (npy(np.zeros((2, 3), "f4")).replace(b"(2, 3)", b"(-2,3)"), SIZES),
     ],
 )
 def test_a_wrong_npy_is_told_what_is_wrong(body, message):
@@ -192,6 +209,15 @@ def palette(**options):
     return saved(image, **options)
 
 
+def on_a_canvas(left, top):
+    """A GIF of 5 x 4 with a frame of 4 x 4, or of 5 x 3, at that place."""
+    body = bytearray(saved(Image.new("P", (5 - left, 4 - top), 1), "GIF"))
+    body[6:10] = struct.pack("<HH", 5, 4)
+    frame = body.index(b",") + 1
+    body[frame:frame + 4] = struct.pack("<HH", left, top)
+    return bytes(body)
+
+
 @pytest.mark.parametrize("body", [
     saved(Image.new("RGBA", (5, 4), (9, 9, 9, 254))),
     saved(Image.new("LA", (5, 4), (9, 0))),
@@ -201,7 +227,9 @@ def palette(**options):
     palette(transparency=0),
     palette(transparency=b"\xff\x80"),
     palette(kind="GIF", transparency=0),
-], ids=["RGBA", "LA", "WebP", "RGB colour", "grey value", "palette", "palette alpha", "GIF"])
+    on_a_canvas(1, 0),
+    on_a_canvas(0, 1),
+], ids=["RGBA", "LA", "WebP", "RGB colour", "grey value", "palette", "palette alpha", "GIF", "GIF's left", "GIF's top"])
 def test_a_picture_that_shines_through_is_refused(body):
     with pytest.raises(OipError, match="transparent in places, wanted it opaque: save it on a background") as caught:
         content.decode_image(body, GREY)
@@ -213,7 +241,8 @@ def test_a_picture_that_shines_through_is_refused(body):
     saved(Image.new("LA", (5, 4), (9, 255))),
     saved(Image.new("L", (5, 4), 9), transparency=8),
     palette(transparency=b"\xff\xff"),
-], ids=["RGBA", "LA", "grey value", "palette alpha"])
+    palette(kind="GIF"),
+], ids=["RGBA", "LA", "grey value", "palette alpha", "GIF"])
 def test_an_alpha_channel_that_is_opaque_everywhere_changes_nothing(body):
     assert content.decode_image(body, GREY).max() == 9
 

@@ -327,3 +327,17 @@ def test_what_is_in_shared_memory_is_not_counted_as_sent(ask, region, images, mo
     sent, kept = wanting(images), wanting(images, scores_at(), RequestedOutput("record_status"))
     assert [status for status, _ in ask(sent, kept)] == [200, 503]
     assert [status for status, _ in ask(kept, kept)] == [200, 200]
+
+
+def test_outputs_that_can_not_be_put_there_are_sent_while_the_message_has_room(ask, region, images, monkeypatch):
+    """The first that fits is answered, so that its client learns that there is no memory for outputs."""
+    gone = wanting(images, scores_at(region="gone"), RequestedOutput("record_status"))
+    kept = wanting(images, scores_at(), RequestedOutput("record_status"))
+    monkeypatch.setattr("batch_handler.service.MAX_BATCH_BYTES", SCORES + 3 * STATUS)
+    answers = ask(gone, gone, kept)
+    assert [status for status, _ in answers] == [200, 503, 200]
+    assert "ask again" in answers[1][1]
+    monkeypatch.setattr("batch_handler.service.MAX_BATCH_BYTES", 2 * SCORES + 2 * STATUS - 1)
+    # What was to be sent anyway has its room, whichever came first.
+    assert [status for status, _ in ask(gone, wanting(images))] == [503, 200]
+    assert [status for status, _ in ask(gone)] == [200]
