@@ -14,9 +14,7 @@ import psutil
 import pytest
 import xarray
 import zarr
-from obstore.store import S3Store
 
-from batch_client.demo.objectstore import REGION
 from batch_client.zarrstore import SourceStore
 from support.cli import command, heeded, run_cli
 from support.faults import open_output, opened, until, write_source
@@ -244,9 +242,7 @@ def test_verify_status_and_replay_on_a_real_output(bulk_scores, s3_environ, toy_
     assert (status["published"], status["done"], status["root"]) == (True, 1000, root)
     assert f"published, {root}" in run_cli(["status", output], s3_environ, check=True).stdout
     # A byte of one chunk altered behind our back, by somebody with the keys.
-    there = S3Store("data", endpoint=s3.endpoint_url, access_key_id=s3.access_key, secret_access_key=s3.secret_key,
-                    region=REGION, client_options={"allow_http": True})
-    obstore.put(there, "toy-bulk.zarr/scores/c/1/0", bytes(200 * 40 + 4), use_multipart=False)
+    obstore.put(s3.store("data"), "toy-bulk.zarr/scores/c/1/0", bytes(200 * 40 + 4), use_multipart=False)
     assert run_cli(["verify", output], s3_environ).returncode == 0
     done = run_cli(["verify", output, "--deep"], s3_environ)
     assert done.returncode == 65

@@ -26,7 +26,7 @@ import urllib.request
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, TextIO
+from typing import Any, Literal, Self, TextIO
 
 import obstore
 from obstore.store import S3Store
@@ -154,6 +154,12 @@ class SeaweedServer:
             if not self._keep and self._directory != Path():
                 shutil.rmtree(self._directory, ignore_errors=True)
 
+    def store(self, bucket: str, **changed: Any) -> S3Store:
+        """An obstore store of a bucket; settings in `changed` come before this server's."""
+        own = {"endpoint": self.endpoint_url, "access_key_id": self.access_key, "secret_access_key": self.secret_key,
+               "region": REGION, "client_options": {"allow_http": True}}
+        return S3Store(bucket, **{**own, **changed})
+
     def create_bucket(self, name: str) -> None:
         """Create bucket `name`, or find it there."""
         status, body = self._signed("PUT", name)
@@ -162,9 +168,7 @@ class SeaweedServer:
 
     def _signed(self, method: Literal["GET", "PUT"], bucket: str) -> tuple[int, bytes]:
         """Status and body of a signed request for a bucket, which obstore has no call for."""
-        store = S3Store(bucket, endpoint=self.endpoint_url, access_key_id=self.access_key,
-                        secret_access_key=self.secret_key, region=REGION, client_options={"allow_http": True})
-        url = obstore.sign(store, method, "", _SIGNED_FOR)
+        url = obstore.sign(self.store(bucket), method, "", _SIGNED_FOR)
         request = urllib.request.Request(url, method=method)  # noqa: S310 - the address of this server
         try:
             with _DIRECTLY.open(request, timeout=self._patience) as reply:
