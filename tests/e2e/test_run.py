@@ -15,10 +15,11 @@ import pytest
 import xarray
 import zarr
 
+from batch_client.machine import free_ports
 from batch_client.zarrstore import SourceStore
 from support.cli import command, heeded, run_cli
 from support.faults import open_output, opened, until, write_source
-from support.served import free_port, shared_memory_of
+from support.served import shared_memory_of
 
 
 def test_the_seeds_model_scores_its_images_in_order(seed_folder, s3_environ, tmp_path):
@@ -149,7 +150,7 @@ def test_a_stop_keeps_what_is_done_and_the_same_command_goes_on(number, source, 
 
 
 def test_a_server_that_is_not_there_is_named_and_the_run_goes_on(source, s3_environ, toy_server, bulk_scores):
-    absent = f"http://127.0.0.1:{free_port()}"
+    absent = f"http://127.0.0.1:{free_ports(1)[0]}"
     done = run_cli(["run", source, "s3://data/toy-absent.zarr", "--chunk-records", "200", *toy_server.flags,
                     "--endpoint", absent, "--json"],
                    s3_environ, check=True)

@@ -11,11 +11,9 @@ import fcntl
 import http.client
 import json
 import os
-import random
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,13 +30,12 @@ import obstore
 from obstore.store import S3Store
 
 from batch_client.errors import ServingError, StorageError
+from batch_client.machine import free_ports
 
 __all__ = ["REGION", "SeaweedServer"]
 
 REGION = "us-east-1"
 _HOST = "127.0.0.1"
-# Below the ephemeral range of Linux and macOS: no outgoing connection takes a port that was just free.
-_PORTS = range(10_240, 32_768)
 # Flags of `weed mini` that take a port. A service left out here would sit on its default port, where a
 # second server collides.
 _PORT_FLAGS = (
@@ -208,7 +205,7 @@ class SeaweedServer:
         return False
 
     def _spawn(self, program: str) -> subprocess.Popen[bytes]:
-        self._ports = dict(zip(_PORT_FLAGS, _free_ports(len(_PORT_FLAGS)), strict=True))
+        self._ports = dict(zip(_PORT_FLAGS, free_ports(len(_PORT_FLAGS)), strict=True))
         identity = self._directory / "identity.json"
         identity.touch(mode=0o600)
         identity.write_text(json.dumps(_identity(self.access_key, self.secret_key)))
@@ -324,19 +321,3 @@ def _identity(access_key: str, secret_key: str) -> dict[str, object]:
             }
         ]
     }
-
-
-def _free_ports(count: int) -> list[int]:
-    """`count` different ports of loopback that nothing listens on right now."""
-    ports: list[int] = []
-    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((_HOST, port))
-            except OSError:
-                continue
-        ports.append(port)
-        if len(ports) == count:
-            return ports
-    raise ServingError(f"found {len(ports)} free ports on {_HOST}, wanted {count}")
