@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import zarr
-from obstore.store import S3Store
 from zarr.storage import ObjectStore
 
-from batch_client.demo.objectstore import REGION, SeaweedServer
+from batch_client.demo.objectstore import SeaweedServer
 
 __all__ = ["HEAVY", "SMALL", "Workload", "absolute", "cli", "command", "given_images", "noop_server",
            "summary_of", "workload_flags"]
@@ -78,9 +77,7 @@ class Workload:
             where = str(store)
         else:
             place.create_bucket(BUCKET)
-            store = ObjectStore(S3Store(
-                BUCKET, prefix="in.zarr", endpoint=place.endpoint_url, region=REGION, access_key_id=place.access_key,
-                secret_access_key=place.secret_key, client_options={"allow_http": True}))
+            store = ObjectStore(place.store(BUCKET, prefix="in.zarr"))
             where = f"s3://{BUCKET}/in.zarr"
         zarr.create_array(store=store, data=images, chunks=(self.chunk, *self.shape),
                           config={"write_empty_chunks": True})

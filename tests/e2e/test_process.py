@@ -16,8 +16,8 @@ import torch
 import zarr
 
 from batch_client.cli import main
+from batch_client.machine import free_ports
 from support.cli import command, heeded, run_cli
-from support.served import free_port
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
@@ -164,7 +164,7 @@ def test_a_server_whose_starter_has_left_serves(toy_archive, toy_images, clean_e
     """`serve … | true`: nobody reads what it prints."""
     reading, writing = os.pipe()
     os.close(reading)
-    port = free_port()
+    port = free_ports(1)[0]
     np.save(tmp_path / "one.npy", toy_images[0])
     words = command("serve", toy_archive, "--workers", "1", "--online-workers", "0", "--token-out", tmp_path / "token",
                     "--log-dir", tmp_path / "log", "--port", port)

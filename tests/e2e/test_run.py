@@ -14,13 +14,12 @@ import psutil
 import pytest
 import xarray
 import zarr
-from obstore.store import S3Store
 
-from batch_client.demo.objectstore import REGION
+from batch_client.machine import free_ports
 from batch_client.zarrstore import SourceStore
 from support.cli import command, heeded, run_cli
 from support.faults import open_output, opened, until, write_source
-from support.served import free_port, shared_memory_of
+from support.served import shared_memory_of
 
 
 def test_the_seeds_model_scores_its_images_in_order(seed_folder, s3_environ, tmp_path):
@@ -151,7 +150,7 @@ def test_a_stop_keeps_what_is_done_and_the_same_command_goes_on(number, source, 
 
 
 def test_a_server_that_is_not_there_is_named_and_the_run_goes_on(source, s3_environ, toy_server, bulk_scores):
-    absent = f"http://127.0.0.1:{free_port()}"
+    absent = f"http://127.0.0.1:{free_ports(1)[0]}"
     done = run_cli(["run", source, "s3://data/toy-absent.zarr", "--chunk-records", "200", *toy_server.flags,
                     "--endpoint", absent, "--json"],
                    s3_environ, check=True)
@@ -244,9 +243,7 @@ def test_verify_status_and_replay_on_a_real_output(bulk_scores, s3_environ, toy_
     assert (status["published"], status["done"], status["root"]) == (True, 1000, root)
     assert f"published, {root}" in run_cli(["status", output], s3_environ, check=True).stdout
     # A byte of one chunk altered behind our back, by somebody with the keys.
-    there = S3Store("data", endpoint=s3.endpoint_url, access_key_id=s3.access_key, secret_access_key=s3.secret_key,
-                    region=REGION, client_options={"allow_http": True})
-    obstore.put(there, "toy-bulk.zarr/scores/c/1/0", bytes(200 * 40 + 4), use_multipart=False)
+    obstore.put(s3.store("data"), "toy-bulk.zarr/scores/c/1/0", bytes(200 * 40 + 4), use_multipart=False)
     assert run_cli(["verify", output], s3_environ).returncode == 0
     done = run_cli(["verify", output, "--deep"], s3_environ)
     assert done.returncode == 65

@@ -9,9 +9,10 @@ from time import monotonic
 import psutil
 import pytest
 
+from batch_client.machine import free_ports
 from support.faults import FULL, LONG, PACE, QUICK, Client, each_scale, only_full, open_output, run
 from support.proxy import Fault, FaultProxy
-from support.served import OPEN, Served, free_port
+from support.served import OPEN, Served
 
 
 def fresh_workers(server, hit):
@@ -45,7 +46,7 @@ def test_java_killed_and_restarted_at_the_same_port_with_tokens_that_live_three_
     wanted = undisturbed(scale).root
     tokens = set()
     # So slow that a token's half life, 1.5 s, passes between a start and the end.
-    with Served(moody_archive, tmp_path, 3 * PACE, port=free_port(), token_minutes=0.05) as server, Client(
+    with Served(moody_archive, tmp_path, 3 * PACE, port=free_ports(1)[0], token_minutes=0.05) as server, Client(
             sources(scale), output, scale, server.flags, s3_environ) as client:
         for time in range(3 if scale is FULL else 1):
             client.until_chunks(4 * (time + 1))
@@ -102,7 +103,7 @@ def test_two_servers_with_a_token_each(scale, sources, undisturbed, moody_archiv
 def test_a_model_that_is_replaced_mid_run(scale, sources, undisturbed, make_moody, moody_server, s3_environ, output,
                                           tmp_path):
     wanted = undisturbed(scale).root
-    with Served(make_moody(7), tmp_path, PACE, port=free_port()) as server, Client(
+    with Served(make_moody(7), tmp_path, PACE, port=free_ports(1)[0]) as server, Client(
             sources(scale), output, scale, server.flags, s3_environ) as client:
         client.until_chunks(3)
         server.replace(make_moody(8))
@@ -118,7 +119,7 @@ def test_a_model_that_is_replaced_mid_run(scale, sources, undisturbed, make_mood
 def test_a_second_endpoint_goes_on_when_the_first_gets_another_model(
         scale, sources, undisturbed, make_moody, moody_server, s3_environ, output, tmp_path):
     wanted = undisturbed(scale).root
-    with Served(make_moody(7), tmp_path, PACE, port=free_port(), extra_properties=OPEN) as first, FaultProxy(
+    with Served(make_moody(7), tmp_path, PACE, port=free_ports(1)[0], extra_properties=OPEN) as first, FaultProxy(
             moody_server.url, Fault("late", 1.0, "POST", seconds=0.2)) as second, Client(
             sources(scale), output, scale, first.flags_for(first.url, second.url), s3_environ) as client:
         client.until_chunks(3)

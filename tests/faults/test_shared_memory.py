@@ -9,10 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from batch_client.machine import free_ports
 from batch_client.regions import remove_folder
 from support.faults import LONG, PACE, QUICK, RECORD_BYTES, Client, Scale, run, until
 from support.proxy import FaultProxy
-from support.served import OPEN, Served, free_port, shared_memory_of
+from support.served import OPEN, Served, shared_memory_of
 
 NOT_SHARED = "the server can't read the records in shared memory"
 REQUEST_BYTES = QUICK.request * RECORD_BYTES
@@ -143,7 +144,7 @@ def test_memory_that_is_full(sources, undisturbed, moody_archive, s3_environ, ou
 
 def test_a_server_that_comes_back_with_another_folder(
         sources, undisturbed, moody_archive, s3_environ, output, tmp_path):
-    with server_of_its_own(moody_archive, tmp_path, port=free_port()) as server, Client(
+    with server_of_its_own(moody_archive, tmp_path, port=free_ports(1)[0]) as server, Client(
             sources(QUICK), output, QUICK, server.flags, s3_environ) as client:
         client.until_chunks(3)
         old = server.shared

@@ -7,7 +7,7 @@ import pytest
 from batch_client import server as server_module
 from batch_client import server_process
 from batch_client.errors import ServingError, UsageError
-from batch_client.machine import has_address
+from batch_client.machine import free_ports, has_address
 from batch_client.server import EmbeddedServer, ServerSettings
 
 
@@ -51,6 +51,12 @@ async def test_an_address_of_another_machine_is_refused_before_the_start(make_ar
     with pytest.raises(UsageError, match=r"^--address ::1: wanted a name or an IPv4 address"):
         await server.start()
     assert all(map(has_address, ("127.0.0.1", "localhost", "0.0.0.0")))  # noqa: S104 - asked about, not served
+
+
+def test_free_ports_are_none_that_outgoing_connections_get():
+    ports = free_ports(100)
+    assert len(set(ports)) == 100
+    assert max(ports) < 32_768
 
 
 async def test_a_free_port_that_was_taken_in_between_costs_another_start(make_archive, monkeypatch):

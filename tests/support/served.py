@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import random
-import socket
 import threading
 from pathlib import Path
 
@@ -17,15 +14,6 @@ from batch_client.server import EmbeddedServer, ServerSettings
 CALL_SECONDS = 120
 # Settings of a server that takes any token: several endpoints of one run must share theirs.
 OPEN = {"disable_token_authorization": "true"}
-
-
-def free_port():
-    """A port that nobody listens on, below those that outgoing connections get: it stays free between two servers."""
-    while True:
-        port = random.SystemRandom().randrange(10_240, 20_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def shared_memory_of(family):

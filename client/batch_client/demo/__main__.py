@@ -21,7 +21,6 @@ from pathlib import Path
 
 import click
 import numpy as np
-from obstore.store import S3Store
 
 from batch_client.demo import digits, objectstore
 from batch_client.errors import BatchClientError, ServingError, StoppedError
@@ -67,10 +66,10 @@ def demo(directory: Path, *, serve: bool) -> None:
             return
         data = digits.load()
         _say(f"{len(data.labels):,} digits in {SOURCE}")
-        write_source(server.environ(), data)
+        write_source(server, data)
         _say("a small network, trained on 4,000 of them")
         write_model(directory, data)
-        output = score(directory, server.environ())
+        output = score(directory, server)
     click.echo(f"\nOutput   {output}, in the bucket under {directory / 's3'}")
     click.echo(f"Picture  {directory / 'digits.png'}")
     click.echo(f"Look     {sys.executable} -m batch_client.demo --dir {directory} --serve")
@@ -78,12 +77,12 @@ def demo(directory: Path, *, serve: bool) -> None:
     click.echo(f"Time     {time.monotonic() - begun:.0f} s")
 
 
-def write_source(environ: Mapping[str, str], data: digits.Digits) -> None:
+def write_source(server: objectstore.SeaweedServer, data: digits.Digits) -> None:
     """Write the images as a Zarr v3 array, unless this very array is there already."""
     import zarr  # noqa: PLC0415 - keeps --help quick
     from zarr.storage import ObjectStore  # noqa: PLC0415 - keeps --help quick
 
-    store = ObjectStore(_bucket(environ, "digits.zarr"))
+    store = ObjectStore(server.store(BUCKET, prefix="digits.zarr"))
     digest = hashlib.sha256(data.images.tobytes()).hexdigest()
     try:
         if zarr.open_array(store, mode="r").attrs.get("sha256") == digest:
@@ -122,9 +121,10 @@ def write_model(directory: Path, data: digits.Digits) -> None:
     click.echo(f"  trained in {time.monotonic() - begun:.0f} s")
 
 
-def score(directory: Path, environ: Mapping[str, str]) -> str:
+def score(directory: Path, server: objectstore.SeaweedServer) -> str:
     """The three commands of the product; returns the output's URL."""
-    output = f"s3://{BUCKET}/{_fresh_name(environ)}"
+    environ = server.environ()
+    output = f"s3://{BUCKET}/{_fresh_name(server)}"
     held_back = f"{digits.HELD_BACK.start}:{digits.HELD_BACK.stop}"
     _say("an archive of the model")
     _run(directory, environ, "pack weights.safetensors --arch network.py:make_model --signature digits.toml "
@@ -156,23 +156,11 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {**kept, **environ}
 
 
-def _fresh_name(environ: Mapping[str, str]) -> str:
+def _fresh_name(server: objectstore.SeaweedServer) -> str:
     """`scores-<n>.zarr` with the next number: a published output is never changed."""
-    listed = _bucket(environ, "").list_with_delimiter()["common_prefixes"]
+    listed = server.store(BUCKET).list_with_delimiter()["common_prefixes"]
     taken = [int(found[1]) for prefix in listed if (found := re.fullmatch(r"scores-(\d+)\.zarr/?", prefix))]
     return f"scores-{max(taken, default=0) + 1}.zarr"
-
-
-def _bucket(environ: Mapping[str, str], prefix: str) -> S3Store:
-    return S3Store(
-        BUCKET,
-        prefix=prefix or None,
-        endpoint=environ["AWS_ENDPOINT_URL"],
-        access_key_id=environ["AWS_ACCESS_KEY_ID"],
-        secret_access_key=environ["AWS_SECRET_ACCESS_KEY"],
-        region=environ["AWS_REGION"],
-        client_options={"allow_http": True},
-    )
 
 
 def _look(server: objectstore.SeaweedServer) -> None:

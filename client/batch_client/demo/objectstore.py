@@ -11,11 +11,9 @@ import fcntl
 import http.client
 import json
 import os
-import random
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,19 +24,18 @@ import urllib.request
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, TextIO
+from typing import Any, Literal, Self, TextIO
 
 import obstore
 from obstore.store import S3Store
 
 from batch_client.errors import ServingError, StorageError
+from batch_client.machine import free_ports
 
 __all__ = ["REGION", "SeaweedServer"]
 
 REGION = "us-east-1"
 _HOST = "127.0.0.1"
-# Below the ephemeral range of Linux and macOS: no outgoing connection takes a port that was just free.
-_PORTS = range(10_240, 32_768)
 # Flags of `weed mini` that take a port. A service left out here would sit on its default port, where a
 # second server collides.
 _PORT_FLAGS = (
@@ -154,6 +151,12 @@ class SeaweedServer:
             if not self._keep and self._directory != Path():
                 shutil.rmtree(self._directory, ignore_errors=True)
 
+    def store(self, bucket: str, **changed: Any) -> S3Store:
+        """An obstore store of a bucket; settings in `changed` come before this server's."""
+        own = {"endpoint": self.endpoint_url, "access_key_id": self.access_key, "secret_access_key": self.secret_key,
+               "region": REGION, "client_options": {"allow_http": True}}
+        return S3Store(bucket, **{**own, **changed})
+
     def create_bucket(self, name: str) -> None:
         """Create bucket `name`, or find it there."""
         status, body = self._signed("PUT", name)
@@ -162,9 +165,7 @@ class SeaweedServer:
 
     def _signed(self, method: Literal["GET", "PUT"], bucket: str) -> tuple[int, bytes]:
         """Status and body of a signed request for a bucket, which obstore has no call for."""
-        store = S3Store(bucket, endpoint=self.endpoint_url, access_key_id=self.access_key,
-                        secret_access_key=self.secret_key, region=REGION, client_options={"allow_http": True})
-        url = obstore.sign(store, method, "", _SIGNED_FOR)
+        url = obstore.sign(self.store(bucket), method, "", _SIGNED_FOR)
         request = urllib.request.Request(url, method=method)  # noqa: S310 - the address of this server
         try:
             with _DIRECTLY.open(request, timeout=self._patience) as reply:
@@ -204,7 +205,7 @@ class SeaweedServer:
         return False
 
     def _spawn(self, program: str) -> subprocess.Popen[bytes]:
-        self._ports = dict(zip(_PORT_FLAGS, _free_ports(len(_PORT_FLAGS)), strict=True))
+        self._ports = dict(zip(_PORT_FLAGS, free_ports(len(_PORT_FLAGS)), strict=True))
         identity = self._directory / "identity.json"
         identity.touch(mode=0o600)
         identity.write_text(json.dumps(_identity(self.access_key, self.secret_key)))
@@ -320,19 +321,3 @@ def _identity(access_key: str, secret_key: str) -> dict[str, object]:
             }
         ]
     }
-
-
-def _free_ports(count: int) -> list[int]:
-    """`count` different ports of loopback that nothing listens on right now."""
-    ports: list[int] = []
-    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((_HOST, port))
-            except OSError:
-                continue
-        ports.append(port)
-        if len(ports) == count:
-            return ports
-    raise ServingError(f"found {len(ports)} free ports on {_HOST}, wanted {count}")
