@@ -189,7 +189,7 @@ def shown(value: Any) -> str:
 
 
 def _why_no_json(error: ValueError) -> str:
-    """What the parser found, in one line: the text may quote the body. Of long numbers it tells programmers what to call."""
+    """What the parser found, in one line, since it may quote the body; of long numbers it tells what programs may call."""
     if "set_int_max_str_digits" in str(error):
         return f"an integer has over {sys.get_int_max_str_digits()} digits"
     return str(error).splitlines()[0][:120]
