@@ -24,9 +24,9 @@ from zarr.abc.store import (
 )
 from zarr.core.buffer import Buffer, BufferPrototype, NDArrayLike, cpu
 
-from batch_client.errors import MismatchError
+from batch_client.errors import MismatchError, StorageError
 from batch_client.pieces import Pieces
-from batch_client.storage import Store, child_url
+from batch_client.storage import Blob, Store, child_url
 
 __all__ = ["PieceBuffer", "ReadRecord", "ShardIndex", "SourceStore", "recording"]
 
@@ -148,7 +148,7 @@ class SourceStore(ZarrStore):
         return id(self.store)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        blob = await self.store.get(key, *_bounds(byte_range))
+        blob = await self._fetch(key, *_bounds(byte_range))
         record = _RECORD.get()
         if blob is None:
             if record is not None:
@@ -168,6 +168,19 @@ class SourceStore(ZarrStore):
         elif byte_range is None:
             _require_whole(key, blob.data.nbytes, self._said_bytes(blob.data))
         return prototype.buffer.from_array_like(np.frombuffer(blob.data, np.uint8))
+
+    async def _fetch(self, key: str, start: int | None, stop: int | None) -> Blob | None:
+        if stop is not None and stop <= (start or 0):
+            raise ValueError(f"{key} has a chunk of 0 bytes")
+        try:
+            return await self.store.get(key, start, stop)
+        except StorageError:
+            # Each store has its own words for a range that an object does not have, which is no failure of the store.
+            least = max(abs(start or 0), stop or 0)
+            meta = await self.store.head(key) if least else None
+            if meta is not None and meta.size < least:
+                raise ValueError(f"{key} has {meta.size} bytes, wanted at least {least}") from None
+            raise
 
     def _said_bytes(self, data: memoryview) -> int:
         """How many bytes an object has to have by what it says itself."""
