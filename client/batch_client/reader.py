@@ -173,10 +173,15 @@ async def open_source(store: Store, array: str | None) -> Source:
     with recording() as record:
         try:
             node = await zarr_async.open_array(store=zarr_store, path=array or "", mode="r")
+            return _scorable(zarr_store, array or "", node, record.metadata)
         except (FileNotFoundError, GroupNotFoundError, ContainsGroupError, NodeTypeValidationError) as error:
             raise DataError(await _nothing_there(zarr_store, where, array)) from error
-        except (*UNREADABLE, AttributeError) as error:  # the latter for a document that is no object
+        except (*UNREADABLE, AttributeError) as error:  # the latter for documents and attributes that are no object
             raise DataError(f"{where}: its Zarr metadata can't be read ({in_one_line(error)})") from error
+
+
+def _scorable(zarr_store: SourceStore, path: str, node: AsyncArray[Any], metadata: Mapping[str, bytes]) -> Source:
+    where = child_url(zarr_store.store.url, path)
     if not node.shape:
         raise DataError(f"{where}: a single value; wanted an array with records along axis 0")
     if not all(piece for size, piece in zip(node.shape, node.shards or node.chunks, strict=True) if size):
@@ -188,7 +193,7 @@ async def open_source(store: Store, array: str | None) -> Source:
     zarr_store.blosc = outermost["name"] in ("blosc", "numcodecs.blosc")
     if outermost["name"] == "sharding_indexed":
         zarr_store.index = _shard_index(where, node.shards or node.chunks, outermost["configuration"])
-    return Source(store, array or "", node, record.metadata)
+    return Source(zarr_store.store, path, node, metadata)
 
 
 _ORDERS = {"little": "<", "big": ">"}
