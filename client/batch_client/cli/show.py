@@ -20,7 +20,7 @@ import click
 from batch_client.cli.verb import Verb
 from batch_client.errors import DataError, MismatchError, StorageError, UsageError, in_one_line
 from batch_client.files import require_writable
-from batch_client.urls import split_url
+from batch_client.urls import WEB, require_listed, split_url
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,6 @@ EVENLY, NOTABLE = 24, 16
 # What numpy raises for a file that is none of its own, cut off, or claims what can't be.
 _NO_NPY = (ValueError, EOFError, SyntaxError, MemoryError, OverflowError, tokenize.TokenError, zipfile.BadZipFile)
 MOST_LABEL_BYTES = 1 << 30  # of a file, which is read whole
-_WEB = ("http", "https")  # whose servers need not say how large a file is
 _BLOCK_BYTES = 32 << 20
 
 
@@ -168,6 +167,7 @@ async def _open_output(url: str, *, anonymous: bool) -> _Output:
     from batch_client.spec import RunIdentity
     from batch_client.storage import child_url, open_store
 
+    require_listed(url, "OUTPUT")
     store = open_store(url, anonymous=anonymous)
     manifest = await published_manifest(store)
     if manifest is None:
@@ -268,7 +268,7 @@ async def _npy(where: str, *, anonymous: bool) -> np.ndarray:
 
     folder, slash, name = where.rpartition("/")
     store = open_store(folder or (slash or "."), anonymous=anonymous)
-    if split_url(where).scheme not in _WEB:
+    if split_url(where).scheme not in WEB:  # whose servers need not say how large a file is
         meta = await store.head(name)
         if meta is not None and meta.size > MOST_LABEL_BYTES:
             raise UsageError(f"{where}: {meta.size:,} bytes, over {MOST_LABEL_BYTES:,}: wanted a Zarr array for so "
