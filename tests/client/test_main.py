@@ -267,3 +267,12 @@ def test_warnings_of_libraries_are_shown_to_those_who_ask(variables, shown, clea
     assert done.returncode == 65
     assert ("ZarrUserWarning" in done.stderr) == shown
     assert shown or len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("verb", "said"), [
+    ("plan", "--calibrate Score the first records for 20 s and forecast the run's time. "),
+    ("predict", "repeat it for several (but for predict: one)."),
+])
+def test_help_promises_no_more_than_a_verb_does(verb, said, capfd):
+    assert cli.main([verb, "--help"]) == 0
+    assert said in " ".join(capfd.readouterr().out.split())
