@@ -8,6 +8,7 @@ import ctypes
 import os
 import signal
 import sys
+import warnings
 from typing import NoReturn
 
 # malloc.h. Chunks and requests come and go in equal sizes: memory above a threshold would come from the kernel and go
@@ -66,6 +67,8 @@ def entry_point() -> NoReturn:
         have_standard_streams()
         end_like_ctrl_c()
         keep_memory()
+        if not sys.warnoptions:  # Python's -W or PYTHONWARNINGS
+            warnings.simplefilter("ignore")  # of libraries, for who writes code: an error is one line, a log has JSON
         from batch_client.cli import main  # noqa: PLC0415 - see the rule
 
         code = main(sys.argv[1:])

@@ -23,6 +23,7 @@ from batch_client.publish import published_manifest
 from batch_client.reader import Source, open_source
 from batch_client.spec import Records, RunIdentity
 from batch_client.storage import child_url
+from batch_client.urls import require_listed
 
 __all__ = ["Gallery", "open_gallery"]
 
@@ -115,6 +116,7 @@ async def open_gallery(output_url: str, *, labels: str | None, records: str | No
 
 
 async def _open_output(url: str, *, anonymous: bool) -> _Output:
+    require_listed(url, "OUTPUT")
     store = open_store(url, anonymous=anonymous)
     manifest = await published_manifest(store)
     if manifest is None:

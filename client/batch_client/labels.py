@@ -13,14 +13,13 @@ import numpy as np
 from batch_client.buckets import open_store
 from batch_client.errors import UsageError, in_one_line
 from batch_client.reader import open_source
-from batch_client.urls import split_url
+from batch_client.urls import WEB, split_url
 
 __all__ = ["Range", "read_labels"]
 
 # What numpy raises for a file that is none of its own, cut off, or claims what can't be.
 _NO_NPY = (ValueError, EOFError, SyntaxError, MemoryError, OverflowError, tokenize.TokenError, zipfile.BadZipFile)
 MOST_LABEL_BYTES = 1 << 30  # of a file, which is read whole
-_WEB = ("http", "https")  # whose servers need not say how large a file is
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ async def read_labels(where: str, span: Range, *, anonymous: bool) -> np.ndarray
 async def _npy(where: str, *, anonymous: bool) -> np.ndarray:
     folder, slash, name = where.rpartition("/")
     store = open_store(folder or (slash or "."), anonymous=anonymous)
-    if split_url(where).scheme not in _WEB:
+    if split_url(where).scheme not in WEB:  # whose servers need not say how large a file is
         meta = await store.head(name)
         if meta is not None and meta.size > MOST_LABEL_BYTES:
             raise UsageError(f"{where}: {meta.size:,} bytes, over {MOST_LABEL_BYTES:,}: wanted a Zarr array for so "

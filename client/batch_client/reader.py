@@ -13,7 +13,7 @@ import lzma
 import math
 import struct
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from batch_client.pieces import Pieces
 from batch_client.plan import Geometry
 from batch_client.storage import Store, child_url
 from batch_client.stringset import StringSet
-from batch_client.zarrstore import PieceBuffer, SourceStore, recording
+from batch_client.zarrstore import PieceBuffer, ShardIndex, SourceStore, recording
 
 __all__ = ["Block", "ETags", "Source", "open_source"]
 
@@ -175,10 +175,15 @@ async def open_source(store: Store, array: str | None) -> Source:
     with recording() as record:
         try:
             node = await zarr_async.open_array(store=zarr_store, path=array or "", mode="r")
+            return _scorable(zarr_store, array or "", node, record.metadata)
         except (FileNotFoundError, GroupNotFoundError, ContainsGroupError, NodeTypeValidationError) as error:
             raise DataError(await _nothing_there(zarr_store, where, array)) from error
-        except (*UNREADABLE, AttributeError) as error:  # the latter for a document that is no object
+        except (*UNREADABLE, AttributeError) as error:  # the latter for documents and attributes that are no object
             raise DataError(f"{where}: its Zarr metadata can't be read ({in_one_line(error)})") from error
+
+
+def _scorable(zarr_store: SourceStore, path: str, node: AsyncArray[Any], metadata: Mapping[str, bytes]) -> Source:
+    where = child_url(zarr_store.store.url, path)
     if not node.shape:
         raise DataError(f"{where}: a single value; wanted an array with records along axis 0")
     if not all(piece for size, piece in zip(node.shape, node.shards or node.chunks, strict=True) if size):
@@ -188,14 +193,24 @@ async def open_source(store: Store, array: str | None) -> Source:
         raise DataError(f"{where}: dtype {dtype} can't be scored; wanted bool, integers or floats up to 64 bits")
     outermost = _outermost(node)
     zarr_store.blosc = outermost["name"] in ("blosc", "numcodecs.blosc")
-    layout = outermost.get("configuration", {})
-    if node.shards and layout.get("index_location") == "start" and layout["index_codecs"][0] == _USUAL_INDEX:
-        pairs = zip(node.shards, node.chunks, strict=True)
-        zarr_store.leading_index = math.prod(shard // chunk for shard, chunk in pairs)
-    return Source(store, array or "", node, record.metadata)
+    if outermost["name"] == "sharding_indexed":
+        zarr_store.index = _shard_index(where, node.shards or node.chunks, outermost["configuration"])
+    return Source(zarr_store.store, path, node, metadata)
 
 
-_USUAL_INDEX = {"name": "bytes", "configuration": {"endian": "little"}}
+_ORDERS = {"little": "<", "big": ">"}
+
+
+def _shard_index(where: str, shard: Sequence[int], sharding: Mapping[str, Any]) -> ShardIndex:
+    """The index of shards of this shape, by their codec's configuration."""
+    first, *checksum = sharding["index_codecs"]
+    order = _ORDERS.get(first.get("configuration", {}).get("endian", ""))
+    names = [codec["name"] for codec in (first, *checksum)]
+    if order is None or names not in (["bytes"], ["bytes", "crc32c"]):
+        raise DataError(f"{where}: the index of its shards has the codecs {', '.join(names)}, so that nothing would "
+                        "tell of a shard that was cut off; wanted bytes, of a byte order, and crc32c")
+    return ShardIndex(chunks=math.prod(shard) // math.prod(sharding["chunk_shape"]), order=order,
+                      checksum=4 * len(checksum), leading=sharding["index_location"] == "start")
 
 
 def _outermost(node: AsyncArray[Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from batch_client.errors import MismatchError, UsageError
 from batch_client.figures import counted
 from batch_client.jsontext import canonical_json, parse_json
 from batch_client.kinds import Place, keep_kinds
-from batch_client.urls import split_url
+from batch_client.urls import require_listed, split_url
 
 __all__ = ["CODECS", "MIB", "Records", "RunIdentity", "RunSpec", "ServerSpec", "differences"]
 
@@ -152,6 +152,8 @@ class RunSpec(ServerSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, place in (("INPUT", self.input), ("OUTPUT", self.output), ("--reuse", self.reuse or "")):
+            require_listed(place, name)
         if self.codec not in CODECS:
             raise UsageError(f"--codec {self.codec!r}: wanted one of {', '.join(CODECS)}")
         self._at_least("chunk_records", "request_records", "in_flight", "max_bytes_in_flight")
@@ -164,14 +166,6 @@ class RunSpec(ServerSpec):
             raise UsageError(f"--reuse and OUTPUT are both {self.reuse}: the output needs a place of its own")
         if self.reuse is not None and not self.exact:
             raise UsageError("--reuse and --fast: only chunks of exact runs can be told to be the same")
-        for name, place in (("INPUT", self.input), ("OUTPUT", self.output), ("--reuse", self.reuse or "")):
-            user = split_url(place).netloc.rpartition("@")[0]
-            if ":" in user or (user and not place.startswith(("abfs://", "abfss://"))):
-                raise UsageError(f"{name} has a user name or password in its URL, which would be stored in the output: "
-                                 "give credentials by the store's variables")
-            if place.startswith(("http://", "https://")):
-                raise UsageError(f"{name} {place.partition('?')[0]}: a web server can't list what it holds, which "
-                                 "proves that a source has not changed: use s3://, gs://, az:// or a path")
         if self.input.rstrip("/") == self.output.rstrip("/"):
             raise UsageError(f"INPUT and OUTPUT are both {self.input}: the output needs a place of its own")
 

@@ -24,11 +24,11 @@ from zarr.abc.store import (
 )
 from zarr.core.buffer import Buffer, BufferPrototype, NDArrayLike, cpu
 
-from batch_client.errors import MismatchError
+from batch_client.errors import MismatchError, StorageError
 from batch_client.pieces import Pieces
-from batch_client.storage import Store, child_url
+from batch_client.storage import Blob, Store, child_url
 
-__all__ = ["PieceBuffer", "ReadRecord", "SourceStore", "recording"]
+__all__ = ["PieceBuffer", "ReadRecord", "ShardIndex", "SourceStore", "recording"]
 
 # Where a Blosc chunk says how many bytes it has (README_CHUNK_FORMAT.rst of c-blosc, "Header"). Its decoder does not
 # compare that with what it is given: of a chunk that was cut off it reads on in whatever memory is behind.
@@ -101,17 +101,45 @@ class PieceBuffer(cpu.NDBuffer):
         return Pieces([*found, copied[at:]]).compact()
 
 
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where a shard has so many chunks: at its beginning if `leading`, or at its end, the offset and the length of
+    each in this byte order (numpy's), and so many bytes of `checksum`.
+    """
+
+    chunks: int
+    order: str
+    checksum: int
+    leading: bool
+
+    def least_bytes(self, shard: memoryview) -> int:
+        """How many bytes a shard has at least by its index. Raises ValueError for one with an empty chunk, which no
+        codec writes and Blosc's decoder dies of.
+        """
+        size = 16 * self.chunks + self.checksum
+        if shard.nbytes < size:
+            return size
+        start = 0 if self.leading else shard.nbytes - size
+        places = np.frombuffer(shard, f"{self.order}u8", 2 * self.chunks, start).reshape(-1, 2)
+        places = places[(places != ABSENT).any(axis=1)]
+        if not places[:, 1].all():
+            raise ValueError("the shard's index has a chunk of 0 bytes")
+        # As floats, since a damaged index may have sums that no 64 bits hold.
+        return int(places.sum(axis=1, dtype=float).max(initial=0)) + (0 if self.leading else size)
+
+
 class SourceStore(ZarrStore):
     """A read-only zarr store over a `Store`.
 
-    blosc: whether Blosc is the outermost codec of the objects that are read from now on; leading_index: of how many
-    chunks such an object begins with an index. They say how many bytes an object has, which not all decoders check.
+    blosc: whether Blosc is the outermost codec of the objects that are read from now on; index: the one that such an
+    object has where it is a shard. They say how many bytes an object has, which not all decoders check.
     """
 
     def __init__(self, store: Store) -> None:
         super().__init__(read_only=True)
         self.store = store
-        self.blosc, self.leading_index = False, 0
+        self.blosc = False
+        self.index: ShardIndex | None = None
 
     def __eq__(self, value: object) -> bool:
         return isinstance(value, SourceStore) and value.store is self.store
@@ -120,7 +148,7 @@ class SourceStore(ZarrStore):
         return id(self.store)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        blob = await self.store.get(key, *_bounds(byte_range))
+        blob = await self._fetch(key, *_bounds(byte_range))
         record = _RECORD.get()
         if blob is None:
             if record is not None:
@@ -141,15 +169,24 @@ class SourceStore(ZarrStore):
             _require_whole(key, blob.data.nbytes, self._said_bytes(blob.data))
         return prototype.buffer.from_array_like(np.frombuffer(blob.data, np.uint8))
 
+    async def _fetch(self, key: str, start: int | None, stop: int | None) -> Blob | None:
+        if stop is not None and stop <= (start or 0):
+            raise ValueError(f"{key} has a chunk of 0 bytes")
+        try:
+            return await self.store.get(key, start, stop)
+        except StorageError:
+            # Each store has its own words for a range that an object does not have, which is no failure of the store.
+            least = max(abs(start or 0), stop or 0)
+            meta = await self.store.head(key) if least else None
+            if meta is not None and meta.size < least:
+                raise ValueError(f"{key} has {meta.size} bytes, wanted at least {least}") from None
+            raise
+
     def _said_bytes(self, data: memoryview) -> int:
-        """How many bytes an object has to have by what it says at its beginning; 0 where it says nothing."""
+        """How many bytes an object has to have by what it says itself."""
         if self.blosc:
             return max(BLOSC_SIZE.stop, int.from_bytes(data[BLOSC_SIZE], "little"))
-        said = 16 * self.leading_index
-        if not said or data.nbytes < said:
-            return said
-        places = np.frombuffer(data[:said], "<u8").reshape(-1, 2)  # offset and length of each chunk
-        return int(places[places[:, 0] != ABSENT].sum(axis=1).max(initial=0))
+        return data.nbytes if self.index is None else max(data.nbytes, self.index.least_bytes(data))
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
@@ -195,8 +232,8 @@ class SourceStore(ZarrStore):
 
 
 def _require_whole(key: str, found: int, wanted: int) -> None:
-    if found < wanted:
-        raise ValueError(f"{key} has {found} bytes of {wanted}")
+    if found != wanted:
+        raise ValueError(f"{key} has {found} bytes, wanted {wanted}")
 
 
 def _bounds(request: ByteRequest | None) -> tuple[int | None, int | None]:

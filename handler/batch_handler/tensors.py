@@ -189,7 +189,7 @@ def shown(value: Any) -> str:
 
 
 def _why_no_json(error: ValueError) -> str:
-    """What the parser found, in one line, since it may quote the body; of long numbers it tells what programs may call."""
+    """What the parser found, in one line, since it may quote the body; of long numbers it says what programs may do."""
     if "set_int_max_str_digits" in str(error):
         return f"an integer has over {sys.get_int_max_str_digits()} digits"
     return str(error).splitlines()[0][:120]

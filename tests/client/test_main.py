@@ -9,10 +9,11 @@ from pathlib import Path
 
 import click
 import pytest
+import zarr
 
 from batch_client import cli
 from batch_client.errors import StoppedError
-from support.cli import command
+from support.cli import command, run_cli
 
 
 @pytest.mark.parametrize("code", [0, 1, "usage: train.py DATA"])
@@ -253,3 +254,25 @@ def test_a_verb_that_only_looks_does_not_wait_for_what_scores_to_be_imported(ver
     done = subprocess.run([sys.executable, "-c", program, verb, "nothing"], cwd=tmp_path, env=clean_environ, text=True,
                           capture_output=True, check=False)
     assert done.returncode == code, done.stderr
+
+
+@pytest.mark.parametrize(("variables", "shown"), [({}, False), ({"PYTHONWARNINGS": "default"}, True)])
+def test_warnings_of_libraries_are_shown_to_those_who_ask(variables, shown, clean_environ, tmp_path):
+    """zarr has one for what is in a group and is no part of it."""
+    zarr.create_group(tmp_path / "in.zarr").create_array("images", shape=(4, 2), dtype="u1")
+    (tmp_path / "in.zarr/stray").mkdir()
+    (tmp_path / "in.zarr/stray/notes.txt").write_text("mine")
+    done = run_cli(["run", "in.zarr", "out", "--endpoint", "http://127.0.0.1:9", "--model", "toy"],
+                   {**clean_environ, **variables}, tmp_path)
+    assert done.returncode == 65
+    assert ("ZarrUserWarning" in done.stderr) == shown
+    assert shown or len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("verb", "said"), [
+    ("plan", "--calibrate Score the first records for 20 s and forecast the run's time. "),
+    ("predict", "repeat it for several (but for predict: one)."),
+])
+def test_help_promises_no_more_than_a_verb_does(verb, said, capfd):
+    assert cli.main([verb, "--help"]) == 0
+    assert said in " ".join(capfd.readouterr().out.split())

@@ -94,17 +94,24 @@ async def test_a_fill_value_that_only_absent_chunks_have_marks_nothing(tmp_path,
     assert (await open_source(open_store(str(tmp_path / "in.zarr")), None)).missing == missing
 
 
+def in_shards(**options):
+    codec = ShardingCodec(**{"chunk_shape": (50, 28), "codecs": (BytesCodec(), BloscCodec()),
+                             "index_location": "start", **options})
+    return {"compressors": None, "filters": [], "chunks": (100, 28), "serializer": codec}
+
+
 BLOSC = {
     "Zarr 2": {"zarr_format": 2, "compressors": numcodecs.Blosc()},
     "Zarr 2, as a filter": {"zarr_format": 2, "compressors": None, "filters": [numcodecs.Blosc()]},
     "Zarr 3": {"compressors": BloscCodec()},
     "shards": {"compressors": BloscCodec(), "shards": (100, 28)},
-    "shards, index first": {
-        "compressors": None, "filters": [], "chunks": (100, 28),
-        "serializer": ShardingCodec(chunk_shape=(50, 28), codecs=(BytesCodec(), BloscCodec()), index_location="start")},
+    "shards, index first": in_shards(),
+    "shards, a big-endian index first": in_shards(index_codecs=(BytesCodec(endian="big"), Crc32cCodec())),
+    "shards, transposed, index first": {**in_shards(chunk_shape=(4, 4)), "filters": [TRANSPOSED]},
 }
 
 
+@pytest.mark.filterwarnings("ignore:Combining a `sharding_indexed` codec")  # zarr's: it is slow
 @pytest.mark.parametrize("layout", BLOSC.values(), ids=BLOSC)
 async def test_no_part_of_a_blosc_chunk_is_taken_for_all_of_it(layout, tmp_path):
     """Images often do not get smaller; Blosc keeps those as they are, and reads past the end of what was cut off."""
@@ -120,6 +127,45 @@ async def test_no_part_of_a_blosc_chunk_is_taken_for_all_of_it(layout, tmp_path)
         for step in (50, 300):  # parts of shards, and whole ones
             with pytest.raises(DataError, match="can't be decoded"):
                 await read_in_steps(source, step)
+
+
+def images_in(folder, layout):
+    images = np.random.default_rng(0).integers(0, 256, (300, 28), np.uint8)
+    zarr.create_array(folder, **{"chunks": (50, 28), "shape": (300, 28), "dtype": "u1", **layout})[:] = images
+    return next(path for path in folder.rglob("*0") if path.is_file())
+
+
+@pytest.mark.parametrize("layout", ["Zarr 2", "Zarr 2, as a filter", "Zarr 3"])
+async def test_a_blosc_chunk_has_as_many_bytes_as_it_says(layout, tmp_path):
+    chunk = images_in(tmp_path / "in.zarr", BLOSC[layout])
+    source = await open_source(open_store(str(tmp_path / "in.zarr")), None)
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole + b"x")
+    with pytest.raises(DataError, match=f"has {len(whole) + 1} bytes, wanted {len(whole)}"):
+        await source.read(0, 300)
+
+
+NOTHING = bytes(2 * 16)
+
+
+@pytest.mark.parametrize("damaged", [
+    lambda shard: shard[:-16],  # with what is left of the index, a chunk is another's
+    lambda shard: shard[:-32] + NOTHING,
+    lambda shard: shard[:-16] + (2**64 - 1).to_bytes(8, "little") + shard[-8:],
+], ids=["cut", "zeros", "half absent"])
+async def test_an_index_without_a_checksum_leads_to_no_other_bytes(damaged, tmp_path):
+    shard = images_in(tmp_path / "in.zarr", in_shards(index_codecs=(BytesCodec(),), index_location="end"))
+    source = await open_source(open_store(str(tmp_path / "in.zarr")), None)
+    assert (await source.read(0, 300)).records.joined().any()
+    shard.write_bytes(damaged(shard.read_bytes()))
+    with pytest.raises(DataError, match="can't be decoded"):
+        await source.read(0, 300)
+
+
+async def test_shards_whose_index_can_not_be_checked_are_refused(tmp_path):
+    images_in(tmp_path / "in.zarr", in_shards(index_codecs=(TransposeCodec(order=(2, 1, 0)), BytesCodec())))
+    with pytest.raises(DataError, match="the index of its shards has the codecs transpose, bytes, so that nothing"):
+        await open_source(open_store(str(tmp_path / "in.zarr")), None)
 
 
 async def read_in_steps(source, step):

@@ -98,16 +98,26 @@ async def test_a_group_names_its_arrays():
 
 NO_CHUNK = """{"zarr_format": 2, "shape": [8, 4], "chunks": [0, 4], "dtype": "|u1", "order": "C", "compressor": null,
                "filters": null, "fill_value": 0}"""
+CHUNKED = NO_CHUNK.replace("[0, 4]", "[4, 4]")
+ODD_FILL = json.dumps({
+    "zarr_format": 3, "node_type": "array", "shape": [8, 4], "data_type": "bool", "fill_value": [[]],
+    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [4, 4]}},
+    "chunk_key_encoding": {"name": "default"}, "codecs": [{"name": "bytes"}]})
+ODD_ATTRIBUTES = ODD_FILL.replace("[[]]", 'false, "attributes": "x"')
 
 
-@pytest.mark.parametrize(("name", "document", "said"), [
-    ("zarr.json", "[]", "its Zarr metadata can't be read ("),
-    ("zarr.json", "null", "its Zarr metadata can't be read ("),
-    (".zarray", NO_CHUNK, "has chunks of length 0"),
+@pytest.mark.parametrize(("documents", "said"), [
+    ({"zarr.json": "[]"}, "its Zarr metadata can't be read ("),
+    ({"zarr.json": "null"}, "its Zarr metadata can't be read ("),
+    ({"zarr.json": ODD_FILL}, "its Zarr metadata can't be read ("),
+    ({"zarr.json": ODD_ATTRIBUTES}, "its Zarr metadata can't be read ("),
+    ({".zarray": CHUNKED, ".zattrs": "[]"}, "its Zarr metadata can't be read ("),
+    ({".zarray": CHUNKED, ".zattrs": "3"}, "its Zarr metadata can't be read ("),
+    ({".zarray": NO_CHUNK}, "has chunks of length 0"),
 ])
-async def test_metadata_that_no_array_has_is_the_sources_fault(name, document, said):
+async def test_metadata_that_no_array_has_is_the_sources_fault(documents, said):
     source = MemoryStore("memory://source")
-    source.objects[name] = document.encode()
+    source.objects |= {name: document.encode() for name, document in documents.items()}
     await refused(DataError, said, source)
 
 

@@ -1,8 +1,11 @@
 """Places by their URLs: what is one, which is inside which, and what is none."""
 
+from pathlib import Path
+
 import pytest
 
 from batch_client.buckets import is_inside, open_store
+from batch_client.cli import main
 from batch_client.errors import UsageError
 
 
@@ -53,6 +56,7 @@ def test_a_colon_without_slashes_is_told_what_to_write(place, wanted):
 
 def test_a_path_with_a_colon_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    assert open_store("//a:b@c/x").url == Path("//a:b@c/x").as_uri()
     assert open_store("./run:1.zarr").url == (tmp_path / "run:1.zarr").as_uri()
 
 
@@ -85,3 +89,34 @@ def test_a_link_is_a_place_of_its_own(tmp_path):
     (tmp_path / "mount").mkdir()
     (tmp_path / "data").symlink_to("mount")
     assert open_store(str(tmp_path / "data/in.zarr")).url == (tmp_path / "data/in.zarr").as_uri()
+
+
+OF_A_RUN = ["--endpoint", "http://127.0.0.1:9", "--model", "toy"]
+
+
+@pytest.mark.parametrize("place", ["s3://me:secret@bucket/x", "https://me:secret@host/x", "s3://secret@bucket/x",
+                                   "s3://me:secret@bucket/x?y", "file://me:secret@/x"])
+@pytest.mark.parametrize("words", [
+    ["status"], ["verify"], ["show"], ["plan", *OF_A_RUN, "in"], ["run", *OF_A_RUN, "in"],
+    ["predict", *OF_A_RUN, "--records", "0:1"], ["bench"], ["bench", "model.mar"], ["serve"]], ids=" ".join)
+def test_a_password_in_a_url_is_refused_and_not_shown(words, place, capfd):
+    assert main([*words, place]) == 64
+    said = capfd.readouterr().err
+    wanted = "ARCHIVE is a URL: wanted a path" if words == ["serve"] else "has a user name or password in its URL"
+    assert wanted in said
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize(("words", "wanted"), [
+    (["status", "https://host/x"], "OUTPUT https://host/x: a web server can't list what it holds, and so not what a"),
+    (["verify", "http://host/x"], "OUTPUT http://host/x: a web server can't list"),
+    (["show", "https://host/x"], "OUTPUT https://host/x: a web server can't list"),
+    (["bench", "model.mar", "https://host/x"], "INPUT https://host/x: a web server can't list"),
+    (["bench", "model.mar", "in", "--output", "https://host/x"], "--output https://host/x: a web server can't list"),
+    (["run", "https://host/x", "out", *OF_A_RUN], "INPUT https://host/x: a web server can't list what it holds, which"),
+    (["run", "in", "HTTPS://host/x", *OF_A_RUN], "OUTPUT HTTPS://host/x: a web server can't list what it holds, and"),
+    (["run", "in", "out", "--reuse", "https://host/x", *OF_A_RUN], "--reuse https://host/x: a web server can't list"),
+])
+def test_a_web_server_is_no_place_of_a_run(words, wanted, capfd):
+    assert main(words) == 64
+    assert wanted in capfd.readouterr().err

@@ -7,10 +7,12 @@ import obstore
 import pytest
 import zarr
 from obstore.exceptions import GenericError
-from zarr.codecs import Crc32cCodec
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
 from batch_client import buckets
-from batch_client.errors import StorageError
+from batch_client.errors import DataError, StorageError
+from batch_client.reader import open_source
+from batch_client.storage import MemoryStore
 from support.cli import run_cli
 from support.faults import (
     FULL,
@@ -193,3 +195,37 @@ def test_reuse_scores_only_what_is_new(scale, moody_server, s3_environ, output):
     assert summary["root"] == fresh["root"] != first["root"]
     np.testing.assert_array_equal(zarr.open_array(array.store, mode="r")[:], images)
     run_cli(["verify", "--deep", f"{output}-new"], s3_environ, check=True)
+
+
+DAMAGED = {  # of a shard of two chunks, which begins with its index
+    "cut off": (15, lambda shard: shard[:-110]),
+    "nearly gone": (0, lambda shard: shard[:20]),
+    "lengths of 0": (0, lambda shard: bytes(32) + shard[32:]),
+    "a place behind the end": (0, lambda shard: (2**63 + 5).to_bytes(8, "little") + shard[8:]),
+    "a place that 64 bits do not hold": (0, lambda shard: (2**64 - 10).to_bytes(8, "little") + shard[8:]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's, in zarr
+@pytest.mark.parametrize(("start", "damaged"), DAMAGED.values(), ids=DAMAGED)
+@pytest.mark.parametrize("place", ["in memory", "on disk", "s3"])
+async def test_a_range_that_an_object_does_not_have_is_the_datas_fault(place, start, damaged, tmp_path, request):
+    """A store's failure would be tried again, for ever."""
+    if place == "in memory":
+        store = MemoryStore()
+    elif place == "on disk":
+        store = buckets.open_store(str(tmp_path / "copy.zarr"))
+    else:
+        store = opened(request.getfixturevalue("output"), request.getfixturevalue("s3_environ"))
+    codec = ShardingCodec(chunk_shape=(10, 10), codecs=(BytesCodec(),), index_codecs=(BytesCodec(),),
+                          index_location="start")
+    array = zarr.create_array(tmp_path / "in.zarr", shape=(20, 10), chunks=(20, 10), dtype="u1", serializer=codec,
+                              compressors=None)
+    array[:] = 7
+    for key in ("zarr.json", "c/0/0"):
+        blob = (tmp_path / "in.zarr" / key).read_bytes()
+        await store.create(key, damaged(blob) if key == "c/0/0" else blob)
+    source = await open_source(store, None)
+    for low, high in ((start, start + 5), (0, 20)):  # a part of the shard, and all of it
+        with pytest.raises(DataError, match=r"can't be decoded \(ValueError: .*c/0/0"):
+            await source.read(low, high)

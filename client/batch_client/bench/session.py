@@ -58,7 +58,7 @@ from batch_client.tuning import (
     tuning_path,
     write_tuning,
 )
-from batch_client.urls import split_url
+from batch_client.urls import require_listed, split_url
 
 __all__ = ["BenchReport", "BenchSpec", "Kept", "bench"]
 
@@ -154,6 +154,8 @@ async def bench(spec: BenchSpec, say: Say, environ: Mapping[str, str] = os.envir
     Raises the errors of `batch_client.errors`, and what can be refused at once before anything is measured.
     """
     torchserve_home()
+    require_listed(spec.input or "", "INPUT")
+    require_listed(spec.output or "", "--output")
     await asyncio.to_thread(find_java, environ)
     source = None
     if spec.input is not None:

@@ -83,7 +83,7 @@ bytes_option = click.option(
     help="Bytes of records held in memory. Raise it for large input chunks or a distant store.")
 _server_flags = _stack(
     click.option("--endpoint", "endpoints", multiple=True, metavar="URL",
-                 help="A server to use, such as http://host:8080; repeat it for several."),
+                 help="A server to use, such as http://host:8080; repeat it for several (but for predict: one)."),
     click.option("--archive", metavar="MODEL.mar",
                  help="Serve this archive here for the length of the command (a path, s3:// or https://)."),
     click.option("--model", metavar="NAME", help="The model's name at the endpoints."),

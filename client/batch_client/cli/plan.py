@@ -27,7 +27,7 @@ LEAST_SECONDS = 1.0  # of a calibration: in less the first answers, and the mach
 @click.argument("input_url", metavar="INPUT")
 @click.argument("output_url", metavar="OUTPUT")
 @run_options
-@click.option("--calibrate", is_flag=True, help="Score the first records for 20 s and forecast time and memory.")
+@click.option("--calibrate", is_flag=True, help="Score the first records for 20 s and forecast the run's time.")
 @click.option("--price-per-hour", type=AMOUNT, help="What the machines cost an hour; needs --calibrate.")
 @click.option("--price-per-1000-puts", type=AMOUNT, help="What the store asks for 1,000 writes.")
 @click.option("--price-per-1000-gets", type=AMOUNT, help="What the store asks for 1,000 reads.")

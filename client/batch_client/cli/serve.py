@@ -59,7 +59,7 @@ def command(archive: str, token_file: Path | None, log_dir: Path | None, **serve
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     if "://" in archive:
-        raise UsageError(f"{archive}: wanted a path: fetch the archive first")
+        raise UsageError("ARCHIVE is a URL: wanted a path: fetch the archive first")
     settings = ServerSettings(archive=Path(archive), log_dir=log_dir, **server)
     # Whoever reads the log may stop reading: that must not stop the loop that renews tokens.
     stream = PatientStream()

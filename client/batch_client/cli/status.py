@@ -28,7 +28,9 @@ def command(output_url: str, *, as_json: bool, clean: bool, yes: bool, anonymous
     """Say how far the run into OUTPUT is: records done, rate, time left, failures, who wrote when."""
     from batch_client.buckets import open_store
     from batch_client.eventloop import run_verb
+    from batch_client.urls import require_listed
 
+    require_listed(output_url, "OUTPUT")
     store = open_store(output_url, anonymous=anonymous)
     if clean:
         if typed_flags("as_json"):

@@ -58,7 +58,9 @@ def command(output_url: str, *, deep: bool, replays: int | None, as_json: bool, 
 async def _verify(output_url: str, deep: bool, replays: int | None,  # noqa: FBT001 - called once, right above
                   options: dict[str, Any]) -> tuple[Verification, Replay | None]:
     from batch_client.buckets import open_store
+    from batch_client.urls import require_listed
 
+    require_listed(output_url, "OUTPUT")
     store = open_store(output_url, anonymous=options["anonymous"])
     if replays is None:
         return await _proven(store, deep=deep), None
