@@ -6,7 +6,7 @@ Rule: what is left out stays None, and is found by running the model.
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from batch_handler.fields import as_object, count, dtype_of, flag, list_of, part, shape_of, text
 from batch_handler.signature import InputSpec, SignatureError, check_micro_batch
 
-__all__ = ["OutputDraft", "SignatureDraft", "parse_signature"]
+__all__ = ["OutputDraft", "SignatureDraft", "input_from_json", "parse_signature"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,17 @@ class SignatureDraft:
     tolerance: float | None = None
 
 
+def input_from_json(value: Any) -> InputSpec:
+    """Read an input of a signature file, or what flags say in its place.
+
+    Where nobody asks for floats, integers that float32 would round stay as they travel. The archive says so: without
+    `cast` in it, it casts.
+    """
+    spec = InputSpec.from_json(value)
+    rounded = spec.dtype.kind in "iu" and not np.can_cast(spec.dtype, np.float32, "safe")
+    return replace(spec, cast=False) if rounded and not spec.scaled and "cast" not in value else spec
+
+
 def parse_signature(toml: str) -> SignatureDraft:
     """Read a signature file (TOML: `[model]`, `[[inputs]]`, `[[outputs]]`)."""
     try:
@@ -67,7 +78,7 @@ def parse_signature(toml: str) -> SignatureDraft:
         name=None if model.get("name") is None else text(model, "name", "[model]"),
         version=None if model.get("version") is None else text(model, "version", "[model]"),
         micro_batch=micro_batch,
-        inputs=tuple(InputSpec.from_json(item) for item in list_of(fields, "inputs", [])),
+        inputs=tuple(input_from_json(item) for item in list_of(fields, "inputs", [])),
         outputs=tuple(OutputDraft.from_json(item) for item in list_of(fields, "outputs", [])),
         tolerance=None if model.get("tolerance") is None else part(model["tolerance"], "tolerance", "[model]"),
     )

@@ -114,13 +114,19 @@ def golden_outputs(
 
 def _hint(inputs: Sequence[InputSpec], says: str) -> str:
     """What to do where the model may have wanted records of another shape, or integers, such as indices of words, and
-    was given floats.
+    was given floats, or floats and was given integers.
     """
     if "shape" in says or "size" in says:
         return "; model_shape (--model-shape, or in the --signature file) says in which shape it takes a record"
     cast = sorted({spec.dtype.name for spec in inputs if spec.cast and not spec.scaled
                    and spec.dtype.kind in "iuf" and spec.dtype != np.float32})
-    return f"; records become float32; cast = false in a --signature file keeps {' and '.join(cast)}" if cast else ""
+    if cast:
+        return f"; records become float32; cast = false in a --signature file keeps {' and '.join(cast)}"
+    kept = sorted({spec.dtype.name for spec in inputs if not spec.cast and spec.dtype.kind in "iu"})
+    if not kept or "index" in says:  # of a table that is too short
+        return ""
+    return (f"; the model gets {' and '.join(kept)} as it travels: --scale 1, or cast = true in a --signature file, "
+            "makes it float32")
 
 
 def _output_specs(raw: Any, drafts: Sequence[OutputDraft], records: int) -> tuple[OutputSpec, ...]:

@@ -258,7 +258,8 @@ class Model:
                     )
 
     def _check_query(self, inputs: Sequence[Array]) -> None:
-        """Raise `ModelLoadError` if a query of golden records fails that has fewer rows than any bulk request.
+        """Raise `ModelLoadError` if a query of golden records fails that has fewer rows than any bulk request, or one
+        of a single record, whose axis some modules drop.
 
         The model took as many at once when it was packed, but what was traced with a micro-batch may be bound to it.
         Numbers are not compared again: kernels for fewer rows may differ in last bits, and of an output in bfloat16, or
@@ -268,14 +269,17 @@ class Model:
         if records >= self.micro_batch:
             return
         # Rows are filled up to a power of two: of more records than this there would be a whole micro-batch of them.
-        asked = min(records, 1 << ((self.micro_batch - 1).bit_length() - 1))
-        (answer,) = self._scorer.score([Query(tuple(array[:asked] for array in inputs))])
-        if isinstance(answer, Failure):
-            raise ModelLoadError(
-                f"the model takes {self.micro_batch} records at a time and fails on a query of {asked}, wanted "
-                "runtime eager, or a module that takes any number: a trace keeps len(x), and not x.shape[0]: "
-                f"{answer.message}"
-            )
+        most = min(records, 1 << ((self.micro_batch - 1).bit_length() - 1))
+        bound = "runtime eager, or a module that takes any number: a trace keeps len(x), and not x.shape[0]"
+        alone = ("a module that takes any number: x.squeeze() drops the axis of a single record, x.squeeze(-1) does "
+                 "not")
+        for asked, wanted in ((most, bound), (1, alone)):
+            (answer,) = self._scorer.score([Query(tuple(array[:asked] for array in inputs))])
+            if isinstance(answer, Failure):
+                raise ModelLoadError(
+                    f"the model takes {self.micro_batch} records at a time and fails on a query of {asked}, wanted "
+                    f"{wanted}: {answer.message}"
+                )
 
     def _timed(self, inputs: Sequence[Array]) -> tuple[Array, ...]:
         """Score records, a few times where that is quick: clients choose the size of their requests by what a

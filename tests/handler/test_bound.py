@@ -62,6 +62,21 @@ def test_so_is_one_whose_golden_records_would_be_filled_up_to_a_micro_batch(coun
         pack(packing("len(x)", runtime="torchscript", golden={"image": images[:count]}))
 
 
+@pytest.mark.parametrize("runtime", ["eager", "torchscript"])
+@pytest.mark.parametrize(("micro_batch", "records"), [(3, 2), (8, 4)])
+def test_so_is_one_that_takes_no_record_alone(runtime, micro_batch, records, packing, images, tmp_path):
+    torch.save(torch.nn.Linear(36, 1).state_dict(), tmp_path / "one.pt")
+    (tmp_path / "one.py").write_text(ARCH.format(records="x.shape[0]").replace("36, 3", "36, 1").replace(
+        "-1))", "-1)).squeeze()"))
+    request = packing("", model=tmp_path / "one.pt", arch=f"{tmp_path}/one.py:Net", runtime=runtime,
+                      micro_batch=micro_batch, golden={"image": images[:records]})
+    with pytest.raises(ArchiveError, match=re.escape(
+        f"one.pt: the model takes {micro_batch} records at a time and fails on a query of 1, wanted a module that "
+        "takes any number: x.squeeze() drops the axis of a single record, x.squeeze(-1) does not: output scores has "
+        "shape [], wanted [1]")):
+        pack(request)
+
+
 @pytest.mark.parametrize("records", ["x.shape[0]", "x.size(0)"])
 def test_a_trace_that_takes_any_number_is_served(records, packing, unpack, images):
     opened = Model.open(unpack(pack(packing(records, runtime="torchscript"))))
@@ -73,13 +88,6 @@ def test_a_trace_that_takes_any_number_is_served(records, packing, unpack, image
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 20])
 def test_so_is_one_with_as_many_golden_records_as_somebody_has(count, packing, images):
     assert pack(packing("x.shape[0]", runtime="torchscript", golden={"image": images[:count]})).is_file()
-
-
-@pytest.mark.parametrize("micro_batch", [2, 3, 8])
-def test_so_is_one_that_takes_no_record_alone(micro_batch, packing, images):
-    """Such as one that squeezes what it gives: queries of several are answered."""
-    golden = {"image": images[:2]}
-    assert pack(packing("len(x) if len(x) > 1 else 7", micro_batch=micro_batch, golden=golden)).is_file()
 
 
 def test_a_graph_that_somebody_bound_is_served_to_bulk_requests_as_before(packing, images, tmp_path):

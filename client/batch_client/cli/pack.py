@@ -52,7 +52,7 @@ _SIGNATURE_FLAGS = ("input_text", "model_shape", "scale", "softmax", "output_nam
               "as image:uint8:28x28.  [default: that of the golden records, or of an ONNX graph]")
 @click.option("--model-shape", metavar="SHAPE", help="A record as the model takes it, such as 1x28x28.  "
               "[default: as it travels]")
-@click.option("--scale", help="Multiply the input, such as 1/255.")
+@click.option("--scale", help="Multiply the input, such as 1/255, or 1: the model gets floats.")
 @click.option("--output-name", help="The output's name, or the one to take where MODEL names several.  "
               "[default: scores]")
 @click.option("--softmax", is_flag=True, help="Softmax over the output's last axis.")
@@ -170,8 +170,8 @@ def _overruled(archive: Path, micro_batch: int) -> str | None:
 
 
 def _draft(model: Path, options: dict[str, Any]) -> SignatureDraft:
-    from batch_handler.draft import OutputDraft, SignatureDraft, parse_signature
-    from batch_handler.signature import InputSpec, SignatureError
+    from batch_handler.draft import OutputDraft, SignatureDraft, input_from_json, parse_signature
+    from batch_handler.signature import SignatureError
 
     keep_nearest(options, ("signature",), _SIGNATURE_FLAGS)
     signature: Path | None = options["signature"]
@@ -195,7 +195,7 @@ def _draft(model: Path, options: dict[str, Any]) -> SignatureDraft:
     value = {"name": name, "dtype": dtype, "shape": shape, "scale": options["scale"],
              "model_shape": _shape_of("--model-shape", options["model_shape"]) if options["model_shape"] else None}
     try:
-        spec = InputSpec.from_json(value)
+        spec = input_from_json(value)
     except SignatureError as error:
         record = f"--golden {options['golden']}" if options["input_text"] is None else "--input"
         given = [record, *(flag for flag in ("--model-shape", "--scale") if options[flag[2:].replace("-", "_")])]
