@@ -32,6 +32,17 @@ class Rest(torch.nn.Module):
         return torch.remainder(x.long(), 1009)
 
 
+class Padded(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+        self.words = torch.nn.Embedding(9, 8, padding_idx=0)
+        self.encoder = torch.nn.TransformerEncoder(layer, 1)
+
+    def forward(self, x):
+        return self.encoder(self.words(x), src_key_padding_mask=x == 0)[:, 0]
+
+
 def make_rest():
     return Rest()
 """
@@ -92,6 +103,18 @@ def test_large_integers_reach_the_model_as_they_are(runtime, packing, tmp_path, 
     assert code == 0
     (rests,) = Model.open(unpack(tmp_path / "w.mar")).score_bulk([LARGE])
     np.testing.assert_array_equal(rests, LARGE % 1009)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch's, of its own encoder
+@pytest.mark.parametrize(("runtime", "said"), [
+    ("eager", "non-zero numel (given a micro-batch of zeros, with which free places are filled)\n"),
+    ("torchscript", "w.pt: the module can't be traced with a micro-batch of zeros, wanted one that can or runtime "),
+])
+def test_a_model_that_takes_no_zeros_is_told_of_them(runtime, said, packing, tmp_path):
+    np.save(tmp_path / "golden.npy", np.arange(1, 9).reshape(2, 4))
+    code, found = packing("Padded", "--golden", str(tmp_path / "golden.npy"), "--runtime", runtime)
+    assert code == 65
+    assert said in found
 
 
 @pytest.mark.parametrize(("said", "is_cast"), [

@@ -126,8 +126,13 @@ class SlotRuntime:
             for slot in slots * _WARM_UP_RUNS:
                 for array in slot.inputs:
                     array[:micro_batch] = 0
-                self.run(slot, micro_batch)
-                slot.wait()
+                try:
+                    self.run(slot, micro_batch)
+                    slot.wait()
+                except ModelError as error:  # golden records may have shown nothing of it
+                    raise ModelError(
+                        f"{error} (given a micro-batch of zeros, with which free places are filled)"
+                    ) from error
         return slots
 
     @contextmanager

@@ -71,7 +71,9 @@ def _trace(module: Any, inputs: Sequence[InputSpec], records: int, device: torch
     except (Exception, SystemExit) as error:
         raise_if_device(error)
         why = str(error) if isinstance(error, ModelError) else said(error)
-        raise ModelError(f"the module can't be traced, wanted one that can or runtime eager: {why}") from error
+        raise ModelError(
+            f"the module can't be traced with a micro-batch of zeros, wanted one that can or runtime eager: {why}"
+        ) from error
 
 
 def _optimise(script: Any, device: torch.device) -> tuple[Any, str]:
