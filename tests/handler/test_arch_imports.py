@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -44,6 +45,16 @@ def test_what_only_the_working_folder_has_is_refused_when_it_is_packed(arch, run
     missing = "early" if arch == "early" else "neighbour"
     assert done.stderr.endswith(f"ModuleNotFoundError: No module named '{missing}'\n")
     assert done.stderr.count("\n") == 1
+
+
+def test_what_to_do_about_a_file_beside_the_code_is_said(run, tmp_path):
+    done = run("-m", "batch_client", *PACK, "early.py:make_model")
+    assert ("wanted what it imports installed or on PYTHONPATH, here and where it is served, or only where it is "
+            "packed with --runtime onnx or aot, whose archives need no code: ModuleNotFoundError: ") in done.stderr
+    done = run("-m", "batch_client", *PACK, "early.py:make_model", "--runtime", "onnx", more=[tmp_path])
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(tmp_path / "w.mar") as mar:
+        assert not [name for name in mar.namelist() if name.startswith("arch")]
 
 
 @pytest.mark.parametrize("arch", ["early.py", "late.py", "early"])

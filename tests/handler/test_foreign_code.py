@@ -78,8 +78,8 @@ FOREIGN = [
     ("nested", {}, "output scores is NoneType, wanted a tensor"),
     ("complex_numbers", {}, "output scores: dtype complex64 has no datatype"),
     ("small_floats", {}, "output scores is torch.float8_e4m3fn, which numpy can't hold: TypeError"),
-    ("untraceable", {"runtime": "torchscript"}, "with a micro-batch of zeros, wanted one that can or runtime eager: RuntimeError: no tr"),
-    ("changing", {"runtime": "torchscript"}, "with a micro-batch of zeros, wanted one that can or runtime eager: the model gave object"),
+    ("untraceable", {"runtime": "torchscript"}, "zeros, wanted one that can or runtime eager: RuntimeError: no tr"),
+    ("changing", {"runtime": "torchscript"}, "zeros, wanted one that can or runtime eager: the model gave object"),
     ("changing", {"runtime": "onnx"}, "the module can't be exported, wanted another runtime: "),
 ]
 

@@ -198,8 +198,9 @@ def _call_arch(arch: str, directory: Path) -> torch.nn.Module:
             module = _import(source, directory)
         except ImportError as error:
             raise ModelError(
-                f"arch {arch} can't be imported, wanted the code that it imports installed, here and where it is "
-                f"served: {said(error)}"
+                f"arch {arch} can't be imported, wanted what it imports installed or on PYTHONPATH, here and where it "
+                "is served, or only where it is packed with --runtime onnx or aot, whose archives need no code: "
+                f"{said(error)}"
             ) from error
         maker = getattr(module, name, None)
         if not callable(maker):
