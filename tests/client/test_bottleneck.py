@@ -33,9 +33,9 @@ from batch_client.timesheet import Timesheet
 from batch_client.transport import HttpReply
 from batch_handler.oip import HEADER_LENGTH, decode_request
 from support.plans import plan_of
+from support.runs import source_of
 from support.simulated import URL, Breaking, SimulatedServer
 from support.virtual import run_virtually
-from support.world import make_source
 
 RECORDS = np.random.default_rng(2).integers(0, 99, (640, 3), np.uint8)
 
@@ -97,7 +97,7 @@ class Slow(MemoryStore):
 
 @pytest.fixture(scope="module")
 def source():
-    return make_source(RECORDS, (16, 3)).objects
+    return source_of(RECORDS, (16, 3)).objects
 
 
 def scored(source, server=None, get=0.0, create=0.0, cpu=lambda: 0.0, **options):
@@ -168,7 +168,7 @@ class Dying(Workers):
 def test_a_server_that_starts_again_for_each_record_that_ends_it_is_no_far_one():
     records = RECORDS.copy()
     records[70, 0] = 255
-    source = make_source(records, (16, 3))
+    source = source_of(records, (16, 3))
 
     async def run():
         served = Dying(compute=0.05)
@@ -188,7 +188,7 @@ def test_where_every_request_has_a_bad_record_failures_are_the_limit():
     """Then no request but those that look for it is ever answered."""
     records = RECORDS.copy()
     records[::4, 0] = 255
-    source = make_source(records, (16, 3))
+    source = source_of(records, (16, 3))
 
     async def run():
         report = Report("memory://slow", asyncio.get_running_loop().time, lambda: 0.0)
@@ -215,7 +215,7 @@ def test_what_made_it_slow_is_what_is_named(source):
 @pytest.fixture(scope="module")
 def many():
     """Of 1,000 requests: with two workers that compute for 0.1 s each, a run of many spans."""
-    return make_source(np.random.default_rng(2).integers(0, 99, (4000, 3), np.uint8), (16, 3)).objects
+    return source_of(np.random.default_rng(2).integers(0, 99, (4000, 3), np.uint8), (16, 3)).objects
 
 
 def test_a_way_that_becomes_longer_is_no_queue(many):

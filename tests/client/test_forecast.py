@@ -17,9 +17,10 @@ from batch_client.prepare import Services
 from batch_client.storage import MemoryStore
 from batch_client.transport import HttpReply
 from support.plans import plan_of, plans
+from support.runs import source_of
 from support.simulated import Breaking, SimulatedServer
 from support.virtual import run_virtually
-from support.world import CHUNK, World, make_source
+from support.world import CHUNK, World
 
 
 def answers_of(gaps, records=10):
@@ -84,7 +85,7 @@ def test_a_cost_is_machines_for_the_time_and_the_stores_requests():
 @pytest.mark.parametrize("part", [None, (2, 2)])
 def test_a_calibration_forecasts_the_run_and_leaves_nothing(part):
     records = np.random.default_rng(0).integers(0, 99, (4_000, 3), np.uint8)
-    world = World(1, server=SimulatedServer(seconds=0.5), records=records, source=make_source(records, (40, 3)))
+    world = World(1, server=SimulatedServer(seconds=0.5), records=records, source=source_of(records, (40, 3)))
     spec = world.spec(chunk_records=40, part=part)
     services = Services(world.server.servers(), world.source, world.output,
                         clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(0))
@@ -108,7 +109,7 @@ def test_requests_that_look_for_bad_records_are_no_progress(bad_every):
     """Each of those some twenty has all records of its request."""
     records = np.random.default_rng(0).integers(0, 99, (16_000, 3), np.uint8)
     records[bad_every // 2::bad_every, 0] = 255
-    world = World(1, server=Breaking(seconds=1.0), records=records, source=make_source(records, (64, 3)))
+    world = World(1, server=Breaking(seconds=1.0), records=records, source=source_of(records, (64, 3)))
     spec = world.spec(chunk_records=64, request_records=64, max_failed=len(records))
     services = Services(world.server.servers(), world.source, world.output,
                         clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(0))
@@ -178,7 +179,7 @@ def test_a_source_that_is_done_before_the_time_is_up_is_forecast_too():
 
 def test_a_source_of_few_answers_that_was_scored_whole_has_the_time_that_it_took():
     records = np.zeros((8, 3), np.uint8)
-    world = World(2, records=records, source=make_source(records, (8, 3)))
+    world = World(2, records=records, source=source_of(records, (8, 3)))
     services = Services(world.server.servers(), world.source, MemoryStore("memory://out"),
                         clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(0))
     found = run_virtually(calibrate(world.spec(chunk_records=8), services))

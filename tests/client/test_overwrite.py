@@ -22,9 +22,10 @@ from batch_client.transport import HttpReply
 from batch_client.verify import verify_output
 from batch_handler.oip import decode_request
 from support.faulty import Life, calm
+from support.runs import source_of
 from support.simulated import SimulatedServer
 from support.virtual import run_virtually
-from support.world import CHUNK, World, make_source, undisturbed
+from support.world import CHUNK, World, undisturbed
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def removal_that_was_cut_off(output):
 def test_overwrite_replaces_what_another_version_published_and_what_was_half_removed(change, overwritten_by):
     world = World(1)
     mended = world.records[::-1].copy()
-    objects = make_source(mended, (CHUNK, 3)).objects
+    objects = source_of(mended, (CHUNK, 3)).objects
 
     async def run():
         await world.live(calm())
@@ -158,7 +159,7 @@ def test_an_unfinished_run_of_a_source_that_has_changed_is_overwritten():
 
 def test_chunks_that_decode_otherwise_are_not_reused():
     records = np.random.default_rng(3).integers(0, 99, (96, 3)).astype(np.uint16)
-    source = make_source(records, (CHUNK, 3))
+    source = source_of(records, (CHUNK, 3))
     server = SimulatedServer(dtype=np.uint16, seconds=0.01)
     old, new = (World(seed, server=server, records=records, source=source) for seed in (1, 2))
 

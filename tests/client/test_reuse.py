@@ -26,9 +26,10 @@ from batch_client.reuse import copy_chunks
 from batch_client.storage import Blob, MemoryStore
 from batch_client.writer import proof_of
 from support.faulty import Life, calm
+from support.runs import source_of
 from support.simulated import Breaking
 from support.virtual import run_virtually
-from support.world import CHUNK, World, make_source
+from support.world import CHUNK, World
 
 
 class Appendable:
@@ -40,8 +41,8 @@ class Appendable:
         self.before = self.records.copy()[: 95 * CHUNK]
         self.before[[3 * CHUNK, 40 * CHUNK + 1, 94 * CHUNK + 7]] += 1
         self.before[20 * CHUNK + 5] = 255
-        self.old = make_source(self.before, (CHUNK, 3))
-        self.new = make_source(self.records, (CHUNK, 3))
+        self.old = source_of(self.before, (CHUNK, 3))
+        self.new = source_of(self.records, (CHUNK, 3))
         # The one that failed is mended by other means than by changing it: its chunk has the same bytes.
         self.records[20 * CHUNK + 5] = 255
         self.new.objects["c/20/0"] = self.old.objects["c/20/0"]

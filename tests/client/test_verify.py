@@ -10,9 +10,10 @@ from batch_client.cli import main
 from batch_client.errors import DataError
 from batch_client.storage import MemoryStore
 from support.faulty import calm
+from support.runs import source_of
 from support.simulated import Breaking
 from support.virtual import run_virtually
-from support.world import CHUNK, World, make_source
+from support.world import CHUNK, World
 
 BAD = np.ones((10 * CHUNK, 3), np.uint8)
 BAD[7 * CHUNK + 2] = 255
@@ -85,7 +86,7 @@ def test_bytes_are_read_side_by_side_within_bounds_and_counted(reads, nbytes, mo
 
 
 def test_a_status_that_is_not_what_its_row_counts_is_found_in_any_batch(monkeypatch):
-    world = World(1, server=Breaking(), records=BAD, source=make_source(BAD, (CHUNK, 3)))
+    world = World(1, server=Breaking(), records=BAD, source=source_of(BAD, (CHUNK, 3)))
     run_virtually(world.live(calm(), max_failed=1))
     monkeypatch.setattr(verify, "READS_AT_ONCE", 5)
 

@@ -14,9 +14,9 @@ from batch_client.spec import RunSpec
 from batch_client.storage import MemoryStore
 from batch_client.tokens import NoTokens
 from batch_client.transport import LateError
+from support.runs import source_of
 from support.simulated import URL, SimulatedServer
 from support.virtual import run_virtually
-from support.world import make_source
 
 REQUESTS = 40
 
@@ -64,7 +64,7 @@ class OneWorker(SimulatedServer):
 def test_no_more_is_sent_than_is_answered_in_time(each, told, stated, most_late, patience):
     """told: a reply says how long it was computed. stated: the server says before what a micro-batch takes."""
     records = np.random.default_rng(1).integers(1, 99, (100 * REQUESTS, 3), np.uint8)
-    source = make_source(records, (100, 3))
+    source = source_of(records, (100, 3))
 
     async def run():
         clock = asyncio.get_running_loop().time

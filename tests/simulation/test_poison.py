@@ -17,9 +17,10 @@ from batch_client.storage import MemoryStore
 from batch_client.tokens import NoTokens
 from batch_client.transport import HttpReply
 from batch_handler.oip import decode_request
+from support.runs import source_of
 from support.simulated import URL, SimulatedServer
 from support.virtual import run_virtually
-from support.world import make_source, opened
+from support.world import opened
 
 RAISE, EXIT, HANG, NAN = 1001, 1002, 1003, 1004
 KINDS = {"raise": RAISE, "exit": EXIT, "hang": HANG, "nan": NAN}
@@ -73,7 +74,7 @@ def world_of(count, poisons, chunk=1000):
     records = clean.copy()
     for index, kind in poisons.items():
         records[index, 0] = KINDS[kind]
-    return make_source(records, (chunk, 3)), clean
+    return source_of(records, (chunk, 3)), clean
 
 
 def score(source, server, urls=(URL,), **options):
@@ -212,7 +213,7 @@ def test_what_was_found_in_chunks_that_are_not_done_is_listed_too_when_a_run_giv
     records[:1100, 0] = NAN
     records[1100, 0] = RAISE
     records[0, 1], records[2199, 1] = 100, 200
-    error, output = score(make_source(records, (1100, 3)), Waiting(), chunk_records=1100, request_records=112,
+    error, output = score(source_of(records, (1100, 3)), Waiting(), chunk_records=1100, request_records=112,
                           require_finite=True)
     assert isinstance(error, DataError)
     assert "1,100 records failed" in str(error)

@@ -27,18 +27,13 @@ RECORDS, CHUNK = 96, 8
 RESUMABLE = (74, 75)
 
 
-def make_source(records, chunks):
-    """An array in a MemoryStore, written by zarr."""
-    return run_virtually(source_of(records, chunks))
-
-
 class World:
     """One source and one output; `lives` clients have worked on it."""
 
     def __init__(self, seed, server=None, records=None, source=None, **options):
         self.rng = random.Random(seed)
         self.records = np.random.default_rng(5).integers(0, 99, (RECORDS, 3), np.uint8) if records is None else records
-        self.source = source or make_source(self.records, (CHUNK, 3))
+        self.source = source or source_of(self.records, (CHUNK, 3))
         self.output = MemoryStore("memory://out")
         self.server = server or SimulatedServer(seconds=0.01)
         self.options = {"chunk_records": CHUNK, "request_records": 4, "in_flight": 4, "patience": 3600.0, **options}
