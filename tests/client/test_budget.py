@@ -11,7 +11,6 @@ from batch_client.budget import ByteBudget
 from batch_client.events import ChunkWritten, RecordsScored
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
-from support.faulty import Fate
 from support.runs import source_of
 from support.simulated import SimulatedServer
 from support.virtual import run_virtually
@@ -123,7 +122,7 @@ def test_output_chunks_that_fill_the_memory_are_assembled_one_at_a_time(monkeypa
     world = World(1, server=SimulatedServer(seconds=5))
 
     async def run():
-        await world.live(Fate(random.Random(0), faults=0))
+        await world.live()
         await world.check()
         assert world.server.most_at_once == CHUNK // 4
 

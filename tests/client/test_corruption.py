@@ -340,7 +340,7 @@ def test_a_chunk_that_was_altered_before_its_proof_is_never_overwritten_nor_beli
         assert not proven
         world.output.objects[keys[0]] = flip(world.output.objects[keys[0]], random.Random(2))
         with pytest.raises(BrokenPromiseError, match="nothing was overwritten"):
-            await world.until_published(Fate(random.Random(1), faults=0))
+            await world.until_published()
 
     run_virtually(run())
 

@@ -26,12 +26,7 @@ from batch_client.verify import verify_output
 from support.faulty import calm
 from support.simulated import SimulatedServer
 from support.virtual import run_virtually
-from support.world import CHUNK, World, opened, undisturbed
-
-
-@pytest.fixture(scope="module")
-def root():
-    return undisturbed()[0]
+from support.world import CHUNK, World, opened
 
 
 class OtherNumerics(SimulatedServer):

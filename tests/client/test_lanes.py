@@ -14,10 +14,9 @@ from batch_client.serving import Servers
 from batch_client.storage import MemoryStore
 from batch_client.tokens import NoTokens
 from batch_client.transport import HttpReply
-from support.faulty import calm
 from support.simulated import SimulatedServer
 from support.virtual import run_virtually
-from support.world import World, undisturbed
+from support.world import World
 
 MISSING = HttpReply(404, {}, b'{"code": 404, "type": "ModelNotFoundException", "message": "no such model"}')
 
@@ -45,17 +44,12 @@ class LaneServer(SimulatedServer):
         return await super().send(method, url, headers, parts, deadline)
 
 
-@pytest.fixture(scope="module")
-def root():
-    return undisturbed()[0]
-
-
 def run_at(server, **options):
     """One run: its summary and its world."""
     world = World(1, server=server, **options)
 
     async def run():
-        return await world.live(calm())
+        return await world.live()
 
     return run_virtually(run()), world
 
@@ -136,9 +130,9 @@ def test_an_output_begun_with_lanes_goes_on_without(root):
     world = World(1, server=LaneServer())
 
     async def run():
-        await world.live(calm(), part=(1, 2))
+        await world.live(part=(1, 2))
         world.server = SimulatedServer()
-        summary = await world.live(calm())
+        summary = await world.live()
         assert 0 < summary.scored < len(world.records)
         await world.check(root)
 

@@ -36,14 +36,14 @@ def _small_parts():
 
 
 @pytest.fixture(scope="module")
-def calm():
-    """Root and number of I/O steps of the undisturbed run, and the shared source."""
-    return (*undisturbed(), World(0).source)
+def small_run():
+    """As `undisturbed_run`, in more steps: the parts are small."""
+    return undisturbed()
 
 
 def published():
     world = World(3)
-    run_virtually(world.until_published(Fate(random.Random(0), faults=0)))
+    run_virtually(world.until_published())
     parts = sorted(key for key in world.output.objects if key.startswith(MANIFEST_PREFIX))
     assert len(parts) > 3
     return world.output, parts
@@ -175,25 +175,25 @@ def test_what_is_not_complete_is_not_published(rows, words):
     ("y/c/1/0", None, "y/c/1/0 is gone, [0-9]+ were written: remove _run"),
     ("record_status/c/1", b"short", "record_status/c/1 has 5 bytes, 12 were written: remove it and _run"),
 ])
-def test_what_is_gone_since_it_was_proven_is_not_published_until_it_is_there_again(key, left, said):
+def test_what_is_gone_since_it_was_proven_is_not_published_until_it_is_there_again(key, left, said, small_run):
     """A run may take days, and a bucket have a rule that deletes what is old."""
-    root, world = undisturbed()[0], World(1)
+    world = World(1)
 
     async def run():
-        await world.live(Fate(random.Random(0), faults=0), part=(1, 2))
+        await world.live(part=(1, 2))
         objects = world.output.objects
         del objects[key]
         if left is not None:
             objects[key] = left
         with pytest.raises(DataError, match=said) as error:
-            await world.live(Fate(random.Random(0), faults=0))
+            await world.live()
         assert not [name for name in objects if name.endswith("zarr.json")]
         segments = re.findall(r"_run/ledger/\S+\.json", str(error.value))
         assert len(segments) == 1
         for name in segments + [key] * (left is not None):
             del objects[name]
-        assert (await world.live(Fate(random.Random(0), faults=0))).scored == len(world.records) // 2
-        await world.check(root)
+        assert (await world.live()).scored == len(world.records) // 2
+        await world.check(small_run[0])
 
     run_virtually(run())
 
@@ -216,8 +216,8 @@ def test_what_is_gone_beside_records_that_failed_is_not_scored_again_alone():
 
 
 @pytest.mark.parametrize("when", ["crash before", "crash after"])
-def test_a_kill_at_every_step_of_publishing_is_resumed_to_the_same_root(when, calm):
-    root, steps, source = calm
+def test_a_kill_at_every_step_of_publishing_is_resumed_to_the_same_root(when, small_run):
+    root, steps, source = small_run
 
     async def run(point):
         world = World(point, source=source)
@@ -235,17 +235,17 @@ def test_a_kill_at_every_step_of_publishing_is_resumed_to_the_same_root(when, ca
     assert sum(run_virtually(run(point)) for point in range(steps - 20, steps + 1)) >= 5
 
 
-def test_a_part_that_somebody_else_wrote_keeps_a_run_from_publishing(calm):
-    world = World(1, source=calm[2])
+def test_a_part_that_somebody_else_wrote_keeps_a_run_from_publishing(small_run):
+    world = World(1, source=small_run[2])
 
     async def run():
         fate = Fate(random.Random(1), faults=0, kinds=("crash before",))
-        fate.at = {calm[1] - 4 * 3}
+        fate.at = {small_run[1] - 4 * 3}
         await world.live(fate)
         last = max(key for key in world.output.objects if key.startswith(MANIFEST_PREFIX))
         world.output.objects[last] += b" "
         with pytest.raises(MismatchError, match="holds other bytes than this run would publish"):
-            await world.until_published(Fate(random.Random(1), faults=0))
+            await world.until_published()
         assert MANIFEST_KEY not in world.output.objects
 
     run_virtually(run())

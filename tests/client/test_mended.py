@@ -17,7 +17,6 @@ from batch_client.ledger import Ledger
 from batch_client.pipeline import execute
 from batch_client.storage import MemoryStore, _translate
 from batch_client.transport import HttpReply
-from support.faulty import Fate, Life
 from support.simulated import URL, SimulatedServer
 from support.virtual import run_virtually
 from support.world import CHUNK, RECORDS, World
@@ -54,7 +53,7 @@ def test_a_record_that_always_gives_the_same_bad_answer_is_found(answer):
     world.source.objects = World(1, records=world.records).source.objects
 
     async def run():
-        return await world.live(Fate(random.Random(1), faults=0), max_failed=1)
+        return await world.live(max_failed=1)
 
     assert run_virtually(run()).failed == 1
 
@@ -100,7 +99,6 @@ def test_a_flush_whose_answer_was_lost_loses_no_row():
 
 def test_a_stop_before_anything_was_scored_writes_nothing():
     from batch_client.pipeline import execute
-    from support.faulty import Life
 
     world = World(1)
 
@@ -108,7 +106,7 @@ def test_a_stop_before_anything_was_scored_writes_nothing():
         stop = asyncio.Event()
         stop.set()
         with pytest.raises(StoppedError):
-            await execute(world.spec(), world.services(Fate(random.Random(1), faults=0), Life()), stop=stop)
+            await execute(world.spec(), world.services(), stop=stop)
         assert world.output.objects == {}
 
     run_virtually(run())
@@ -119,7 +117,7 @@ def test_a_chunk_that_somebody_removed_is_read_as_what_no_record_has():
     world = World(1)
 
     async def run():
-        await world.live(Fate(random.Random(1), faults=0))
+        await world.live()
 
     run_virtually(run())
     for key in ("record_status/c/1", "y/c/1/0"):
@@ -136,7 +134,7 @@ def test_a_source_that_changed_between_two_lives_is_told_before_more_is_scored()
 
     async def run():
         stop = asyncio.Event()
-        services = world.services(Fate(random.Random(1), faults=0), Life())
+        services = world.services()
 
         def stop_soon(event):
             if isinstance(event, ChunkWritten):
@@ -166,7 +164,7 @@ def test_a_mended_source_is_advised_only_where_it_is_read_again():
 
     async def run(most):
         with pytest.raises(DataError) as caught:
-            await world.live(Fate(random.Random(1), faults=0), max_failed=most)
+            await world.live(max_failed=most)
         return str(caught.value)
 
     assert run_virtually(run(0)).endswith("; accept them with --max-failed 2, or mend the source")
@@ -188,7 +186,7 @@ def run_without_ledger(server):
     world = World(1, server)
 
     async def run(*observers):
-        services = replace(world.services(Fate(random.Random(0), faults=0), Life()), output_store=NoLedger("memory://o"))
+        services = replace(world.services(), output_store=NoLedger("memory://o"))
         await execute(world.spec(), services, observers)
 
     return run

@@ -17,15 +17,10 @@ from batch_client.spec import Records, RunSpec
 from batch_client.storage import MemoryStore
 from batch_client.transport import HttpReply
 from batch_handler.oip import HEADER_LENGTH, InferReply, Tensor, decode_request, encode_reply
-from support.faulty import Life, calm
+from support.faulty import calm
 from support.simulated import URL, Breaking, SimulatedServer
 from support.virtual import run_virtually
-from support.world import CHUNK, RECORDS, World, opened, undisturbed
-
-
-@pytest.fixture(scope="module")
-def root():
-    return undisturbed()[0]
+from support.world import CHUNK, RECORDS, World, opened
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
@@ -33,7 +28,7 @@ def test_parts_share_a_ledger_and_the_last_one_publishes(order, root):
     world = World(1)
 
     async def run():
-        summaries = [await world.live(calm(), part=(part, 3)) for part in order]
+        summaries = [await world.live(part=(part, 3)) for part in order]
         assert [summary.published for summary in summaries] == [False, False, True]
         assert sum(summary.scored for summary in summaries) == len(world.records)
         await world.check(root)
@@ -50,9 +45,9 @@ def test_a_run_that_goes_on_passes_over_proven_chunks_together(root, monkeypatch
         return looks[-1][1]
 
     async def run():
-        await world.live(calm(), part=(2, 3))
+        await world.live(part=(2, 3))
         monkeypatch.setattr(LedgerView, "__contains__", look)
-        assert (await world.live(calm())).published
+        assert (await world.live()).published
         await world.check(root)
 
     run_virtually(run())
@@ -66,7 +61,7 @@ def test_clients_at_one_output_publish_once_and_the_same(clients, root):
 
     async def run():
         async with asyncio.TaskGroup() as tasks:
-            runs = [tasks.create_task(world.live(calm(), Life(), in_flight=1)) for _ in range(clients)]
+            runs = [tasks.create_task(world.live(in_flight=1)) for _ in range(clients)]
         summaries = [task.result() for task in runs]
         assert {summary.root for summary in summaries} == {root}
         scored = sum(summary.scored for summary in summaries)
@@ -119,7 +114,7 @@ def test_records_are_scored_while_the_ledger_is_listed(root):
     world.output = LongLedger(world.server.finished)
 
     async def run():
-        await world.live(calm())
+        await world.live()
         await world.check(root)
 
     run_virtually(run())
@@ -131,7 +126,7 @@ def test_a_listing_that_comes_too_late_to_matter_is_not_waited_for(root):
     world.output = LongLedger(asyncio.Event())
 
     async def run():
-        await world.live(calm())
+        await world.live()
         await world.check(root)
 
     run_virtually(run())
@@ -142,7 +137,7 @@ def test_what_is_found_wrong_in_the_ledger_ends_a_run_at_once():
     world = World(1, server=Finishing(12, seconds=8))
     world.output = LongLedger(world.server.finished, MismatchError("the ledger can't be trusted"))
     with pytest.raises(MismatchError, match=r"^the ledger can't be trusted$"):
-        run_virtually(world.live(calm()))
+        run_virtually(world.live())
     assert world.server.requests < RECORDS // 4
 
 
@@ -157,14 +152,14 @@ def test_parts_that_fail_within_their_own_leave_do_not_publish_beyond_it():
             runs = [tasks.create_task(outcome(world, part)) for part in (1, 2)]
         assert "2 records failed" in str([task.result() for task in runs])
         assert "zarr.json" not in world.output.objects
-        assert (await world.live(calm(), max_failed=2)).published
+        assert (await world.live(max_failed=2)).published
 
     run_virtually(run())
 
 
 async def outcome(world, part):
     try:
-        return await world.live(calm(), Life(), part=(part, 2), max_failed=1)
+        return await world.live(part=(part, 2), max_failed=1)
     except DataError as error:
         return error
 
@@ -173,14 +168,14 @@ def test_overwrite_replaces_an_output_of_ours_and_nothing_else(root):
     world = World(1)
 
     async def run():
-        await world.live(calm())
-        assert (await world.live(calm())).already_published
-        again = await world.live(calm(), overwrite=True)
+        await world.live()
+        assert (await world.live()).already_published
+        again = await world.live(overwrite=True)
         assert again.scored == len(world.records)
         assert again.root == root
         world.output.objects = {"notes.txt": b"mine"}
         with pytest.raises(MismatchError, match="nothing was deleted"):
-            await world.live(calm(), overwrite=True)
+            await world.live(overwrite=True)
         assert world.output.objects == {"notes.txt": b"mine"}
 
     run_virtually(run())
@@ -188,18 +183,18 @@ def test_overwrite_replaces_an_output_of_ours_and_nothing_else(root):
 
 def test_an_unfinished_run_goes_on_with_its_own_chunks_even_where_it_may_be_overwritten():
     world, whole = World(1, server=SimulatedServer(seconds=5)), World(1)
-    root = run_virtually(whole.live(calm(), chunk_records=2 * CHUNK)).root
+    root = run_virtually(whole.live(chunk_records=2 * CHUNK)).root
 
     async def run():
         stop = asyncio.Event()
         asyncio.get_running_loop().call_later(8, stop.set)
         with pytest.raises(StoppedError):
-            await execute(world.spec(chunk_records=2 * CHUNK), world.services(calm(), Life()), (), stop)
-        summary = await world.live(calm(), overwrite=True, chunk_records=None)
+            await execute(world.spec(chunk_records=2 * CHUNK), world.services(), (), stop)
+        summary = await world.live(overwrite=True, chunk_records=None)
         assert 0 < summary.scored < len(world.records)
         assert summary.root == root
         # What is published is replaced, by the rule.
-        again = await world.live(calm(), overwrite=True, chunk_records=None)
+        again = await world.live(overwrite=True, chunk_records=None)
         assert again.scored == len(world.records)
         assert again.root != root
 
@@ -210,9 +205,9 @@ def test_an_overwrite_that_was_stopped_goes_on_and_a_refused_one_deletes_nothing
     world = World(1)
 
     async def run():
-        await world.live(calm())
+        await world.live()
         before = dict(world.output.objects)
-        services = world.services(calm(), Life())
+        services = world.services()
         services = Services(services.servers, services.source_store, services.output_store, MemoryStore("memory://none"),
                             services.clock, services.rng)
         with pytest.raises(MismatchError, match="there is none"):
@@ -223,7 +218,7 @@ def test_an_overwrite_that_was_stopped_goes_on_and_a_refused_one_deletes_nothing
         await world.live(fate, overwrite=True)
         assert world.ends == ["crash"]
         begun = [key for key in world.output.objects if "/c/" in key]
-        again = await world.live(calm(), overwrite=True)
+        again = await world.live(overwrite=True)
         assert again.root == root
         assert begun
 
@@ -251,8 +246,8 @@ def test_replay_finds_a_chunk_that_is_no_prediction_although_its_manifest_agrees
     world = World(1)
 
     async def run():
-        await world.live(calm())
-        services = world.services(calm(), Life())
+        await world.live()
+        services = world.services()
         done = await replay(world.spec(), services, 5)
         assert len(done.chunks) == 5
         assert done.records == 5 * CHUNK
@@ -261,11 +256,11 @@ def test_replay_finds_a_chunk_that_is_no_prediction_although_its_manifest_agrees
             world.output.objects.pop(key)
             world.output.objects |= {} if other is None else {key: other}
             with pytest.raises(DataError, match=f"{key} scored again has the SHA-256 that was published, stored is"):
-                await replay(world.spec(), world.services(calm(), Life()), 12)
+                await replay(world.spec(), world.services(), 12)
         world.output.objects[key] = stored
         world.server.predict = lambda records, first_row: np.zeros((len(records), 2), np.float32)
         with pytest.raises(DataError, match="scored again has SHA-256"):
-            await replay(world.spec(), world.services(calm(), Life()), 3)
+            await replay(world.spec(), world.services(), 3)
 
     run_virtually(run())
 
@@ -274,13 +269,13 @@ def test_replay_of_a_source_that_has_changed_says_nothing_of_the_output():
     world = World(1)
 
     async def run():
-        await world.live(calm())
+        await world.live()
         key = next(key for key in world.source.objects if "c/" in key)
         altered = bytearray(world.source.objects[key])
         altered[-1] ^= 1
         world.source.objects[key] = bytes(altered)
         with pytest.raises(MismatchError, match="another one than was scored"):
-            await replay(world.spec(), world.services(calm(), Life()), 12)
+            await replay(world.spec(), world.services(), 12)
 
     run_virtually(run())
 
@@ -297,7 +292,7 @@ def test_a_server_that_changes_its_version_is_left_out_though_it_has_no_digest()
 
     async def run():
         with pytest.raises(MismatchError, match="its model is version 2, this run's is 1"):
-            await world.live(calm())
+            await world.live()
 
     run_virtually(run())
 
@@ -307,7 +302,7 @@ def test_a_part_begins_with_what_it_has_to_do_itself():
     events = []
 
     async def run(part):
-        await execute(world.spec(part=part), world.services(calm(), Life()), (events.append,))
+        await execute(world.spec(part=part), world.services(), (events.append,))
 
     for part in ((1, 20), (6, 6), (2, 2), (1, 2)):
         run_virtually(run(part))
@@ -320,12 +315,12 @@ def test_status_tells_how_far_a_run_is_and_who_wrote():
     world = World(1)
 
     async def run():
-        await world.live(calm(), part=(1, 2))
+        await world.live(part=(1, 2))
         progress = await progress_of(world.output)
         assert not progress.published
         assert (progress.done, progress.records, progress.chunks_done, progress.chunks) == (48, 96, 6, 12)
         assert [writer.segments for writer in progress.writers] == [1]
-        await world.live(calm(), part=(2, 2))
+        await world.live(part=(2, 2))
         progress = await progress_of(world.output)
         assert progress.published
         assert progress.done == 96
@@ -352,7 +347,7 @@ def test_too_large_a_request_is_split_between_micro_batches_and_later_ones_of_it
     world = World(1, server=Small())
 
     async def run():
-        summary = await world.live(calm(), request_records=8, in_flight=1)
+        summary = await world.live(request_records=8, in_flight=1)
         assert summary.root == root
         assert world.server.refused < 6  # of 12: those that waited for room already
 
@@ -363,7 +358,7 @@ def test_both_halves_of_a_request_that_begins_within_a_micro_batch_keep_their_pl
     world = World(1, server=Small(), request_records=8)
 
     async def run():
-        assert (await world.live(calm(), records=Records.parse("3:91"))).published
+        assert (await world.live(records=Records.parse("3:91"))).published
         found = (await opened(world.output))["y"]
         wanted = world.server.expected(world.records[3:91], CHUNK, start=3)
         np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
@@ -376,7 +371,7 @@ def test_a_foreign_server_of_the_protocol_is_driven_too():
     world = World(1, server=Unverified())
 
     async def run():
-        summary = await world.live(calm(), request_records=4)
+        summary = await world.live(request_records=4)
         assert summary.published
         found = await opened(world.output)
         np.testing.assert_array_equal(found["record_status"], np.where(world.records[:, 0] == 7, 2, 0))

@@ -21,16 +21,10 @@ from batch_client.storage import MemoryStore
 from batch_client.transport import HttpReply
 from batch_client.verify import verify_output
 from batch_handler.oip import decode_request
-from support.faulty import Life, calm
 from support.runs import source_of
 from support.simulated import SimulatedServer
 from support.virtual import run_virtually
-from support.world import CHUNK, World, undisturbed
-
-
-@pytest.fixture(scope="module")
-def root():
-    return undisturbed()[0]
+from support.world import CHUNK, World
 
 
 class Interrupted(MemoryStore):
@@ -58,13 +52,13 @@ def test_an_output_that_is_removed_under_its_client_is_not_published(prefix, roo
 
         world.output = Interrupted(prefix, removed)
         with pytest.raises(MismatchError, match="was removed, or is being removed"):
-            await world.live(calm())
+            await world.live()
         # The one PUT that was under way lands late; of all others none follows that makes anything visible.
         left, world.output.objects = world.output.objects, {}
         assert SUCCESS_KEY not in left
         assert ("zarr.json" in left) == (prefix == "zarr.json")
         assert not any(key.startswith("_run/ledger/") for key in left) or prefix == "_run/ledger/"
-        await world.live(calm())
+        await world.live()
         await world.check(root)
 
     run_virtually(run())
@@ -81,16 +75,16 @@ def test_what_a_removed_outputs_client_still_writes_is_not_taken_for_the_next_on
             await begin(world.output, prepared.identity, "b" * 16)
 
         other.output = world.output = Interrupted("y/c/5/", removed_and_begun)
-        prepared = await prepare(other.spec(), other.services(calm(), Life()))
+        prepared = await prepare(other.spec(), other.services())
         with pytest.raises(MismatchError, match="was removed, or is being removed"):
-            await world.live(calm())
+            await world.live()
         assert any("/c/" in key for key in world.output.objects)
         # Chunks that are there are the other model's: they stop the run, and no run takes them for its own.
         with pytest.raises(BrokenPromiseError, match="another run's client wrote there"):
-            await other.live(calm())
+            await other.live()
         assert SUCCESS_KEY not in other.output.objects
         await remove_output(other.output)
-        summary = await other.live(calm())
+        summary = await other.live()
         assert summary.scored == len(other.records)
         await other.check()
 
@@ -124,12 +118,12 @@ def test_overwrite_replaces_what_another_version_published_and_what_was_half_rem
     objects = source_of(mended, (CHUNK, 3)).objects
 
     async def run():
-        await world.live(calm())
+        await world.live()
         change(world.output)
         # The source was mended in place meanwhile: no old chunk is any good.
         world.records, world.source.objects = mended, objects
         options = {} if overwritten_by == "the same run" else {"codec": "zstd"}
-        summary = await world.live(calm(), overwrite=True, **options)
+        summary = await world.live(overwrite=True, **options)
         assert summary.scored == len(world.records)
         await world.check()
 
@@ -142,15 +136,15 @@ def test_an_unfinished_run_of_a_source_that_has_changed_is_overwritten():
 
     async def run():
         with pytest.raises(DataError, match="c/9/0"):
-            await world.live(calm())
+            await world.live()
         world.source.objects["c/9/0"] = good
         first = world.source.objects["c/0/0"]
         world.records = np.concatenate([world.records[CHUNK:2 * CHUNK], world.records[CHUNK:]])
         world.source.objects["c/0/0"] = world.source.objects["c/1/0"]
         assert first != world.source.objects["c/0/0"]
         with pytest.raises(MismatchError, match="c/0/0 changed since it was scored"):
-            await world.live(calm())
-        summary = await world.live(calm(), overwrite=True)
+            await world.live()
+        summary = await world.live(overwrite=True)
         assert summary.scored == len(world.records)
         await world.check()
 
@@ -164,11 +158,11 @@ def test_chunks_that_decode_otherwise_are_not_reused():
     old, new = (World(seed, server=server, records=records, source=source) for seed in (1, 2))
 
     async def reuse():
-        services = replace(new.services(calm(), Life()), reuse_store=old.output)
+        services = replace(new.services(), reuse_store=old.output)
         return await execute(new.spec(reuse="memory://old"), services)
 
     async def run():
-        await old.live(calm())
+        await old.live()
         old.output.url = "memory://old"
         metadata = source.objects["zarr.json"]
         described = json.loads(metadata)
@@ -214,9 +208,9 @@ def test_a_chunk_with_failures_that_another_client_has_proven_meanwhile_is_the_o
     quick.output = slow.output
 
     async def run():
-        first = asyncio.ensure_future(slow.live(calm(), Life(), max_failed=1))
+        first = asyncio.ensure_future(slow.live(max_failed=1))
         await asyncio.sleep(7)
-        assert (await quick.live(calm(), Life(), max_failed=1)).published
+        assert (await quick.live(max_failed=1)).published
         summary = await first
         assert (summary.failed, summary.published) == (0 if mended else 1, True)
 
@@ -232,11 +226,11 @@ def test_a_chunk_that_was_held_back_here_and_proven_without_failures_elsewhere_i
 
     async def run():
         events = []
-        first = asyncio.ensure_future(execute(failing.spec(), failing.services(calm(), Life()), (events.append,)))
+        first = asyncio.ensure_future(execute(failing.spec(), failing.services(), (events.append,)))
         while not any(isinstance(event, ChunkHeld) for event in events):
             assert not first.done()
             await asyncio.sleep(1)
-        assert (await mended.live(calm(), Life())).published
+        assert (await mended.live()).published
         summary = await first
         assert (summary.failed, summary.published) == (0, True)
 
@@ -251,7 +245,7 @@ def test_a_removal_that_can_not_look_at_what_is_read_leaves_the_output_as_it_was
             raise CredentialsError("the store refused the credentials")
 
     async def run():
-        assert (await world.live(calm(), Life())).published
+        assert (await world.live()).published
         before = dict(world.output.objects)
         with pytest.raises(CredentialsError):
             await remove_output(world.output, kept=[Refusing()])
@@ -267,14 +261,14 @@ def test_an_overwrite_deletes_nothing_where_zarr_refuses_what_is_to_be_there(mon
         raise ValueError("no such array")
 
     async def run():
-        assert (await world.live(calm(), Life())).published
+        assert (await world.live()).published
         before = dict(world.output.objects)
         monkeypatch.setattr(OutputLayout, "open", refuse)
         with pytest.raises(ValueError, match="no such array"):
-            await world.live(calm(), Life(), overwrite=True)
+            await world.live(overwrite=True)
         assert world.output.objects == before
         with pytest.raises(ValueError, match="no such array"):  # and `plan` says so before
-            await plan_run(world.spec(overwrite=True), world.services(calm(), Life()))
+            await plan_run(world.spec(overwrite=True), world.services())
 
     run_virtually(run())
 
@@ -298,12 +292,12 @@ def test_what_is_reused_is_not_overwritten_under_another_name_of_its_place(again
     alias = MemoryStore("memory://alias")
 
     async def run():
-        assert (await world.live(calm(), Life())).published
+        assert (await world.live()).published
         alias.objects = world.output.objects
         if again:
             alias.objects[REMOVING_KEY] = b"cut off"
         before = dict(alias.objects)
-        services = replace(world.services(calm(), Life()), reuse_store=alias)
+        services = replace(world.services(), reuse_store=alias)
         with pytest.raises(UsageError, match="memory://alias and OUTPUT memory://out are one place: nothing was de"):
             await execute(world.spec(reuse="memory://alias", overwrite=True), services)
         assert alias.objects == before
@@ -318,12 +312,12 @@ def test_an_overwrite_deletes_nothing_where_there_is_something_else(name):
     world = World(1)
 
     async def run():
-        await world.live(calm())
+        await world.live()
         assert (await contents_of(world.output)).objects == len(world.output.objects)
         world.output.objects[name] = b"precious"
         before = dict(world.output.objects)
         with pytest.raises(MismatchError, match=f"memory://out holds {name} too, which is not of this output"):
-            await world.live(calm(), overwrite=True, codec="zstd")
+            await world.live(overwrite=True, codec="zstd")
         assert world.output.objects == before
 
     run_virtually(run())
@@ -333,7 +327,7 @@ def test_an_output_below_another_one_is_no_part_of_it():
     world = World(1)
 
     async def run():
-        await world.live(calm())
+        await world.live()
         for key, data in list(world.output.objects.items()):
             world.output.objects[f"v2/{key}"] = data
         await verify_output(world.output, deep=True)
@@ -348,10 +342,10 @@ def test_an_overwrite_does_not_delete_what_it_would_read():
     world = World(1)
 
     async def run():
-        await world.live(calm())
+        await world.live()
         before = dict(world.output.objects)
         for name, url in (("INPUT", "memory://out/y"), ("--reuse", "memory://out")):
-            services = world.services(calm(), Life())
+            services = world.services()
             inside = MemoryStore(url)
             changed = replace(services, source_store=inside) if name == "INPUT" else replace(
                 services, reuse_store=inside)
@@ -367,16 +361,16 @@ def test_an_overwrite_that_would_end_at_a_missing_chunk_deletes_nothing():
     missing = world.source.objects.pop("c/9/0")
 
     async def run():
-        await world.live(calm(), allow_missing=True)
+        await world.live(allow_missing=True)
         before = dict(world.output.objects)
         for go in (pipeline.plan_run, execute):
             with pytest.raises(DataError, match="scored with --allow-missing, since INPUT lacked 1 chunks: run again"):
-                await go(world.spec(overwrite=True, codec="zstd"), world.services(calm(), Life()))
+                await go(world.spec(overwrite=True, codec="zstd"), world.services())
         assert world.output.objects == before
-        assert (await world.live(calm(), overwrite=True, codec="zstd", allow_missing=True)).missing_chunks == 1
+        assert (await world.live(overwrite=True, codec="zstd", allow_missing=True)).missing_chunks == 1
         await remove_output(world.output)
         world.source.objects["c/9/0"] = missing
-        assert (await world.live(calm())).missing_chunks == 0
+        assert (await world.live()).missing_chunks == 0
 
     run_virtually(run())
 
@@ -385,14 +379,14 @@ def test_an_overwrite_takes_the_chunk_size_only_of_what_it_goes_on_with(monkeypa
     world = World(1)
 
     async def size(place, **changes):
-        services = replace(world.services(calm(), Life()), output_store=place)
+        services = replace(world.services(), output_store=place)
         spec = world.spec(chunk_records=None, overwrite=True, **changes)
         return (await prepare(spec, services)).plan.chunk_records
 
     async def run():
         default = await size(MemoryStore("memory://empty"))
         assert default != 3 * CHUNK
-        await world.live(calm(), chunk_records=3 * CHUNK)
+        await world.live(chunk_records=3 * CHUNK)
         assert await size(world.output) == default
         del world.output.objects[SUCCESS_KEY]
         assert await size(world.output) == 3 * CHUNK
@@ -411,12 +405,12 @@ def test_an_output_is_in_no_place_that_it_is_made_from():
     world = World(1)
 
     async def run():
-        services = replace(world.services(calm(), Life()), output_store=MemoryStore("memory://old/new"),
+        services = replace(world.services(), output_store=MemoryStore("memory://old/new"),
                            reuse_store=MemoryStore("memory://old"))
         with pytest.raises(UsageError, match="OUTPUT memory://old/new is in --reuse memory://old"):
             await execute(world.spec(), services)
         for url in ("memory://source/scores", "memory://source/c/9/0"):
-            services = replace(world.services(calm(), Life()), output_store=MemoryStore(url))
+            services = replace(world.services(), output_store=MemoryStore(url))
             with pytest.raises(UsageError, match=f"OUTPUT {url} is in INPUT memory://source"):
                 await execute(world.spec(), services)
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from batch_client.progress import _rate, progress_of
-from support.faulty import calm
 from support.virtual import run_virtually
 from support.world import World
 
@@ -31,7 +30,7 @@ def test_what_is_published_is_told_by_its_manifest_whatever_became_of_its_ledger
     world = World(1)
 
     async def run():
-        await world.live(calm())
+        await world.live()
         before = await progress_of(world.output)
         for key in [key for key in world.output.objects if key.startswith(gone)]:
             del world.output.objects[key]

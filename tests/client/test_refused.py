@@ -24,7 +24,6 @@ from batch_client.report.page import render
 from batch_client.spec import Records, RunSpec
 from batch_client.storage import MemoryStore
 from batch_client.zarrstore import PieceBuffer
-from support.faulty import Life, calm
 from support.runs import records_of, refused, services, source_of, spec
 from support.simulated import Breaking, SimulatedServer
 from support.virtual import run_virtually
@@ -227,8 +226,8 @@ def test_a_published_output_says_what_is_bad_in_it_when_it_is_asked_for_again():
     world = World(1, server=Breaking(), records=records, source=source_of(records, (CHUNK, 3)))
 
     async def run():
-        await world.live(calm(), max_failed=1)
-        again = await world.live(calm())
+        await world.live(max_failed=1)
+        again = await world.live()
         assert _sentence(again).startswith("memory://out was published already: 80 records, 1 failed, root sha256:")
         assert ", 1 failed, 3 not finite, root" in _sentence(replace(again, not_finite=3))
         assert " 80 records, root" in _sentence(replace(again, failed=0))
@@ -254,7 +253,7 @@ def test_what_was_found_bad_is_listed_where_there_is_too_much_of_it(monkeypatch)
     async def run():
         with pytest.raises(DataError, match=r"2\d records failed alone, .*; those that were found are listed in "
                                             r"memory://out/_run/failed/$") as caught:
-            await execute(world.spec(), world.services(calm(), Life()), (report,))
+            await execute(world.spec(), world.services(), (report,))
         letters = [json.loads(data) for key, data in world.output.objects.items() if key.startswith("_run/failed/")]
         listed = [failure["index"] for letter in letters for failure in letter["records"]]
         assert len(listed) == len(set(listed)) == int(str(caught.value).split()[0]) > 20

@@ -7,7 +7,6 @@ import pytest
 from batch_client.errors import DataError, StoppedError, StorageError
 from batch_client.removal import contents_of, remove_output
 from batch_client.storage import MemoryStore, open_store
-from support.faulty import calm
 from support.virtual import run_virtually
 from support.world import World
 
@@ -29,7 +28,7 @@ def test_removal_takes_away_first_what_opens_and_last_what_says_whose_it_is():
                 yield meta
 
     async def run():
-        await world.live(calm())
+        await world.live()
         store = Watching("memory://out")
         store.objects = dict(world.output.objects)
         await remove_output(store)
@@ -57,7 +56,7 @@ def test_a_removal_that_is_cut_off_leaves_no_proof_of_what_is_gone(deletes):
             await super().delete(key)
 
     async def run():
-        await world.live(calm())
+        await world.live()
         store = Killed("memory://out")
         store.objects = {key.replace("y/", "OUTPUT0/"): data for key, data in world.output.objects.items()}
         store.objects["_run/spec.json"] = store.objects["_run/spec.json"].replace(b'"y"', b'"OUTPUT0"')
@@ -83,7 +82,7 @@ def test_removal_of_objects_that_stay_is_no_endless_loop():
             pass
 
     async def run():
-        await world.live(calm())
+        await world.live()
         store = Keeping("memory://out")
         store.objects = world.output.objects
         with pytest.raises(StorageError, match="still listed"):
@@ -94,7 +93,7 @@ def test_removal_of_objects_that_stay_is_no_endless_loop():
 
 def test_a_removal_of_files_leaves_no_folders_below_the_output(tmp_path):
     world = World(1)
-    run_virtually(world.live(calm()))
+    run_virtually(world.live())
 
     async def run():
         store = open_store(str(tmp_path / "runs" / "out"))

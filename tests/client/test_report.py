@@ -39,7 +39,7 @@ from batch_client.report.page import _rates
 from batch_client.report.sketches import EvenSample, LogHistogram, Timeline
 from batch_client.report.thumbnail import thumbnail
 from batch_client.spec import RunSpec
-from support.faulty import Fate, Life
+from support.faulty import Fate
 from support.simulated import SimulatedServer
 from support.virtual import run_virtually
 from support.world import World
@@ -385,7 +385,7 @@ def test_a_report_agrees_with_the_summary():
     async def run():
         report = Report("memory://source", asyncio.get_running_loop().time, lambda: 0.0)
         fate = Fate(random.Random(3), steps=40, faults=16, kinds=Fate.SERVER)
-        return report.data, await execute(world.spec(), world.services(fate, Life()), (report,))
+        return report.data, await execute(world.spec(), world.services(fate), (report,))
 
     gathered, summary = run_virtually(run())
     data = gathered()
@@ -413,7 +413,7 @@ def test_a_run_that_fails_has_a_page_that_says_so():
     async def run():
         report = Report("memory://source", asyncio.get_running_loop().time, lambda: 0.0)
         with pytest.raises(DataError) as caught:
-            await execute(world.spec(), world.services(Fate(random.Random(1), faults=0), Life()), (report,))
+            await execute(world.spec(), world.services(), (report,))
         return report.data(str(caught.value))
 
     data = run_virtually(run())

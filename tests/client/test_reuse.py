@@ -25,7 +25,6 @@ from batch_client.report.page import render
 from batch_client.reuse import copy_chunks
 from batch_client.storage import Blob, MemoryStore
 from batch_client.writer import proof_of
-from support.faulty import Life, calm
 from support.runs import source_of
 from support.simulated import Breaking
 from support.virtual import run_virtually
@@ -55,13 +54,13 @@ def test_reuse_scores_what_changed_what_failed_and_what_was_appended():
     new = World(2, server=server, records=source.records, source=source.new)
 
     async def run():
-        first = await old.live(calm(), max_failed=1)
+        first = await old.live(max_failed=1)
         assert first.failed == 1
         server.broken = False
         before = dict(new.output.objects)
         old.output.url = "memory://old"
-        fresh = await World(3, server=server, records=source.records, source=source.new).live(calm())
-        services = new.services(calm(), Life())
+        fresh = await World(3, server=server, records=source.records, source=source.new).live()
+        services = new.services()
         services = Services(services.servers, services.source_store, services.output_store, old.output,
                             services.clock, services.rng)
         # Nobody has to remember the earlier run's chunks.
@@ -174,11 +173,11 @@ def test_a_chunk_that_an_earlier_life_wrote_is_compared_by_its_hash():
     world = World(1)
 
     async def run():
-        root = (await world.live(calm())).root
+        root = (await world.live()).root
         begun, world.output = world.output.objects, Finding("memory://out")
         world.output.objects = {key: data for key, data in begun.items()
                                 if "/c/" in key or key in (SPEC_KEY, GENERATION_KEY)}
-        assert (await world.live(calm(), Life())).root == root
+        assert (await world.live()).root == root
 
     run_virtually(run())
 

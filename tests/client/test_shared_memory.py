@@ -16,10 +16,10 @@ from batch_client.pipeline import execute
 from batch_client.regions import new_folder, remove_folder
 from batch_client.transport import HttpReply
 from batch_handler.shared import SharedMemory
-from support.faulty import Fate, Life
+from support.faulty import Fate
 from support.simulated import SimulatedServer
 from support.virtual import run_virtually
-from support.world import World, undisturbed
+from support.world import World
 
 if new_folder_made := new_folder():
     remove_folder(new_folder_made)
@@ -33,11 +33,6 @@ def memory():
     yield SharedMemory(folder)
     remove_folder(folder)
     assert not folder.exists()
-
-
-@pytest.fixture(scope="module")
-def root():
-    return undisturbed()[0]
 
 
 class Changing(SimulatedServer):
@@ -58,7 +53,7 @@ def run_at(server, seed=1, **options):
     world = World(seed, server=server, **options)
 
     async def run():
-        return await world.live(Fate(random.Random(0), faults=0))
+        return await world.live()
 
     return run_virtually(run())
 
@@ -99,7 +94,7 @@ def test_bytes_received_are_those_of_the_reply_and_of_memory(memory, outputs_in_
     for place, shared in (("memory", memory), ("body", None)):
         seen = []
         world = World(1, SimulatedServer(shared_memory=shared), chunk_records=96, request_records=96)
-        services = world.services(Fate(random.Random(0), faults=0), Life())
+        services = world.services()
         run_virtually(execute(world.spec(), services, (seen.append,)))
         received[place] = [event.bytes_received for event in seen if isinstance(event, RequestDone)]
     ((ours,), (theirs,)) = received.values()

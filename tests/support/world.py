@@ -17,7 +17,7 @@ from batch_client.spec import RunSpec
 from batch_client.storage import MemoryStore
 from batch_client.tokens import NoTokens
 from batch_client.verify import verify_output
-from support.faulty import CrashError, Fate, FaultyStore, FaultyTransport, Life
+from support.faulty import CrashError, FaultyStore, FaultyTransport, Life, calm
 from support.runs import source_of
 from support.simulated import URL, SimulatedServer
 from support.virtual import run_virtually
@@ -44,22 +44,23 @@ class World:
         return RunSpec(**{"input": "memory://source", "output": "memory://out", "endpoints": (URL,), "model": "toy",
                           **self.options, **changes})
 
-    def services(self, fate, life):
+    def services(self, fate=None):
+        fate, life = fate or calm(), Life()
         transport = FaultyTransport(self.server, fate, life)
         return Services(
             Servers(transport, {URL: NoTokens()}, "toy"), FaultyStore(self.source, fate, life),
             FaultyStore(self.output, fate, life), clock=lambda: asyncio.get_running_loop().time(),
             rng=random.Random(self.rng.random()))
 
-    async def live(self, fate, life=None, **changes):
-        """One client from its start to its end. Returns its summary, or None if it ended in a way that may be resumed.
+    async def live(self, fate=None, **changes):
+        """One client from its start to its end, undisturbed where no fate is given. Returns its summary, or None if it
+        ended in a way that may be resumed.
 
         Raises whatever a user would have to look at.
         """
         self.lives += 1
-        services = self.services(fate, life or Life())
         try:
-            return await execute(self.spec(**changes), services)
+            return await execute(self.spec(**changes), self.services(fate))
         except CrashError:
             self.ends.append("crash")
         except BaseExceptionGroup as group:
@@ -72,7 +73,7 @@ class World:
             self.ends.append(str(error))
         return None
 
-    async def until_published(self, fate, most=40, **changes):
+    async def until_published(self, fate=None, most=40, **changes):
         for _ in range(most):
             summary = await self.live(fate, **changes)
             if summary is not None and summary.published:
@@ -106,13 +107,12 @@ async def opened(store):
 
 
 def undisturbed(**options):
-    """The root hash of a run to which nothing happens, and the I/O steps it takes."""
-    world = World(0, **options)
+    """The root hash of a run to which nothing happens, the I/O steps it takes, and its source."""
+    world, fate = World(0, **options), calm()
 
     async def run():
-        fate = Fate(random.Random(0), faults=0)
         summary = await world.until_published(fate)
         await world.check()
-        return summary.root, fate.step
+        return summary.root, fate.step, world.source
 
     return run_virtually(run())
