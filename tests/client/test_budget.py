@@ -13,7 +13,7 @@ from batch_client.pipeline import execute
 from batch_client.prepare import Services
 from support.runs import source_of
 from support.simulated import SimulatedServer
-from support.virtual import run_virtually
+from support.virtual import run_virtually, virtually
 from support.world import CHUNK, World
 
 
@@ -117,13 +117,10 @@ def test_output_chunks_that_share_the_bytes_have_them_in_order_and_few_are_begun
     assert {event.start // 160 for event in before if isinstance(event, RecordsScored)} <= {0, 1, 2, 3}
 
 
-def test_output_chunks_that_fill_the_memory_are_assembled_one_at_a_time(monkeypatch):
+@virtually
+async def test_output_chunks_that_fill_the_memory_are_assembled_one_at_a_time(monkeypatch):
     monkeypatch.setattr(plan, "OUTPUT_BYTES", 1)
     world = World(1, server=SimulatedServer(seconds=5))
-
-    async def run():
-        await world.live()
-        await world.check()
-        assert world.server.most_at_once == CHUNK // 4
-
-    run_virtually(run())
+    await world.live()
+    await world.check()
+    assert world.server.most_at_once == CHUNK // 4

@@ -11,7 +11,7 @@ from batch_client.progress import progress_of
 from batch_client.removal import contents_of, remove_output
 from batch_client.storage import MemoryStore
 from support.identities import identity_of
-from support.virtual import run_virtually
+from support.virtual import virtually
 from support.world import World
 
 A, B = "a" * 16, "b" * 16
@@ -98,17 +98,14 @@ async def test_an_output_that_is_removed_while_it_is_begun_is_not_begun(key, aft
     assert store.objects == {SPEC_KEY: MINE.to_json(), GENERATION_KEY: A.encode()}
 
 
-def removed(what, key, meanwhile, *, after):
+@virtually
+async def removed(what, key, meanwhile, *, after):
     """A world whose published output was removed, and what `meanwhile(world)` did before or after `key` went."""
     world = World(1)
-
-    async def run():
-        await world.live()
-        store = Meanwhile(what, key, lambda: meanwhile(world), after=after)
-        store.objects, world.output = world.output.objects, store
-        await remove_output(store)
-
-    run_virtually(run())
+    await world.live()
+    store = Meanwhile(what, key, lambda: meanwhile(world), after=after)
+    store.objects, world.output = world.output.objects, store
+    await remove_output(store)
     return world
 
 
@@ -136,7 +133,8 @@ def test_what_a_client_writes_while_its_output_is_removed_goes_too():
     assert removed("delete", SPEC_KEY, writes, after=True).output.objects == {}
 
 
-def test_a_client_that_writes_on_and_on_stops_the_removal_which_can_be_finished_later(root):
+@virtually
+async def test_a_client_that_writes_on_and_on_stops_the_removal_which_can_be_finished_later(root):
     world = World(1)
 
     class Busy(MemoryStore):
@@ -147,19 +145,16 @@ def test_a_client_that_writes_on_and_on_stops_the_removal_which_can_be_finished_
             if self.writing and key == "y/c/3/0":
                 self.objects[key] = b"again"
 
-    async def run():
+    await world.live()
+    store = Busy("memory://out")
+    store.objects, world.output = world.output.objects, store
+    with pytest.raises(StorageError, match="still listed after they were deleted"):
+        await remove_output(store)
+    with pytest.raises(MismatchError, match="its removal was cut off"):
         await world.live()
-        store = Busy("memory://out")
-        store.objects, world.output = world.output.objects, store
-        with pytest.raises(StorageError, match="still listed after they were deleted"):
-            await remove_output(store)
-        with pytest.raises(MismatchError, match="its removal was cut off"):
-            await world.live()
-        store.writing = False
-        assert (await world.live(overwrite=True)).root == root
-        await world.check(root)
-
-    run_virtually(run())
+    store.writing = False
+    assert (await world.live(overwrite=True)).root == root
+    await world.check(root)
 
 
 async def test_a_removal_that_another_one_has_finished_deletes_nothing_of_what_follows():

@@ -26,7 +26,7 @@ from batch_client.storage import MemoryStore
 from batch_client.zarrstore import PieceBuffer
 from support.runs import records_of, refused, services, source_of, spec
 from support.simulated import Breaking, SimulatedServer
-from support.virtual import run_virtually
+from support.virtual import virtually
 from support.world import CHUNK, World
 
 
@@ -220,22 +220,20 @@ def test_all_flags_for_servers_are_known_to_verify():
     assert {parameter.name for parameter in command.params} == set(SERVER_OPTIONS)
 
 
-def test_a_published_output_says_what_is_bad_in_it_when_it_is_asked_for_again():
+@virtually
+async def test_a_published_output_says_what_is_bad_in_it_when_it_is_asked_for_again():
     records = np.ones((10 * CHUNK, 3), np.uint8)
     records[2] = 255
     world = World(1, server=Breaking(), records=records, source=source_of(records, (CHUNK, 3)))
-
-    async def run():
-        await world.live(max_failed=1)
-        again = await world.live()
-        assert _sentence(again).startswith("memory://out was published already: 80 records, 1 failed, root sha256:")
-        assert ", 1 failed, 3 not finite, root" in _sentence(replace(again, not_finite=3))
-        assert " 80 records, root" in _sentence(replace(again, failed=0))
-
-    run_virtually(run())
+    await world.live(max_failed=1)
+    again = await world.live()
+    assert _sentence(again).startswith("memory://out was published already: 80 records, 1 failed, root sha256:")
+    assert ", 1 failed, 3 not finite, root" in _sentence(replace(again, not_finite=3))
+    assert " 80 records, root" in _sentence(replace(again, failed=0))
 
 
-def test_what_was_found_bad_is_listed_where_there_is_too_much_of_it(monkeypatch):
+@virtually
+async def test_what_was_found_bad_is_listed_where_there_is_too_much_of_it(monkeypatch):
     monkeypatch.setattr(pipeline, "HOPELESS", 20)
     records = np.full((10 * CHUNK, 3), 255, np.uint8)
     records[:2 * CHUNK] = 1
@@ -249,19 +247,15 @@ def test_what_was_found_bad_is_listed_where_there_is_too_much_of_it(monkeypatch)
 
     monkeypatch.setattr(world.output, "create", slow)
     report = Report("memory://source", lambda: 0.0, lambda: 0.0)
-
-    async def run():
-        with pytest.raises(DataError, match=r"2\d records failed alone, .*; those that were found are listed in "
-                                            r"memory://out/_run/failed/$") as caught:
-            await execute(world.spec(), world.services(), (report,))
-        letters = [json.loads(data) for key, data in world.output.objects.items() if key.startswith("_run/failed/")]
-        listed = [failure["index"] for letter in letters for failure in letter["records"]]
-        assert len(listed) == len(set(listed)) == int(str(caught.value).split()[0]) > 20
-        assert f"<dt>records scored: failed</dt><dd>{len(listed)}</dd>" in render(report.data("too many"))
-        assert set(listed) <= {2, *range(2 * CHUNK, 10 * CHUNK)}
-        assert all(failure["index"] // CHUNK == letter["unit"] for letter in letters for failure in letter["records"])
-
-    run_virtually(run())
+    with pytest.raises(DataError, match=r"2\d records failed alone, .*; those that were found are listed in "
+                                        r"memory://out/_run/failed/$") as caught:
+        await execute(world.spec(), world.services(), (report,))
+    letters = [json.loads(data) for key, data in world.output.objects.items() if key.startswith("_run/failed/")]
+    listed = [failure["index"] for letter in letters for failure in letter["records"]]
+    assert len(listed) == len(set(listed)) == int(str(caught.value).split()[0]) > 20
+    assert f"<dt>records scored: failed</dt><dd>{len(listed)}</dd>" in render(report.data("too many"))
+    assert set(listed) <= {2, *range(2 * CHUNK, 10 * CHUNK)}
+    assert all(failure["index"] // CHUNK == letter["unit"] for letter in letters for failure in letter["records"])
 
 
 @pytest.mark.parametrize(("kind", "options", "wanted"), [

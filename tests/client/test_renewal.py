@@ -17,7 +17,7 @@ from batch_client.transport import HttpReply
 from batch_client.verify import verify_output
 from support.runs import records_of, services, source_of, spec
 from support.simulated import URL, SimulatedServer
-from support.virtual import run_virtually
+from support.virtual import virtually
 
 
 class Guarded(SimulatedServer):
@@ -98,18 +98,16 @@ class Lookup:
         return self.current
 
 
-def test_each_server_has_its_own_token_and_its_own_renewal():
-    async def run():
-        records, server, output = records_of(400), OwnTokens(), MemoryStore("memory://out")
-        server.seconds = 1.0  # in which the pause after a refusal ends
-        tokens = {url: Lookup(server, url) for url in ("http://one", "http://two")}
-        found = Services(Servers(server, tokens, "toy"), source_of(records, (4, 3)), output,
-                         clock=asyncio.get_running_loop().time)
-        await execute(spec(chunk_records=4, endpoints=tuple(tokens), request_records=4), found)
-        assert (await verify_output(output, deep=True)).records == len(records)
-        assert [source.asked for source in tokens.values()] == [1, 1]
-
-    run_virtually(run())
+@virtually
+async def test_each_server_has_its_own_token_and_its_own_renewal():
+    records, server, output = records_of(400), OwnTokens(), MemoryStore("memory://out")
+    server.seconds = 1.0  # in which the pause after a refusal ends
+    tokens = {url: Lookup(server, url) for url in ("http://one", "http://two")}
+    found = Services(Servers(server, tokens, "toy"), source_of(records, (4, 3)), output,
+                     clock=asyncio.get_running_loop().time)
+    await execute(spec(chunk_records=4, endpoints=tuple(tokens), request_records=4), found)
+    assert (await verify_output(output, deep=True)).records == len(records)
+    assert [source.asked for source in tokens.values()] == [1, 1]
 
 
 async def test_a_renewal_that_goes_on_failing_ends_the_run_with_its_reason(monkeypatch):

@@ -18,7 +18,7 @@ from batch_client.transport import HttpReply
 from batch_handler.shared import SharedMemory
 from support.faulty import Fate
 from support.simulated import SimulatedServer
-from support.virtual import run_virtually
+from support.virtual import run_virtually, virtually
 from support.world import World
 
 if new_folder_made := new_folder():
@@ -49,13 +49,8 @@ class Changing(SimulatedServer):
         return super().answer(body, header_length)
 
 
-def run_at(server, seed=1, **options):
-    world = World(seed, server=server, **options)
-
-    async def run():
-        return await world.live()
-
-    return run_virtually(run())
+def run_at(server, **options):
+    return run_virtually(World(1, server=server, **options).live())
 
 
 def test_records_are_left_in_memory_and_the_output_is_the_same(root, memory):
@@ -211,16 +206,13 @@ def test_where_there_is_room_for_records_or_outputs_the_records_have_it(memory, 
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_faults_on_the_way_change_nothing(root, memory, outputs_in_memory, seed):
+@virtually
+async def test_faults_on_the_way_change_nothing(root, memory, outputs_in_memory, seed):
     world = World(seed, server=SimulatedServer(seconds=0.01, shared_memory=memory))
     fate = Fate(random.Random(seed))
-
-    async def run():
-        await world.until_published(fate)
-        await world.settle()
-        await world.check(root)
-
-    run_virtually(run())
+    await world.until_published(fate)
+    await world.settle()
+    await world.check(root)
     assert fate.injected
     assert world.server.returned > 0
 

@@ -18,7 +18,7 @@ from batch_client.transport import HttpReply
 from batch_handler.oip import OipError, decode_reply, decode_request
 from support.faulty import CrashError, Fate
 from support.simulated import SimulatedServer
-from support.virtual import run_virtually
+from support.virtual import run_virtually, virtually
 from support.world import World
 
 SEEDS = range(40)
@@ -169,7 +169,8 @@ def test_a_handler_that_mixes_requests_is_caught(undisturbed_run):
     assert len(roots) == 2
 
 
-def test_a_request_that_travels_is_what_the_server_computes(undisturbed_run):
+@virtually
+async def test_a_request_that_travels_is_what_the_server_computes(undisturbed_run):
     """The checksum of the request comes back: a flipped bit on the way there is noticed too."""
     class Deaf(SimulatedServer):
         def answer(self, body, header_length):
@@ -179,13 +180,8 @@ def test_a_request_that_travels_is_what_the_server_computes(undisturbed_run):
             return super().answer(bytes(altered) if self.requests % 3 == 0 else body, header_length)
 
     world = World(1, source=undisturbed_run[2], server=Deaf(seconds=0.01))
-
-    async def run():
-        summary = await world.until_published()
-        await world.check(undisturbed_run[0])
-        return summary
-
-    assert run_virtually(run()).retries > 5
+    assert (await world.until_published()).retries > 5
+    await world.check(undisturbed_run[0])
 
 
 def test_proofs_of_a_removed_output_that_count_are_caught(undisturbed_run, monkeypatch):

@@ -19,7 +19,7 @@ from batch_client.transport import HttpReply
 from batch_handler.oip import decode_request
 from support.runs import source_of
 from support.simulated import URL, SimulatedServer
-from support.virtual import run_virtually
+from support.virtual import run_virtually, virtually
 from support.world import opened
 
 RAISE, EXIT, HANG, NAN = 1001, 1002, 1003, 1004
@@ -77,18 +77,15 @@ def world_of(count, poisons, chunk=1000):
     return source_of(records, (chunk, 3)), clean
 
 
-def score(source, server, urls=(URL,), **options):
-    output = MemoryStore("memory://out")
+@virtually
+async def score(source, server, urls=(URL,), output=None, **options):
+    output = output or MemoryStore("memory://out")
+    services = Services(Servers(server, dict.fromkeys(urls, NoTokens()), "toy"), source, output,
+                        clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(2))
     spec = RunSpec(**{"input": "memory://source", "output": "memory://out", "endpoints": urls, "model": "toy",
                       "chunk_records": 1000, "request_records": 64, "in_flight": 4, **options})
-
-    async def run():
-        services = Services(Servers(server, dict.fromkeys(urls, NoTokens()), "toy"), source, output,
-                            clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(2))
-        return await execute(spec, services)
-
     try:
-        return run_virtually(run()), output
+        return await execute(spec, services), output
     except DataError as error:
         return error, output
 
@@ -165,15 +162,7 @@ def test_without_leave_the_failures_are_held_back_and_a_later_run_may_accept_the
     assert "--max-failed 2" in str(error)
     assert not any(key.endswith("zarr.json") for key in output.objects)
     assert [key for key in output.objects if key.startswith("y/c/")] == ["y/c/0/0"]
-
-    async def resume():
-        services = Services(Servers(server, {URL: NoTokens()}, "toy"), source, output,
-                            clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(9))
-        return await execute(RunSpec(
-            input="memory://source", output="memory://out", endpoints=(URL,), model="toy", chunk_records=1000,
-            request_records=64, max_failed=2), services)
-
-    summary = run_virtually(resume())
+    summary, _ = score(source, server, output=output, max_failed=2)
     assert summary.scored == 2000
     found = run_virtually(opened(output))
     assert list(np.flatnonzero(found["record_status"])) == [1500, 2999]

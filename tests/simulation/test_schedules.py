@@ -14,7 +14,7 @@ from batch_client import ledger
 from batch_client.ledger import LedgerView
 from batch_client.place import generation_of
 from support.faulty import Fate
-from support.virtual import run_virtually
+from support.virtual import run_virtually, virtually
 from support.world import CHUNK, RECORDS, World, undisturbed
 
 GROUPS = 20
@@ -30,25 +30,22 @@ def seeds():
     return [range(group * A_GROUP, (group + 1) * A_GROUP) for group in range(GROUPS)]
 
 
-def schedule(seed, undisturbed_run):
+@virtually
+async def schedule(seed, undisturbed_run):
     """One world with one, two or three clients, at least five faults, then calm."""
     root, steps, source = undisturbed_run
 
     rng = random.Random(seed)
     world = World(seed, source=source)
-
-    async def run():
-        fate = Fate(rng, steps=steps, faults=rng.randint(6, 12))
-        clients = rng.choice([1, 1, 2, 3])
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(clients):
-                tasks.create_task(world.until_published(fate))
-        assert len(fate.injected) >= 5, fate.injected
-        await world.settle()
-        await world.check(root)
-        return fate.injected
-
-    return run_virtually(run())
+    fate = Fate(rng, steps=steps, faults=rng.randint(6, 12))
+    clients = rng.choice([1, 1, 2, 3])
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(clients):
+            tasks.create_task(world.until_published(fate))
+    assert len(fate.injected) >= 5, fate.injected
+    await world.settle()
+    await world.check(root)
+    return fate.injected
 
 
 @pytest.mark.parametrize("group", seeds(), ids=lambda group: f"seed_{group.start}-{group.stop - 1}")
@@ -115,24 +112,21 @@ def test_calm_worlds_agree_whatever_the_requests():
     assert len(roots) == 1
 
 
-def test_a_source_that_changes_under_a_run_stops_it(undisturbed_run):
+@virtually
+async def test_a_source_that_changes_under_a_run_stops_it(undisturbed_run):
     from batch_client.errors import MismatchError
-
-    async def run():
-        world = World(1, source=make_copy(undisturbed_run[2]))
-        fate = Fate(random.Random(1), faults=0, kinds=("crash before",))
-        # All units are proven, the manifest is not written yet.
-        fate.at = {undisturbed_run[1] - 4}
-        await world.live(fate)
-        assert world.ends == ["crash"]
-        assert any("ledger" in key for key in world.output.objects)
-        # A sound chunk with other records, as a program that writes the source again would leave it.
-        world.source.objects["c/0/0"] = world.source.objects["c/1/0"]
-        with pytest.raises(MismatchError, match="chunk c/0/0 changed since it was scored"):
-            await world.until_published()
-        assert "zarr.json" not in world.output.objects
-
-    run_virtually(run())
+    world = World(1, source=make_copy(undisturbed_run[2]))
+    fate = Fate(random.Random(1), faults=0, kinds=("crash before",))
+    # All units are proven, the manifest is not written yet.
+    fate.at = {undisturbed_run[1] - 4}
+    await world.live(fate)
+    assert world.ends == ["crash"]
+    assert any("ledger" in key for key in world.output.objects)
+    # A sound chunk with other records, as a program that writes the source again would leave it.
+    world.source.objects["c/0/0"] = world.source.objects["c/1/0"]
+    with pytest.raises(MismatchError, match="chunk c/0/0 changed since it was scored"):
+        await world.until_published()
+    assert "zarr.json" not in world.output.objects
 
 
 def make_copy(store):

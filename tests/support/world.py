@@ -20,7 +20,7 @@ from batch_client.verify import verify_output
 from support.faulty import CrashError, FaultyStore, FaultyTransport, Life, calm
 from support.runs import source_of
 from support.simulated import URL, SimulatedServer
-from support.virtual import run_virtually
+from support.virtual import virtually
 
 RECORDS, CHUNK = 96, 8
 # How a client may end although nothing is wrong with the run: 74 and 75 say "the same command goes on".
@@ -106,13 +106,10 @@ async def opened(store):
     return {name: np.asarray(await array.getitem(slice(None))) async for name, array in group.arrays()}
 
 
-def undisturbed(**options):
+@virtually
+async def undisturbed(**options):
     """The root hash of a run to which nothing happens, the I/O steps it takes, and its source."""
     world, fate = World(0, **options), calm()
-
-    async def run():
-        summary = await world.until_published(fate)
-        await world.check()
-        return summary.root, fate.step, world.source
-
-    return run_virtually(run())
+    summary = await world.until_published(fate)
+    await world.check()
+    return summary.root, fate.step, world.source
