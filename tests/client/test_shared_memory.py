@@ -2,8 +2,6 @@
 
 import os
 import random
-import subprocess
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +14,7 @@ from batch_client.pipeline import execute
 from batch_client.regions import new_folder, remove_folder
 from batch_client.transport import HttpReply
 from batch_handler.shared import SharedMemory
+from support.disks import small_disk
 from support.faulty import Fate
 from support.simulated import SimulatedServer
 from support.virtual import run_virtually, virtually
@@ -142,20 +141,8 @@ def test_a_server_that_has_no_shared_memory_any_more_gets_bodies_and_no_record_i
     assert 0 < summary.retries <= 4
 
 
-@contextmanager
-def small_memory(folder, size):
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", folder],
-                          capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no small disk here: {done.stderr.decode().strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
 def test_memory_that_is_full_costs_no_request(root, memory):
-    with small_memory(memory.folder, "8k"):  # two pages, four requests at once
+    with small_disk(memory.folder, 8 << 10):  # two pages, four requests at once
         server = SimulatedServer(seconds=0.01, shared_memory=memory)
         summary = run_at(server)
         assert 0 < server.shared <= 4
@@ -168,7 +155,7 @@ RECORDS = np.random.default_rng(5).integers(0, 99, (96, 1020), np.uint8)  # four
 
 def test_memory_that_has_no_room_for_outputs_has_the_records_all_the_same(memory, outputs_in_memory):
     wanted = run_at(SimulatedServer(record_shape=(1020,), seconds=0.01), records=RECORDS)
-    with small_memory(memory.folder, "4k"):  # one page: the records of one request at a time
+    with small_disk(memory.folder, 4 << 10):  # one page: the records of one request at a time
         server = SimulatedServer(record_shape=(1020,), seconds=0.01, shared_memory=memory)
         summary = run_at(server, records=RECORDS, in_flight=1)
         assert (server.returned, server.sent_instead) == (0, 1)  # and then they are not asked for any more
@@ -196,7 +183,7 @@ def test_a_server_that_does_not_know_of_outputs_in_memory_is_asked_no_more(root,
 def test_where_there_is_room_for_records_or_outputs_the_records_have_it(memory, outputs_in_memory, pages):
     # Four requests at once; the records of each take a page, and their outputs another.
     wanted = run_at(SimulatedServer(record_shape=(1020,), seconds=0.01), records=RECORDS)
-    with small_memory(memory.folder, f"{pages * 4}k"):
+    with small_disk(memory.folder, pages << 12):
         server = SimulatedServer(record_shape=(1020,), seconds=0.01, shared_memory=memory)
         summary = run_at(server, records=RECORDS)
     assert (summary.root, summary.retries) == (wanted.root, 0)

@@ -26,6 +26,7 @@ from batch_client.server import ABANDONED_SECONDS, EmbeddedServer, ServerSetting
 from batch_client.server_log import load_failure, silent_deaths
 from batch_handler.service import HEARD_SECONDS
 from support.cli import command, heeded
+from support.disks import small_disk
 
 CLIENT = Path(__file__).parents[2] / "client"
 NO_JAVA = {"PATH": "/nonexistent", "HOME": "/nonexistent"}
@@ -67,32 +68,25 @@ async def test_a_token_of_three_seconds_is_renewed_before_it_ends(make_archive):
 
 
 @pytest.fixture
-def small_disk(monkeypatch):
+def temporary_disk(monkeypatch):
     """A disk of its own for the temporary folder."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("a small disk needs Linux's tmpfs, and root")
-    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # a worker's socket has to fit
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", short], check=False,
-                              capture_output=True)
-        if done.returncode:
-            pytest.skip(f"no small disk here: {done.stderr.decode().strip()}")
+    with tempfile.TemporaryDirectory(dir="/tmp") as short, small_disk(short, 8 << 20):  # a worker's socket has to fit
         monkeypatch.setattr(tempfile, "tempdir", short)
         yield Path(short)
-        subprocess.run(["umount", "-l", short], check=True)  # a worker may still be ending
 
 
-async def test_a_token_that_the_full_disk_took_is_made_again_when_there_is_room(make_archive, small_disk):
+async def test_a_token_that_the_full_disk_took_is_made_again_when_there_is_room(make_archive, temporary_disk):
     async with EmbeddedServer(ServerSettings(make_archive(), workers=1)) as server:
         old, key_file = await server.token(), server.log_path.parent / "key_file.json"
         key_file.unlink()  # so that the place it has is somebody else's at once
-        disk = os.statvfs(small_disk)
-        (small_disk / "filler").write_bytes(bytes(disk.f_bavail * disk.f_bsize))
+        disk = os.statvfs(temporary_disk)
+        (temporary_disk / "filler").write_bytes(bytes(disk.f_bavail * disk.f_bsize))
         key_file.touch()
         server._renew_at["inference"] = 0
         await server.token()
         with pytest.raises(CredentialsError, match=r"key file .* can't be read"):
             server.require_key_file()
-        (small_disk / "filler").unlink()
+        (temporary_disk / "filler").unlink()
         server._renew_at["inference"] = 0  # as five seconds later
         assert await server.token(refused=old) != old
         assert await predict(server) == 200
