@@ -35,7 +35,7 @@ from batch_client.tuning import (
     write_tuning,
 )
 from batch_handler import runtimes as handler_runtimes
-from support.faults import until
+from support.cli import until
 
 DIGEST = "sha256:" + "1" * 64
 MEASURED = Tuning(device="cpu-avx2-2cores", model_digest=DIGEST, runtime="torchscript", micro_batch=256, workers=3,

@@ -18,8 +18,8 @@ from obstore.store import S3Store
 
 from batch_client.demo.objectstore import REGION
 from batch_client.zarrstore import SourceStore
-from support.cli import command, heeded, run_cli
-from support.faults import open_output, opened, until, write_source
+from support.cli import command, heeded, run_cli, until
+from support.faults import open_output, opened, write_source
 from support.served import free_port, shared_memory_of
 
 

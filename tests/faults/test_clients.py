@@ -19,9 +19,9 @@ from batch_client.errors import MismatchError
 from batch_client.layout import SPEC_KEY
 from batch_client.place import check_place
 from batch_client.storage import MemoryStore
-from support.cli import command, run_cli
+from support.cli import LONG, command, run_cli
 from support.disks import small_disk
-from support.faults import FULL, LONG, PACE, QUICK, Client, each_scale, images_of, only_full, run
+from support.faults import FULL, PACE, QUICK, Client, each_scale, images_of, only_full, run
 from support.identities import identity_of
 from support.proxy import FaultProxy
 

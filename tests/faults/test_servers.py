@@ -9,7 +9,8 @@ from time import monotonic
 import psutil
 import pytest
 
-from support.faults import FULL, LONG, PACE, QUICK, Client, each_scale, only_full, open_output, run
+from support.cli import LONG
+from support.faults import FULL, PACE, QUICK, Client, each_scale, only_full, open_output, run
 from support.proxy import Fault, FaultProxy
 from support.served import OPEN, Served, free_port
 

@@ -9,8 +9,9 @@ import psutil
 import pytest
 
 from batch_client.regions import remove_folder
+from support.cli import LONG, until
 from support.disks import small_disk
-from support.faults import LONG, PACE, QUICK, RECORD_BYTES, Client, Scale, run, until
+from support.faults import PACE, QUICK, RECORD_BYTES, Client, Scale, run
 from support.proxy import FaultProxy
 from support.served import OPEN, Served, free_port, shared_memory_of
 
