@@ -123,3 +123,16 @@ def an_hour_ahead(tmp_path_factory):
     (folder / "shift.c").write_text(SHIFTED)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / "shift.so", folder / "shift.c"], check=True)
     return {"LD_PRELOAD": str(folder / "shift.so")}
+
+
+@pytest.fixture(scope="session")
+def undisturbed_run():
+    """The root hash of a run of a `World` to which nothing happens, the I/O steps it takes, and its source."""
+    from support.world import undisturbed
+
+    return undisturbed()
+
+
+@pytest.fixture(scope="session")
+def root(undisturbed_run):
+    return undisturbed_run[0]

@@ -50,7 +50,7 @@ BESIDE = "(settings win over a tuning file beside the archive, which may be what
 ])
 async def test_other_numerics_at_the_same_place_are_refused_with_what_differs_and_how_to_have_them_back(
         there, now, said):
-    source = await source_of(records_of(20), (10, 3))
+    source = source_of(records_of(20), (10, 3))
     output = MemoryStore("memory://out")
     await execute(spec(), services(Numerics(**there), source, output))
     with pytest.raises(MismatchError) as caught:
@@ -60,7 +60,7 @@ async def test_other_numerics_at_the_same_place_are_refused_with_what_differs_an
 
 
 async def test_numerics_of_which_nothing_is_known_are_named_by_their_fingerprints():
-    source = await source_of(records_of(20), (10, 3))
+    source = source_of(records_of(20), (10, 3))
     output = MemoryStore("memory://out")
     first, second = Numerics(), Numerics()
     first.fingerprint, second.fingerprint = "one", "other"

@@ -25,8 +25,8 @@ from batch_client.regions import new_folder, remove_folder
 from batch_client.storage import MemoryStore
 from batch_handler.shared import SharedMemory
 from support.plans import plan_of, spec
+from support.runs import source_of
 from support.simulated import SimulatedServer
-from support.world import make_source
 
 START = Way("eager", 128, 2, 1, "held")
 SPACE = Space(("eager", "torchscript"), ((2, 1), (1, 2)), ("held", "default"), 4096)
@@ -293,7 +293,7 @@ def test_as_many_chunks_are_read_and_written_at_a_time_as_in_a_run():
     at_once = plan.units_at_once(spec().in_flight)
     assert at_once == 34
     store, source = _Crowded(), _Crowded("memory://source")
-    source.objects = make_source(np.zeros((64_000, 4), np.uint8), (100, 4)).objects
+    source.objects = source_of(np.zeros((64_000, 4), np.uint8), (100, 4)).objects
 
     async def both():
         await write_alone(store, plan, spec(), 0.2)

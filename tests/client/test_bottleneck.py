@@ -33,9 +33,9 @@ from batch_client.timesheet import Timesheet
 from batch_client.transport import HttpReply
 from batch_handler.oip import HEADER_LENGTH, decode_request
 from support.plans import plan_of
+from support.runs import source_of
 from support.simulated import URL, Breaking, SimulatedServer
-from support.virtual import run_virtually
-from support.world import make_source
+from support.virtual import virtually
 
 RECORDS = np.random.default_rng(2).integers(0, 99, (640, 3), np.uint8)
 
@@ -97,22 +97,20 @@ class Slow(MemoryStore):
 
 @pytest.fixture(scope="module")
 def source():
-    return make_source(RECORDS, (16, 3)).objects
+    return source_of(RECORDS, (16, 3)).objects
 
 
-def scored(source, server=None, get=0.0, create=0.0, cpu=lambda: 0.0, **options):
+@virtually
+async def scored(source, server=None, get=0.0, create=0.0, cpu=lambda: 0.0, **options):
     """The summary of a run of 160 requests, on a virtual clock."""
-    async def run():
-        # Made in here: it belongs to the loop.
-        served = Workers(**(server or {}))
-        spec = RunSpec(**{"input": "memory://slow", "output": "memory://out", "endpoints": (URL,), "model": "toy",
-                          "chunk_records": 16, "request_records": 4, "in_flight": 4, **options})
-        services = Services(served.servers(), Slow("memory://slow", source, get=get),
-                            Slow("memory://out", create=create), rng=random.Random(3),
-                            clock=lambda: asyncio.get_running_loop().time(), cpu=cpu)
-        return await execute(spec, services)
-
-    return run_virtually(run())
+    # Made in here: it belongs to the loop.
+    served = Workers(**(server or {}))
+    spec = RunSpec(**{"input": "memory://slow", "output": "memory://out", "endpoints": (URL,), "model": "toy",
+                      "chunk_records": 16, "request_records": 4, "in_flight": 4, **options})
+    services = Services(served.servers(), Slow("memory://slow", source, get=get),
+                        Slow("memory://out", create=create), rng=random.Random(3),
+                        clock=lambda: asyncio.get_running_loop().time(), cpu=cpu)
+    return await execute(spec, services)
 
 
 SCENARIOS = {
@@ -165,40 +163,34 @@ class Dying(Workers):
     back = 0.0
 
 
-def test_a_server_that_starts_again_for_each_record_that_ends_it_is_no_far_one():
+@virtually
+async def test_a_server_that_starts_again_for_each_record_that_ends_it_is_no_far_one():
     records = RECORDS.copy()
     records[70, 0] = 255
-    source = make_source(records, (16, 3))
-
-    async def run():
-        served = Dying(compute=0.05)
-        services = Services(served.servers(), source, MemoryStore("memory://out"),
-                            rng=random.Random(3), clock=lambda: asyncio.get_running_loop().time(), cpu=lambda: 0.0)
-        spec = RunSpec(input="memory://slow", output="memory://out", endpoints=(URL,), model="toy", chunk_records=16,
-                       request_records=4, in_flight=4, max_failed=1)
-        return await execute(spec, services)
-
-    summary = run_virtually(run())
+    source = source_of(records, (16, 3))
+    served = Dying(compute=0.05)
+    services = Services(served.servers(), source, MemoryStore("memory://out"),
+                        rng=random.Random(3), clock=lambda: asyncio.get_running_loop().time(), cpu=lambda: 0.0)
+    spec = RunSpec(input="memory://slow", output="memory://out", endpoints=(URL,), model="toy", chunk_records=16,
+                   request_records=4, in_flight=4, max_failed=1)
+    summary = await execute(spec, services)
     assert summary.failed == 1
     assert summary.limited_by == Limit.FAILURES.value
     assert summary.advice.startswith("records that fail are looked for one by one")
 
 
-def test_where_every_request_has_a_bad_record_failures_are_the_limit():
+@virtually
+async def test_where_every_request_has_a_bad_record_failures_are_the_limit():
     """Then no request but those that look for it is ever answered."""
     records = RECORDS.copy()
     records[::4, 0] = 255
-    source = make_source(records, (16, 3))
-
-    async def run():
-        report = Report("memory://slow", asyncio.get_running_loop().time, lambda: 0.0)
-        services = Services(Breaking(seconds=0.01).servers(), source, MemoryStore("memory://out"),
-                            rng=random.Random(3), clock=asyncio.get_running_loop().time, cpu=lambda: 0.0)
-        spec = RunSpec(input="memory://slow", output="memory://out", endpoints=(URL,), model="toy", chunk_records=16,
-                       request_records=4, in_flight=4, max_failed=160)
-        return await execute(spec, services, (report,)), render(report.data())
-
-    summary, page = run_virtually(run())
+    source = source_of(records, (16, 3))
+    report = Report("memory://slow", asyncio.get_running_loop().time, lambda: 0.0)
+    services = Services(Breaking(seconds=0.01).servers(), source, MemoryStore("memory://out"),
+                        rng=random.Random(3), clock=asyncio.get_running_loop().time, cpu=lambda: 0.0)
+    spec = RunSpec(input="memory://slow", output="memory://out", endpoints=(URL,), model="toy", chunk_records=16,
+                   request_records=4, in_flight=4, max_failed=160)
+    summary, page = await execute(spec, services, (report,)), render(report.data())
     assert summary.failed == 160
     assert summary.limited_by == Limit.FAILURES.value
     assert summary.advice.startswith("records that fail are looked for one by one")
@@ -215,7 +207,7 @@ def test_what_made_it_slow_is_what_is_named(source):
 @pytest.fixture(scope="module")
 def many():
     """Of 1,000 requests: with two workers that compute for 0.1 s each, a run of many spans."""
-    return make_source(np.random.default_rng(2).integers(0, 99, (4000, 3), np.uint8), (16, 3)).objects
+    return source_of(np.random.default_rng(2).integers(0, 99, (4000, 3), np.uint8), (16, 3)).objects
 
 
 def test_a_way_that_becomes_longer_is_no_queue(many):
@@ -299,20 +291,18 @@ def test_far_below_the_ceiling_more_workers_are_not_the_advice(source):
     assert "other cores" in far.advice
 
 
-def test_clients_that_share_servers_are_told_that_others_have_the_rest(source):
-    async def run():
-        served = Workers(ceiling=80.0)
+@virtually
+async def test_clients_that_share_servers_are_told_that_others_have_the_rest(source):
+    served = Workers(ceiling=80.0)
 
-        async def client(number):
-            spec = RunSpec(input="memory://slow", output="memory://out", endpoints=(URL,), model="toy",
-                           chunk_records=16, request_records=4, in_flight=4)
-            return await execute(spec, Services(
-                served.servers(), Slow("memory://slow", source), MemoryStore("memory://out"),
-                rng=random.Random(number), clock=lambda: asyncio.get_running_loop().time(), cpu=lambda: 0.0))
+    async def client(number):
+        spec = RunSpec(input="memory://slow", output="memory://out", endpoints=(URL,), model="toy",
+                       chunk_records=16, request_records=4, in_flight=4)
+        return await execute(spec, Services(
+            served.servers(), Slow("memory://slow", source), MemoryStore("memory://out"),
+            rng=random.Random(number), clock=lambda: asyncio.get_running_loop().time(), cpu=lambda: 0.0))
 
-        return await asyncio.gather(client(1), client(2))
-
-    for summary in run_virtually(run()):
+    for summary in await asyncio.gather(client(1), client(2)):
         assert summary.percent_of_ceiling < 85
         assert "other clients that use these servers have the rest" in summary.advice
 

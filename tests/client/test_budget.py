@@ -11,10 +11,10 @@ from batch_client.budget import ByteBudget
 from batch_client.events import ChunkWritten, RecordsScored
 from batch_client.pipeline import execute
 from batch_client.prepare import Services
-from support.faulty import Fate
+from support.runs import source_of
 from support.simulated import SimulatedServer
-from support.virtual import run_virtually
-from support.world import CHUNK, World, make_source
+from support.virtual import run_virtually, virtually
+from support.world import CHUNK, World
 
 
 async def begun(*waiting):
@@ -105,7 +105,7 @@ def test_output_chunks_that_share_the_bytes_have_them_in_order_and_few_are_begun
 
     monkeypatch.setattr(pipeline, "ByteBudget", Recorded)
     records = np.random.default_rng(0).integers(0, 99, (960, 3), np.uint8)
-    world = World(1, server=SimulatedServer(seconds=0.01), records=records, source=make_source(records, (16, 3)))
+    world = World(1, server=SimulatedServer(seconds=0.01), records=records, source=source_of(records, (16, 3)))
     # Bytes for two output chunks of ten requests each; requests for more.
     asked = world.spec(chunk_records=160, request_records=16, in_flight=32, max_bytes_in_flight=2 * 160 * 3)
     run_virtually(execute(asked, Services(world.server.servers(), world.source, world.output,
@@ -117,13 +117,10 @@ def test_output_chunks_that_share_the_bytes_have_them_in_order_and_few_are_begun
     assert {event.start // 160 for event in before if isinstance(event, RecordsScored)} <= {0, 1, 2, 3}
 
 
-def test_output_chunks_that_fill_the_memory_are_assembled_one_at_a_time(monkeypatch):
+@virtually
+async def test_output_chunks_that_fill_the_memory_are_assembled_one_at_a_time(monkeypatch):
     monkeypatch.setattr(plan, "OUTPUT_BYTES", 1)
     world = World(1, server=SimulatedServer(seconds=5))
-
-    async def run():
-        await world.live(Fate(random.Random(0), faults=0))
-        await world.check()
-        assert world.server.most_at_once == CHUNK // 4
-
-    run_virtually(run())
+    await world.live()
+    await world.check()
+    assert world.server.most_at_once == CHUNK // 4

@@ -27,7 +27,7 @@ from batch_handler.oip import HEADER_LENGTH, Extent, OipError, crc32c
 from batch_handler.shared import SharedMemory
 from support.faulty import Fate
 from support.simulated import URL, SimulatedServer
-from support.virtual import run_virtually
+from support.virtual import virtually
 from support.world import World
 
 ROWS = np.arange(24, dtype=np.uint8).reshape(8, 3)
@@ -285,65 +285,59 @@ def test_every_reply_to_another_request_is_noticed(exchange_with):
     asyncio.run(run())
 
 
-def test_every_flipped_bit_of_a_stored_chunk_is_noticed():
+@virtually
+async def test_every_flipped_bit_of_a_stored_chunk_is_noticed():
     world = World(3, records=np.arange(48, dtype=np.uint8).reshape(16, 3))  # two chunks an array
     rng = random.Random(11)
-
-    async def run():
-        await world.until_published(Fate(rng, faults=0))
-        assert (await verify_output(world.output, deep=True)).records == len(world.records)
-        keys = [key for key in world.output.objects if "/c/" in key]
-        for key in keys:
-            good = world.output.objects[key]
-            for bit in range(len(good) * 8):
-                world.output.objects[key] = flipped(good, bit)
-                with pytest.raises(DataError, match="SHA-256"):
-                    await verify_output(world.output, deep=True)
-            world.output.objects[key] = good
-        for key in [key for key in world.output.objects if key.endswith("zarr.json")]:
-            good = world.output.objects[key]
-            world.output.objects[key] = good.replace(b"float32", b"int32  ") if b"float32" in good else flip(good, rng)
+    await world.until_published(Fate(rng, faults=0))
+    assert (await verify_output(world.output, deep=True)).records == len(world.records)
+    keys = [key for key in world.output.objects if "/c/" in key]
+    for key in keys:
+        good = world.output.objects[key]
+        for bit in range(len(good) * 8):
+            world.output.objects[key] = flipped(good, bit)
             with pytest.raises(DataError, match="SHA-256"):
                 await verify_output(world.output, deep=True)
-            world.output.objects[key] = good
-        for _ in range(100):
-            good = world.output.objects[SPEC_KEY]
-            world.output.objects[SPEC_KEY] = flip(good, rng)
-            with pytest.raises(DataError, match=r"_run/spec\.json is of another run"):
-                await verify_output(world.output)
-            world.output.objects[SPEC_KEY] = good
-        good = world.output.objects.pop(SPEC_KEY)
-        with pytest.raises(DataError, match=r"_run/spec\.json is missing"):
+        world.output.objects[key] = good
+    for key in [key for key in world.output.objects if key.endswith("zarr.json")]:
+        good = world.output.objects[key]
+        world.output.objects[key] = good.replace(b"float32", b"int32  ") if b"float32" in good else flip(good, rng)
+        with pytest.raises(DataError, match="SHA-256"):
+            await verify_output(world.output, deep=True)
+        world.output.objects[key] = good
+    for _ in range(100):
+        good = world.output.objects[SPEC_KEY]
+        world.output.objects[SPEC_KEY] = flip(good, rng)
+        with pytest.raises(DataError, match=r"_run/spec\.json is of another run"):
             await verify_output(world.output)
         world.output.objects[SPEC_KEY] = good
-        for key in keys:
-            good = world.output.objects.pop(key)
-            with pytest.raises(DataError, match="missing"):
-                await verify_output(world.output)
-            world.output.objects[key] = good[:-1]
-            with pytest.raises(DataError, match="wanted"):
-                await verify_output(world.output)
-            world.output.objects[key] = good
+    good = world.output.objects.pop(SPEC_KEY)
+    with pytest.raises(DataError, match=r"_run/spec\.json is missing"):
+        await verify_output(world.output)
+    world.output.objects[SPEC_KEY] = good
+    for key in keys:
+        good = world.output.objects.pop(key)
+        with pytest.raises(DataError, match="missing"):
+            await verify_output(world.output)
+        world.output.objects[key] = good[:-1]
+        with pytest.raises(DataError, match="wanted"):
+            await verify_output(world.output)
+        world.output.objects[key] = good
 
-    run_virtually(run())
 
-
-def test_a_chunk_that_was_altered_before_its_proof_is_never_overwritten_nor_believed():
+@virtually
+async def test_a_chunk_that_was_altered_before_its_proof_is_never_overwritten_nor_believed():
     world = World(4)
-
-    async def run():
-        fate = Fate(random.Random(1), faults=0, kinds=("crash before",))
-        fate.at = set(range(60, 70))
-        await world.live(fate)
-        keys = sorted(key for key in world.output.objects if key.startswith("y/c/"))
-        proven = any("ledger" in key for key in world.output.objects)
-        assert keys
-        assert not proven
-        world.output.objects[keys[0]] = flip(world.output.objects[keys[0]], random.Random(2))
-        with pytest.raises(BrokenPromiseError, match="nothing was overwritten"):
-            await world.until_published(Fate(random.Random(1), faults=0))
-
-    run_virtually(run())
+    fate = Fate(random.Random(1), faults=0, kinds=("crash before",))
+    fate.at = set(range(60, 70))
+    await world.live(fate)
+    keys = sorted(key for key in world.output.objects if key.startswith("y/c/"))
+    proven = any("ledger" in key for key in world.output.objects)
+    assert keys
+    assert not proven
+    world.output.objects[keys[0]] = flip(world.output.objects[keys[0]], random.Random(2))
+    with pytest.raises(BrokenPromiseError, match="nothing was overwritten"):
+        await world.until_published()
 
 
 @pytest.mark.parametrize("length", ["", "-1", "1.0", "\u00b2", "\u0661", "1" * 19, "1" * 5000])

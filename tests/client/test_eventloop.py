@@ -20,6 +20,7 @@ from obstore.store import HTTPStore
 from batch_client.__main__ import end_like_ctrl_c
 from batch_client.eventloop import run_until_complete, run_verb
 from support.cli import heeded
+from support.web import in_a_thread
 
 
 class SlowServer(ThreadingHTTPServer):
@@ -50,13 +51,10 @@ class SlowHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[SlowServer]:
-    with SlowServer() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    server = SlowServer()
+    with in_a_thread(server):
         yield server
         server.may_answer.set()
-        server.shutdown()
-        thread.join()
 
 
 def answered_late(server: SlowServer, run: Callable[..., Any], errors: Callable[[], str]) -> str:

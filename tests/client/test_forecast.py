@@ -26,9 +26,10 @@ from batch_client.prepare import Services
 from batch_client.storage import MemoryStore
 from batch_client.transport import HttpReply
 from support.plans import plan_of, plans
+from support.runs import source_of
 from support.simulated import Breaking, SimulatedServer
-from support.virtual import run_virtually
-from support.world import CHUNK, World, make_source
+from support.virtual import run_virtually, virtually
+from support.world import CHUNK, World
 
 
 def test_what_is_costed_of_the_ledger_is_how_often_it_is_written():
@@ -95,19 +96,16 @@ def test_a_cost_is_machines_for_the_time_and_the_stores_requests():
 
 
 @pytest.mark.parametrize("part", [None, (2, 2)])
-def test_a_calibration_forecasts_the_run_and_leaves_nothing(part):
+@virtually
+async def test_a_calibration_forecasts_the_run_and_leaves_nothing(part):
     records = np.random.default_rng(0).integers(0, 99, (4_000, 3), np.uint8)
-    world = World(1, server=SimulatedServer(seconds=0.5), records=records, source=make_source(records, (40, 3)))
+    world = World(1, server=SimulatedServer(seconds=0.5), records=records, source=source_of(records, (40, 3)))
     spec = world.spec(chunk_records=40, part=part)
     services = Services(world.server.servers(), world.source, world.output,
                         clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(0))
-
-    async def both():
-        found = await calibrate(spec, services)
-        assert not world.output.objects
-        return found, await execute(spec, services)
-
-    found, summary = run_virtually(both())
+    found = await calibrate(spec, services)
+    assert not world.output.objects
+    summary = await execute(spec, services)
     assert found.records < len(records) / 2
     assert found.forecast.seconds == pytest.approx(summary.seconds, rel=0.05)
     assert found.forecast.records == summary.scored
@@ -117,42 +115,35 @@ def test_a_calibration_forecasts_the_run_and_leaves_nothing(part):
 
 
 @pytest.mark.parametrize("bad_every", [256, 64])
-def test_requests_that_look_for_bad_records_are_no_progress(bad_every):
+@virtually
+async def test_requests_that_look_for_bad_records_are_no_progress(bad_every):
     """Each of those some twenty has all records of its request."""
     records = np.random.default_rng(0).integers(0, 99, (16_000, 3), np.uint8)
     records[bad_every // 2::bad_every, 0] = 255
-    world = World(1, server=Breaking(seconds=1.0), records=records, source=make_source(records, (64, 3)))
+    world = World(1, server=Breaking(seconds=1.0), records=records, source=source_of(records, (64, 3)))
     spec = world.spec(chunk_records=64, request_records=64, max_failed=len(records))
     services = Services(world.server.servers(), world.source, world.output,
                         clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(0))
-
-    async def both():
-        return await calibrate(spec, services), await execute(spec, services)
-
-    found, summary = run_virtually(both())
+    found, summary = await calibrate(spec, services), await execute(spec, services)
     assert summary.failed == -(-(len(records) - bad_every // 2) // bad_every)
     assert found.forecast.seconds == pytest.approx(summary.seconds, rel=0.3)
     assert abs(summary.forecast_error) < 0.3
     assert found.records < len(records)
 
 
-def test_a_calibration_has_the_chunks_of_what_is_there():
+@virtually
+async def test_a_calibration_has_the_chunks_of_what_is_there():
     world = World(1, server=SimulatedServer(seconds=5))
     services = Services(world.server.servers(), world.source, world.output,
                         clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(0))
-
-    async def both():
-        stop = asyncio.Event()
-        asyncio.get_running_loop().call_later(8, stop.set)
-        with pytest.raises(StoppedError):
-            await execute(world.spec(chunk_records=2 * CHUNK), services, (), stop)
-        return await calibrate(world.spec(chunk_records=None), services)
-
-    assert run_virtually(both()).plan.grid_records == 2 * CHUNK
-
+    stop = asyncio.Event()
+    asyncio.get_running_loop().call_later(8, stop.set)
+    with pytest.raises(StoppedError):
+        await execute(world.spec(chunk_records=2 * CHUNK), services, (), stop)
+    found = await calibrate(world.spec(chunk_records=None), services)
+    assert found.plan.grid_records == 2 * CHUNK
     # Where nothing is there, it is the rule's.
-    fresh = replace(services, output_store=MemoryStore("memory://fresh"))
-    found = run_virtually(calibrate(world.spec(chunk_records=None), fresh))
+    found = await calibrate(world.spec(chunk_records=None), replace(services, output_store=MemoryStore("memory://new")))
     assert found.plan.grid_records != 2 * CHUNK
 
 
@@ -191,7 +182,7 @@ def test_a_source_that_is_done_before_the_time_is_up_is_forecast_too():
 
 def test_a_source_of_few_answers_that_was_scored_whole_has_the_time_that_it_took():
     records = np.zeros((8, 3), np.uint8)
-    world = World(2, records=records, source=make_source(records, (8, 3)))
+    world = World(2, records=records, source=source_of(records, (8, 3)))
     services = Services(world.server.servers(), world.source, MemoryStore("memory://out"),
                         clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(0))
     found = run_virtually(calibrate(world.spec(chunk_records=8), services))

@@ -14,10 +14,9 @@ from batch_client.serving import Servers
 from batch_client.storage import MemoryStore
 from batch_client.tokens import NoTokens
 from batch_client.transport import HttpReply
-from support.faulty import calm
 from support.simulated import SimulatedServer
-from support.virtual import run_virtually
-from support.world import World, undisturbed
+from support.virtual import run_virtually, virtually
+from support.world import World
 
 MISSING = HttpReply(404, {}, b'{"code": 404, "type": "ModelNotFoundException", "message": "no such model"}')
 
@@ -45,19 +44,10 @@ class LaneServer(SimulatedServer):
         return await super().send(method, url, headers, parts, deadline)
 
 
-@pytest.fixture(scope="module")
-def root():
-    return undisturbed()[0]
-
-
 def run_at(server, **options):
     """One run: its summary and its world."""
     world = World(1, server=server, **options)
-
-    async def run():
-        return await world.live(calm())
-
-    return run_virtually(run()), world
+    return run_virtually(world.live()), world
 
 
 def test_bulk_requests_go_to_the_lane_and_the_output_is_the_models(root):
@@ -113,7 +103,8 @@ def test_what_can_be_no_lane_is_none(lane, root):
     assert summary.root == root
 
 
-def test_servers_with_and_without_lanes_share_a_run(root):
+@virtually
+async def test_servers_with_and_without_lanes_share_a_run(root):
     servers = {"http://one": LaneServer(seconds=0.01), "http://two": SimulatedServer(seconds=0.01)}
     world = World(1)
 
@@ -121,25 +112,18 @@ def test_servers_with_and_without_lanes_share_a_run(root):
         async def send(self, method, url, headers, parts, deadline):
             return await servers[url[:10]].send(method, url, headers, parts, deadline)
 
-    async def run():
-        output = MemoryStore("memory://out")
-        services = Services(Servers(Two(), dict.fromkeys(servers, NoTokens()), "toy"), world.source, output,
-                            clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(1))
-        return await execute(world.spec(), services)
-
-    assert run_virtually(run()).root == root
+    services = Services(Servers(Two(), dict.fromkeys(servers, NoTokens()), "toy"), world.source,
+                        MemoryStore("memory://out"), clock=asyncio.get_running_loop().time, rng=random.Random(1))
+    assert (await execute(world.spec(), services)).root == root
     assert set(servers["http://one"].asked) == {"toy.bulk"}
     assert servers["http://two"].requests > 0
 
 
-def test_an_output_begun_with_lanes_goes_on_without(root):
+@virtually
+async def test_an_output_begun_with_lanes_goes_on_without(root):
     world = World(1, server=LaneServer())
-
-    async def run():
-        await world.live(calm(), part=(1, 2))
-        world.server = SimulatedServer()
-        summary = await world.live(calm())
-        assert 0 < summary.scored < len(world.records)
-        await world.check(root)
-
-    run_virtually(run())
+    await world.live(part=(1, 2))
+    world.server = SimulatedServer()
+    summary = await world.live()
+    assert 0 < summary.scored < len(world.records)
+    await world.check(root)

@@ -2,6 +2,7 @@
 
 import asyncio
 import tracemalloc
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from batch_client.removal import remove_output
 from batch_client.storage import MemoryStore
 from batch_client.stringset import StringSet
 from support.identities import identity_of
-from support.virtual import run_virtually
+from support.virtual import virtually
 
 GENERATION = "0123456789abcdef"
 UNITS = 40
@@ -58,53 +59,45 @@ def ledgers(draw, shas=("a",)):
 
 @given(ledgers(), st.integers(0, 9), st.lists(st.integers(0, 80), max_size=9))
 @settings(max_examples=200)
-def test_a_view_says_what_a_dict_of_all_rows_says(segments, halfway, own):
+@virtually
+async def test_a_view_says_what_a_dict_of_all_rows_says(segments, halfway, own):
     naive = {row.unit: row for _, rows in segments for row in rows}
     everything = [row for _, rows in segments for row in rows]
-
-    async def run():
-        store = begun()
-        view = LedgerView(store, UNITS, GENERATION)
-        for number, (key, rows) in enumerate(segments):
-            if number == halfway:
-                await view.refresh()
-            store.objects[key] = segment_of(rows)
-        for place in own:
-            if place < len(everything):
-                view.add(everything[place])
-        await view.refresh()
-        await view.refresh()
-        assert len(view) == len(naive)
-        assert [unit for unit in range(UNITS) if unit in view] == sorted(naive)
-        assert [*view.unproven(range(1, UNITS))] == [unit for unit in range(1, UNITS) if unit not in naive]
-        for name in ("records", "failed", "not_finite", "missing_chunks"):
-            assert getattr(view, name) == sum(getattr(row, name) for row in naive.values())
-        assert [row async for row in view.rows()] == [naive[unit] for unit in sorted(naive)]
-
-    run_virtually(run())
+    store = begun()
+    view = LedgerView(store, UNITS, GENERATION)
+    for number, (key, rows) in enumerate(segments):
+        if number == halfway:
+            await view.refresh()
+        store.objects[key] = segment_of(rows)
+    for place in own:
+        if place < len(everything):
+            view.add(everything[place])
+    await view.refresh()
+    await view.refresh()
+    assert len(view) == len(naive)
+    assert [unit for unit in range(UNITS) if unit in view] == sorted(naive)
+    assert [*view.unproven(range(1, UNITS))] == [unit for unit in range(1, UNITS) if unit not in naive]
+    for name in ("records", "failed", "not_finite", "missing_chunks"):
+        assert getattr(view, name) == sum(getattr(row, name) for row in naive.values())
+    assert [row async for row in view.rows()] == [naive[unit] for unit in sorted(naive)]
 
 
 @given(ledgers(shas=("a", "a", "a", "c")), st.booleans())
 @settings(max_examples=200)
-def test_two_writers_who_proved_different_bytes_are_noticed_in_any_order(segments, backwards):
+@virtually
+async def test_two_writers_who_proved_different_bytes_are_noticed_in_any_order(segments, backwards):
     proofs = {}
     for _, rows in segments:
         for row in rows:
             proofs.setdefault(row.unit, set()).add(row.chunks)
     contradictory = any(len(chunks) > 1 for chunks in proofs.values())
-
-    async def run():
-        store = begun()
-        view = LedgerView(store, UNITS, GENERATION)
+    noticed = pytest.raises(MismatchError, match=r"two writers proved different bytes for output chunk \d+: the output")
+    store = begun()
+    view = LedgerView(store, UNITS, GENERATION)
+    with noticed if contradictory else nullcontext():
         for key, rows in segments[::-1] if backwards else segments:
             store.objects[key] = segment_of(rows)
             await view.refresh()
-
-    if not contradictory:
-        run_virtually(run())
-        return
-    with pytest.raises(MismatchError, match=r"two writers proved different bytes for output chunk \d+: the output"):
-        run_virtually(run())
 
 
 @pytest.mark.parametrize("unit", [-1, UNITS, 1 << 40])
@@ -113,25 +106,23 @@ def test_a_row_for_a_chunk_that_the_run_has_not_is_refused(unit):
         LedgerView(MemoryStore(), UNITS, GENERATION).add(row_of(unit))
 
 
-def test_a_row_that_is_gone_or_altered_when_it_is_read_again_is_noticed():
-    async def run():
-        store = begun()
-        keys = [f"{LEDGER_PREFIX}{GENERATION}/w/{seq:06d}.json" for seq in range(4)]
-        for seq, key in enumerate(keys):
-            store.objects[key] = segment_of([row_of(unit) for unit in range(seq * 10, seq * 10 + 10)])
-        view = LedgerView(store, UNITS, GENERATION)
-        await view.refresh()
-        good = store.objects.pop(keys[2])
-        with pytest.raises(StorageError, match="row of output chunk 20 is not found again: run the same command"):
-            [row async for row in view.rows()]
-        store.objects[keys[2]] = good.replace(b'"a"', b'"d"')
-        with pytest.raises(MismatchError, match=r"can't be read \(its SHA-256 is that of other bytes\); remove it"):
-            [row async for row in view.rows()]
-        store.objects[keys[2]] = segment_of(rows_from_json(good.replace(b'"a"', b'"d"')))
-        with pytest.raises(MismatchError, match="different bytes for output chunk 20"):
-            [row async for row in view.rows()]
-
-    run_virtually(run())
+@virtually
+async def test_a_row_that_is_gone_or_altered_when_it_is_read_again_is_noticed():
+    store = begun()
+    keys = [f"{LEDGER_PREFIX}{GENERATION}/w/{seq:06d}.json" for seq in range(4)]
+    for seq, key in enumerate(keys):
+        store.objects[key] = segment_of([row_of(unit) for unit in range(seq * 10, seq * 10 + 10)])
+    view = LedgerView(store, UNITS, GENERATION)
+    await view.refresh()
+    good = store.objects.pop(keys[2])
+    with pytest.raises(StorageError, match="row of output chunk 20 is not found again: run the same command"):
+        [row async for row in view.rows()]
+    store.objects[keys[2]] = good.replace(b'"a"', b'"d"')
+    with pytest.raises(MismatchError, match=r"can't be read \(its SHA-256 is that of other bytes\); remove it"):
+        [row async for row in view.rows()]
+    store.objects[keys[2]] = segment_of(rows_from_json(good.replace(b'"a"', b'"d"')))
+    with pytest.raises(MismatchError, match="different bytes for output chunk 20"):
+        [row async for row in view.rows()]
 
 
 @given(st.lists(st.integers(0, 60)))
@@ -156,7 +147,8 @@ def test_rows_of_another_form_are_refused(wrong):
         rows_from_json(wrong)
 
 
-def test_a_segment_over_the_bound_is_refused_before_it_is_read(monkeypatch):
+@virtually
+async def test_a_segment_over_the_bound_is_refused_before_it_is_read(monkeypatch):
     class Listed(MemoryStore):
         """Says what is there, and is not asked for it."""
 
@@ -164,21 +156,18 @@ def test_a_segment_over_the_bound_is_refused_before_it_is_read(monkeypatch):
             assert not key.startswith(LEDGER_PREFIX)
             return await super().get(key, start, stop)
 
-    async def run():
-        store, key = begun(), f"{LEDGER_PREFIX}{GENERATION}/w/000000.json"
-        store.objects[key] = segment_of([row_of(1)])
-        size = len(store.objects[key])
-        monkeypatch.setattr(ledger, "LARGEST_SEGMENT", size)
-        view = LedgerView(store, UNITS, GENERATION)
-        await view.refresh()
-        assert 1 in view
-        monkeypatch.setattr(ledger, "LARGEST_SEGMENT", size - 1)
-        listed = Listed(store.url)
-        listed.objects = store.objects
-        with pytest.raises(MismatchError, match=f"{size} bytes, no ledger segment is that large: remove it"):
-            await LedgerView(listed, UNITS, GENERATION).refresh()
-
-    run_virtually(run())
+    store, key = begun(), f"{LEDGER_PREFIX}{GENERATION}/w/000000.json"
+    store.objects[key] = segment_of([row_of(1)])
+    size = len(store.objects[key])
+    monkeypatch.setattr(ledger, "LARGEST_SEGMENT", size)
+    view = LedgerView(store, UNITS, GENERATION)
+    await view.refresh()
+    assert 1 in view
+    monkeypatch.setattr(ledger, "LARGEST_SEGMENT", size - 1)
+    listed = Listed(store.url)
+    listed.objects = store.objects
+    with pytest.raises(MismatchError, match=f"{size} bytes, no ledger segment is that large: remove it"):
+        await LedgerView(listed, UNITS, GENERATION).refresh()
 
 
 def long_row(unit):
@@ -188,15 +177,16 @@ def long_row(unit):
     return Row(unit, chunks, {f"c/{unit}/0/0": f'"{unit:032x}"'}, 1000, 0, 0)
 
 
-def test_a_view_of_a_hundred_thousand_chunks_takes_less_than_five_megabytes(monkeypatch):
+@virtually
+async def test_a_view_of_a_hundred_thousand_chunks_takes_less_than_five_megabytes(monkeypatch):
     monkeypatch.setattr(ledger, "READS_AT_ONCE", 64)
     monkeypatch.setattr(ledger, "BLOCK_UNITS", 1024)
     store = begun()
     for seq, low in enumerate(range(0, MANY, 64)):
         store.objects[f"{LEDGER_PREFIX}{GENERATION}/d48e7e7adbeeb904/{seq:06d}.json"] = segment_of(
             [long_row(unit) for unit in range(low, min(low + 64, MANY))])
-
-    async def run():
+    tracemalloc.start()
+    try:
         view = LedgerView(store, MANY, GENERATION)
         await view.refresh()
         assert view.records == MANY * 1000
@@ -204,10 +194,6 @@ def test_a_view_of_a_hundred_thousand_chunks_takes_less_than_five_megabytes(monk
         for unit in range(5_000):
             assert (await anext(rows)).unit == unit
         await rows.aclose()
-
-    tracemalloc.start()
-    try:
-        run_virtually(run())
         assert tracemalloc.get_traced_memory()[1] < 5e6
     finally:
         tracemalloc.stop()
@@ -232,65 +218,59 @@ async def ledger_of(store, identity, name):
 A, B = "a" * 16, "b" * 16
 
 
-def test_what_was_proven_before_a_removal_proves_nothing_of_the_output_that_follows():
-    async def run():
-        store = MemoryStore("memory://out")
-        first = await ledger_of(store, identity_of(), A)
-        view = LedgerView(store, UNITS, A)
-        await first.add(row_of(0, failed=0))
-        await remove_output(store)
-        assert store.objects == {}
-        # The removed output's client goes on for a while, beside one that begins the next.
-        for _ in range(2):
-            with pytest.raises(MismatchError, match="was removed, or is being removed"):
-                await first.flush()
-            with pytest.raises(MismatchError, match="was removed, or is being removed"):
-                await view.refresh()
-            follower = await ledger_of(store, identity_of(model="other"), B)
-        # A segment that it wrote at the last moment, or whose PUT lands late.
-        store.objects[f"{LEDGER_PREFIX}{A}/{A}/000000.json"] = segment_of([row_of(1)])
-        await follower.add(row_of(2, failed=0))
-        await follower.flush()
-        found = LedgerView(store, UNITS, B)
-        await found.refresh()
-        assert [unit for unit in range(UNITS) if unit in found] == [2]
-
-    run_virtually(run())
+@virtually
+async def test_what_was_proven_before_a_removal_proves_nothing_of_the_output_that_follows():
+    store = MemoryStore("memory://out")
+    first = await ledger_of(store, identity_of(), A)
+    view = LedgerView(store, UNITS, A)
+    await first.add(row_of(0, failed=0))
+    await remove_output(store)
+    assert store.objects == {}
+    # The removed output's client goes on for a while, beside one that begins the next.
+    for _ in range(2):
+        with pytest.raises(MismatchError, match="was removed, or is being removed"):
+            await first.flush()
+        with pytest.raises(MismatchError, match="was removed, or is being removed"):
+            await view.refresh()
+        follower = await ledger_of(store, identity_of(model="other"), B)
+    # A segment that it wrote at the last moment, or whose PUT lands late.
+    store.objects[f"{LEDGER_PREFIX}{A}/{A}/000000.json"] = segment_of([row_of(1)])
+    await follower.add(row_of(2, failed=0))
+    await follower.flush()
+    found = LedgerView(store, UNITS, B)
+    await found.refresh()
+    assert [unit for unit in range(UNITS) if unit in found] == [2]
 
 
-def test_segments_are_written_before_they_are_larger_than_any_that_is_read():
-    async def run():
-        store = MemoryStore("memory://out")
-        written = await ledger_of(store, identity_of(), A)
-        many = {f"c/{chunk}": None for chunk in range(ledger.FLUSH_SOURCE_CHUNKS // 2)}
-        for unit in range(6):
-            await written.add(replace(row_of(unit, failed=0), source=many))
-        assert sum(key.startswith(LEDGER_PREFIX) for key in store.objects) == 3
-        # A record that failed may not fail again: its chunk is proven at once.
-        await written.add(row_of(7, failed=1))
-        assert sum(key.startswith(LEDGER_PREFIX) for key in store.objects) == 4
-
-    run_virtually(run())
+@virtually
+async def test_segments_are_written_before_they_are_larger_than_any_that_is_read():
+    store = MemoryStore("memory://out")
+    written = await ledger_of(store, identity_of(), A)
+    many = {f"c/{chunk}": None for chunk in range(ledger.FLUSH_SOURCE_CHUNKS // 2)}
+    for unit in range(6):
+        await written.add(replace(row_of(unit, failed=0), source=many))
+    assert sum(key.startswith(LEDGER_PREFIX) for key in store.objects) == 3
+    # A record that failed may not fail again: its chunk is proven at once.
+    await written.add(row_of(7, failed=1))
+    assert sum(key.startswith(LEDGER_PREFIX) for key in store.objects) == 4
 
 
-def test_rows_that_gathered_during_a_flush_are_written_in_segments_that_can_be_read():
+@virtually
+async def test_rows_that_gathered_during_a_flush_are_written_in_segments_that_can_be_read():
     class Slow(MemoryStore):
         async def create(self, key, data):
             await asyncio.sleep(5)
             return await super().create(key, data)
 
-    async def run():
-        store = Slow("memory://out")
-        written = await ledger_of(store, identity_of(), A)
-        many = {f"c/{chunk}": None for chunk in range(ledger.FLUSH_SOURCE_CHUNKS // 2)}
-        async with asyncio.TaskGroup() as tasks:
-            for unit in range(9):
-                tasks.create_task(written.add(replace(row_of(unit, failed=0), source=many)))
-        await written.flush()
-        segments = [data for key, data in store.objects.items() if key.startswith(LEDGER_PREFIX)]
-        assert [len(rows_from_json(data)) for data in segments] == [2, 2, 2, 2, 1]
-        view = LedgerView(store, UNITS, A)
-        await view.refresh()
-        assert len(view) == 9
-
-    run_virtually(run())
+    store = Slow("memory://out")
+    written = await ledger_of(store, identity_of(), A)
+    many = {f"c/{chunk}": None for chunk in range(ledger.FLUSH_SOURCE_CHUNKS // 2)}
+    async with asyncio.TaskGroup() as tasks:
+        for unit in range(9):
+            tasks.create_task(written.add(replace(row_of(unit, failed=0), source=many)))
+    await written.flush()
+    segments = [data for key, data in store.objects.items() if key.startswith(LEDGER_PREFIX)]
+    assert [len(rows_from_json(data)) for data in segments] == [2, 2, 2, 2, 1]
+    view = LedgerView(store, UNITS, A)
+    await view.refresh()
+    assert len(view) == 9

@@ -22,7 +22,7 @@ from batch_client.storage import MemoryStore
 from batch_client.verify import verify_output
 from support.faulty import Fate
 from support.plans import plan_of
-from support.virtual import run_virtually
+from support.virtual import run_virtually, virtually
 from support.world import World, undisturbed
 
 PART_BYTES = 700
@@ -36,14 +36,14 @@ def _small_parts():
 
 
 @pytest.fixture(scope="module")
-def calm():
-    """Root and number of I/O steps of the undisturbed run, and the shared source."""
-    return (*undisturbed(), World(0).source)
+def small_run():
+    """As `undisturbed_run`, in more steps: the parts are small."""
+    return undisturbed()
 
 
 def published():
     world = World(3)
-    run_virtually(world.until_published(Fate(random.Random(0), faults=0)))
+    run_virtually(world.until_published())
     parts = sorted(key for key in world.output.objects if key.startswith(MANIFEST_PREFIX))
     assert len(parts) > 3
     return world.output, parts
@@ -63,7 +63,8 @@ proofs = st.builds(ChunkProof, text, st.integers(0, 1 << 40), text)
 @given(st.lists(st.tuples(st.lists(proofs, max_size=4).map(tuple), st.dictionaries(text, st.none() | text, max_size=6),
                           *[st.integers(0, 9)] * 3), max_size=30))
 @settings(max_examples=200)
-def test_rows_come_out_of_bounded_parts_as_they_went_in(values):
+@virtually
+async def test_rows_come_out_of_bounded_parts_as_they_went_in(values):
     rows = [Row(unit, *value) for unit, value in enumerate(values)]
     builder, store = ManifestBuilder(), MemoryStore()
     parts = [part for part in (*map(builder.add, rows), builder.close()) if part is not None]
@@ -73,23 +74,18 @@ def test_rows_come_out_of_bounded_parts_as_they_went_in(values):
     longest = max([0, *(len(row_json(row)) for row in rows)])
     assert all(len(body) < PART_BYTES + longest + 30 + len(rows) for _, body in parts)
     assert all(len(body) >= PART_BYTES for _, body in parts[:-1])
-
-    async def run():
-        found = await read_manifest(store)
-        assert [row async for row in manifest_rows(store, found)] == rows
-        digest = hashlib.sha256()
-        for row in rows:
-            for key, size, sha256 in row.chunks:
-                digest.update(f"{key} {size} {sha256}\n".encode())
-        assert found.root == f"sha256:{digest.hexdigest()}"
-        assert (found.ok, found.failed, found.not_finite) == tuple(sum(value[at] for value in values)
-                                                                   for at in (2, 3, 4))
-        assert found.missing_chunks == sum(list(value[1].values()).count(None) for value in values)
-        assert [part.key for part in found.parts] == [key for key, _ in parts]
-        for key, body in parts:
-            assert key == f"{MANIFEST_PREFIX}{json.loads(body)['rows'][0]['unit']:08d}.json"
-
-    run_virtually(run())
+    found = await read_manifest(store)
+    assert [row async for row in manifest_rows(store, found)] == rows
+    digest = hashlib.sha256()
+    for row in rows:
+        for key, size, sha256 in row.chunks:
+            digest.update(f"{key} {size} {sha256}\n".encode())
+    assert found.root == f"sha256:{digest.hexdigest()}"
+    assert (found.ok, found.failed, found.not_finite) == tuple(sum(value[at] for value in values) for at in (2, 3, 4))
+    assert found.missing_chunks == sum(list(value[1].values()).count(None) for value in values)
+    assert [part.key for part in found.parts] == [key for key, _ in parts]
+    for key, body in parts:
+        assert key == f"{MANIFEST_PREFIX}{json.loads(body)['rows'][0]['unit']:08d}.json"
 
 
 def noticed(store, words):
@@ -154,70 +150,61 @@ def test_verify_names_a_few_problems_and_counts_the_rest():
     ([(0, 100), (1, 100)], "2 of 3 output chunks are proven: not publishing"),
     ([(0, 100), (1, 99), (2, 50)], "output chunk 1 is proven with 99 records of 100: not publishing"),
 ])
-def test_what_is_not_complete_is_not_published(rows, words):
+@virtually
+async def test_what_is_not_complete_is_not_published(rows, words):
     plan = plan_of(250, 100, chunk_records=100)
     store = MemoryStore()
     store.objects[GENERATION_KEY] = b"a" * 16
     store.objects[f"{LEDGER_PREFIX}{'a' * 16}/w/000000.json"] = segment_of(
         [Row(unit, (), {}, ok, 0, 0) for unit, ok in rows])
-
-    async def run():
-        view = LedgerView(store, plan.unit_count, "a" * 16)
-        await view.refresh()
-        with pytest.raises(BrokenPromiseError, match=words):
-            await publish(store, await OutputLayout.open(plan, "none"), plan, Identity(), view)
-        assert len(store.objects) == 2
-
-    run_virtually(run())
+    view = LedgerView(store, plan.unit_count, "a" * 16)
+    await view.refresh()
+    with pytest.raises(BrokenPromiseError, match=words):
+        await publish(store, await OutputLayout.open(plan, "none"), plan, Identity(), view)
+    assert len(store.objects) == 2
 
 
 @pytest.mark.parametrize(("key", "left", "said"), [
     ("y/c/1/0", None, "y/c/1/0 is gone, [0-9]+ were written: remove _run"),
     ("record_status/c/1", b"short", "record_status/c/1 has 5 bytes, 12 were written: remove it and _run"),
 ])
-def test_what_is_gone_since_it_was_proven_is_not_published_until_it_is_there_again(key, left, said):
+@virtually
+async def test_what_is_gone_since_it_was_proven_is_not_published_until_it_is_there_again(key, left, said, small_run):
     """A run may take days, and a bucket have a rule that deletes what is old."""
-    root, world = undisturbed()[0], World(1)
-
-    async def run():
-        await world.live(Fate(random.Random(0), faults=0), part=(1, 2))
-        objects = world.output.objects
-        del objects[key]
-        if left is not None:
-            objects[key] = left
-        with pytest.raises(DataError, match=said) as error:
-            await world.live(Fate(random.Random(0), faults=0))
-        assert not [name for name in objects if name.endswith("zarr.json")]
-        segments = re.findall(r"_run/ledger/\S+\.json", str(error.value))
-        assert len(segments) == 1
-        for name in segments + [key] * (left is not None):
-            del objects[name]
-        assert (await world.live(Fate(random.Random(0), faults=0))).scored == len(world.records) // 2
-        await world.check(root)
-
-    run_virtually(run())
+    world = World(1)
+    await world.live(part=(1, 2))
+    objects = world.output.objects
+    del objects[key]
+    if left is not None:
+        objects[key] = left
+    with pytest.raises(DataError, match=said) as error:
+        await world.live()
+    assert not [name for name in objects if name.endswith("zarr.json")]
+    segments = re.findall(r"_run/ledger/\S+\.json", str(error.value))
+    assert len(segments) == 1
+    for name in segments + [key] * (left is not None):
+        del objects[name]
+    assert (await world.live()).scored == len(world.records) // 2
+    await world.check(small_run[0])
 
 
-def test_what_is_gone_beside_records_that_failed_is_not_scored_again_alone():
+@virtually
+async def test_what_is_gone_beside_records_that_failed_is_not_scored_again_alone():
     """They may not fail again, and then their chunks, which are there, are others."""
     plan, store = plan_of(250, 100, chunk_records=100), MemoryStore()
     store.objects[GENERATION_KEY] = b"a" * 16
     store.objects[f"{LEDGER_PREFIX}{'a' * 16}/w/000000.json"] = segment_of([
         Row(0, (ChunkProof("y/c/0/0", 10, "0" * 64),), {}, 100, 0, 0), Row(1, (), {}, 99, 1, 0),
         Row(2, (), {}, 50, 0, 0)])
-
-    async def run():
-        view = LedgerView(store, plan.unit_count, "a" * 16)
-        await view.refresh()
-        with pytest.raises(DataError, match="y/c/0/0 is gone, 10 were written: run again with --overwrite, since"):
-            await publish(store, await OutputLayout.open(plan, "none"), plan, Identity(), view)
-
-    run_virtually(run())
+    view = LedgerView(store, plan.unit_count, "a" * 16)
+    await view.refresh()
+    with pytest.raises(DataError, match="y/c/0/0 is gone, 10 were written: run again with --overwrite, since"):
+        await publish(store, await OutputLayout.open(plan, "none"), plan, Identity(), view)
 
 
 @pytest.mark.parametrize("when", ["crash before", "crash after"])
-def test_a_kill_at_every_step_of_publishing_is_resumed_to_the_same_root(when, calm):
-    root, steps, source = calm
+def test_a_kill_at_every_step_of_publishing_is_resumed_to_the_same_root(when, small_run):
+    root, steps, source = small_run
 
     async def run(point):
         world = World(point, source=source)
@@ -235,20 +222,17 @@ def test_a_kill_at_every_step_of_publishing_is_resumed_to_the_same_root(when, ca
     assert sum(run_virtually(run(point)) for point in range(steps - 20, steps + 1)) >= 5
 
 
-def test_a_part_that_somebody_else_wrote_keeps_a_run_from_publishing(calm):
-    world = World(1, source=calm[2])
-
-    async def run():
-        fate = Fate(random.Random(1), faults=0, kinds=("crash before",))
-        fate.at = {calm[1] - 4 * 3}
-        await world.live(fate)
-        last = max(key for key in world.output.objects if key.startswith(MANIFEST_PREFIX))
-        world.output.objects[last] += b" "
-        with pytest.raises(MismatchError, match="holds other bytes than this run would publish"):
-            await world.until_published(Fate(random.Random(1), faults=0))
-        assert MANIFEST_KEY not in world.output.objects
-
-    run_virtually(run())
+@virtually
+async def test_a_part_that_somebody_else_wrote_keeps_a_run_from_publishing(small_run):
+    world = World(1, source=small_run[2])
+    fate = Fate(random.Random(1), faults=0, kinds=("crash before",))
+    fate.at = {small_run[1] - 4 * 3}
+    await world.live(fate)
+    last = max(key for key in world.output.objects if key.startswith(MANIFEST_PREFIX))
+    world.output.objects[last] += b" "
+    with pytest.raises(MismatchError, match="holds other bytes than this run would publish"):
+        await world.until_published()
+    assert MANIFEST_KEY not in world.output.objects
 
 
 def test_etags_tell_what_changed_went_and_appeared():

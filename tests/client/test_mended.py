@@ -18,9 +18,8 @@ from batch_client.ledger import Ledger
 from batch_client.pipeline import execute
 from batch_client.storage import MemoryStore
 from batch_client.transport import HttpReply
-from support.faulty import Fate, Life
 from support.simulated import URL, SimulatedServer
-from support.virtual import run_virtually
+from support.virtual import virtually
 from support.world import CHUNK, RECORDS, World
 
 
@@ -45,7 +44,8 @@ def test_one_burst_of_resets_is_one_ejection():
 @pytest.mark.parametrize("answer", [
     HttpReply(507, {}, b'{"error": "out of memory"}'), HttpReply(200, {}, b"not a reply at all"),
 ])
-def test_a_record_that_always_gives_the_same_bad_answer_is_found(answer):
+@virtually
+async def test_a_record_that_always_gives_the_same_bad_answer_is_found(answer):
     class Choking(SimulatedServer):
         def answer(self, body, header_length):
             return answer if bytes(world.records[37]) in body[header_length:] else super().answer(body, header_length)
@@ -53,11 +53,7 @@ def test_a_record_that_always_gives_the_same_bad_answer_is_found(answer):
     world = World(1, server=Choking(seconds=0.01))
     world.records[37] = (201, 202, 203)
     world.source.objects = World(1, records=world.records).source.objects
-
-    async def run():
-        return await world.live(Fate(random.Random(1), faults=0), max_failed=1)
-
-    assert run_virtually(run()).failed == 1
+    assert (await world.live(max_failed=1)).failed == 1
 
 
 @pytest.mark.parametrize(("text", "kind"), [
@@ -69,7 +65,8 @@ def test_what_a_store_said_is_not_looked_for_in_names(text, kind):
     assert type(_translate(GenericError(text), "writing", "x")) is kind
 
 
-def test_a_flush_whose_answer_was_lost_loses_no_row():
+@virtually
+async def test_a_flush_whose_answer_was_lost_loses_no_row():
     from batch_client.ledger import ChunkProof, LedgerView, Row
 
     class Losing(MemoryStore):
@@ -82,47 +79,37 @@ def test_a_flush_whose_answer_was_lost_loses_no_row():
                 raise StorageError("connection reset")
             return done
 
-    async def run():
-        store = Losing()
-        store.objects[GENERATION_KEY] = b"a" * 16
-        ledger = Ledger(store, "a" * 16, "w", lambda: 0.0)
-        rows = [Row(unit, (ChunkProof(f"y/c/{unit}", 1, "0"),), {}, 1, 0, 0) for unit in (0, 1)]
-        await ledger.add(rows[0])
-        with pytest.raises(StorageError, match="connection reset"):
-            await ledger.flush()
-        await ledger.add(rows[1])
+    store = Losing()
+    store.objects[GENERATION_KEY] = b"a" * 16
+    ledger = Ledger(store, "a" * 16, "w", lambda: 0.0)
+    rows = [Row(unit, (ChunkProof(f"y/c/{unit}", 1, "0"),), {}, 1, 0, 0) for unit in (0, 1)]
+    await ledger.add(rows[0])
+    with pytest.raises(StorageError, match="connection reset"):
         await ledger.flush()
-        view = LedgerView(store, 2, "a" * 16)
-        await view.refresh()
-        assert [row.unit async for row in view.rows()] == [0, 1]
+    await ledger.add(rows[1])
+    await ledger.flush()
+    view = LedgerView(store, 2, "a" * 16)
+    await view.refresh()
+    assert [row.unit async for row in view.rows()] == [0, 1]
 
-    run_virtually(run())
 
-
-def test_a_stop_before_anything_was_scored_writes_nothing():
+@virtually
+async def test_a_stop_before_anything_was_scored_writes_nothing():
     from batch_client.pipeline import execute
-    from support.faulty import Life
 
     world = World(1)
-
-    async def run():
-        stop = asyncio.Event()
-        stop.set()
-        with pytest.raises(StoppedError):
-            await execute(world.spec(), world.services(Fate(random.Random(1), faults=0), Life()), stop=stop)
-        assert world.output.objects == {}
-
-    run_virtually(run())
+    stop = asyncio.Event()
+    stop.set()
+    with pytest.raises(StoppedError):
+        await execute(world.spec(), world.services(), stop=stop)
+    assert world.output.objects == {}
 
 
-def test_a_chunk_that_somebody_removed_is_read_as_what_no_record_has():
+@virtually
+async def test_a_chunk_that_somebody_removed_is_read_as_what_no_record_has():
     """Neither as a number that a model may give, nor as ok."""
     world = World(1)
-
-    async def run():
-        await world.live(Fate(random.Random(1), faults=0))
-
-    run_virtually(run())
+    await world.live()
     for key in ("record_status/c/1", "y/c/1/0"):
         del world.output.objects[key]
     group = zarr.open_group(zarr.storage.MemoryStore({
@@ -132,30 +119,28 @@ def test_a_chunk_that_somebody_removed_is_read_as_what_no_record_has():
     assert set(group["record_status"][:CHUNK]) == {0}
 
 
-def test_a_source_that_changed_between_two_lives_is_told_before_more_is_scored():
+@virtually
+async def test_a_source_that_changed_between_two_lives_is_told_before_more_is_scored():
     world = World(1)
+    stop = asyncio.Event()
+    services = world.services()
 
-    async def run():
-        stop = asyncio.Event()
-        services = world.services(Fate(random.Random(1), faults=0), Life())
+    def stop_soon(event):
+        if isinstance(event, ChunkWritten):
+            stop.set()
 
-        def stop_soon(event):
-            if isinstance(event, ChunkWritten):
-                stop.set()
-
-        with pytest.raises(StoppedError):
-            await execute(world.spec(), services, (stop_soon,), stop)
-        assert any("ledger" in key for key in world.output.objects)
-        world.source.objects["c/0/0"] = world.source.objects["c/1/0"]
-        events = []
-        with pytest.raises(MismatchError, match="chunk c/0/0 changed since it was scored"):
-            await execute(world.spec(), services, (events.append,))
-        assert not any(isinstance(event, RequestSent) for event in events)
-
-    run_virtually(run())
+    with pytest.raises(StoppedError):
+        await execute(world.spec(), services, (stop_soon,), stop)
+    assert any("ledger" in key for key in world.output.objects)
+    world.source.objects["c/0/0"] = world.source.objects["c/1/0"]
+    events = []
+    with pytest.raises(MismatchError, match="chunk c/0/0 changed since it was scored"):
+        await execute(world.spec(), services, (events.append,))
+    assert not any(isinstance(event, RequestSent) for event in events)
 
 
-def test_a_mended_source_is_advised_only_where_it_is_read_again():
+@virtually
+async def test_a_mended_source_is_advised_only_where_it_is_read_again():
     """A record that failed in a chunk that is proven stays failed there."""
     class Fussy(SimulatedServer):
         def answer(self, body, header_length):
@@ -164,16 +149,11 @@ def test_a_mended_source_is_advised_only_where_it_is_read_again():
 
     records = np.arange(RECORDS * 3, dtype=np.uint8).reshape(RECORDS, 3)
     world = World(1, server=Fussy(seconds=0.01), records=records)
-
-    async def run(most):
-        with pytest.raises(DataError) as caught:
-            await world.live(Fate(random.Random(1), faults=0), max_failed=most)
-        return str(caught.value)
-
-    assert run_virtually(run(0)).endswith("; accept them with --max-failed 2, or mend the source")
-    said = run_virtually(run(1))
-    assert "held back: 1" in said
-    assert said.endswith("or mend the source and score it into a new OUTPUT, or with --overwrite")
+    with pytest.raises(DataError, match=r"; accept them with --max-failed 2, or mend the source$"):
+        await world.live()
+    with pytest.raises(DataError, match=r"held back: 1.* or mend the source and score it into a new OUTPUT, or with "
+                                        r"--overwrite$"):
+        await world.live(max_failed=1)
 
 
 class NoLedger(MemoryStore):
@@ -185,17 +165,14 @@ class NoLedger(MemoryStore):
         return await super().create(key, data)
 
 
-def run_without_ledger(server):
+async def run_without_ledger(server, *observers):
     world = World(1, server)
-
-    async def run(*observers):
-        services = replace(world.services(Fate(random.Random(0), faults=0), Life()), output_store=NoLedger("memory://o"))
-        await execute(world.spec(), services, observers)
-
-    return run
+    services = replace(world.services(), output_store=NoLedger("memory://o"))
+    await execute(world.spec(), services, observers)
 
 
-def test_an_error_that_ends_a_run_is_told_also_where_the_store_is_away():
+@virtually
+async def test_an_error_that_ends_a_run_is_told_also_where_the_store_is_away():
     class Refusing(SimulatedServer):
         def answer(self, body, header_length):
             if self.requests > 8:
@@ -203,21 +180,17 @@ def test_an_error_that_ends_a_run_is_told_also_where_the_store_is_away():
             return super().answer(body, header_length)
 
     with pytest.raises(DataError, match="nothing can be scored"):
-        run_virtually(run_without_ledger(Refusing())())
+        await run_without_ledger(Refusing())
     with pytest.raises(StorageError, match="the store is away"):
-        run_virtually(run_without_ledger(SimulatedServer())())
+        await run_without_ledger(SimulatedServer())
 
 
-def test_a_run_that_is_cancelled_waits_for_no_store():
-    run = run_without_ledger(SimulatedServer(seconds=0.01))
+@virtually
+async def test_a_run_that_is_cancelled_waits_for_no_store():
+    def cancel(event):
+        if isinstance(event, ChunkWritten):
+            task.cancel()
 
-    async def cancelled():
-        def cancel(event):
-            if isinstance(event, ChunkWritten):
-                task.cancel()
-
-        task = asyncio.ensure_future(run(cancel))
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    run_virtually(cancelled())
+    task = asyncio.ensure_future(run_without_ledger(SimulatedServer(seconds=0.01), cancel))
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -105,7 +105,7 @@ def test_who_has_packed_numbers_is_told_of_flags_that_there_are():
     ("uint8", "uint8", False), ("uint8", "int16", False), ("float32", "float64", False),
 ])
 async def test_whole_numbers_for_a_model_of_floats_go_as_they_are_and_somebody_is_told(dtype, taken, is_cast):
-    source = await source_of(records_of(20, dtype=dtype), (10, 3))
+    source = source_of(records_of(20, dtype=dtype), (10, 3))
     said = (f"memory://source: {dtype} records are sent as {taken}, as they are: a model that was trained on scaled "
             f"numbers needs an archive packed with --input x:{dtype}:SHAPE --scale NUMBER")
     for go in (plan_run, execute):

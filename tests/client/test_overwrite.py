@@ -21,15 +21,10 @@ from batch_client.storage import MemoryStore
 from batch_client.transport import HttpReply
 from batch_client.verify import verify_output
 from batch_handler.oip import decode_request
-from support.faulty import Life, calm
+from support.runs import source_of
 from support.simulated import SimulatedServer
-from support.virtual import run_virtually
-from support.world import CHUNK, World, make_source, undisturbed
-
-
-@pytest.fixture(scope="module")
-def root():
-    return undisturbed()[0]
+from support.virtual import virtually
+from support.world import CHUNK, World
 
 
 class Interrupted(MemoryStore):
@@ -48,52 +43,48 @@ class Interrupted(MemoryStore):
 
 @pytest.mark.parametrize("prefix", ["y/c/5/", "record_status/c/11", "_run/ledger/", MANIFEST_KEY, "y/zarr.json",
                                     "zarr.json"])
-def test_an_output_that_is_removed_under_its_client_is_not_published(prefix, root):
+@virtually
+async def test_an_output_that_is_removed_under_its_client_is_not_published(prefix, root):
     world = World(1)
 
-    async def run():
-        async def removed():
-            await remove_output(world.output)
+    async def removed():
+        await remove_output(world.output)
 
-        world.output = Interrupted(prefix, removed)
-        with pytest.raises(MismatchError, match="was removed, or is being removed"):
-            await world.live(calm())
-        # The one PUT that was under way lands late; of all others none follows that makes anything visible.
-        left, world.output.objects = world.output.objects, {}
-        assert SUCCESS_KEY not in left
-        assert ("zarr.json" in left) == (prefix == "zarr.json")
-        assert not any(key.startswith("_run/ledger/") for key in left) or prefix == "_run/ledger/"
-        await world.live(calm())
-        await world.check(root)
-
-    run_virtually(run())
+    world.output = Interrupted(prefix, removed)
+    with pytest.raises(MismatchError, match="was removed, or is being removed"):
+        await world.live()
+    # The one PUT that was under way lands late; of all others none follows that makes anything visible.
+    left, world.output.objects = world.output.objects, {}
+    assert SUCCESS_KEY not in left
+    assert ("zarr.json" in left) == (prefix == "zarr.json")
+    assert not any(key.startswith("_run/ledger/") for key in left) or prefix == "_run/ledger/"
+    await world.live()
+    await world.check(root)
 
 
-def test_what_a_removed_outputs_client_still_writes_is_not_taken_for_the_next_ones():
+@virtually
+async def test_what_a_removed_outputs_client_still_writes_is_not_taken_for_the_next_ones():
     """Another run begins at the place before the first client has noticed; theirs are different models."""
     world = World(1)
     other = World(1, server=Other(digest="sha256:other", seconds=0.01), records=world.records)
 
-    async def run():
-        async def removed_and_begun():
-            await remove_output(world.output)
-            await begin(world.output, prepared.identity, "b" * 16)
+    async def removed_and_begun():
+        await remove_output(world.output)
+        await begin(world.output, prepared.identity, "b" * 16)
 
-        other.output = world.output = Interrupted("y/c/5/", removed_and_begun)
-        prepared = await prepare(other.spec(), other.services(calm(), Life()))
-        with pytest.raises(MismatchError, match="was removed, or is being removed"):
-            await world.live(calm())
-        assert any("/c/" in key for key in world.output.objects)
-        # Chunks that are there are the other model's: they stop the run, and no run takes them for its own.
-        with pytest.raises(BrokenPromiseError, match="another run's client wrote there"):
-            await other.live(calm())
-        assert SUCCESS_KEY not in other.output.objects
-        await remove_output(other.output)
-        summary = await other.live(calm())
-        assert summary.scored == len(other.records)
-        await other.check()
-
-    run_virtually(run())
+    other.output = world.output = Interrupted("y/c/5/", removed_and_begun)
+    prepared = await prepare(other.spec(), other.services())
+    with pytest.raises(MismatchError, match="was removed, or is being removed"):
+        await world.live()
+    assert any("/c/" in key for key in world.output.objects)
+    # Chunks that are there are the other model's: they stop the run, and no run takes them for its own.
+    with pytest.raises(BrokenPromiseError, match="another run's client wrote there"):
+        await other.live()
+    assert SUCCESS_KEY not in other.output.objects
+    await remove_output(other.output)
+    summary = await other.live()
+    assert summary.scored == len(other.records)
+    await other.check()
 
 
 class Other(SimulatedServer):
@@ -117,69 +108,61 @@ def removal_that_was_cut_off(output):
 
 @pytest.mark.parametrize("change", [altered_manifest, damaged_manifest, removal_that_was_cut_off])
 @pytest.mark.parametrize("overwritten_by", ["the same run", "another run"])
-def test_overwrite_replaces_what_another_version_published_and_what_was_half_removed(change, overwritten_by):
+@virtually
+async def test_overwrite_replaces_what_another_version_published_and_what_was_half_removed(change, overwritten_by):
     world = World(1)
     mended = world.records[::-1].copy()
-    objects = make_source(mended, (CHUNK, 3)).objects
-
-    async def run():
-        await world.live(calm())
-        change(world.output)
-        # The source was mended in place meanwhile: no old chunk is any good.
-        world.records, world.source.objects = mended, objects
-        options = {} if overwritten_by == "the same run" else {"codec": "zstd"}
-        summary = await world.live(calm(), overwrite=True, **options)
-        assert summary.scored == len(world.records)
-        await world.check()
-
-    run_virtually(run())
+    objects = source_of(mended, (CHUNK, 3)).objects
+    await world.live()
+    change(world.output)
+    # The source was mended in place meanwhile: no old chunk is any good.
+    world.records, world.source.objects = mended, objects
+    options = {} if overwritten_by == "the same run" else {"codec": "zstd"}
+    summary = await world.live(overwrite=True, **options)
+    assert summary.scored == len(world.records)
+    await world.check()
 
 
-def test_an_unfinished_run_of_a_source_that_has_changed_is_overwritten():
+@virtually
+async def test_an_unfinished_run_of_a_source_that_has_changed_is_overwritten():
     world = World(1)
     good = world.source.objects.pop("c/9/0")
-
-    async def run():
-        with pytest.raises(DataError, match="c/9/0"):
-            await world.live(calm())
-        world.source.objects["c/9/0"] = good
-        first = world.source.objects["c/0/0"]
-        world.records = np.concatenate([world.records[CHUNK:2 * CHUNK], world.records[CHUNK:]])
-        world.source.objects["c/0/0"] = world.source.objects["c/1/0"]
-        assert first != world.source.objects["c/0/0"]
-        with pytest.raises(MismatchError, match="c/0/0 changed since it was scored"):
-            await world.live(calm())
-        summary = await world.live(calm(), overwrite=True)
-        assert summary.scored == len(world.records)
-        await world.check()
-
-    run_virtually(run())
+    with pytest.raises(DataError, match="c/9/0"):
+        await world.live()
+    world.source.objects["c/9/0"] = good
+    first = world.source.objects["c/0/0"]
+    world.records = np.concatenate([world.records[CHUNK:2 * CHUNK], world.records[CHUNK:]])
+    world.source.objects["c/0/0"] = world.source.objects["c/1/0"]
+    assert first != world.source.objects["c/0/0"]
+    with pytest.raises(MismatchError, match="c/0/0 changed since it was scored"):
+        await world.live()
+    summary = await world.live(overwrite=True)
+    assert summary.scored == len(world.records)
+    await world.check()
 
 
-def test_chunks_that_decode_otherwise_are_not_reused():
+@virtually
+async def test_chunks_that_decode_otherwise_are_not_reused():
     records = np.random.default_rng(3).integers(0, 99, (96, 3)).astype(np.uint16)
-    source = make_source(records, (CHUNK, 3))
+    source = source_of(records, (CHUNK, 3))
     server = SimulatedServer(dtype=np.uint16, seconds=0.01)
     old, new = (World(seed, server=server, records=records, source=source) for seed in (1, 2))
 
     async def reuse():
-        services = replace(new.services(calm(), Life()), reuse_store=old.output)
+        services = replace(new.services(), reuse_store=old.output)
         return await execute(new.spec(reuse="memory://old"), services)
 
-    async def run():
-        await old.live(calm())
-        old.output.url = "memory://old"
-        metadata = source.objects["zarr.json"]
-        described = json.loads(metadata)
-        source.objects["zarr.json"] = json.dumps(described | {"attributes": {"note": "mine"}}).encode()
-        assert (await reuse()).scored == 0
-        new.output.objects.clear()
-        assert b'"little"' in metadata
-        source.objects["zarr.json"] = metadata.replace(b'"little"', b'"big"')
-        with pytest.raises(MismatchError, match="no chunk of it can be reused: source_encoding"):
-            await reuse()
-
-    run_virtually(run())
+    await old.live()
+    old.output.url = "memory://old"
+    metadata = source.objects["zarr.json"]
+    described = json.loads(metadata)
+    source.objects["zarr.json"] = json.dumps(described | {"attributes": {"note": "mine"}}).encode()
+    assert (await reuse()).scored == 0
+    new.output.objects.clear()
+    assert b'"little"' in metadata
+    source.objects["zarr.json"] = metadata.replace(b'"little"', b'"big"')
+    with pytest.raises(MismatchError, match="no chunk of it can be reused: source_encoding"):
+        await reuse()
 
 
 class Failing(SimulatedServer):
@@ -202,7 +185,8 @@ class Failing(SimulatedServer):
 
 
 @pytest.mark.parametrize("mended", [False, True])
-def test_a_chunk_with_failures_that_another_client_has_proven_meanwhile_is_the_others(mended, monkeypatch):
+@virtually
+async def test_a_chunk_with_failures_that_another_client_has_proven_meanwhile_is_the_others(mended, monkeypatch):
     """Its failures count once; and if it has none any more, its bytes are no contradiction."""
     monkeypatch.setattr(pipeline, "FLUSH_SECONDS", 0.0)  # look at the others' rows before each chunk
     records = np.random.default_rng(5).integers(0, 99, (96, 3), np.uint8)
@@ -211,71 +195,60 @@ def test_a_chunk_with_failures_that_another_client_has_proven_meanwhile_is_the_o
     server = SimulatedServer(seconds=0.01) if mended else Failing(0, seconds=0.01)
     quick = World(2, server=server, records=records, source=slow.source)
     quick.output = slow.output
-
-    async def run():
-        first = asyncio.ensure_future(slow.live(calm(), Life(), max_failed=1))
-        await asyncio.sleep(7)
-        assert (await quick.live(calm(), Life(), max_failed=1)).published
-        summary = await first
-        assert (summary.failed, summary.published) == (0 if mended else 1, True)
-
-    run_virtually(run())
+    first = asyncio.ensure_future(slow.live(max_failed=1))
+    await asyncio.sleep(7)
+    assert (await quick.live(max_failed=1)).published
+    summary = await first
+    assert (summary.failed, summary.published) == (0 if mended else 1, True)
 
 
-def test_a_chunk_that_was_held_back_here_and_proven_without_failures_elsewhere_is_held_no_more():
+@virtually
+async def test_a_chunk_that_was_held_back_here_and_proven_without_failures_elsewhere_is_held_no_more():
     records = np.random.default_rng(5).integers(0, 99, (960, 3), np.uint8)
     records[1, 0] = 255
     failing = World(1, server=Failing(0, seconds=5), records=records)
     mended = World(2, records=records, source=failing.source)
     mended.output = failing.output
-
-    async def run():
-        events = []
-        first = asyncio.ensure_future(execute(failing.spec(), failing.services(calm(), Life()), (events.append,)))
-        while not any(isinstance(event, ChunkHeld) for event in events):
-            assert not first.done()
-            await asyncio.sleep(1)
-        assert (await mended.live(calm(), Life())).published
-        summary = await first
-        assert (summary.failed, summary.published) == (0, True)
-
-    run_virtually(run())
+    events = []
+    first = asyncio.ensure_future(execute(failing.spec(), failing.services(), (events.append,)))
+    while not any(isinstance(event, ChunkHeld) for event in events):
+        assert not first.done()
+        await asyncio.sleep(1)
+    assert (await mended.live()).published
+    summary = await first
+    assert (summary.failed, summary.published) == (0, True)
 
 
-def test_a_removal_that_can_not_look_at_what_is_read_leaves_the_output_as_it_was():
+@virtually
+async def test_a_removal_that_can_not_look_at_what_is_read_leaves_the_output_as_it_was():
     world = World(1)
 
     class Refusing(MemoryStore):
         async def get(self, key, start=None, stop=None):
             raise CredentialsError("the store refused the credentials")
 
-    async def run():
-        assert (await world.live(calm(), Life())).published
-        before = dict(world.output.objects)
-        with pytest.raises(CredentialsError):
-            await remove_output(world.output, kept=[Refusing()])
-        assert world.output.objects == before
-
-    run_virtually(run())
+    assert (await world.live()).published
+    before = dict(world.output.objects)
+    with pytest.raises(CredentialsError):
+        await remove_output(world.output, kept=[Refusing()])
+    assert world.output.objects == before
 
 
-def test_an_overwrite_deletes_nothing_where_zarr_refuses_what_is_to_be_there(monkeypatch):
+@virtually
+async def test_an_overwrite_deletes_nothing_where_zarr_refuses_what_is_to_be_there(monkeypatch):
     world = World(1)
 
     async def refuse(*_):
         raise ValueError("no such array")
 
-    async def run():
-        assert (await world.live(calm(), Life())).published
-        before = dict(world.output.objects)
-        monkeypatch.setattr(OutputLayout, "open", refuse)
-        with pytest.raises(ValueError, match="no such array"):
-            await world.live(calm(), Life(), overwrite=True)
-        assert world.output.objects == before
-        with pytest.raises(ValueError, match="no such array"):  # and `plan` says so before
-            await plan_run(world.spec(overwrite=True), world.services(calm(), Life()))
-
-    run_virtually(run())
+    assert (await world.live()).published
+    before = dict(world.output.objects)
+    monkeypatch.setattr(OutputLayout, "open", refuse)
+    with pytest.raises(ValueError, match="no such array"):
+        await world.live(overwrite=True)
+    assert world.output.objects == before
+    with pytest.raises(ValueError, match="no such array"):  # and `plan` says so before
+        await plan_run(world.spec(overwrite=True), world.services())
 
 
 async def test_an_input_in_the_output_is_refused_where_it_is_named_from_above(tmp_path):
@@ -291,135 +264,114 @@ async def test_an_input_in_the_output_is_refused_where_it_is_named_from_above(tm
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_what_is_reused_is_not_overwritten_under_another_name_of_its_place(again):
+@virtually
+async def test_what_is_reused_is_not_overwritten_under_another_name_of_its_place(again):
     """Two URLs that nothing tells to be one place: the mark of the removal does, also one that was cut off."""
     world = World(1)
     alias = MemoryStore("memory://alias")
-
-    async def run():
-        assert (await world.live(calm(), Life())).published
-        alias.objects = world.output.objects
-        if again:
-            alias.objects[REMOVING_KEY] = b"cut off"
-        before = dict(alias.objects)
-        services = replace(world.services(calm(), Life()), reuse_store=alias)
-        with pytest.raises(UsageError, match="memory://alias and OUTPUT memory://out are one place: nothing was de"):
-            await execute(world.spec(reuse="memory://alias", overwrite=True), services)
-        assert alias.objects == before
-        assert (await verify_output(world.output, deep=True)).records == len(world.records)
-
-    run_virtually(run())
+    assert (await world.live()).published
+    alias.objects = world.output.objects
+    if again:
+        alias.objects[REMOVING_KEY] = b"cut off"
+    before = dict(alias.objects)
+    services = replace(world.services(), reuse_store=alias)
+    with pytest.raises(UsageError, match="memory://alias and OUTPUT memory://out are one place: nothing was de"):
+        await execute(world.spec(reuse="memory://alias", overwrite=True), services)
+    assert alias.objects == before
+    assert (await verify_output(world.output, deep=True)).records == len(world.records)
 
 
 @pytest.mark.parametrize("name", [
     "notes.txt", "v2/_run/spec.json", "v2/zarr.json", "other/c/0/0", "y/c.txt", "y/d/c/0"])
-def test_an_overwrite_deletes_nothing_where_there_is_something_else(name):
+@virtually
+async def test_an_overwrite_deletes_nothing_where_there_is_something_else(name):
     world = World(1)
+    await world.live()
+    assert (await contents_of(world.output)).objects == len(world.output.objects)
+    world.output.objects[name] = b"precious"
+    before = dict(world.output.objects)
+    with pytest.raises(MismatchError, match=f"memory://out holds {name} too, which is not of this output"):
+        await world.live(overwrite=True, codec="zstd")
+    assert world.output.objects == before
 
-    async def run():
-        await world.live(calm())
-        assert (await contents_of(world.output)).objects == len(world.output.objects)
-        world.output.objects[name] = b"precious"
-        before = dict(world.output.objects)
-        with pytest.raises(MismatchError, match=f"memory://out holds {name} too, which is not of this output"):
-            await world.live(calm(), overwrite=True, codec="zstd")
+
+@virtually
+async def test_an_output_below_another_one_is_no_part_of_it():
+    world = World(1)
+    await world.live()
+    for key, data in list(world.output.objects.items()):
+        world.output.objects[f"v2/{key}"] = data
+    await verify_output(world.output, deep=True)
+    world.output.objects["y/c/99/0"] = b""
+    with pytest.raises(DataError, match="y/c/99/0 is no chunk of this run"):
+        await verify_output(world.output)
+
+
+@virtually
+async def test_an_overwrite_does_not_delete_what_it_would_read():
+    world = World(1)
+    await world.live()
+    before = dict(world.output.objects)
+    for name, url in (("INPUT", "memory://out/y"), ("--reuse", "memory://out")):
+        services = world.services()
+        inside = MemoryStore(url)
+        changed = replace(services, source_store=inside) if name == "INPUT" else replace(services, reuse_store=inside)
+        with pytest.raises(UsageError, match=f"{name} {url} is in OUTPUT memory://out"):
+            await execute(world.spec(overwrite=True), changed)
         assert world.output.objects == before
 
-    run_virtually(run())
 
-
-def test_an_output_below_another_one_is_no_part_of_it():
-    world = World(1)
-
-    async def run():
-        await world.live(calm())
-        for key, data in list(world.output.objects.items()):
-            world.output.objects[f"v2/{key}"] = data
-        await verify_output(world.output, deep=True)
-        world.output.objects["y/c/99/0"] = b""
-        with pytest.raises(DataError, match="y/c/99/0 is no chunk of this run"):
-            await verify_output(world.output)
-
-    run_virtually(run())
-
-
-def test_an_overwrite_does_not_delete_what_it_would_read():
-    world = World(1)
-
-    async def run():
-        await world.live(calm())
-        before = dict(world.output.objects)
-        for name, url in (("INPUT", "memory://out/y"), ("--reuse", "memory://out")):
-            services = world.services(calm(), Life())
-            inside = MemoryStore(url)
-            changed = replace(services, source_store=inside) if name == "INPUT" else replace(
-                services, reuse_store=inside)
-            with pytest.raises(UsageError, match=f"{name} {url} is in OUTPUT memory://out"):
-                await execute(world.spec(overwrite=True), changed)
-            assert world.output.objects == before
-
-    run_virtually(run())
-
-
-def test_an_overwrite_that_would_end_at_a_missing_chunk_deletes_nothing():
+@virtually
+async def test_an_overwrite_that_would_end_at_a_missing_chunk_deletes_nothing():
     world = World(1)
     missing = world.source.objects.pop("c/9/0")
-
-    async def run():
-        await world.live(calm(), allow_missing=True)
-        before = dict(world.output.objects)
-        for go in (pipeline.plan_run, execute):
-            with pytest.raises(DataError, match="scored with --allow-missing, since INPUT lacked 1 chunks: run again"):
-                await go(world.spec(overwrite=True, codec="zstd"), world.services(calm(), Life()))
-        assert world.output.objects == before
-        assert (await world.live(calm(), overwrite=True, codec="zstd", allow_missing=True)).missing_chunks == 1
-        await remove_output(world.output)
-        world.source.objects["c/9/0"] = missing
-        assert (await world.live(calm())).missing_chunks == 0
-
-    run_virtually(run())
+    await world.live(allow_missing=True)
+    before = dict(world.output.objects)
+    for go in (pipeline.plan_run, execute):
+        with pytest.raises(DataError, match="scored with --allow-missing, since INPUT lacked 1 chunks: run again"):
+            await go(world.spec(overwrite=True, codec="zstd"), world.services())
+    assert world.output.objects == before
+    assert (await world.live(overwrite=True, codec="zstd", allow_missing=True)).missing_chunks == 1
+    await remove_output(world.output)
+    world.source.objects["c/9/0"] = missing
+    assert (await world.live()).missing_chunks == 0
 
 
-def test_an_overwrite_takes_the_chunk_size_only_of_what_it_goes_on_with(monkeypatch):
+@virtually
+async def test_an_overwrite_takes_the_chunk_size_only_of_what_it_goes_on_with(monkeypatch):
     world = World(1)
 
     async def size(place, **changes):
-        services = replace(world.services(calm(), Life()), output_store=place)
+        services = replace(world.services(), output_store=place)
         spec = world.spec(chunk_records=None, overwrite=True, **changes)
         return (await prepare(spec, services)).plan.chunk_records
 
-    async def run():
-        default = await size(MemoryStore("memory://empty"))
-        assert default != 3 * CHUNK
-        await world.live(calm(), chunk_records=3 * CHUNK)
-        assert await size(world.output) == default
-        del world.output.objects[SUCCESS_KEY]
-        assert await size(world.output) == 3 * CHUNK
-        assert await size(world.output, codec="zstd") == default
-        # Nor is a size that this run can't have, which nobody has asked for, a reason to refuse it.
-        monkeypatch.setattr(plan, "MAX_CHUNK_BYTES_OUT", CHUNK * 9)
-        monkeypatch.setattr(plan, "LARGEST_CHUNK_BYTES_OUT", 2 * CHUNK * 9)
-        assert await size(world.output, codec="zstd") == CHUNK
-        await world.output.create(SUCCESS_KEY, b"")
-        assert await size(world.output) == CHUNK
-
-    run_virtually(run())
+    default = await size(MemoryStore("memory://empty"))
+    assert default != 3 * CHUNK
+    await world.live(chunk_records=3 * CHUNK)
+    assert await size(world.output) == default
+    del world.output.objects[SUCCESS_KEY]
+    assert await size(world.output) == 3 * CHUNK
+    assert await size(world.output, codec="zstd") == default
+    # Nor is a size that this run can't have, which nobody has asked for, a reason to refuse it.
+    monkeypatch.setattr(plan, "MAX_CHUNK_BYTES_OUT", CHUNK * 9)
+    monkeypatch.setattr(plan, "LARGEST_CHUNK_BYTES_OUT", 2 * CHUNK * 9)
+    assert await size(world.output, codec="zstd") == CHUNK
+    await world.output.create(SUCCESS_KEY, b"")
+    assert await size(world.output) == CHUNK
 
 
-def test_an_output_is_in_no_place_that_it_is_made_from():
+@virtually
+async def test_an_output_is_in_no_place_that_it_is_made_from():
     world = World(1)
-
-    async def run():
-        services = replace(world.services(calm(), Life()), output_store=MemoryStore("memory://old/new"),
-                           reuse_store=MemoryStore("memory://old"))
-        with pytest.raises(UsageError, match="OUTPUT memory://old/new is in --reuse memory://old"):
+    services = replace(world.services(), output_store=MemoryStore("memory://old/new"),
+                       reuse_store=MemoryStore("memory://old"))
+    with pytest.raises(UsageError, match="OUTPUT memory://old/new is in --reuse memory://old"):
+        await execute(world.spec(), services)
+    for url in ("memory://source/scores", "memory://source/c/9/0"):
+        services = replace(world.services(), output_store=MemoryStore(url))
+        with pytest.raises(UsageError, match=f"OUTPUT {url} is in INPUT memory://source"):
             await execute(world.spec(), services)
-        for url in ("memory://source/scores", "memory://source/c/9/0"):
-            services = replace(world.services(calm(), Life()), output_store=MemoryStore(url))
-            with pytest.raises(UsageError, match=f"OUTPUT {url} is in INPUT memory://source"):
-                await execute(world.spec(), services)
-
-    run_virtually(run())
 
 
 @pytest.mark.parametrize(("output", "old", "wanted"), [

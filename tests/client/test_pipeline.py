@@ -39,7 +39,7 @@ async def opened(store):
 async def score(records, chunks=(10, 3), server=None, **options):
     server = server or SimulatedServer(records.shape[1:], records.dtype)
     output = MemoryStore("memory://out")
-    source = await source_of(records, chunks)
+    source = source_of(records, chunks)
     summary = await execute(spec(**options), services(server, source, output))
     return summary, output
 
@@ -61,7 +61,7 @@ class LoggedStore(MemoryStore):
 
 async def test_the_first_requests_do_not_wait_for_more_than_the_first_output_chunk():
     records, log = records_of(300), []
-    source = LoggedStore(await source_of(records, (10, 3)), log)
+    source = LoggedStore(source_of(records, (10, 3)), log)
 
     def observe(event):
         if isinstance(event, RequestSent):
@@ -82,7 +82,7 @@ async def test_a_cancelled_future_in_an_observer_ends_the_run_like_any_error_of_
         if isinstance(event, kind):
             future.result()
 
-    source = await source_of(records_of(95), (10, 3))
+    source = source_of(records_of(95), (10, 3))
     with pytest.raises((RuntimeError, ExceptionGroup)) as caught:
         await execute(spec(), services(SimulatedServer(), source), (ask_it,))
     error = caught.value
@@ -122,7 +122,7 @@ def test_any_geometry_gives_each_record_its_own_prediction_in_its_own_place(data
     async def go():
         records = records_of(count, seed=count)
         server = SimulatedServer(micro_batch=micro_batch)
-        source = await source_of(records, (chunk, data.draw(st.sampled_from([1, 2, 3]))))
+        source = source_of(records, (chunk, data.draw(st.sampled_from([1, 2, 3]))))
         output = MemoryStore("memory://out")
         parts = services(server, source, output)
         plan = await plan_run(spec(**options), parts)
@@ -142,7 +142,7 @@ def test_any_geometry_gives_each_record_its_own_prediction_in_its_own_place(data
 async def test_sources_of_every_layout_are_read_the_same(options, dtype):
     records = records_of(50, (4,)).astype(dtype)
     server = SimulatedServer((4,), np.float32)
-    source = await source_of(records, **options)
+    source = source_of(records, **options)
     output = MemoryStore("memory://out")
     summary = await execute(spec(request_records=8), services(server, source, output))
     assert summary.records == 50
@@ -159,7 +159,7 @@ async def test_metadata_comes_last_and_the_groups_after_the_arrays():
             order.append(key)
             return await super().create(key, data)
 
-    source = await source_of(records_of(40), (10, 3))
+    source = source_of(records_of(40), (10, 3))
     await execute(spec(chunk_records=10), services(SimulatedServer(), source, Recording("memory://out")))
     chunks = [index for index, key in enumerate(order) if "/c/" in key]
     manifest = order.index("_run/manifest.json")
@@ -171,7 +171,7 @@ async def test_metadata_comes_last_and_the_groups_after_the_arrays():
 
 async def test_xarray_opens_the_output_without_a_warning(tmp_path):
     records = records_of(40)
-    source = await source_of(records, (10, 3))
+    source = source_of(records, (10, 3))
     place = str(tmp_path / "o")
     await execute(spec(output=place), services(SimulatedServer(), source, open_store(place)))
     with warnings.catch_warnings():
@@ -206,7 +206,7 @@ async def test_requests_are_cut_by_what_the_server_says_a_micro_batch_takes_and_
 async def test_nothing_opens_before_the_end_and_the_same_command_goes_on(tmp_path):
     records = records_of(200)
     server = SimulatedServer(seconds=0.005)
-    source = await source_of(records, (10, 3))
+    source = source_of(records, (10, 3))
     output = MemoryStore("memory://out")
     stop = asyncio.Event()
     seen = []
@@ -231,7 +231,7 @@ async def test_nothing_opens_before_the_end_and_the_same_command_goes_on(tmp_pat
 
 async def test_a_published_run_is_found_done():
     records = records_of(20)
-    source = await source_of(records, (10, 3))
+    source = source_of(records, (10, 3))
     output = MemoryStore("memory://out")
     first = await execute(spec(), services(SimulatedServer(), source, output))
     before = dict(output.objects)
@@ -253,7 +253,7 @@ class WithNan(SimulatedServer):
 
 
 async def test_a_prediction_that_is_not_finite_is_counted_apart_whoever_asks():
-    source, output = await source_of(records_of(20), (20, 3)), MemoryStore("memory://out")
+    source, output = source_of(records_of(20), (20, 3)), MemoryStore("memory://out")
     first = await execute(spec(), services(WithNan(), source, output))
     again = await execute(spec(), services(WithNan(), source, output))
     strict = await execute(spec(require_finite=True), services(WithNan(), source, output))
@@ -268,7 +268,7 @@ async def test_a_prediction_that_is_not_finite_is_counted_apart_whoever_asks():
     ({"codec": "zstd"}, "codec"), ({"records": Records(0, 10)}, "stop"), ({"chunk_records": 10}, "grid_records"),
 ])
 async def test_another_run_at_the_same_place_is_refused(options, field):
-    source = await source_of(records_of(20), (10, 3))
+    source = source_of(records_of(20), (10, 3))
     output = MemoryStore("memory://out")
     await execute(spec(), services(SimulatedServer(), source, output))
     with pytest.raises(MismatchError, match=field):
@@ -276,7 +276,7 @@ async def test_another_run_at_the_same_place_is_refused(options, field):
 
 
 async def test_another_model_at_the_same_place_is_refused():
-    source = await source_of(records_of(20), (10, 3))
+    source = source_of(records_of(20), (10, 3))
     output = MemoryStore("memory://out")
     await execute(spec(), services(SimulatedServer(), source, output))
     with pytest.raises(MismatchError, match=r"its model is sha256:new, that of OUTPUT memory://out is sha256:\S+; "
@@ -285,7 +285,7 @@ async def test_another_model_at_the_same_place_is_refused():
 
 
 async def test_a_place_with_something_else_is_refused_and_left_alone():
-    source = await source_of(records_of(20), (10, 3))
+    source = source_of(records_of(20), (10, 3))
     output = MemoryStore("memory://out")
     output.objects["zarr.json"] = b"{}"
     with pytest.raises(MismatchError, match="is no output of batch-client"):
@@ -361,20 +361,20 @@ async def test_a_bad_answer_is_asked_again_and_never_taken(changes):
 
 async def test_the_first_event_says_what_is_coming():
     events = []
-    source = await source_of(records_of(20), (10, 3))
+    source = source_of(records_of(20), (10, 3))
     await execute(spec(), services(SimulatedServer(), source), (events.append,))
     assert isinstance(events[0], RunStarted)
     assert events[0].plan.count == 20
 
 
 async def test_a_request_that_the_server_refuses_ends_the_run_with_its_reason():
-    source = await source_of(records_of(40), (10, 3))
+    source = source_of(records_of(40), (10, 3))
     wanted = "records 0 to 7: the server refuses this request, and on zeros in their place too (400: image is 3, wanted"
     await refused(DataError, wanted, source, Answering(*[refuses] * 9), request_records=8, in_flight=1)
 
 
 async def test_a_model_that_changes_under_the_run_is_never_mixed_in():
-    source = await source_of(records_of(80), (10, 3))
+    source = source_of(records_of(80), (10, 3))
 
     class Exchanged(SimulatedServer):
         def answer(self, body, header_length):
@@ -388,7 +388,7 @@ async def test_a_model_that_changes_under_the_run_is_never_mixed_in():
 
 
 async def test_numerics_that_change_under_the_run_are_never_mixed_in():
-    source = await source_of(records_of(80), (10, 3))
+    source = source_of(records_of(80), (10, 3))
 
     class Moved(SimulatedServer):
         """The same model on another kind of machine."""
@@ -405,7 +405,7 @@ async def test_numerics_that_change_under_the_run_are_never_mixed_in():
 
 @pytest.mark.parametrize("chunk", [10, 30, 100])
 async def test_what_plan_says_is_written_is_what_verify_counts_but_for_the_checksums(chunk):
-    source, output = await source_of(records_of(100), (10, 3)), MemoryStore("memory://out")
+    source, output = source_of(records_of(100), (10, 3)), MemoryStore("memory://out")
     figures = _figures(await plan_run(spec(chunk_records=chunk), services(SimulatedServer(), source)))
     await execute(spec(chunk_records=chunk), services(SimulatedServer(), source, output))
     found = await verify_output(output)

@@ -10,10 +10,9 @@ from batch_client.place import begin, check_place, generation_of, require_genera
 from batch_client.progress import progress_of
 from batch_client.removal import contents_of, remove_output
 from batch_client.storage import MemoryStore
-from support.faulty import calm
 from support.identities import identity_of
-from support.virtual import run_virtually
-from support.world import World, undisturbed
+from support.virtual import virtually
+from support.world import World
 
 A, B = "a" * 16, "b" * 16
 MINE = identity_of()
@@ -99,17 +98,14 @@ async def test_an_output_that_is_removed_while_it_is_begun_is_not_begun(key, aft
     assert store.objects == {SPEC_KEY: MINE.to_json(), GENERATION_KEY: A.encode()}
 
 
-def removed(what, key, meanwhile, *, after):
+@virtually
+async def removed(what, key, meanwhile, *, after):
     """A world whose published output was removed, and what `meanwhile(world)` did before or after `key` went."""
     world = World(1)
-
-    async def run():
-        await world.live(calm())
-        store = Meanwhile(what, key, lambda: meanwhile(world), after=after)
-        store.objects, world.output = world.output.objects, store
-        await remove_output(store)
-
-    run_virtually(run())
+    await world.live()
+    store = Meanwhile(what, key, lambda: meanwhile(world), after=after)
+    store.objects, world.output = world.output.objects, store
+    await remove_output(store)
     return world
 
 
@@ -121,7 +117,7 @@ def test_nothing_begins_while_an_output_is_removed(key, after):
 
     async def begins(world):
         with pytest.raises(MismatchError, match="is being removed, or its removal was cut off: finish it"):
-            await world.live(calm())
+            await world.live()
         if SPEC_KEY in world.output.objects:
             assert (await progress_of(world.output)).removing
         tried.append(key)
@@ -137,8 +133,8 @@ def test_what_a_client_writes_while_its_output_is_removed_goes_too():
     assert removed("delete", SPEC_KEY, writes, after=True).output.objects == {}
 
 
-def test_a_client_that_writes_on_and_on_stops_the_removal_which_can_be_finished_later():
-    root = undisturbed()[0]
+@virtually
+async def test_a_client_that_writes_on_and_on_stops_the_removal_which_can_be_finished_later(root):
     world = World(1)
 
     class Busy(MemoryStore):
@@ -149,19 +145,16 @@ def test_a_client_that_writes_on_and_on_stops_the_removal_which_can_be_finished_
             if self.writing and key == "y/c/3/0":
                 self.objects[key] = b"again"
 
-    async def run():
-        await world.live(calm())
-        store = Busy("memory://out")
-        store.objects, world.output = world.output.objects, store
-        with pytest.raises(StorageError, match="still listed after they were deleted"):
-            await remove_output(store)
-        with pytest.raises(MismatchError, match="its removal was cut off"):
-            await world.live(calm())
-        store.writing = False
-        assert (await world.live(calm(), overwrite=True)).root == root
-        await world.check(root)
-
-    run_virtually(run())
+    await world.live()
+    store = Busy("memory://out")
+    store.objects, world.output = world.output.objects, store
+    with pytest.raises(StorageError, match="still listed after they were deleted"):
+        await remove_output(store)
+    with pytest.raises(MismatchError, match="its removal was cut off"):
+        await world.live()
+    store.writing = False
+    assert (await world.live(overwrite=True)).root == root
+    await world.check(root)
 
 
 async def test_a_removal_that_another_one_has_finished_deletes_nothing_of_what_follows():

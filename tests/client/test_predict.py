@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -11,6 +10,7 @@ import pytest
 
 from batch_client import cli
 from batch_client.cli import predict
+from support.web import in_a_thread
 
 FULL = {"code": 503, "type": "ServiceUnavailableException",
         "message": 'Model "toy" has no worker to serve inference request. Please use scale workers API to add workers.'}
@@ -34,14 +34,8 @@ def server_that_is_full(times):
         def log_message(self, *args):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}", received
-        finally:
-            server.shutdown()
-            thread.join()
+    with in_a_thread(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
+        yield url, received
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 
 from batch_client.progress import _rate, progress_of
-from support.faulty import calm
-from support.virtual import run_virtually
+from support.virtual import virtually
 from support.world import World
 
 
@@ -27,16 +26,13 @@ def test_the_rate_is_of_records_and_not_of_segments():
 
 
 @pytest.mark.parametrize("gone", ["_run/ledger/", "_run/generation"])
-def test_what_is_published_is_told_by_its_manifest_whatever_became_of_its_ledger(gone):
+@virtually
+async def test_what_is_published_is_told_by_its_manifest_whatever_became_of_its_ledger(gone):
     world = World(1)
-
-    async def run():
-        await world.live(calm())
-        before = await progress_of(world.output)
-        for key in [key for key in world.output.objects if key.startswith(gone)]:
-            del world.output.objects[key]
-        now = await progress_of(world.output)
-        assert (now.done, now.chunks_done, now.published) == (len(world.records), now.chunks, True)
-        assert replace(now, records_per_s=None, writers=()) == replace(before, records_per_s=None, writers=())
-
-    run_virtually(run())
+    await world.live()
+    before = await progress_of(world.output)
+    for key in [key for key in world.output.objects if key.startswith(gone)]:
+        del world.output.objects[key]
+    now = await progress_of(world.output)
+    assert (now.done, now.chunks_done, now.published) == (len(world.records), now.chunks, True)
+    assert replace(now, records_per_s=None, writers=()) == replace(before, records_per_s=None, writers=())

@@ -184,7 +184,7 @@ async def stored_memory(store: MemoryStore, key: str) -> np.ndarray:
 ])
 async def test_chunks_of_which_nearly_all_is_wanted_are_not_copied(start, stop, kept, monkeypatch):
     monkeypatch.setattr(zarrstore, "LEAST_KEPT_BYTES", 15)  # half a chunk
-    store = await source_of(records_of(COUNT), (CHUNK, 3), compressors=None)
+    store = source_of(records_of(COUNT), (CHUNK, 3), compressors=None)
     records = (await (await open_source(store, None)).read(start, stop)).records
     shared = [chunk for chunk in range(11) for piece in records.arrays
               if np.shares_memory(piece, await stored_memory(store, f"c/{chunk}/0"))]
@@ -212,7 +212,7 @@ class AzuresStore(MemoryStore):
 
 async def test_an_etag_is_the_same_with_quotes_and_without():
     store = AzuresStore()
-    store.objects = (await source_of(records_of(COUNT), (CHUNK, 3))).objects
+    store.objects = source_of(records_of(COUNT), (CHUNK, 3)).objects
     source = await open_source(store, None)
     etags = (await source.read(0, COUNT)).etags
 
@@ -231,7 +231,7 @@ async def nothing_read():
 
 
 async def test_the_metadata_that_is_pinned_is_what_chunks_are_decoded_by():
-    store = await source_of(records_of(COUNT), (CHUNK, 3))
+    store = source_of(records_of(COUNT), (CHUNK, 3))
     was = (await open_source(store, None)).metadata_digest
     rewritten = Rewritten()
     rewritten.objects = store.objects
@@ -243,7 +243,7 @@ async def test_the_metadata_that_is_pinned_is_what_chunks_are_decoded_by():
 
 
 async def test_small_chunks_are_copied_into_one_array():
-    store = await source_of(records_of(COUNT), (CHUNK, 3), compressors=None)
+    store = source_of(records_of(COUNT), (CHUNK, 3), compressors=None)
     assert len((await (await open_source(store, None)).read(0, 105)).records.arrays) == 1
 
 
@@ -311,7 +311,7 @@ async def test_a_chunk_at_an_odd_address_is_copied_to_a_better_one(monkeypatch):
     monkeypatch.setattr(zarrstore, "LEAST_KEPT_BYTES", 1)
     records = records_of(COUNT, (6,), np.float32)
     store = _OddStore("memory://odd")
-    store.objects = (await source_of(records, (CHUNK, 6), compressors=None)).objects
+    store.objects = source_of(records, (CHUNK, 6), compressors=None).objects
     rows = await (await open_source(store, None)).read(10, 20)
     np.testing.assert_array_equal(rows.records.joined(), records[10:20])
     assert rows.records.joined().flags.aligned

@@ -24,15 +24,14 @@ from batch_client.report.page import render
 from batch_client.spec import Records, RunSpec
 from batch_client.storage import MemoryStore
 from batch_client.zarrstore import PieceBuffer
-from support.faulty import Life, calm
 from support.runs import records_of, refused, services, source_of, spec
 from support.simulated import Breaking, SimulatedServer
-from support.virtual import run_virtually
-from support.world import CHUNK, World, make_source
+from support.virtual import virtually
+from support.world import CHUNK, World
 
 
 async def test_a_plan_refuses_what_its_run_would_refuse_before_it_writes():
-    source, server = await source_of(records_of(20), (10, 3)), SimulatedServer()
+    source, server = source_of(records_of(20), (10, 3)), SimulatedServer()
     taken, foreign = MemoryStore("memory://out"), MemoryStore("memory://out")
     await execute(spec(), services(server, source, taken))
     foreign.objects["notes.txt"] = b"mine"
@@ -61,13 +60,13 @@ async def test_a_plan_refuses_what_its_run_would_refuse_before_it_writes():
 
 
 async def test_sources_that_can_not_be_scored_are_refused_before_anything_is_written():
-    good, wide = await source_of(records_of(20), (10, 3)), await source_of(records_of(20, (4,)), (10, 4))
+    good, wide = source_of(records_of(20), (10, 3)), source_of(records_of(20, (4,)), (10, 4))
     for kind, wanted, source, options in [
         (DataError, "no Zarr array there", MemoryStore("memory://source"), {}),
         (DataError, "a record has shape (4,), model toy takes (3,): score another array, or pack the model", wide, {}),
-        (DataError, "records are float64", await source_of(records_of(20, dtype=np.float64), (10, 3)), {}),
+        (DataError, "records are float64", source_of(records_of(20, dtype=np.float64), (10, 3)), {}),
         (UsageError, "INPUT memory://out/in is in OUTPUT memory://out", MemoryStore("memory://out/in"), {}),
-        (DataError, "complex64 can't be scored", await source_of(records_of(20).astype(np.complex64), (10, 3)), {}),
+        (DataError, "complex64 can't be scored", source_of(records_of(20).astype(np.complex64), (10, 3)), {}),
         (UsageError, "over --max-bytes-in-flight", good, {"max_bytes_in_flight": 8}),
     ]:
         assert (await refused(kind, wanted, source, **options)).objects == {}
@@ -77,7 +76,7 @@ async def test_records_with_their_axes_in_another_order_are_said_not_to_be_trans
     await refused(DataError, "a record has shape (4, 4, 3), model toy takes (3, 4, 4): axes in another order, and "
                   "records are reshaped, not transposed: transpose in the model that is packed (such as "
                   "x.permute(0, 3, 1, 2)), or write the array in the model's order",
-                  await source_of(records_of(20, (4, 4, 3)), (10, 4, 4, 3)), SimulatedServer((3, 4, 4)))
+                  source_of(records_of(20, (4, 4, 3)), (10, 4, 4, 3)), SimulatedServer((3, 4, 4)))
 
 
 async def test_a_group_names_its_arrays():
@@ -125,14 +124,14 @@ async def test_metadata_that_no_array_has_is_the_sources_fault(documents, said):
     ((10, 3), "c/1/0", "restore chunk c/1/0 or"), ((10, 2), "c/1/1", "restore the chunk or"),  # one of two
 ])
 async def test_a_chunk_that_can_not_be_decoded_is_named_with_its_records(chunks, damaged, named):
-    source = await source_of(records_of(40), chunks)
+    source = source_of(records_of(40), chunks)
     source.objects[damaged] = source.objects[damaged][:5]
     await refused(DataError, "records 10 to 19 can't be decoded (", source)
     await refused(DataError, named, source)
 
 
 async def test_of_a_chunk_that_can_not_be_decoded_the_records_that_were_asked_for_are_named():
-    source = await source_of(records_of(40), (10, 3))
+    source = source_of(records_of(40), (10, 3))
     source.objects["c/2/0"] = source.objects["c/2/0"][:5]
     await refused(DataError, "records 20 to 24 can't be decoded (", source, records=Records(15, 25))
 
@@ -146,7 +145,7 @@ async def test_sound_chunks_that_could_not_be_read_together_are_not_the_sources_
 
     whole = PieceBuffer.empty
     monkeypatch.setattr(PieceBuffer, "empty", empty)
-    source = await source_of(records_of(40), (10, 3))
+    source = source_of(records_of(40), (10, 3))
     said = f"could not be read together ({type(error).__name__}: {error}), and each of their chunks can"
     await refused(StorageError, said, source)
     # The control: one of them is damaged.
@@ -161,7 +160,7 @@ async def test_a_damaged_chunk_is_named_whichever_codec_says_so(name):
         codec = {"name": "gzip", "configuration": {"level": 1}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr's: these codecs are in no specification yet
-        source = await source_of(records_of(40), (10, 3), compressors=[codec])
+        source = source_of(records_of(40), (10, 3), compressors=[codec])
         good = source.objects["c/1/0"]
         source.objects["c/1/0"] = good[:10] + bytes(byte ^ 0xFF for byte in good[10:])
         await refused(DataError, "can't be decoded", source)
@@ -178,14 +177,14 @@ async def test_a_chunk_that_decoders_die_of_is_named(codec, content):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr's: not all of these codecs are in a specification yet
         compressors = () if codec == "bytes" else [{"name": codec, "configuration": {}}]
-        source = await source_of(records_of(40), (10, 3), compressors=compressors)
+        source = source_of(records_of(40), (10, 3), compressors=compressors)
         source.objects["c/1/0"] = content
         await refused(DataError, "records 10 to 19 can't be decoded (", source)
 
 
 async def test_a_missing_chunk_is_no_data_unless_the_user_says_so():
     records = records_of(40)
-    source = await source_of(records, (10, 3))
+    source = source_of(records, (10, 3))
     del source.objects["c/2/0"]
     output = await refused(DataError, "chunk c/2/0 (among records", source, chunk_records=10)
     assert not [key for key in output.objects if key.endswith("zarr.json")]
@@ -195,7 +194,7 @@ async def test_a_missing_chunk_is_no_data_unless_the_user_says_so():
 
 
 async def test_a_run_that_met_a_missing_chunk_goes_on_with_the_fill_value():
-    source = await source_of(records_of(400), (10, 3))
+    source = source_of(records_of(400), (10, 3))
     whole = MemoryStore("memory://out")
     missing = source.objects.pop("c/30/0")
     await execute(spec(allow_missing=True, chunk_records=10), services(SimulatedServer(), source, whole))
@@ -216,7 +215,7 @@ async def test_a_run_that_met_a_missing_chunk_goes_on_with_the_fill_value():
 
 
 async def test_integers_that_a_float_would_round_are_refused():
-    wide, narrow = [await source_of(records_of(20, dtype=dtype), (10, 3)) for dtype in (np.int64, np.int32)]
+    wide, narrow = [source_of(records_of(20, dtype=dtype), (10, 3)) for dtype in (np.int64, np.int32)]
     server = SimulatedServer((3,), np.float64)
     await refused(DataError, "records are int64, model toy takes float64, which can't hold them all", wide, server)
     assert (await execute(spec(), services(server, narrow))).records == 20
@@ -231,27 +230,25 @@ def test_all_flags_for_servers_are_known_to_verify():
     assert {parameter.name for parameter in command.params} == set(SERVER_OPTIONS)
 
 
-def test_a_published_output_says_what_is_bad_in_it_when_it_is_asked_for_again():
+@virtually
+async def test_a_published_output_says_what_is_bad_in_it_when_it_is_asked_for_again():
     records = np.ones((10 * CHUNK, 3), np.uint8)
     records[2] = 255
-    world = World(1, server=Breaking(), records=records, source=make_source(records, (CHUNK, 3)))
-
-    async def run():
-        await world.live(calm(), max_failed=1)
-        again = await world.live(calm())
-        assert _sentence(again).startswith("memory://out was published already: 80 records, 1 failed, root sha256:")
-        assert ", 1 failed, 3 not finite, root" in _sentence(replace(again, not_finite=3))
-        assert " 80 records, root" in _sentence(replace(again, failed=0))
-
-    run_virtually(run())
+    world = World(1, server=Breaking(), records=records, source=source_of(records, (CHUNK, 3)))
+    await world.live(max_failed=1)
+    again = await world.live()
+    assert _sentence(again).startswith("memory://out was published already: 80 records, 1 failed, root sha256:")
+    assert ", 1 failed, 3 not finite, root" in _sentence(replace(again, not_finite=3))
+    assert " 80 records, root" in _sentence(replace(again, failed=0))
 
 
-def test_what_was_found_bad_is_listed_where_there_is_too_much_of_it(monkeypatch):
+@virtually
+async def test_what_was_found_bad_is_listed_where_there_is_too_much_of_it(monkeypatch):
     monkeypatch.setattr(pipeline, "HOPELESS", 20)
     records = np.full((10 * CHUNK, 3), 255, np.uint8)
     records[:2 * CHUNK] = 1
     records[2] = 255
-    world = World(1, server=Breaking(seconds=0.01), records=records, source=make_source(records, (CHUNK, 3)))
+    world = World(1, server=Breaking(seconds=0.01), records=records, source=source_of(records, (CHUNK, 3)))
     create = world.output.create
 
     async def slow(key, data):
@@ -260,19 +257,15 @@ def test_what_was_found_bad_is_listed_where_there_is_too_much_of_it(monkeypatch)
 
     monkeypatch.setattr(world.output, "create", slow)
     report = Report("memory://source", lambda: 0.0, lambda: 0.0)
-
-    async def run():
-        with pytest.raises(DataError, match=r"2\d records failed alone, .*; those that were found are listed in "
-                                            r"memory://out/_run/failed/$") as caught:
-            await execute(world.spec(), world.services(calm(), Life()), (report,))
-        letters = [json.loads(data) for key, data in world.output.objects.items() if key.startswith("_run/failed/")]
-        listed = [failure["index"] for letter in letters for failure in letter["records"]]
-        assert len(listed) == len(set(listed)) == int(str(caught.value).split()[0]) > 20
-        assert f"<dt>records scored: failed</dt><dd>{len(listed)}</dd>" in render(report.data("too many"))
-        assert set(listed) <= {2, *range(2 * CHUNK, 10 * CHUNK)}
-        assert all(failure["index"] // CHUNK == letter["unit"] for letter in letters for failure in letter["records"])
-
-    run_virtually(run())
+    with pytest.raises(DataError, match=r"2\d records failed alone, .*; those that were found are listed in "
+                                        r"memory://out/_run/failed/$") as caught:
+        await execute(world.spec(), world.services(), (report,))
+    letters = [json.loads(data) for key, data in world.output.objects.items() if key.startswith("_run/failed/")]
+    listed = [failure["index"] for letter in letters for failure in letter["records"]]
+    assert len(listed) == len(set(listed)) == int(str(caught.value).split()[0]) > 20
+    assert f"<dt>records scored: failed</dt><dd>{len(listed)}</dd>" in render(report.data("too many"))
+    assert set(listed) <= {2, *range(2 * CHUNK, 10 * CHUNK)}
+    assert all(failure["index"] // CHUNK == letter["unit"] for letter in letters for failure in letter["records"])
 
 
 @pytest.mark.parametrize(("kind", "options", "wanted"), [

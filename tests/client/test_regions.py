@@ -18,6 +18,7 @@ import pytest
 
 from batch_client import regions as regions_module
 from batch_client.regions import Regions, new_folder, remove_folder, sweep, usable_folder
+from support.disks import small_disk
 
 PARTS = [memoryview(b"one"), memoryview(b""), memoryview(b"two and three")]
 WHOLE = b"onetwo and three"
@@ -266,31 +267,18 @@ def test_a_link_in_the_place_of_a_region_is_not_written_through(folder, regions,
 
 
 @contextmanager
-def full_disk(path):
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", path], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no small disk here: {done.stderr.decode().strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", path], check=True)
-
-
-@contextmanager
-def small_files(path):
+def small_files(path, nbytes):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("limited", [full_disk, small_files])
+@pytest.mark.parametrize("limited", [small_disk, small_files])
 def test_memory_that_is_full_is_an_error_and_nothing_is_left(limited, regions, tmp_path):
-    if limited is full_disk and sys.platform != "linux":
-        pytest.skip("a small disk needs Linux's tmpfs")
-    with limited(tmp_path):
+    with limited(tmp_path, 64 << 10):
         with regions.region(tmp_path, "r-1", [memoryview(bytes(32 << 10))]):
             with (pytest.raises(OSError, match=r"No space|too large"),
                   regions.region(tmp_path, "r-2", [memoryview(bytes(40 << 10)), memoryview(bytes(40 << 10))])):

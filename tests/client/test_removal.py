@@ -8,12 +8,12 @@ from batch_client.buckets import open_store
 from batch_client.errors import DataError, StoppedError, StorageError
 from batch_client.removal import contents_of, remove_output
 from batch_client.storage import MemoryStore
-from support.faulty import calm
-from support.virtual import run_virtually
+from support.virtual import run_virtually, virtually
 from support.world import World
 
 
-def test_removal_takes_away_first_what_opens_and_last_what_says_whose_it_is():
+@virtually
+async def test_removal_takes_away_first_what_opens_and_last_what_says_whose_it_is():
     world = World(1)
     order = []
 
@@ -29,22 +29,20 @@ def test_removal_takes_away_first_what_opens_and_last_what_says_whose_it_is():
                 self.listed += 1
                 yield meta
 
-    async def run():
-        await world.live(calm())
-        store = Watching("memory://out")
-        store.objects = dict(world.output.objects)
-        await remove_output(store)
-        assert store.objects == {}
-        assert store.listed < 5 * len(world.output.objects)  # a listing of millions takes minutes
-        assert order[0] == "_run/generation"
-        assert set(order[1:3]) == {"zarr.json", "_SUCCESS"}
-        assert order[-2:] == ["_run/spec.json", "_run/removing"]
-
-    run_virtually(run())
+    await world.live()
+    store = Watching("memory://out")
+    store.objects = dict(world.output.objects)
+    await remove_output(store)
+    assert store.objects == {}
+    assert store.listed < 5 * len(world.output.objects)  # a listing of millions takes minutes
+    assert order[0] == "_run/generation"
+    assert set(order[1:3]) == {"zarr.json", "_SUCCESS"}
+    assert order[-2:] == ["_run/spec.json", "_run/removing"]
 
 
 @pytest.mark.parametrize("deletes", range(1, 30, 3))
-def test_a_removal_that_is_cut_off_leaves_no_proof_of_what_is_gone(deletes):
+@virtually
+async def test_a_removal_that_is_cut_off_leaves_no_proof_of_what_is_gone(deletes):
     """Outputs may be called anything: also what a listing has before `_run/`."""
     world = World(1)
 
@@ -57,45 +55,40 @@ def test_a_removal_that_is_cut_off_leaves_no_proof_of_what_is_gone(deletes):
             self.left -= 1
             await super().delete(key)
 
-    async def run():
-        await world.live(calm())
-        store = Killed("memory://out")
-        store.objects = {key.replace("y/", "OUTPUT0/"): data for key, data in world.output.objects.items()}
-        store.objects["_run/spec.json"] = store.objects["_run/spec.json"].replace(b'"y"', b'"OUTPUT0"')
-        chunks = sum("/c/" in key for key in store.objects)
-        assert chunks == 24
-        with pytest.raises(StoppedError):
-            await remove_output(store)
-        assert "_run/spec.json" in store.objects
-        assert "_run/generation" not in store.objects
-        assert "_run/removing" in store.objects
-        assert "_SUCCESS" not in store.objects or deletes < 3
-        if any(key.startswith("_run/ledger/") for key in store.objects):
-            assert sum("/c/" in key for key in store.objects) == chunks
-
-    run_virtually(run())
+    await world.live()
+    store = Killed("memory://out")
+    store.objects = {key.replace("y/", "OUTPUT0/"): data for key, data in world.output.objects.items()}
+    store.objects["_run/spec.json"] = store.objects["_run/spec.json"].replace(b'"y"', b'"OUTPUT0"')
+    chunks = sum("/c/" in key for key in store.objects)
+    assert chunks == 24
+    with pytest.raises(StoppedError):
+        await remove_output(store)
+    assert "_run/spec.json" in store.objects
+    assert "_run/generation" not in store.objects
+    assert "_run/removing" in store.objects
+    assert "_SUCCESS" not in store.objects or deletes < 3
+    if any(key.startswith("_run/ledger/") for key in store.objects):
+        assert sum("/c/" in key for key in store.objects) == chunks
 
 
-def test_removal_of_objects_that_stay_is_no_endless_loop():
+@virtually
+async def test_removal_of_objects_that_stay_is_no_endless_loop():
     world = World(1)
 
     class Keeping(MemoryStore):
         async def delete(self, key):
             pass
 
-    async def run():
-        await world.live(calm())
-        store = Keeping("memory://out")
-        store.objects = world.output.objects
-        with pytest.raises(StorageError, match="still listed"):
-            await remove_output(store)
-
-    run_virtually(run())
+    await world.live()
+    store = Keeping("memory://out")
+    store.objects = world.output.objects
+    with pytest.raises(StorageError, match="still listed"):
+        await remove_output(store)
 
 
 def test_a_removal_of_files_leaves_no_folders_below_the_output(tmp_path):
     world = World(1)
-    run_virtually(world.live(calm()))
+    run_virtually(world.live())
 
     async def run():
         store = open_store(str(tmp_path / "runs" / "out"))

@@ -17,7 +17,7 @@ from batch_client.transport import HttpReply
 from batch_client.verify import verify_output
 from support.runs import records_of, services, source_of, spec
 from support.simulated import URL, SimulatedServer
-from support.virtual import run_virtually
+from support.virtual import virtually
 
 
 class Guarded(SimulatedServer):
@@ -57,7 +57,7 @@ class Renewing:
 @pytest.mark.parametrize("failures", [0, 3])
 async def test_a_renewal_that_fails_for_a_moment_costs_a_moment(failures):
     records = records_of(40)
-    source = await source_of(records, (10, 3))
+    source = source_of(records, (10, 3))
     output, server, seen = MemoryStore("memory://out"), Guarded(Renewing(failures)), []
     await execute(spec(chunk_records=10), services(server, source, output), (lambda event: seen.append(type(event)),))
     assert seen.count(RequestSent) == seen.count(RequestDone) + seen.count(RequestRetried)
@@ -98,23 +98,21 @@ class Lookup:
         return self.current
 
 
-def test_each_server_has_its_own_token_and_its_own_renewal():
-    async def run():
-        records, server, output = records_of(400), OwnTokens(), MemoryStore("memory://out")
-        server.seconds = 1.0  # in which the pause after a refusal ends
-        tokens = {url: Lookup(server, url) for url in ("http://one", "http://two")}
-        found = Services(Servers(server, tokens, "toy"), await source_of(records, (4, 3)), output,
-                         clock=asyncio.get_running_loop().time)
-        await execute(spec(chunk_records=4, endpoints=tuple(tokens), request_records=4), found)
-        assert (await verify_output(output, deep=True)).records == len(records)
-        assert [source.asked for source in tokens.values()] == [1, 1]
-
-    run_virtually(run())
+@virtually
+async def test_each_server_has_its_own_token_and_its_own_renewal():
+    records, server, output = records_of(400), OwnTokens(), MemoryStore("memory://out")
+    server.seconds = 1.0  # in which the pause after a refusal ends
+    tokens = {url: Lookup(server, url) for url in ("http://one", "http://two")}
+    found = Services(Servers(server, tokens, "toy"), source_of(records, (4, 3)), output,
+                     clock=asyncio.get_running_loop().time)
+    await execute(spec(chunk_records=4, endpoints=tuple(tokens), request_records=4), found)
+    assert (await verify_output(output, deep=True)).records == len(records)
+    assert [source.asked for source in tokens.values()] == [1, 1]
 
 
 async def test_a_renewal_that_goes_on_failing_ends_the_run_with_its_reason(monkeypatch):
     monkeypatch.setattr(exchange, "TOKEN_SECONDS", 0.2)
-    source = await source_of(records_of(40), (10, 3))
+    source = source_of(records_of(40), (10, 3))
     output = MemoryStore("memory://out")
     with pytest.raises(CredentialsError) as error:
         await execute(spec(chunk_records=10), services(Guarded(Renewing(np.inf)), source, output))
@@ -124,7 +122,7 @@ async def test_a_renewal_that_goes_on_failing_ends_the_run_with_its_reason(monke
 
 
 async def test_a_first_token_that_can_not_be_had_ends_the_run_at_once():
-    source = await source_of(records_of(40), (10, 3))
+    source = source_of(records_of(40), (10, 3))
     tokens = Renewing(np.inf)
     tokens.token = _none
     with pytest.raises(CredentialsError, match="can't be read"):

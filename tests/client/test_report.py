@@ -39,9 +39,9 @@ from batch_client.report.page import _rates
 from batch_client.report.sketches import EvenSample, LogHistogram, Timeline
 from batch_client.report.thumbnail import thumbnail
 from batch_client.spec import RunSpec
-from support.faulty import Fate, Life
+from support.faulty import Fate
 from support.simulated import SimulatedServer
-from support.virtual import run_virtually
+from support.virtual import virtually
 from support.world import World
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -379,15 +379,12 @@ def test_a_page_can_be_made_at_any_moment(steps, seconds):
     parsed(render(reported(seconds, steps).data("stopped")))
 
 
-def test_a_report_agrees_with_the_summary():
+@virtually
+async def test_a_report_agrees_with_the_summary():
     world = World(7)
-
-    async def run():
-        report = Report("memory://source", asyncio.get_running_loop().time, lambda: 0.0)
-        fate = Fate(random.Random(3), steps=40, faults=16, kinds=Fate.SERVER)
-        return report.data, await execute(world.spec(), world.services(fate, Life()), (report,))
-
-    gathered, summary = run_virtually(run())
+    report = Report("memory://source", asyncio.get_running_loop().time, lambda: 0.0)
+    fate = Fate(random.Random(3), steps=40, faults=16, kinds=Fate.SERVER)
+    gathered, summary = report.data, await execute(world.spec(), world.services(fate), (report,))
     data = gathered()
     assert (data.stored, data.requests, data.retries) == (summary.scored, summary.requests, summary.retries)
     assert data.retries > 0
@@ -400,7 +397,8 @@ def test_a_report_agrees_with_the_summary():
     assert summary.root in "".join(parsed(render(data)).itertext())
 
 
-def test_a_run_that_fails_has_a_page_that_says_so():
+@virtually
+async def test_a_run_that_fails_has_a_page_that_says_so():
     class Choking(SimulatedServer):
         def answer(self, body, header_length):
             return super().answer(b"", 0) if bytes(world.records[37]) in body[header_length:] else super().answer(
@@ -409,14 +407,10 @@ def test_a_run_that_fails_has_a_page_that_says_so():
     world = World(1, server=Choking(seconds=0.01))
     world.records[37] = (201, 202, 203)
     world.source.objects = World(1, records=world.records).source.objects
-
-    async def run():
-        report = Report("memory://source", asyncio.get_running_loop().time, lambda: 0.0)
-        with pytest.raises(DataError) as caught:
-            await execute(world.spec(), world.services(Fate(random.Random(1), faults=0), Life()), (report,))
-        return report.data(str(caught.value))
-
-    data = run_virtually(run())
+    report = Report("memory://source", asyncio.get_running_loop().time, lambda: 0.0)
+    with pytest.raises(DataError) as caught:
+        await execute(world.spec(), world.services(), (report,))
+    data = report.data(str(caught.value))
     assert (data.statuses[1], data.held, data.published) == (1, 1, None)
     text = "".join(parsed(render(data)).itertext())
     assert "ended before its output was published: 1 record failed" in text

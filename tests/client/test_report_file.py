@@ -1,7 +1,6 @@
 """The file of `run --report`: whatever becomes of it, a run ends with what it came to; nothing is left beside it."""
 
 import os
-import random
 
 import pytest
 
@@ -11,7 +10,6 @@ from batch_client.events import Published
 from batch_client.pipeline import execute
 from batch_client.spec import RunSpec
 from batch_client.transport import HttpReply
-from support.faulty import Fate, Life
 from support.simulated import URL, SimulatedServer
 from support.virtual import run_virtually
 from support.world import World
@@ -35,7 +33,7 @@ def test_a_device_is_not_replaced_by_a_page(tmp_path):
 def run_with_page(page, server=None, **changes):
     world = World(1, server=server)
     with _page_about(spec(**changes), page) as observers:
-        return run_virtually(execute(world.spec(), world.services(Fate(random.Random(1), faults=0), Life()), observers))
+        return run_virtually(execute(world.spec(), world.services(), observers))
 
 
 class Surrogate(SimulatedServer):

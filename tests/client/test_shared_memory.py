@@ -2,8 +2,6 @@
 
 import os
 import random
-import subprocess
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -16,10 +14,11 @@ from batch_client.pipeline import execute
 from batch_client.regions import new_folder, remove_folder
 from batch_client.transport import HttpReply
 from batch_handler.shared import SharedMemory
-from support.faulty import Fate, Life
+from support.disks import small_disk
+from support.faulty import Fate
 from support.simulated import SimulatedServer
-from support.virtual import run_virtually
-from support.world import World, undisturbed
+from support.virtual import run_virtually, virtually
+from support.world import World
 
 if new_folder_made := new_folder():
     remove_folder(new_folder_made)
@@ -33,11 +32,6 @@ def memory():
     yield SharedMemory(folder)
     remove_folder(folder)
     assert not folder.exists()
-
-
-@pytest.fixture(scope="module")
-def root():
-    return undisturbed()[0]
 
 
 class Changing(SimulatedServer):
@@ -54,13 +48,8 @@ class Changing(SimulatedServer):
         return super().answer(body, header_length)
 
 
-def run_at(server, seed=1, **options):
-    world = World(seed, server=server, **options)
-
-    async def run():
-        return await world.live(Fate(random.Random(0), faults=0))
-
-    return run_virtually(run())
+def run_at(server, **options):
+    return run_virtually(World(1, server=server, **options).live())
 
 
 def test_records_are_left_in_memory_and_the_output_is_the_same(root, memory):
@@ -99,7 +88,7 @@ def test_bytes_received_are_those_of_the_reply_and_of_memory(memory, outputs_in_
     for place, shared in (("memory", memory), ("body", None)):
         seen = []
         world = World(1, SimulatedServer(shared_memory=shared), chunk_records=96, request_records=96)
-        services = world.services(Fate(random.Random(0), faults=0), Life())
+        services = world.services()
         run_virtually(execute(world.spec(), services, (seen.append,)))
         received[place] = [event.bytes_received for event in seen if isinstance(event, RequestDone)]
     ((ours,), (theirs,)) = received.values()
@@ -152,20 +141,8 @@ def test_a_server_that_has_no_shared_memory_any_more_gets_bodies_and_no_record_i
     assert 0 < summary.retries <= 4
 
 
-@contextmanager
-def small_memory(folder, size):
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", folder],
-                          capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no small disk here: {done.stderr.decode().strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
 def test_memory_that_is_full_costs_no_request(root, memory):
-    with small_memory(memory.folder, "8k"):  # two pages, four requests at once
+    with small_disk(memory.folder, 8 << 10):  # two pages, four requests at once
         server = SimulatedServer(seconds=0.01, shared_memory=memory)
         summary = run_at(server)
         assert 0 < server.shared <= 4
@@ -178,7 +155,7 @@ RECORDS = np.random.default_rng(5).integers(0, 99, (96, 1020), np.uint8)  # four
 
 def test_memory_that_has_no_room_for_outputs_has_the_records_all_the_same(memory, outputs_in_memory):
     wanted = run_at(SimulatedServer(record_shape=(1020,), seconds=0.01), records=RECORDS)
-    with small_memory(memory.folder, "4k"):  # one page: the records of one request at a time
+    with small_disk(memory.folder, 4 << 10):  # one page: the records of one request at a time
         server = SimulatedServer(record_shape=(1020,), seconds=0.01, shared_memory=memory)
         summary = run_at(server, records=RECORDS, in_flight=1)
         assert (server.returned, server.sent_instead) == (0, 1)  # and then they are not asked for any more
@@ -206,7 +183,7 @@ def test_a_server_that_does_not_know_of_outputs_in_memory_is_asked_no_more(root,
 def test_where_there_is_room_for_records_or_outputs_the_records_have_it(memory, outputs_in_memory, pages):
     # Four requests at once; the records of each take a page, and their outputs another.
     wanted = run_at(SimulatedServer(record_shape=(1020,), seconds=0.01), records=RECORDS)
-    with small_memory(memory.folder, f"{pages * 4}k"):
+    with small_disk(memory.folder, pages << 12):
         server = SimulatedServer(record_shape=(1020,), seconds=0.01, shared_memory=memory)
         summary = run_at(server, records=RECORDS)
     assert (summary.root, summary.retries) == (wanted.root, 0)
@@ -216,16 +193,13 @@ def test_where_there_is_room_for_records_or_outputs_the_records_have_it(memory, 
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_faults_on_the_way_change_nothing(root, memory, outputs_in_memory, seed):
+@virtually
+async def test_faults_on_the_way_change_nothing(root, memory, outputs_in_memory, seed):
     world = World(seed, server=SimulatedServer(seconds=0.01, shared_memory=memory))
     fate = Fate(random.Random(seed))
-
-    async def run():
-        await world.until_published(fate)
-        await world.settle()
-        await world.check(root)
-
-    run_virtually(run())
+    await world.until_published(fate)
+    await world.settle()
+    await world.check(root)
     assert fate.injected
     assert world.server.returned > 0
 

@@ -23,7 +23,7 @@ def chunks_are_kept(monkeypatch):
 
 async def stream_of(plan, unit, budget):
     source = plan.source
-    store = await source_of(records_of(source.count, source.record_shape), (source.chunk_records, *source.record_shape))
+    store = source_of(records_of(source.count, source.record_shape), (source.chunk_records, *source.record_shape))
     return UnitStream(await open_source(store, None), plan, unit, budget, allow_missing=False)
 
 

@@ -53,7 +53,7 @@ async def test_a_summary_and_a_report_are_of_the_same_time():
         now += {RecordsScored: 1.0, Published: 100.0}.get(type(event), 0.0)
 
     report = Report("memory://source", clock=lambda: now)
-    these = replace(services(SimulatedServer(), await source_of(records_of(400), (10, 3))), clock=lambda: now)
+    these = replace(services(SimulatedServer(), source_of(records_of(400), (10, 3))), clock=lambda: now)
     found = await execute(spec(chunk_records=10), these, (report, later))
     assert found.seconds == report.data().seconds
     assert 0 < found.seconds < 100

@@ -1,27 +1,13 @@
 """Requests over real connections: what a server, or a proxy on the way, may make of them."""
 
 import asyncio
-from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
 
 from batch_client import transport
 from batch_client.transport import HttpTransport, LateError, TransportError
-
-
-@asynccontextmanager
-async def serving(*routes):
-    """The URL of a server with these routes."""
-    app = web.Application()
-    app.add_routes(routes)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield "http://{}:{}".format(*runner.addresses[0])
-    finally:
-        await runner.cleanup()
+from support.web import serving
 
 
 async def test_replies_come_as_they_are_also_through_a_proxy_that_compresses_for_those_who_ask():

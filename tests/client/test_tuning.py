@@ -2,9 +2,9 @@
 
 import json
 import random
-import threading
 import time
 import zipfile
+from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,7 +36,8 @@ from batch_client.tuning import (
     write_tuning,
 )
 from batch_handler import runtimes as handler_runtimes
-from support.faults import until
+from support.cli import until
+from support.web import in_a_thread
 
 DIGEST = "sha256:" + "1" * 64
 MEASURED = Tuning(device="cpu-avx2-2cores", model_digest=DIGEST, runtime="torchscript", micro_batch=256, workers=3,
@@ -318,43 +319,32 @@ async def test_a_tuning_file_that_finds_no_room_here_is_said(archive, monkeypatc
     assert list(temporary.iterdir()) == []
 
 
-class _Web:
-    """A web server with an archive, and `answer` (status, body) for every other name.
+@contextmanager
+def _web(archive, answer, seconds=0, first=1, meanwhile=lambda: None):
+    """The URL of an archive on a web server, which gives `answer` (status, body) for every other name.
 
     `seconds` go by, or `meanwhile` is called, after the `first` bytes of the archive.
     """
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            status, body = (200, archive.read_bytes()) if self.path == f"/{quote(archive.name)}" else answer
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body[:first])
+                time.sleep(seconds if status == 200 else 0)
+                meanwhile()
+                self.wfile.write(body[first:])
 
-    def __init__(self, archive, answer, seconds=0, first=1, meanwhile=lambda: None):
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self):
-                status, body = (200, archive.read_bytes()) if self.path == f"/{quote(archive.name)}" else answer
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body[:first])
-                    time.sleep(seconds if status == 200 else 0)
-                    meanwhile()
-                    self.wfile.write(body[first:])
+        do_GET = do_HEAD  # noqa: N815 - names that http.server wants
 
-            do_GET = do_HEAD  # noqa: N815 - names that http.server wants
+        def log_message(self, *_):
+            pass
 
-            def log_message(self, *_):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/{quote(archive.name)}"
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    with in_a_thread(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
+        yield f"{url}/{quote(archive.name)}"
 
 
 @pytest.mark.parametrize("answer", [
@@ -363,19 +353,19 @@ class _Web:
 ])
 async def test_a_web_server_that_has_no_file_has_none_whatever_it_answers(archive, monkeypatch, answer):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # says that plain HTTP is meant
-    with _Web(archive, answer) as web:
-        async with local_archive(web.url) as fetched:
+    with _web(archive, answer) as url:
+        async with local_archive(url) as fetched:
             assert fetched.read_bytes() == archive.read_bytes()
             assert read_tuning(fetched, lambda: device({})) is None
 
 
 async def test_a_web_server_that_has_a_file_gives_it_and_a_damaged_one_is_refused(archive, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    with _Web(archive, (200, replace(MEASURED, device=device({})).to_json().encode())) as web:
-        async with local_archive(web.url) as fetched:
+    with _web(archive, (200, replace(MEASURED, device=device({})).to_json().encode())) as url:
+        async with local_archive(url) as fetched:
             assert read_tuning(fetched, lambda: device({})).micro_batch == MEASURED.micro_batch
-    with _Web(archive, (200, json.dumps({"format": 1, "workers": 3}).encode())) as web:
-        async with local_archive(web.url) as fetched:
+    with _web(archive, (200, json.dumps({"format": 1, "workers": 3}).encode())) as url:
+        async with local_archive(url) as fetched:
             with pytest.raises(ServingError, match="has other fields"):
                 read_tuning(fetched, lambda: device({}))
 
@@ -384,8 +374,8 @@ async def test_a_web_server_may_take_longer_than_a_store_has_patience(archive, m
     """It has to send the whole archive in one answer."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setattr(buckets.open_store, "__kwdefaults__", buckets.open_store.__kwdefaults__ | {"seconds": 1})
-    with _Web(archive, (404, b""), seconds=3) as web:
-        async with local_archive(web.url) as fetched:
+    with _web(archive, (404, b""), seconds=3) as url:
+        async with local_archive(url) as fetched:
             assert fetched.read_bytes() == archive.read_bytes()
 
 
@@ -403,8 +393,8 @@ async def test_what_has_come_from_the_web_is_in_the_file_before_the_rest_comes(t
         until(is_there)
         seen.append(is_there())
 
-    with _Web(archive, (404, b""), first=3 << 20, meanwhile=meanwhile) as web:
-        async with local_archive(web.url) as fetched:
+    with _web(archive, (404, b""), first=3 << 20, meanwhile=meanwhile) as url:
+        async with local_archive(url) as fetched:
             assert fetched.read_bytes() == archive.read_bytes()
     assert seen == [True]
 
@@ -412,17 +402,17 @@ async def test_what_has_come_from_the_web_is_in_the_file_before_the_rest_comes(t
 async def test_an_archives_name_may_be_escaped_in_its_url(archive, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     archive = archive.rename(archive.with_name("a #1 ü?.mar"))
-    with _Web(archive, (404, b"")) as web:
-        assert "%20%231%20%C3%BC%3F.mar" in web.url
-        async with local_archive(web.url) as fetched:
+    with _web(archive, (404, b"")) as url:
+        assert "%20%231%20%C3%BC%3F.mar" in url
+        async with local_archive(url) as fetched:
             assert (fetched.name, fetched.read_bytes()) == (archive.name, archive.read_bytes())
 
 
 async def test_an_empty_archive_on_a_web_server_is_one_that_is_there(archive, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     archive.write_bytes(b"")
-    with _Web(archive, (404, b"")) as web:
-        async with local_archive(web.url) as fetched:
+    with _web(archive, (404, b"")) as url:
+        async with local_archive(url) as fetched:
             assert fetched.read_bytes() == b""
 
 

@@ -9,10 +9,10 @@ from batch_client import verify
 from batch_client.cli import main
 from batch_client.errors import DataError
 from batch_client.storage import MemoryStore
-from support.faulty import calm
+from support.runs import source_of
 from support.simulated import Breaking
 from support.virtual import run_virtually
-from support.world import CHUNK, World, make_source
+from support.world import CHUNK, World
 
 BAD = np.ones((10 * CHUNK, 3), np.uint8)
 BAD[7 * CHUNK + 2] = 255
@@ -29,7 +29,7 @@ SERVER = ["--endpoint", "http://127.0.0.1:9", "--model", "toy"]
 def test_what_cant_be_replayed_is_refused_before_anything_is_read(flags, exact, code, wanted, monkeypatch, capfd):
     """The output is damaged, which who reads it finds."""
     world = World(1)
-    run_virtually(world.live(calm(), exact=exact))
+    run_virtually(world.live(exact=exact))
     del world.output.objects["y/c/0/0"]
     monkeypatch.setattr("batch_client.buckets.open_store", lambda *_, **__: world.output)
     assert main(["verify", "out", "--replay", "1", *flags]) == code
@@ -38,7 +38,7 @@ def test_what_cant_be_replayed_is_refused_before_anything_is_read(flags, exact, 
 
 def test_a_source_that_has_moved_can_be_brought_back(monkeypatch, capfd):
     world = World(1)
-    run_virtually(world.live(calm()))
+    run_virtually(world.live())
     monkeypatch.setattr("batch_client.buckets.open_store",
                         lambda url, **_: world.output if url == "out" else MemoryStore(url))
     assert main(["verify", "out", "--replay", "1", *SERVER]) == 65
@@ -70,7 +70,7 @@ def busiest_of(store, monkeypatch):
 @pytest.mark.parametrize(("reads", "nbytes"), [(5, 1 << 20), (5, 200), (5, 1)])
 def test_bytes_are_read_side_by_side_within_bounds_and_counted(reads, nbytes, monkeypatch):
     world = World(1)
-    run_virtually(world.live(calm()))
+    run_virtually(world.live())
     monkeypatch.setattr(verify, "READS_AT_ONCE", reads)
     monkeypatch.setattr(verify, "READ_BYTES", nbytes)
     most, seen = busiest_of(world.output, monkeypatch), []
@@ -85,8 +85,8 @@ def test_bytes_are_read_side_by_side_within_bounds_and_counted(reads, nbytes, mo
 
 
 def test_a_status_that_is_not_what_its_row_counts_is_found_in_any_batch(monkeypatch):
-    world = World(1, server=Breaking(), records=BAD, source=make_source(BAD, (CHUNK, 3)))
-    run_virtually(world.live(calm(), max_failed=1))
+    world = World(1, server=Breaking(), records=BAD, source=source_of(BAD, (CHUNK, 3)))
+    run_virtually(world.live(max_failed=1))
     monkeypatch.setattr(verify, "READS_AT_ONCE", 5)
 
     async def altered(store, key, problems):

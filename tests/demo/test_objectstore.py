@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import obstore
@@ -16,6 +15,7 @@ from batch_client.demo import objectstore
 from batch_client.demo.objectstore import SeaweedServer
 from batch_client.errors import ServingError, StorageError
 from support.buckets import create_public
+from support.cli import until
 
 PARENT = """
 import sys, time
@@ -55,13 +55,6 @@ def gone(pid):
         return True
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z"
-
-
-def wait_until(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()
 
 
 def test_a_create_only_put_keeps_the_first_bytes(server):
@@ -177,8 +170,8 @@ def test_it_dies_with_a_parent_that_is_killed():
         pid, directory = parent.stdout.readline().split()
         assert not gone(int(pid))
         parent.send_signal(signal.SIGKILL)
-    assert wait_until(lambda: gone(int(pid)))
-    assert wait_until(lambda: not Path(directory).exists())
+    until(lambda: gone(int(pid)))
+    until(lambda: not Path(directory).exists())
 
 
 def test_a_missing_program_names_the_extra(tmp_path, monkeypatch):

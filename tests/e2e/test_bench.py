@@ -5,7 +5,6 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 import urllib.request
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from batch_client.bottleneck import Limit
 from batch_client.errors import ServingError
 from batch_client.eventloop import run_until_complete
 from batch_client.plan import default_request
-from support.cli import ServeProcess, command, heeded, run_cli
+from support.cli import ServeProcess, command, heeded, run_cli, until
 
 SLOW = """
 import time
@@ -72,9 +71,6 @@ def altered(archive, folder, **changes):
 
 
 def metadata(server):
-    end = time.monotonic() + 30  # the file is written just after `serve` has said where it is
-    while not server.token_file.exists() and time.monotonic() < end:
-        time.sleep(0.02)
     request = urllib.request.Request(f"{server.url}/predictions/toy", headers=server.headers)
     with urllib.request.urlopen(request, timeout=30) as reply:
         return json.load(reply)
@@ -170,13 +166,6 @@ def test_the_best_settings_are_saved_before_anything_after_them_can_fail(toy_arc
     assert done.stdout.endswith(f"saved: {saved(archive)[0]}\n")
 
 
-def until_reaped(child):
-    """Waits for the loop to take notice of a child's end, without taking its exit code away."""
-    end = time.monotonic() + 30
-    while child.is_running() and time.monotonic() < end:
-        time.sleep(0.01)
-
-
 def test_a_worker_that_is_killed_between_windows_is_told_of_in_one_line(toy_archive, clean_environ, tmp_path):
     async def bench():
         await ask_handler(["prepare", str(toy_archive), str(tmp_path)], clean_environ)
@@ -185,7 +174,8 @@ def test_a_worker_that_is_killed_between_windows_is_told_of_in_one_line(toy_arch
             assert await workers.window(0.01) > 0
             (child,) = (one for one in psutil.Process().children() if "batch_handler.measure" in one.cmdline())
             child.kill()
-            await asyncio.to_thread(until_reaped, child)
+            # The loop takes notice of its end: here nobody takes its exit code away.
+            await asyncio.to_thread(until, lambda: not child.is_running())
             await asyncio.sleep(0.2)  # the loop has seen its pipes end
             await workers.window(0.01)
 

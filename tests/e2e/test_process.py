@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import zarr
 
 from batch_client.cli import main
 from batch_client.machine import free_ports
-from support.cli import command, heeded, run_cli
+from support.cli import command, heeded, run_cli, until
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
@@ -107,13 +106,10 @@ def test_a_verb_that_is_ended_takes_its_server_and_files_with_it(number, ignored
         process.stdin.write("[[0]]")
         process.stdin.close()
         process.stdin = None
-        deadline = time.monotonic() + 60
-        family = []
-        while not any("ModelServer" in words_of(one) for one in family):
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-            family = psutil.Process(process.pid).children(recursive=True)
+        root = psutil.Process(process.pid)
+        until(lambda: any("ModelServer" in words_of(one) for one in root.children(recursive=True)),
+              lambda: process.poll() is None, process.stderr.read)
+        family = root.children(recursive=True)
         assert len(list(short.iterdir())) == 2  # the archive's and the server's
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
@@ -170,11 +166,7 @@ def test_a_server_whose_starter_has_left_serves(toy_archive, toy_images, clean_e
                     "--log-dir", tmp_path / "log", "--port", port)
     with subprocess.Popen(words, env=clean_environ, stdout=writing, stderr=subprocess.PIPE, text=True) as process:
         os.close(writing)
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "token").exists():
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until((tmp_path / "token").exists, lambda: process.poll() is None, process.stderr.read)
         run_cli(["predict", tmp_path / "one.npy", "--endpoint", f"http://127.0.0.1:{port}", "--model", "toy",
                  "--token-file", tmp_path / "token"], clean_environ, check=True)
         process.send_signal(signal.SIGTERM)

@@ -17,8 +17,8 @@ import zarr
 
 from batch_client.machine import free_ports
 from batch_client.zarrstore import SourceStore
-from support.cli import command, heeded, run_cli
-from support.faults import open_output, opened, until, write_source
+from support.cli import command, heeded, run_cli, until
+from support.faults import open_output, opened, write_source
 from support.served import shared_memory_of
 
 

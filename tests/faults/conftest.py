@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from support.faults import CONFIG, NETWORK, PACE, images_of, open_output, run, until, write_source
+from support.cli import until
+from support.faults import CONFIG, NETWORK, PACE, images_of, open_output, run, write_source
 from support.served import OPEN, Served
 
 

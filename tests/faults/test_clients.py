@@ -6,10 +6,9 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 
 import psutil
@@ -20,8 +19,9 @@ from batch_client.errors import MismatchError
 from batch_client.layout import SPEC_KEY
 from batch_client.place import check_place
 from batch_client.storage import MemoryStore
-from support.cli import command, run_cli
-from support.faults import FULL, LONG, PACE, QUICK, Client, each_scale, images_of, only_full, run
+from support.cli import LONG, command, run_cli
+from support.disks import small_disk
+from support.faults import FULL, PACE, QUICK, Client, each_scale, images_of, only_full, run
 from support.identities import identity_of
 from support.proxy import FaultProxy
 
@@ -107,26 +107,12 @@ def test_a_stop_with_work_in_flight(scale, sources, undisturbed, moody_server, s
     assert summary["root"] == undisturbed(scale).root
 
 
-@contextmanager
-def small_disk(path, size):
-    path.mkdir()
-    if sys.platform != "linux":
-        pytest.skip("a disk of its own needs Linux's tmpfs")
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, text=True,
-                          check=False)
-    if done.returncode:
-        pytest.skip(f"no small disk here: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", path], check=True)
-
-
 def test_a_disk_that_is_full(undisturbed, moody_server, clean_environ, tmp_path):
     zarr.create_array(tmp_path / "in.zarr", data=images_of(QUICK.records), chunks=(QUICK.source_chunk, 12, 12))
     disk = tmp_path / "disk"
+    disk.mkdir()
     words = (tmp_path / "in.zarr", disk / "out", QUICK, moody_server.flags, clean_environ)
-    with small_disk(disk, "64k"):
+    with small_disk(disk, 64 << 10):
         said = run(*words, code=74)
         assert "No space left" in said
         with pytest.raises(FileNotFoundError):

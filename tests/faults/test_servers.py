@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from batch_client.machine import free_ports
-from support.faults import FULL, LONG, PACE, QUICK, Client, each_scale, only_full, open_output, run
+from support.cli import LONG
+from support.faults import FULL, PACE, QUICK, Client, each_scale, only_full, open_output, run
 from support.proxy import Fault, FaultProxy
 from support.served import OPEN, Served
 

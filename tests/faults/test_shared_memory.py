@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +10,9 @@ import pytest
 
 from batch_client.machine import free_ports
 from batch_client.regions import remove_folder
-from support.faults import LONG, PACE, QUICK, RECORD_BYTES, Client, Scale, run, until
+from support.cli import LONG, until
+from support.disks import small_disk
+from support.faults import PACE, QUICK, RECORD_BYTES, Client, Scale, run
 from support.proxy import FaultProxy
 from support.served import OPEN, Served, shared_memory_of
 
@@ -126,16 +127,9 @@ def test_memory_that_goes_in_the_middle_of_a_run(sources, undisturbed, moody_arc
 
 
 def test_memory_that_is_full(sources, undisturbed, moody_archive, s3_environ, output, tmp_path):
-    with server_of_its_own(moody_archive, tmp_path) as server:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k,mode=0700", "tmpfs", server.shared],
-                              capture_output=True, check=False)
-        if done.returncode:
-            pytest.skip(f"no small disk here: {done.stderr.decode().strip()}")
-        try:
-            root, sizes = posted(server, sources, s3_environ, output)
-            assert list(server.shared.iterdir()) == []
-        finally:
-            subprocess.run(["umount", server.shared], check=True)
+    with server_of_its_own(moody_archive, tmp_path) as server, small_disk(server.shared, 8 << 10):
+        root, sizes = posted(server, sources, s3_environ, output)
+        assert list(server.shared.iterdir()) == []
     assert root == undisturbed(QUICK).root
     in_bodies = [size > REQUEST_BYTES for size in sizes]
     assert set(in_bodies) == {False, True}

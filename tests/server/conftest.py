@@ -45,10 +45,11 @@ def make_archive(tmp_path_factory):
     return make
 
 
-async def until(condition, seconds=60):
-    """Returns when `condition()` is true, or after `seconds`: other processes send no events."""
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:  # noqa: ASYNC110 - nothing in this process sets an event
+async def until(condition, said=lambda: ""):
+    """Returns when `condition()` is true: other processes send no events."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, said()
         await asyncio.sleep(0.02)
 
 
@@ -80,9 +81,8 @@ class Family:
                 if one.is_running() and one.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)]
 
     async def gone(self):
-        """Waits until nobody is alive; returns who still is after a long time."""
-        await until(lambda: not self.alive())
-        return self.alive()
+        """Returns when nobody is alive."""
+        await until(lambda: not self.alive(), lambda: f"still there: {self.alive()}")
 
     def kill(self):
         for one in self.alive():

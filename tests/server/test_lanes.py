@@ -18,8 +18,7 @@ from batch_client.errors import UsageError
 from batch_client.server import ServerSettings
 from batch_client.server_config import model_of
 from batch_client.server_lanes import lanes_of
-from support.cli import command, run_cli
-from support.faults import until
+from support.cli import command, run_cli, until
 from support.served import Served
 
 QUERIES = 40

@@ -26,6 +26,7 @@ from batch_client.server import ABANDONED_SECONDS, EmbeddedServer, ServerSetting
 from batch_client.server_log import load_failure, silent_deaths
 from batch_handler.service import HEARD_SECONDS
 from support.cli import command, heeded
+from support.disks import small_disk
 
 CLIENT = Path(__file__).parents[2] / "client"
 NO_JAVA = {"PATH": "/nonexistent", "HOME": "/nonexistent"}
@@ -53,7 +54,7 @@ async def test_two_servers_on_one_host_and_nothing_left_of_them(make_archive, fa
         assert len(everyone.named("model_service_worker.py")) == 2
         log = second.log_path.read_text()
         assert "WARNING: " not in log.replace("WARNING: sun.reflect.Reflection.getCallerClass", "")
-    assert await everyone.gone() == []
+    await everyone.gone()
     assert [folder for folder in folders if folder.exists()] == []
 
 
@@ -68,32 +69,25 @@ async def test_a_token_of_three_seconds_is_renewed_before_it_ends(make_archive):
 
 
 @pytest.fixture
-def small_disk(monkeypatch):
+def temporary_disk(monkeypatch):
     """A disk of its own for the temporary folder."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("a small disk needs Linux's tmpfs, and root")
-    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # a worker's socket has to fit
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", short], check=False,
-                              capture_output=True)
-        if done.returncode:
-            pytest.skip(f"no small disk here: {done.stderr.decode().strip()}")
+    with tempfile.TemporaryDirectory(dir="/tmp") as short, small_disk(short, 8 << 20):  # a worker's socket has to fit
         monkeypatch.setattr(tempfile, "tempdir", short)
         yield Path(short)
-        subprocess.run(["umount", "-l", short], check=True)  # a worker may still be ending
 
 
-async def test_a_token_that_the_full_disk_took_is_made_again_when_there_is_room(make_archive, small_disk):
+async def test_a_token_that_the_full_disk_took_is_made_again_when_there_is_room(make_archive, temporary_disk):
     async with EmbeddedServer(ServerSettings(make_archive(), workers=1)) as server:
         old, key_file = await server.token(), server.log_path.parent / "key_file.json"
         key_file.unlink()  # so that the place it has is somebody else's at once
-        disk = os.statvfs(small_disk)
-        (small_disk / "filler").write_bytes(bytes(disk.f_bavail * disk.f_bsize))
+        disk = os.statvfs(temporary_disk)
+        (temporary_disk / "filler").write_bytes(bytes(disk.f_bavail * disk.f_bsize))
         key_file.touch()
         server._renew_at["inference"] = 0
         await server.token()
         with pytest.raises(CredentialsError, match=r"key file .* can't be read"):
             server.require_key_file()
-        (small_disk / "filler").unlink()
+        (temporary_disk / "filler").unlink()
         server._renew_at["inference"] = 0  # as five seconds later
         assert await server.token(refused=old) != old
         assert await predict(server) == 200
@@ -163,7 +157,7 @@ async def test_a_killed_parent_leaves_no_java_and_no_worker(make_archive, family
     finally:
         parent.kill()
         await parent.wait()
-    assert await everyone.gone() == []
+    await everyone.gone()
     assert not list(shared.parent.glob(f"{shared.name}*"))
     left = take_away(ready[1].decode())
     assert sorted(Path(name).suffix for name in left) == ["", ".log"]
@@ -176,7 +170,7 @@ async def test_a_killed_guard_takes_java_with_it(make_archive, family):
         everyone = family(psutil.Process())
         log, shared = server.log_path, server._alive().shared
         everyone.named("server_guard.py")[0].kill()
-        assert await everyone.gone() == []
+        await everyone.gone()
         with pytest.raises(ServingError, match="has ended"):
             await server.describe()
     assert not shared.exists()
@@ -284,7 +278,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing(make_archive, family, un
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    assert await everyone.gone() == []
+    await everyone.gone()
 
 
 async def test_no_java_says_what_to_install(make_archive, monkeypatch):
@@ -419,7 +413,7 @@ async def test_serve_runs_until_it_is_asked_to_stop(make_archive, family, until,
             await serve.wait()
     assert serve.returncode == 0, errors.decode()
     assert b"Torch worker started" in errors  # the server's log goes to stderr
-    assert await everyone.gone() == []
+    await everyone.gone()
     assert not token_file.exists()
 
 

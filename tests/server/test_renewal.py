@@ -20,6 +20,7 @@ from batch_client.server_config import Model
 from batch_client.server_foreground import _secret, _watch, serve_forever
 from batch_client.server_lanes import Lane
 from batch_client.server_process import ServerProcess
+from support.web import serving
 
 SLOW = 0.2  # seconds that a call of the management API may take here
 
@@ -68,20 +69,6 @@ class Management:
             raise web.HTTPBadRequest
 
 
-@contextlib.asynccontextmanager
-async def serving(management):
-    application = web.Application()
-    application.add_routes([web.get("/token", management.renew), web.get("/models/echo", management.describe)])
-    runner = web.AppRunner(application, shutdown_timeout=0)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
-
-
 @pytest.fixture
 def management(tmp_path):
     return Management(tmp_path)
@@ -99,7 +86,8 @@ async def running(tmp_path, management, guard):
     """An EmbeddedServer that runs, but for Java: its guard is a `sleep`."""
     log = tmp_path / "server.log"
     log.write_text("started\nOutOfMemoryError: killed\n\tat org.pytorch.serve.ModelServer\n")
-    async with serving(management) as url, aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(SLOW)) as session:
+    routes = web.get("/token", management.renew), web.get("/models/echo", management.describe)
+    async with serving(*routes) as url, aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(SLOW)) as session:
         server = EmbeddedServer(ServerSettings(Path("echo.mar")))
         server._model = Model("echo", "1.0")
         server._lanes = (Lane("echo", 1, 8),)

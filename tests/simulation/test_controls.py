@@ -18,8 +18,8 @@ from batch_client.transport import HttpReply
 from batch_handler.oip import OipError, decode_reply, decode_request
 from support.faulty import CrashError, Fate
 from support.simulated import SimulatedServer
-from support.virtual import run_virtually
-from support.world import World, undisturbed
+from support.virtual import run_virtually, virtually
+from support.world import World
 
 SEEDS = range(40)
 # What a bug is noticed by: its own consequence, and no other one.
@@ -28,22 +28,17 @@ CRASHES = ("crash before", "crash after")
 # A planted bug replaces one step of the product: there is no other way to have it wrong on purpose.
 
 
-@pytest.fixture(scope="module")
-def calm():
-    return (*undisturbed(), World(0).source)
-
-
-def caught(calm, words="", server=None, faults=10, kinds=None, steps=None):
+def caught(undisturbed_run, words="", server=None, faults=10, kinds=None, steps=None):
     """How many of the seeds notice that something is wrong, and say it in these words."""
     count = 0
     for seed in SEEDS:
-        world = World(seed, source=calm[2], server=server() if server else None)
+        world = World(seed, source=undisturbed_run[2], server=server() if server else None)
 
         async def run(world=world, seed=seed):
             await world.until_published(
-                Fate(random.Random(seed), steps=steps or calm[1], faults=faults, kinds=kinds))
+                Fate(random.Random(seed), steps=steps or undisturbed_run[1], faults=faults, kinds=kinds))
             await world.settle()
-            await world.check(calm[0])
+            await world.check(undisturbed_run[0])
 
         try:
             run_virtually(run())
@@ -52,11 +47,11 @@ def caught(calm, words="", server=None, faults=10, kinds=None, steps=None):
     return count
 
 
-def test_without_a_bug_nothing_is_caught(calm):
-    assert caught(calm) == 0
+def test_without_a_bug_nothing_is_caught(undisturbed_run):
+    assert caught(undisturbed_run) == 0
 
 
-def test_publishing_early_is_caught(calm, monkeypatch):
+def test_publishing_early_is_caught(undisturbed_run, monkeypatch):
     async def early(store, layout, plan, identity, proven):
         for key, document in await layout.metadata({"root": "sha256:early"}):
             await store.create(key, document)
@@ -64,10 +59,10 @@ def test_publishing_early_is_caught(calm, monkeypatch):
         return "sha256:early"
 
     monkeypatch.setattr(pipeline, "publish", early)
-    assert caught(calm, "there is none") == len(SEEDS)
+    assert caught(undisturbed_run, "there is none") == len(SEEDS)
 
 
-def test_proving_before_writing_is_caught(calm, monkeypatch):
+def test_proving_before_writing_is_caught(undisturbed_run, monkeypatch):
     add, put = Ledger.add, writer.ChunkWriter._put
     writes = []
 
@@ -86,13 +81,13 @@ def test_proving_before_writing_is_caught(calm, monkeypatch):
 
     monkeypatch.setattr(Ledger, "add", at_once)
     late = {"kinds": CRASHES, "faults": 4, "steps": 130}  # a crash matters between a proof and its write
-    assert caught(calm, **late) == 0
+    assert caught(undisturbed_run, **late) == 0
     monkeypatch.setattr(writer.ChunkWriter, "_put", unawaited)
-    assert caught(calm, faults=0) == 0
-    assert caught(calm, GONE, **late) > len(SEEDS) // 2
+    assert caught(undisturbed_run, faults=0) == 0
+    assert caught(undisturbed_run, GONE, **late) > len(SEEDS) // 2
 
 
-def test_believing_that_what_exists_is_right_is_caught(calm, monkeypatch):
+def test_believing_that_what_exists_is_right_is_caught(undisturbed_run, monkeypatch):
     async def trusting(self, key, data):
         await self._store.create(key, data)
         return await writer.proof_of(key, data), False
@@ -104,21 +99,21 @@ def test_believing_that_what_exists_is_right_is_caught(calm, monkeypatch):
             return super().predict(records, first_row) + np.float32(self.requests)
 
     # Where a crash leaves a chunk unproven, the next client computes another one.
-    assert caught(calm, "holds other bytes", Unsteady, kinds=CRASHES) > len(SEEDS) // 3
+    assert caught(undisturbed_run, "holds other bytes", Unsteady, kinds=CRASHES) > len(SEEDS) // 3
     monkeypatch.setattr(writer.ChunkWriter, "_put", trusting)
-    assert caught(calm, OTHER_BYTES, Unsteady, kinds=CRASHES) > len(SEEDS) // 3
+    assert caught(undisturbed_run, OTHER_BYTES, Unsteady, kinds=CRASHES) > len(SEEDS) // 3
 
 
-def test_taking_any_reply_is_caught(calm, monkeypatch):
+def test_taking_any_reply_is_caught(undisturbed_run, monkeypatch):
     def gullible(self, reply, ident, checksum, count):
         tensors = {tensor.name: tensor.data for tensor in reply.outputs}
         return Prediction({"y": tensors["y"]}, tensors["record_status"])
 
     monkeypatch.setattr(Expected, "_check", gullible)
-    assert caught(calm, OTHER_ROOT, kinds=("swapped", "stale"), faults=20, steps=60) > len(SEEDS) // 2
+    assert caught(undisturbed_run, OTHER_ROOT, kinds=("swapped", "stale"), faults=20, steps=60) > len(SEEDS) // 2
 
 
-def test_not_checking_the_replys_checksum_is_caught(calm, monkeypatch):
+def test_not_checking_the_replys_checksum_is_caught(undisturbed_run, monkeypatch):
     def trusting(reply, extents, read):
         length = int(reply.headers.get("inference-header-content-length") or 0)
         try:
@@ -131,10 +126,10 @@ def test_not_checking_the_replys_checksum_is_caught(calm, monkeypatch):
 
     monkeypatch.setattr(answer, "_decode", trusting)
     # Most flips fall into bytes that are checked in another way too.
-    assert caught(calm, OTHER_ROOT, kinds=("flipped",), faults=20, steps=60) > len(SEEDS) // 8
+    assert caught(undisturbed_run, OTHER_ROOT, kinds=("flipped",), faults=20, steps=60) > len(SEEDS) // 8
 
 
-def test_retrying_a_refused_request_for_ever_is_caught(calm, monkeypatch):
+def test_retrying_a_refused_request_for_ever_is_caught(undisturbed_run, monkeypatch):
     class Refusing(SimulatedServer):
         def answer(self, body, header_length):
             if self.requests > 200:
@@ -149,7 +144,7 @@ def test_retrying_a_refused_request_for_ever_is_caught(calm, monkeypatch):
 
     monkeypatch.setattr(Scorer, "score", stubborn)
     with pytest.raises(BaseExceptionGroup) as noticed:
-        run_virtually(World(1, source=calm[2], server=Refusing()).until_published(Fate(random.Random(1), faults=0)))
+        run_virtually(World(1, source=undisturbed_run[2], server=Refusing()).until_published())
     assert noticed.group_contains(AssertionError, match="asked again and again")
 
 
@@ -165,16 +160,17 @@ class Mixing(SimulatedServer):
         return super().predict(records, first_row) + np.float32(2**-12) * np.float32(getattr(self, "mixed", 0))
 
 
-def test_a_handler_that_mixes_requests_is_caught(calm):
-    assert caught(calm, OTHER_ROOT, Mixing) == len(SEEDS)
+def test_a_handler_that_mixes_requests_is_caught(undisturbed_run):
+    assert caught(undisturbed_run, OTHER_ROOT, Mixing) == len(SEEDS)
     roots = set()
     for flight in (1, 4):
-        world = World(0, source=calm[2], server=Mixing(seconds=0.01), in_flight=flight)
-        roots.add(run_virtually(world.until_published(Fate(random.Random(0), faults=0))).root)
+        world = World(0, source=undisturbed_run[2], server=Mixing(seconds=0.01), in_flight=flight)
+        roots.add(run_virtually(world.until_published()).root)
     assert len(roots) == 2
 
 
-def test_a_request_that_travels_is_what_the_server_computes(calm):
+@virtually
+async def test_a_request_that_travels_is_what_the_server_computes(undisturbed_run):
     """The checksum of the request comes back: a flipped bit on the way there is noticed too."""
     class Deaf(SimulatedServer):
         def answer(self, body, header_length):
@@ -183,23 +179,18 @@ def test_a_request_that_travels_is_what_the_server_computes(calm):
             decode_request(bytes(altered), header_length, max_tensor_bytes=1 << 20)
             return super().answer(bytes(altered) if self.requests % 3 == 0 else body, header_length)
 
-    world = World(1, source=calm[2], server=Deaf(seconds=0.01))
-
-    async def run():
-        summary = await world.until_published(Fate(random.Random(1), faults=0))
-        await world.check(calm[0])
-        return summary
-
-    assert run_virtually(run()).retries > 5
+    world = World(1, source=undisturbed_run[2], server=Deaf(seconds=0.01))
+    assert (await world.until_published()).retries > 5
+    await world.check(undisturbed_run[0])
 
 
-def test_proofs_of_a_removed_output_that_count_are_caught(calm, monkeypatch):
+def test_proofs_of_a_removed_output_that_count_are_caught(undisturbed_run, monkeypatch):
     """The check of the generation planted away, and a removal under a client that is about to publish."""
     async def blind(store, generation):
         pass
 
     async def run():
-        world = World(1, source=calm[2])
+        world = World(1, source=undisturbed_run[2])
 
         class Removed(MemoryStore):
             async def create(self, key, data):
@@ -208,8 +199,8 @@ def test_proofs_of_a_removed_output_that_count_are_caught(calm, monkeypatch):
                 return await super().create(key, data)
 
         world.output = Removed("memory://out")
-        await world.live(Fate(random.Random(0), faults=0))
-        await world.check(calm[0])
+        await world.live()
+        await world.check(undisturbed_run[0])
 
     with pytest.raises(MismatchError, match="was removed"):
         run_virtually(run())

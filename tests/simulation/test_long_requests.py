@@ -14,9 +14,9 @@ from batch_client.spec import RunSpec
 from batch_client.storage import MemoryStore
 from batch_client.tokens import NoTokens
 from batch_client.transport import LateError
+from support.runs import source_of
 from support.simulated import URL, SimulatedServer
-from support.virtual import run_virtually
-from support.world import make_source
+from support.virtual import virtually
 
 REQUESTS = 40
 
@@ -61,19 +61,16 @@ class OneWorker(SimulatedServer):
     (140, True, True, 0, 600), (140, False, True, 0, 600),
     (20, False, False, 2, 60), (20, True, False, 2, 60), (25, False, True, 0, 60), (40, False, False, 2, 120),
 ])
-def test_no_more_is_sent_than_is_answered_in_time(each, told, stated, most_late, patience):
+@virtually
+async def test_no_more_is_sent_than_is_answered_in_time(each, told, stated, most_late, patience):
     """told: a reply says how long it was computed. stated: the server says before what a micro-batch takes."""
     records = np.random.default_rng(1).integers(1, 99, (100 * REQUESTS, 3), np.uint8)
-    source = make_source(records, (100, 3))
-
-    async def run():
-        clock = asyncio.get_running_loop().time
-        server, began = OneWorker(each, told, stated), clock()
-        services = Services(Servers(server, {URL: NoTokens()}, "toy"), source, MemoryStore("memory://out"),
-                            clock=clock, rng=random.Random(1))
-        await execute(RunSpec(input="memory://in", output="memory://out", endpoints=(URL,), model="toy",
-                              chunk_records=100, request_records=100, patience=patience), services)
-        assert server.late <= most_late
-        assert clock() - began < REQUESTS * each + 2 * REQUEST_SECONDS
-
-    run_virtually(run())
+    source = source_of(records, (100, 3))
+    clock = asyncio.get_running_loop().time
+    server, began = OneWorker(each, told, stated), clock()
+    services = Services(Servers(server, {URL: NoTokens()}, "toy"), source, MemoryStore("memory://out"),
+                        clock=clock, rng=random.Random(1))
+    await execute(RunSpec(input="memory://in", output="memory://out", endpoints=(URL,), model="toy",
+                          chunk_records=100, request_records=100, patience=patience), services)
+    assert server.late <= most_late
+    assert clock() - began < REQUESTS * each + 2 * REQUEST_SECONDS

@@ -10,7 +10,7 @@ from batch_client.serving import Servers
 from batch_client.tokens import NoTokens
 from batch_client.transport import TransportError
 from support.simulated import SimulatedServer
-from support.virtual import run_virtually
+from support.virtual import virtually
 from support.world import World
 
 URLS = tuple(f"http://server-{number}" for number in range(40))
@@ -34,17 +34,14 @@ class Interrupted(SimulatedServer):
         return await super().send(method, url, headers, parts, deadline)
 
 
-def test_an_outage_of_two_seconds_does_not_put_a_wide_run_to_sleep_for_minutes():
+@virtually
+async def test_an_outage_of_two_seconds_does_not_put_a_wide_run_to_sleep_for_minutes():
     records = np.random.default_rng(5).integers(0, 99, (8_000, 3), np.uint8)
     world = World(0, records=records)
-
-    async def run():
-        loop, server = asyncio.get_running_loop(), Interrupted()
-        services = Services(Servers(server, dict.fromkeys(URLS, NoTokens()), "toy"), world.source, world.output,
-                            clock=loop.time, rng=world.rng)
-        await execute(world.spec(endpoints=URLS, in_flight=5), services)
-        return loop.time() - server.began, server.broken
-
-    seconds, broken = run_virtually(run())
+    loop, server = asyncio.get_running_loop(), Interrupted()
+    services = Services(Servers(server, dict.fromkeys(URLS, NoTokens()), "toy"), world.source, world.output,
+                        clock=loop.time, rng=world.rng)
+    await execute(world.spec(endpoints=URLS, in_flight=5), services)
+    seconds, broken = loop.time() - server.began, server.broken
     assert broken >= 200  # all that 40 servers held
     assert seconds < 30  # 11 without the outage; one purse for all servers made it 211

@@ -17,9 +17,10 @@ from batch_client.storage import MemoryStore
 from batch_client.tokens import NoTokens
 from batch_client.transport import HttpReply
 from batch_handler.oip import decode_request
+from support.runs import source_of
 from support.simulated import URL, SimulatedServer
-from support.virtual import run_virtually
-from support.world import make_source, opened
+from support.virtual import run_virtually, virtually
+from support.world import opened
 
 RAISE, EXIT, HANG, NAN = 1001, 1002, 1003, 1004
 KINDS = {"raise": RAISE, "exit": EXIT, "hang": HANG, "nan": NAN}
@@ -73,21 +74,18 @@ def world_of(count, poisons, chunk=1000):
     records = clean.copy()
     for index, kind in poisons.items():
         records[index, 0] = KINDS[kind]
-    return make_source(records, (chunk, 3)), clean
+    return source_of(records, (chunk, 3)), clean
 
 
-def score(source, server, urls=(URL,), **options):
-    output = MemoryStore("memory://out")
+@virtually
+async def score(source, server, urls=(URL,), output=None, **options):
+    output = output or MemoryStore("memory://out")
+    services = Services(Servers(server, dict.fromkeys(urls, NoTokens()), "toy"), source, output,
+                        clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(2))
     spec = RunSpec(**{"input": "memory://source", "output": "memory://out", "endpoints": urls, "model": "toy",
                       "chunk_records": 1000, "request_records": 64, "in_flight": 4, **options})
-
-    async def run():
-        services = Services(Servers(server, dict.fromkeys(urls, NoTokens()), "toy"), source, output,
-                            clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(2))
-        return await execute(spec, services)
-
     try:
-        return run_virtually(run()), output
+        return await execute(spec, services), output
     except DataError as error:
         return error, output
 
@@ -164,15 +162,7 @@ def test_without_leave_the_failures_are_held_back_and_a_later_run_may_accept_the
     assert "--max-failed 2" in str(error)
     assert not any(key.endswith("zarr.json") for key in output.objects)
     assert [key for key in output.objects if key.startswith("y/c/")] == ["y/c/0/0"]
-
-    async def resume():
-        services = Services(Servers(server, {URL: NoTokens()}, "toy"), source, output,
-                            clock=lambda: asyncio.get_running_loop().time(), rng=random.Random(9))
-        return await execute(RunSpec(
-            input="memory://source", output="memory://out", endpoints=(URL,), model="toy", chunk_records=1000,
-            request_records=64, max_failed=2), services)
-
-    summary = run_virtually(resume())
+    summary, _ = score(source, server, output=output, max_failed=2)
     assert summary.scored == 2000
     found = run_virtually(opened(output))
     assert list(np.flatnonzero(found["record_status"])) == [1500, 2999]
@@ -212,7 +202,7 @@ def test_what_was_found_in_chunks_that_are_not_done_is_listed_too_when_a_run_giv
     records[:1100, 0] = NAN
     records[1100, 0] = RAISE
     records[0, 1], records[2199, 1] = 100, 200
-    error, output = score(make_source(records, (1100, 3)), Waiting(), chunk_records=1100, request_records=112,
+    error, output = score(source_of(records, (1100, 3)), Waiting(), chunk_records=1100, request_records=112,
                           require_finite=True)
     assert isinstance(error, DataError)
     assert "1,100 records failed" in str(error)

@@ -13,8 +13,8 @@ import pytest
 from batch_client import ledger
 from batch_client.ledger import LedgerView
 from batch_client.place import generation_of
-from support.faulty import Fate, Life
-from support.virtual import run_virtually
+from support.faulty import Fate
+from support.virtual import run_virtually, virtually
 from support.world import CHUNK, RECORDS, World, undisturbed
 
 GROUPS = 20
@@ -30,40 +30,30 @@ def seeds():
     return [range(group * A_GROUP, (group + 1) * A_GROUP) for group in range(GROUPS)]
 
 
-@pytest.fixture(scope="module")
-def calm():
-    """Root and number of I/O steps of the undisturbed run, and the shared source."""
-    root, steps = undisturbed()
-    return root, steps, World(0).source
-
-
-def schedule(seed, calm):
+@virtually
+async def schedule(seed, undisturbed_run):
     """One world with one, two or three clients, at least five faults, then calm."""
-    root, steps, source = calm
+    root, steps, source = undisturbed_run
 
     rng = random.Random(seed)
     world = World(seed, source=source)
-
-    async def run():
-        fate = Fate(rng, steps=steps, faults=rng.randint(6, 12))
-        clients = rng.choice([1, 1, 2, 3])
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(clients):
-                tasks.create_task(world.until_published(fate))
-        assert len(fate.injected) >= 5, fate.injected
-        await world.settle()
-        await world.check(root)
-        return fate.injected
-
-    return run_virtually(run())
+    fate = Fate(rng, steps=steps, faults=rng.randint(6, 12))
+    clients = rng.choice([1, 1, 2, 3])
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(clients):
+            tasks.create_task(world.until_published(fate))
+    assert len(fate.injected) >= 5, fate.injected
+    await world.settle()
+    await world.check(root)
+    return fate.injected
 
 
 @pytest.mark.parametrize("group", seeds(), ids=lambda group: f"seed_{group.start}-{group.stop - 1}")
-def test_every_schedule_ends_in_the_same_root(group, calm):
+def test_every_schedule_ends_in_the_same_root(group, undisturbed_run):
     seen = set()
     for seed in group:
         try:
-            seen.update(schedule(seed, calm))
+            seen.update(schedule(seed, undisturbed_run))
         except BaseException as error:
             error.add_note(f"BATCH_CLIENT_SEEDS={seed} reproduces this")
             raise
@@ -72,27 +62,29 @@ def test_every_schedule_ends_in_the_same_root(group, calm):
 
 
 @pytest.mark.parametrize("when", ["crash before", "crash after"])
-def test_a_kill_at_every_io_step_is_resumed_to_the_same_root(when, calm):
-    killed = sum(run_virtually(resumed(point, when, calm)) is not None for point in range(1, calm[1] + 1))
-    assert killed >= calm[1] // 3, "hardly any step was a crash point"
+def test_a_kill_at_every_io_step_is_resumed_to_the_same_root(when, undisturbed_run):
+    steps = undisturbed_run[1]
+    killed = sum(run_virtually(resumed(point, when, undisturbed_run)) is not None for point in range(1, steps + 1))
+    assert killed >= steps // 3, "hardly any step was a crash point"
 
 
-def test_a_resumed_run_scores_nothing_again_that_is_proven(calm, monkeypatch):
+def test_a_resumed_run_scores_nothing_again_that_is_proven(undisturbed_run, monkeypatch):
     monkeypatch.setattr(ledger, "FLUSH_ROWS", 1)  # each chunk is proven at once
-    found = {run_virtually(resumed(point, "crash before", calm)) for point in range(1, calm[1] + 1, 5)}
+    found = {run_virtually(resumed(point, "crash before", undisturbed_run))
+             for point in range(1, undisturbed_run[1] + 1, 5)}
     assert max(found - {None}) > CHUNKS // 2, "every client died before much was proven"
 
 
-async def resumed(point, when, calm):
+async def resumed(point, when, undisturbed_run):
     """A client dies at one I/O step, whatever it is, and the next one ends its run: how many chunks were proven between
     their lives. None for a step at which no client can die.
     """
-    root, _, source = calm
+    root, _, source = undisturbed_run
     world = World(point, source=source)
     fate = Fate(random.Random(point), faults=0, kinds=(when,))
     fate.at = {point}
     done = None
-    if await world.live(fate, Life()) is None:
+    if await world.live(fate) is None:
         done = await proven(world.output)
         before = world.server.requests
         await world.until_published(fate, most=1)
@@ -120,24 +112,21 @@ def test_calm_worlds_agree_whatever_the_requests():
     assert len(roots) == 1
 
 
-def test_a_source_that_changes_under_a_run_stops_it(calm):
+@virtually
+async def test_a_source_that_changes_under_a_run_stops_it(undisturbed_run):
     from batch_client.errors import MismatchError
-
-    async def run():
-        world = World(1, source=make_copy(calm[2]))
-        fate = Fate(random.Random(1), faults=0, kinds=("crash before",))
-        # All units are proven, the manifest is not written yet.
-        fate.at = {calm[1] - 4}
-        await world.live(fate)
-        assert world.ends == ["crash"]
-        assert any("ledger" in key for key in world.output.objects)
-        # A sound chunk with other records, as a program that writes the source again would leave it.
-        world.source.objects["c/0/0"] = world.source.objects["c/1/0"]
-        with pytest.raises(MismatchError, match="chunk c/0/0 changed since it was scored"):
-            await world.until_published(Fate(random.Random(1), faults=0))
-        assert "zarr.json" not in world.output.objects
-
-    run_virtually(run())
+    world = World(1, source=make_copy(undisturbed_run[2]))
+    fate = Fate(random.Random(1), faults=0, kinds=("crash before",))
+    # All units are proven, the manifest is not written yet.
+    fate.at = {undisturbed_run[1] - 4}
+    await world.live(fate)
+    assert world.ends == ["crash"]
+    assert any("ledger" in key for key in world.output.objects)
+    # A sound chunk with other records, as a program that writes the source again would leave it.
+    world.source.objects["c/0/0"] = world.source.objects["c/1/0"]
+    with pytest.raises(MismatchError, match="chunk c/0/0 changed since it was scored"):
+        await world.until_published()
+    assert "zarr.json" not in world.output.objects
 
 
 def make_copy(store):

@@ -6,9 +6,11 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
+LONG = 300  # seconds that nothing here takes; a wait's bound, not a promise
 
 def command(*arguments):
     return [sys.executable, "-m", "batch_client", *map(str, arguments)]
@@ -21,6 +23,15 @@ def run_cli(arguments, environ, cwd=None, check=False, timeout=180, stdin=None):
     if check:
         assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def until(condition, going_on=lambda: True, said=lambda: ""):
+    """Wait until `condition()` holds, as long as `going_on()`."""
+    end = time.monotonic() + LONG
+    while not condition():
+        assert going_on(), f"ended too early: {said()[-2000:]}"
+        assert time.monotonic() < end, said()[-2000:]
+        time.sleep(0.02)
 
 
 @contextmanager

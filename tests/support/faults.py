@@ -8,7 +8,6 @@ import json
 import signal
 import subprocess
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,8 @@ from zarr.storage import ObjectStore
 
 from batch_client.buckets import open_store
 from batch_client.zarrstore import SourceStore
-from support.cli import command, run_cli
+from support.cli import LONG, command, run_cli, until
 
-LONG = 300  # seconds that nothing here takes; a wait's bound, not a promise
 # Seconds of a micro-batch of 16 records, so that a run lasts long enough to be disturbed, whatever the machine.
 PACE = 0.01
 RAISES, EXITS, HANGS = 1, 2, 3
@@ -144,15 +142,6 @@ def said_in_one_line(text):
     lines = [line for line in text.splitlines() if line.startswith("batch-client: ")]
     assert len(lines) == 1, text
     return lines[0]
-
-
-def until(condition, going_on=lambda: True, said=lambda: ""):
-    """Wait until `condition()` holds, as long as `going_on()`."""
-    end = time.monotonic() + LONG
-    while not condition():
-        assert going_on(), f"ended too early: {said()[-2000:]}"
-        assert time.monotonic() < end, said()[-2000:]
-        time.sleep(0.02)
 
 
 class Client:

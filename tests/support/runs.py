@@ -23,17 +23,12 @@ def records_of(count, shape=(3,), dtype=np.uint8, seed=0):
     return rng.integers(0, 100, (count, *shape)).astype(dtype)
 
 
-async def source_of(records, chunks, **options):
+def source_of(records, chunks, **options):
     """A source in memory, written by zarr."""
-    zarr_store = ZarrMemory()
-    array = await zarr.api.asynchronous.create_array(
-        store=zarr_store, shape=records.shape, chunks=chunks, dtype=records.dtype,
-        config={"write_empty_chunks": True}, **options)
-    await array.setitem(slice(None), records)
+    written = {}
+    zarr.create_array(ZarrMemory(written), data=records, chunks=chunks, config={"write_empty_chunks": True}, **options)
     store = MemoryStore("memory://source")
-    async for key in zarr_store.list():
-        buffer = await zarr_store.get(key, zarr.core.buffer.default_buffer_prototype())
-        store.objects[key] = buffer.to_bytes()
+    store.objects = {key: buffer.to_bytes() for key, buffer in written.items()}
     return store
 
 

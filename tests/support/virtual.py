@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+from functools import wraps
 
 
 class StuckError(AssertionError):
@@ -47,3 +48,12 @@ def run_virtually(main):
     """Run a coroutine to its end on a fresh virtual loop."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(main)
+
+
+def virtually(test):
+    """A coroutine function as one that runs it virtually: for pytest, a test without a loop."""
+    @wraps(test)
+    def run(*arguments, **options):
+        return run_virtually(test(*arguments, **options))
+
+    return run

@@ -17,19 +17,14 @@ from batch_client.spec import RunSpec
 from batch_client.storage import MemoryStore
 from batch_client.tokens import NoTokens
 from batch_client.verify import verify_output
-from support.faulty import CrashError, Fate, FaultyStore, FaultyTransport, Life
+from support.faulty import CrashError, FaultyStore, FaultyTransport, Life, calm
 from support.runs import source_of
 from support.simulated import URL, SimulatedServer
-from support.virtual import run_virtually
+from support.virtual import virtually
 
 RECORDS, CHUNK = 96, 8
 # How a client may end although nothing is wrong with the run: 74 and 75 say "the same command goes on".
 RESUMABLE = (74, 75)
-
-
-def make_source(records, chunks):
-    """An array in a MemoryStore, written by zarr."""
-    return run_virtually(source_of(records, chunks))
 
 
 class World:
@@ -38,7 +33,7 @@ class World:
     def __init__(self, seed, server=None, records=None, source=None, **options):
         self.rng = random.Random(seed)
         self.records = np.random.default_rng(5).integers(0, 99, (RECORDS, 3), np.uint8) if records is None else records
-        self.source = source or make_source(self.records, (CHUNK, 3))
+        self.source = source or source_of(self.records, (CHUNK, 3))
         self.output = MemoryStore("memory://out")
         self.server = server or SimulatedServer(seconds=0.01)
         self.options = {"chunk_records": CHUNK, "request_records": 4, "in_flight": 4, "patience": 3600.0, **options}
@@ -49,22 +44,23 @@ class World:
         return RunSpec(**{"input": "memory://source", "output": "memory://out", "endpoints": (URL,), "model": "toy",
                           **self.options, **changes})
 
-    def services(self, fate, life):
+    def services(self, fate=None):
+        fate, life = fate or calm(), Life()
         transport = FaultyTransport(self.server, fate, life)
         return Services(
             Servers(transport, {URL: NoTokens()}, "toy"), FaultyStore(self.source, fate, life),
             FaultyStore(self.output, fate, life), clock=lambda: asyncio.get_running_loop().time(),
             rng=random.Random(self.rng.random()))
 
-    async def live(self, fate, life=None, **changes):
-        """One client from its start to its end. Returns its summary, or None if it ended in a way that may be resumed.
+    async def live(self, fate=None, **changes):
+        """One client from its start to its end, undisturbed where no fate is given. Returns its summary, or None if it
+        ended in a way that may be resumed.
 
         Raises whatever a user would have to look at.
         """
         self.lives += 1
-        services = self.services(fate, life or Life())
         try:
-            return await execute(self.spec(**changes), services)
+            return await execute(self.spec(**changes), self.services(fate))
         except CrashError:
             self.ends.append("crash")
         except BaseExceptionGroup as group:
@@ -77,7 +73,7 @@ class World:
             self.ends.append(str(error))
         return None
 
-    async def until_published(self, fate, most=40, **changes):
+    async def until_published(self, fate=None, most=40, **changes):
         for _ in range(most):
             summary = await self.live(fate, **changes)
             if summary is not None and summary.published:
@@ -110,14 +106,10 @@ async def opened(store):
     return {name: np.asarray(await array.getitem(slice(None))) async for name, array in group.arrays()}
 
 
-def undisturbed(**options):
-    """The root hash of a run to which nothing happens, and the I/O steps it takes."""
-    world = World(0, **options)
-
-    async def run():
-        fate = Fate(random.Random(0), faults=0)
-        summary = await world.until_published(fate)
-        await world.check()
-        return summary.root, fate.step
-
-    return run_virtually(run())
+@virtually
+async def undisturbed(**options):
+    """The root hash of a run to which nothing happens, the I/O steps it takes, and its source."""
+    world, fate = World(0, **options), calm()
+    summary = await world.until_published(fate)
+    await world.check()
+    return summary.root, fate.step, world.source
