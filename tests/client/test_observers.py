@@ -119,7 +119,7 @@ async def test_whole_numbers_for_a_model_of_floats_go_as_they_are_and_somebody_i
 
 
 async def test_who_scores_a_number_that_stands_for_missing_values_is_told():
-    source = await source_of(records_of(20), (10, 3), attributes={"_FillValue": -1})
+    source = source_of(records_of(20), (10, 3), attributes={"_FillValue": -1})
     for go in (plan_run, execute):
         told, screen, lines = [], Screen(), Screen()
         bar, log = ProgressBar(screen), LogLines(lines)
