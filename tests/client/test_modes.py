@@ -18,9 +18,10 @@ from batch_client.storage import MemoryStore
 from batch_client.transport import HttpReply
 from batch_handler.oip import HEADER_LENGTH, InferReply, Tensor, decode_request, encode_reply
 from support.faulty import calm
+from support.runs import opened
 from support.simulated import URL, Breaking, SimulatedServer
 from support.virtual import virtually
-from support.world import CHUNK, RECORDS, World, opened
+from support.world import CHUNK, RECORDS, World
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
@@ -315,7 +316,7 @@ async def test_too_large_a_request_is_split_between_micro_batches_and_later_ones
 async def test_both_halves_of_a_request_that_begins_within_a_micro_batch_keep_their_places():
     world = World(1, server=Small(), request_records=8)
     assert (await world.live(records=Records.parse("3:91"))).published
-    found = (await opened(world.output))["y"]
+    found = opened(world.output)["y"][:]
     wanted = world.server.expected(world.records[3:91], CHUNK, start=3)
     np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
 
@@ -326,8 +327,8 @@ async def test_a_foreign_server_of_the_protocol_is_driven_too():
     world = World(1, server=Unverified())
     summary = await world.live(request_records=4)
     assert summary.published
-    found = await opened(world.output)
-    np.testing.assert_array_equal(found["record_status"], np.where(world.records[:, 0] == 7, 2, 0))
+    found = opened(world.output)
+    np.testing.assert_array_equal(found["record_status"][:], np.where(world.records[:, 0] == 7, 2, 0))
 
 
 def test_specs_of_parts_and_modes():

@@ -11,7 +11,6 @@ import xarray
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from zarr.storage import MemoryStore as ZarrMemory
 
 from batch_client.buckets import open_store
 from batch_client.cli.plan import _figures
@@ -23,17 +22,10 @@ from batch_client.spec import Records
 from batch_client.storage import MemoryStore
 from batch_client.verify import verify_output
 from batch_handler.oip import HEADER_LENGTH, Tensor, decode_reply, encode_reply
-from support.runs import records_of, refused, services, source_of, spec
+from support.runs import opened, records_of, refused, services, source_of, spec
 from support.simulated import BINARY, SimulatedServer
-
-
-async def opened(store):
-    """What a user finds in an output."""
-    target = ZarrMemory()
-    for key, data in store.objects.items():
-        if key.endswith(("zarr.json",)) or "/c/" in key:
-            await target.set(key, zarr.core.buffer.default_buffer_prototype().buffer.from_bytes(data))
-    return zarr.open_group(target, mode="r")
+from support.virtual import virtually
+from support.world import CHUNK, World
 
 
 async def score(records, chunks=(10, 3), server=None, **options):
@@ -95,7 +87,7 @@ async def test_predictions_are_in_order_and_every_record_has_a_status():
     records = records_of(95)
     server = SimulatedServer()
     summary, output = await score(records, server=server, chunk_records=30, request_records=8)
-    group = await opened(output)
+    group = opened(output)
     np.testing.assert_array_equal(group["y"][:], server.expected(records, 30))
     assert (group["record_status"][:] == 0).all()
     assert (summary.records, summary.scored, summary.failed) == (95, 95, 0)
@@ -128,7 +120,7 @@ def test_any_geometry_gives_each_record_its_own_prediction_in_its_own_place(data
         plan = await plan_run(spec(**options), parts)
         summary = await execute(spec(**options), parts)
         assert summary.requests == plan.request_count
-        group = await opened(output)
+        group = opened(output)
         np.testing.assert_array_equal(group["y"][:], server.expected(records[start:stop], plan.grid_records, start))
 
     asyncio.run(go())
@@ -147,7 +139,7 @@ async def test_sources_of_every_layout_are_read_the_same(options, dtype):
     summary = await execute(spec(request_records=8), services(server, source, output))
     assert summary.records == 50
     grid = json.loads(output.objects["_run/spec.json"])["grid_records"]
-    group = await opened(output)
+    group = opened(output)
     np.testing.assert_array_equal(group["y"][:], server.expected(records.astype(np.float32), grid))
 
 
@@ -226,7 +218,7 @@ async def test_nothing_opens_before_the_end_and_the_same_command_goes_on(tmp_pat
     assert summary.scored == 200 - 10 * len(done)
     whole, fresh = await score(records, chunk_records=10)
     assert summary.root == whole.root
-    np.testing.assert_array_equal((await opened(output))["y"][:], (await opened(fresh))["y"][:])
+    np.testing.assert_array_equal(opened(output)["y"][:], opened(fresh)["y"][:])
 
 
 async def test_a_published_run_is_found_done():
@@ -355,7 +347,7 @@ async def test_a_bad_answer_is_asked_again_and_never_taken(changes):
     records = records_of(40)
     server = Answering(*changes)
     summary, output = await score(records, server=server, request_records=8)
-    np.testing.assert_array_equal((await opened(output))["y"][:], server.expected(records, 40))
+    np.testing.assert_array_equal(opened(output)["y"][:], server.expected(records, 40))
     assert summary.retries >= 1
 
 
@@ -411,3 +403,27 @@ async def test_what_plan_says_is_written_is_what_verify_counts_but_for_the_check
     found = await verify_output(output)
     assert figures["objects_written"] == found.objects
     assert figures["bytes_to_write"] + 4 * found.objects == found.nbytes
+
+
+@virtually
+async def test_a_stop_before_anything_was_scored_writes_nothing():
+    world = World(1)
+    stop = asyncio.Event()
+    stop.set()
+    with pytest.raises(StoppedError):
+        await execute(world.spec(), world.services(), stop=stop)
+    assert world.output.objects == {}
+
+
+@virtually
+async def test_a_chunk_that_somebody_removed_is_read_as_what_no_record_has():
+    """Neither as a number that a model may give, nor as ok."""
+    world = World(1)
+    await world.live()
+    for key in ("record_status/c/1", "y/c/1/0"):
+        del world.output.objects[key]
+    group = zarr.open_group(zarr.storage.MemoryStore({
+        key: zarr.core.buffer.cpu.Buffer.from_bytes(data) for key, data in world.output.objects.items()}), mode="r")
+    assert set(group["record_status"][CHUNK:2 * CHUNK]) == {255}
+    assert np.isnan(group["y"][CHUNK:2 * CHUNK]).all()
+    assert set(group["record_status"][:CHUNK]) == {0}

@@ -1,7 +1,6 @@
 """The endpoint as others see it: clients that we did not write, and requests that are wrong."""
 
 import asyncio
-import io
 import json
 
 import aiohttp
@@ -10,6 +9,7 @@ import pytest
 import tritonclient.http as triton
 
 from batch_handler.oip import HEADER_LENGTH, InferRequest, Tensor, crc32c, decode_reply, encode_request
+from support.npy import npy
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +63,6 @@ def test_the_model_describes_itself(toy_server):
     assert found["outputs"] == [{"name": "scores", "datatype": "FP32", "shape": [-1, 10]}]
     assert found["parameters"]["micro_batch"] == 16
     assert found["parameters"]["model_digest"].startswith("sha256:")
-
-
-def npy(array):
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
 
 
 def oip(shape, name="image", datatype="UINT8", data=0):

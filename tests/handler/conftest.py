@@ -125,6 +125,14 @@ def images() -> np.ndarray:
     return np.random.default_rng(3).integers(0, 256, (50, 6, 6)).astype(np.uint8)
 
 
+@pytest.fixture(scope="session")
+def tiny_scores(tiny_module: torch.nn.Module, images: np.ndarray) -> np.ndarray:
+    """What the model gives for the images, by torch alone."""
+    values = torch.from_numpy(images)[:, None].float() / 255
+    with torch.inference_mode():
+        return torch.softmax(tiny_module((values - 0.3) / 0.5), -1).numpy()
+
+
 class Counters:
     """What a worker's metrics cache is asked to count."""
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from batch_handler import content
 from batch_handler.oip import OipError, Tensor, TensorSpec
+from support.npy import npy
 
 GREY = TensorSpec("image", np.dtype("u1"), (4, 5))
 FLOATS = TensorSpec("x", np.dtype("f4"), (2, 3))
@@ -45,12 +46,6 @@ print(most() - before)
 sys.exit(0 if said == {sys.argv[1]} else str(said))
 """
 ROWS = [[1, 2, 3], [4, 5, 6]]
-
-
-def npy(array, **options):
-    buffer = io.BytesIO()
-    np.save(buffer, array, **options)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("order", ["C", "F"])

@@ -21,6 +21,7 @@ from batch_handler.oip import InferRequest, ModelMetadata, RequestedOutput, Tens
 from batch_handler.scoring import Failure
 from batch_handler.service import METRICS, Service
 from batch_handler.signature import InputSpec
+from support.npy import npy
 
 BINARY = {"exact": True, "first_row": 0, "binary_data_output": True}
 
@@ -33,12 +34,6 @@ def infer(data, parameters=None, *, binary=True, outputs=(), name="image", **hea
     if message.header_length is not None:
         headers["inference-HEADER-content-length"] = str(message.header_length)
     return {"body": bytearray(message.join())}, {**headers, **header}
-
-
-def npy(array):
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return bytearray(buffer.getvalue())
 
 
 def service_of(model, **options):
@@ -165,12 +160,12 @@ def test_every_kind_of_request_in_one_server_batch_and_none_spoils_another(ask, 
     answers = ask(
         infer(images[:3]),
         ({"body": bytearray(b"{")}, {"content-type": "application/json"}),
-        ({"body": npy(images[:2])}, {"content-type": "application/x-npy"}),
+        ({"body": bytearray(npy(images[:2]))}, {"content-type": "application/x-npy"}),
         infer(images.astype("f4"), BINARY),
         ({"data": bytearray(json.dumps(images[:2].tolist()).encode())}, {}),
         infer(images, BINARY),
-        ({"body": npy(images[4])}, {"Content-Type": "application/x-npy"}),
-        ({"body": npy(images[4])}, {"content-type": "application/x-npy", "Accept": "application/json"}),
+        ({"body": bytearray(npy(images[4]))}, {"Content-Type": "application/x-npy"}),
+        ({"body": bytearray(npy(images[4]))}, {"content-type": "application/x-npy", "Accept": "application/json"}),
         ({"body": bytearray(b"x")}, {"content-type": "text/csv"}),
         infer(images[:1], **{"Content-Encoding": "gzip"}),
         ({}, {}),
@@ -285,7 +280,7 @@ def test_full_memory_is_no_fault_of_the_records(ask, images, monkeypatch):
     monkeypatch.setattr(content, "encode_npy", full)
     read, written, other = ask(
         ({"body": bytearray(b"[]")}, {"content-type": "application/json"}),
-        ({"body": npy(images[:2])}, {"content-type": "application/x-npy"}),
+        ({"body": bytearray(npy(images[:2]))}, {"content-type": "application/x-npy"}),
         infer(images[:2]),
     )
     assert (read[0], json.loads(read[2])["error"]) == (507, "the server has no memory to read the request")

@@ -17,10 +17,10 @@ from batch_client.storage import MemoryStore
 from batch_client.tokens import NoTokens
 from batch_client.transport import HttpReply
 from batch_handler.oip import decode_request
-from support.runs import source_of
+from support.runs import opened, source_of
 from support.simulated import URL, SimulatedServer
-from support.virtual import run_virtually, virtually
-from support.world import opened
+from support.virtual import virtually
+from support.world import World
 
 RAISE, EXIT, HANG, NAN = 1001, 1002, 1003, 1004
 KINDS = {"raise": RAISE, "exit": EXIT, "hang": HANG, "nan": NAN}
@@ -107,16 +107,16 @@ def test_twenty_of_four_kinds_among_fifty_thousand():
     source, clean = world_of(50_000, poisons)
     summary, output = score(source, server, max_failed=20, require_finite=True)
     assert summary.published
-    found = run_virtually(opened(output))
+    found = opened(output)
     wanted = np.zeros(50_000, np.uint8)
     for place, kind in poisons.items():
         wanted[place] = 2 if kind == "nan" else 1
-    np.testing.assert_array_equal(found["record_status"], wanted)
+    np.testing.assert_array_equal(found["record_status"][:], wanted)
     assert set(letters(output)) == set(poisons)
     survivors = np.ones(50_000, bool)
     survivors[places] = False
     expected = server.expected(clean, 1000)
-    np.testing.assert_array_equal(found["y"][survivors].view(np.uint32), expected[survivors].view(np.uint32))
+    np.testing.assert_array_equal(found["y"][:][survivors].view(np.uint32), expected[survivors].view(np.uint32))
     for place, letter in letters(output).items():
         kind = poisons[place]
         assert letter["attempts"] == (1 if kind == "nan" else 3)
@@ -148,7 +148,7 @@ def test_one_poison_costs_no_more_where_there_are_two_servers(kind):
     assert summary.published
     assert list(letters(output)) == [40]
     assert sum(server.requests for server in servers.values()) - 2 <= 2 * math.ceil(math.log2(64)) + 6
-    found = run_virtually(opened(output))["y"]
+    found = opened(output)["y"][:]
     expected = servers["http://one"].expected(clean, 64)
     np.testing.assert_array_equal(np.delete(found, 40, 0).view(np.uint32), np.delete(expected, 40, 0).view(np.uint32))
 
@@ -164,8 +164,8 @@ def test_without_leave_the_failures_are_held_back_and_a_later_run_may_accept_the
     assert [key for key in output.objects if key.startswith("y/c/")] == ["y/c/0/0"]
     summary, _ = score(source, server, output=output, max_failed=2)
     assert summary.scored == 2000
-    found = run_virtually(opened(output))
-    assert list(np.flatnonzero(found["record_status"])) == [1500, 2999]
+    found = opened(output)
+    assert list(np.flatnonzero(found["record_status"][:])) == [1500, 2999]
     np.testing.assert_array_equal(found["y"][:1500], server.expected(clean, 1000)[:1500])
 
 
@@ -173,7 +173,7 @@ def test_nan_is_no_failure_unless_it_is_said_to_be():
     source, _ = world_of(100, {7: "nan"}, chunk=100)
     summary, output = score(source, PoisonedServer(), chunk_records=100)
     assert summary.published
-    assert run_virtually(opened(output))["record_status"][7] == 2
+    assert opened(output)["record_status"][7] == 2
     error, output = score(source, PoisonedServer(), chunk_records=100, require_finite=True)
     assert isinstance(error, DataError)
     assert letters(output) == {7: {"index": 7, "reason": "the prediction is not finite", "attempts": 1}}
@@ -183,7 +183,7 @@ def test_a_record_that_is_not_finite_is_said_so_beside_one_that_fails():
     source, _ = world_of(64, {5: "raise", 40: "nan", 41: "nan"}, chunk=64)
     summary, output = score(source, PoisonedServer(), max_failed=1, chunk_records=64)
     assert (summary.failed, summary.not_finite) == (1, 2)
-    status = run_virtually(opened(output))["record_status"]
+    status = opened(output)["record_status"][:]
     assert {place: status[place] for place in np.flatnonzero(status)} == {5: 1, 40: 2, 41: 2}
 
 
@@ -260,3 +260,18 @@ def test_a_record_that_travels_alone_is_judged_by_three_failures_alone():
     assert letters(output)[0]["attempts"] == 3
     assert server.deaths == 2 + 3
     assert server.requests - 2 <= 6
+
+
+@pytest.mark.parametrize("answer", [
+    HttpReply(507, {}, b'{"error": "out of memory"}'), HttpReply(200, {}, b"not a reply at all"),
+])
+@virtually
+async def test_a_record_that_always_gives_the_same_bad_answer_is_found(answer):
+    class Choking(SimulatedServer):
+        def answer(self, body, header_length):
+            return answer if bytes(world.records[37]) in body[header_length:] else super().answer(body, header_length)
+
+    world = World(1, server=Choking(seconds=0.01))
+    world.records[37] = (201, 202, 203)
+    world.source.objects = World(1, records=world.records).source.objects
+    assert (await world.live(max_failed=1)).failed == 1

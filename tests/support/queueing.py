@@ -8,18 +8,21 @@ import itertools
 import random
 from collections import deque
 
+DELAY = 0.001  # seconds that a worker waits for more
+PAUSE = 0.05  # seconds until a client that was turned away comes again
+
 
 class QueueingServer:
     """Workers that each take up to `batch` requests at a time, compute them one after another and answer all at once.
 
-    A worker that finds fewer waits `delay` seconds for more. Times are normally distributed around `compute` seconds a
+    A worker that finds fewer waits DELAY seconds for more. Times are normally distributed around `compute` seconds a
     request; the way there and back takes `transit` and, exponentially distributed, up to as much again and more. What
     comes to a full queue is turned away.
     """
 
-    def __init__(self, workers, compute, transit=0.004, *, batch=8, delay=0.001, room=1000, noise=0.15, seed=0):
+    def __init__(self, workers, compute, transit=0.004, *, batch=8, room=1000, noise=0.15, seed=0):
         self.now = 0.0
-        self.compute, self.transit, self.batch, self.delay, self.room = compute, transit, batch, delay, room
+        self.compute, self.transit, self.batch, self.room = compute, transit, batch, room
         self.workers = self.idle = workers
         self.noise = noise
         self.rng = random.Random(seed)
@@ -60,7 +63,7 @@ class QueueingServer:
         while self.idle > 0 and self.queue:
             self.idle -= 1
             taken = [self.queue.popleft()]
-            self.after(0 if len(self.queue) >= self.batch - 1 else self.delay, functools.partial(self._serve, taken))
+            self.after(0 if len(self.queue) >= self.batch - 1 else DELAY, functools.partial(self._serve, taken))
 
     def _serve(self, taken):
         while self.queue and len(taken) < self.batch:
@@ -81,8 +84,8 @@ class QueueingServer:
 class BulkClient:
     """Always has another request, and holds as many as its limiter allows."""
 
-    def __init__(self, server, limiter, *, pause=0.05):
-        self.server, self.limiter, self.pause = server, limiter, pause
+    def __init__(self, server, limiter):
+        self.server, self.limiter = server, limiter
         self.in_flight = 0
         self._area = self._counted = 0.0
         self.fill()
@@ -105,7 +108,7 @@ class BulkClient:
         if compute is None:
             self.limiter.overloaded(now, sent_at)
             self._count(-1)
-            self.server.after(self.pause, self.fill)
+            self.server.after(PAUSE, self.fill)
             return
         self.limiter.answered(now, sent_at, self.in_flight, 1000, compute, before, place)
         self._count(-1)

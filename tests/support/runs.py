@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import zarr
+from zarr.core.buffer import cpu
 from zarr.storage import MemoryStore as ZarrMemory
 
 from batch_client.pipeline import execute
@@ -30,6 +31,12 @@ def source_of(records, chunks, **options):
     store = MemoryStore("memory://source")
     store.objects = {key: buffer.to_bytes() for key, buffer in written.items()}
     return store
+
+
+def opened(store):
+    """What a user finds in an output, by zarr's own means."""
+    found = {key: cpu.Buffer.from_bytes(data) for key, data in store.objects.items()}
+    return zarr.open_group(ZarrMemory(found), mode="r")
 
 
 def spec(**options):

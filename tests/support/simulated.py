@@ -22,6 +22,7 @@ from batch_handler.oip import (
     decode_request,
     encode_reply,
 )
+from batch_handler.tensors import noting
 
 URL = "http://simulated"
 BINARY = {"y": True, "record_status": True}
@@ -81,14 +82,9 @@ class SimulatedServer:
 
     def answer(self, body, header_length):
         read = []
-
-        def from_memory(*where):
-            read.append(self.shared_memory.read(*where))
-            return read[-1]
-
         try:
             request = decode_request(body, header_length, max_tensor_bytes=1 << 24,
-                                     shared=from_memory if self.shared_memory else None)
+                                     shared=noting(self.shared_memory.read if self.shared_memory else None, read))
             extents = self.extents(request)
         except OipError as error:
             return HttpReply(error.status, {}, json.dumps({"error": str(error)}).encode())
@@ -123,8 +119,8 @@ class SimulatedServer:
     def reply_parameters(self):
         return {"model_digest": self.digest, "fingerprint": self.fingerprint, "compute_ms": 1.0}
 
-    def servers(self, urls=(URL,)):
-        return Servers(self, dict.fromkeys(urls, NoTokens()), "toy")
+    def servers(self):
+        return Servers(self, {URL: NoTokens()}, "toy")
 
     def expected(self, records, grid_records, start=0):
         """What a run must write for source records from number `start` on."""
