@@ -423,6 +423,13 @@ def test_a_scale_of_nothing_is_refused(pack_request):
         InputSpec("x", np.dtype("u1"), (4,), (4,), scale=0.0)
 
 
+def test_a_mean_of_channels_that_are_last_is_told_where_to_go():
+    with pytest.raises(SignatureError, match=(
+            r"mean of input image has 3 values, wanted 1 or 64, the first size of its model_shape: one a channel needs "
+            r"the channels first \(C x H x W\); where they are last, normalise in the module$")):
+        InputSpec("image", np.dtype("u1"), (64, 64, 3), (64, 64, 3), mean=(0.5, 0.4, 0.3))
+
+
 def test_outputs_of_other_shapes_than_each_other_are_named_in_the_archives_words():
     specs = (OutputSpec("scores", np.dtype("f4"), (7,)),)
     with pytest.raises(ModelError, match=r"output scores has shapes \[8, 6\] and \[8, 7\], wanted \[8, 7\]"):
