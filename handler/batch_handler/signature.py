@@ -109,7 +109,8 @@ class InputSpec:
         if len(values) not in (1, channels):
             raise SignatureError(
                 f"{field} of input {self.name} has {len(values)} values, "
-                f"wanted 1 or {channels}, the first size of its model_shape"
+                f"wanted 1 or {channels}, the first size of its model_shape: one a channel needs the channels first "
+                "(C x H x W); where they are last, normalise in the module"
             )
         if field == "std" and 0.0 in values:
             raise SignatureError(f"std of input {self.name} holds 0, wanted numbers to divide by")

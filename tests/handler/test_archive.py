@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from batch_client.cli import main
+from batch_client.cli.pack import _notes
 from batch_client.tuning import Tuning, tuning_path, write_tuning
 from batch_handler.archive import ArchiveError, pack, read_description
 from batch_handler.draft import OutputDraft
@@ -417,6 +418,13 @@ def test_a_scale_of_nothing_is_refused(pack_request):
         InputSpec("x", np.dtype("u1"), (4,), (4,), scale=0.0)
 
 
+def test_a_mean_of_channels_that_are_last_is_told_where_to_go():
+    with pytest.raises(SignatureError, match=(
+            r"mean of input image has 3 values, wanted 1 or 64, the first size of its model_shape: one a channel needs "
+            r"the channels first \(C x H x W\); where they are last, normalise in the module$")):
+        InputSpec("image", np.dtype("u1"), (64, 64, 3), (64, 64, 3), mean=(0.5, 0.4, 0.3))
+
+
 def test_outputs_of_other_shapes_than_each_other_are_named_in_the_archives_words():
     specs = (OutputSpec("scores", np.dtype("f4"), (7,)),)
     with pytest.raises(ModelError, match=r"output scores has shapes \[8, 6\] and \[8, 7\], wanted \[8, 7\]"):
@@ -446,10 +454,14 @@ def test_outputs_that_no_run_can_carry_are_said(tmp_path, capsys, monkeypatch):
     torch.save(torch.nn.Linear(2, 200_000), "wide.pt")
     words = ["pack", "wide.pt", "--trust-pickle", "--input", "x:float32:2", "--micro-batch"]
     assert main([*words, "128"]) == 0
-    assert "a micro-batch have 102,400,000 bytes and a reply at most 62,914,560: runs need a smaller" in (
-        capsys.readouterr().err)
-    assert main([*words, "64"]) == 0
-    assert "smaller" not in capsys.readouterr().err
+    assert ("a micro-batch have 102,400,000 bytes and a reply at most 62,914,560: runs need a --micro-batch of at most "
+            "78\n") in capsys.readouterr().err
+    assert main([*words, "78"]) == 0
+    assert "runs need" not in capsys.readouterr().err
+    described = read_description(tmp_path / "wide.mar")
+    larger = dataclasses.replace(described, outputs=(OutputSpec("scores", np.dtype("f4"), (16_000_000,)),))
+    (note,) = _notes(tmp_path / "wide.mar", larger)
+    assert note.endswith(" bytes and a reply at most 62,914,560: no run can carry those of one record")
 
 
 def test_another_models_archive_that_nobody_named_is_not_replaced_without_a_word(tmp_path, capsys, monkeypatch):

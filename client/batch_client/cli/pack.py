@@ -146,11 +146,12 @@ def _notes(path: Path, description: ModelDescription) -> Iterator[str]:
     from batch_client.plan import MAX_REPLY_BYTES
 
     yield from _NOTES.get(description.runtime, ())
-    nbytes = description.micro_batch * sum(output.dtype.itemsize * math.prod(output.shape)
-                                           for output in description.outputs)
-    if nbytes > MAX_REPLY_BYTES:
-        yield (f"the outputs of a micro-batch have {nbytes:,} bytes and a reply at most {MAX_REPLY_BYTES:,}: runs need "
-               "a smaller --micro-batch")
+    record = sum(output.dtype.itemsize * math.prod(output.shape) for output in description.outputs)
+    fitting = MAX_REPLY_BYTES // record
+    if description.micro_batch > fitting:
+        todo = f"runs need a --micro-batch of at most {fitting}" if fitting else "no run can carry those of one record"
+        yield (f"the outputs of a micro-batch have {description.micro_batch * record:,} bytes and a reply at most "
+               f"{MAX_REPLY_BYTES:,}: {todo}")
     if overruled := _overruled(path, description.micro_batch):
         yield overruled
     for spec in description.inputs:
