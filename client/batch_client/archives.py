@@ -19,7 +19,7 @@ from batch_client.folders import temporary_folder
 from batch_client.machine import device
 from batch_client.storage import Store, child_url
 from batch_client.tuning import MAX_BYTES, is_tuning, tuning_path
-from batch_client.urls import require_path_alone, split_url
+from batch_client.urls import WEB, require_path_alone, split_url
 
 __all__ = ["local_archive"]
 
@@ -57,7 +57,7 @@ async def local_archive(location: str, *, anonymous: bool = False) -> AsyncItera
         return
     base, name = _split(location)
     store = open_store(base, anonymous=anonymous)
-    web = scheme in ("http", "https")
+    web = scheme in WEB
     with temporary_folder("archive") as folder:
         path = folder / name
         try:

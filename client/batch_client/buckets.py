@@ -21,7 +21,7 @@ from obstore import store as obstores
 from batch_client.errors import BatchClientError, CredentialsError, DataError, StorageError, UsageError
 from batch_client.storage import Blob, Meta, child_url
 from batch_client.store_settings import plain_http, s3_config
-from batch_client.urls import require_path_alone, split_url
+from batch_client.urls import WEB, require_path_alone, split_url
 
 __all__ = ["ObjectStore", "is_inside", "open_store"]
 
@@ -32,7 +32,6 @@ TRIES = 8  # of writes that the store calls conflicts
 AGAIN_SECONDS, MOST_AGAIN_SECONDS = 0.05, 5.0  # before the second try; twice as long before each other one
 STREAMED_BYTES = 1 << 20
 
-_WEB = ("http", "https")
 _T = TypeVar("_T")
 
 
@@ -226,7 +225,7 @@ def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] 
     if {".", ".."} & {*unquote(split_url(url).path).split("/")}:
         raise UsageError(f"{url}: has '.' or '..' in its path: wanted a path without")
     config: dict[str, Any] = {}
-    if scheme not in _WEB and re.search(r":\d*$", split_url(url).netloc):
+    if scheme not in WEB and re.search(r":\d*$", split_url(url).netloc):
         # obstore passes over it: two URLs would be one place.
         raise UsageError(f"{url}: has a port, which no bucket has: wanted it in the store's endpoint, such as "
                          "AWS_ENDPOINT_URL")
@@ -235,7 +234,7 @@ def open_store(url: str, *, anonymous: bool = False, environ: Mapping[str, str] 
                          "network of your own an AWS_ENDPOINT_URL that begins with http://")
     if scheme in ("s3", "s3a"):
         config = s3_config(environ, anonymous=anonymous)
-    elif anonymous and scheme not in _WEB:  # which sign nothing
+    elif anonymous and scheme not in WEB:  # which sign nothing
         config = {"skip_signature": True}
     try:
         inner = obstores.from_url(

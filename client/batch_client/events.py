@@ -94,9 +94,9 @@ class SourceIsMasked:
 
     def __str__(self) -> str:
         """What a person is to know of it."""
-        return (f"{self.source} is scored as it is stored: {self.missing:g}, which stands for missing values there and "
-                "is NaN in xarray, is a number for the model; where there are any, write the array with NaN in their "
-                "place, or with what the model was trained to see there")
+        return (f"{self.source} is scored as it is stored: {self.missing:.15g}, which stands for missing values there "
+                "and is NaN in xarray, is a number for the model; where there are any, write the array with NaN in "
+                "their place, or with what the model was trained to see there")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from batch_client.publish import published_manifest
 from batch_client.reader import Source, open_source
 from batch_client.spec import Records, RunIdentity
 from batch_client.storage import child_url
-from batch_client.urls import require_listed
 
 __all__ = ["Gallery", "open_gallery"]
 
@@ -61,7 +60,7 @@ class _Output:
 
 
 @dataclass(frozen=True)
-class _Answers:
+class _Said:
     """What the model said of records [start, stop): class and its score, -1 and NaN where there is none; labels."""
 
     start: int
@@ -116,7 +115,6 @@ async def open_gallery(output_url: str, *, labels: str | None, records: str | No
 
 
 async def _open_output(url: str, *, anonymous: bool) -> _Output:
-    require_listed(url, "OUTPUT")
     store = open_store(url, anonymous=anonymous)
     manifest = await published_manifest(store)
     if manifest is None:
@@ -157,7 +155,7 @@ def _require_scored(place: str, inputs: Source, run: RunIdentity) -> None:
                          f"{shape}: is it the array that was scored?")
 
 
-def _range(records: Any, origin: int, count: int) -> tuple[int, int]:
+def _range(records: Records, origin: int, count: int) -> tuple[int, int]:
     """The asked range [start, stop) in the source's numbering; the output holds [origin, origin + count)."""
     start = origin if records.start is None else records.start
     stop = origin + count if records.stop is None else records.stop
@@ -170,7 +168,7 @@ def _range(records: Any, origin: int, count: int) -> tuple[int, int]:
 
 
 async def _answers(scores: Source, status: Source, origin: int, start: int, stop: int,
-                   labels: np.ndarray | None) -> _Answers:
+                   labels: np.ndarray | None) -> _Said:
     """Reduce the scores of a range block by block."""
     geometry = scores.geometry
     rows = max(_BLOCK_BYTES // max(geometry.record_bytes, 1), 1)
@@ -186,14 +184,14 @@ async def _answers(scores: Source, status: Source, origin: int, start: int, stop
         part = slice(first - start, last - start)
         classes[part] = np.where(unusable, -1, chosen)
         best[part] = np.where(unusable, np.nan, values[np.arange(len(values)), chosen])
-    return _Answers(start, stop, classes, best, labels)
+    return _Said(start, stop, classes, best, labels)
 
 
 def _rows(scores: np.ndarray) -> np.ndarray:
     return scores.reshape(len(scores), -1).astype("float64")
 
 
-def _choose(answers: _Answers, *, classes: bool) -> list[tuple[str, list[int]]]:
+def _choose(answers: _Said, *, classes: bool) -> list[tuple[str, list[int]]]:
     """Titles and places (within the range) of the records to draw; without `classes` each has one number."""
     count = answers.count
     if count <= EVENLY + NOTABLE:
@@ -222,7 +220,7 @@ def _choose(answers: _Answers, *, classes: bool) -> list[tuple[str, list[int]]]:
 
 
 async def _panel(title: str, picks: list[int], inputs: Source, scores: Source, origin: int,
-                 answers: _Answers) -> Panel:
+                 answers: _Said) -> Panel:
     """Read the picked records and their scores, each chunk of the source once."""
     numbers = [answers.start + pick for pick in picks]
     records = await _read_rows(inputs, numbers)
@@ -247,7 +245,7 @@ async def _read_rows(source: Source, numbers: list[int]) -> np.ndarray:
     return found
 
 
-def _figures(url: str, output: _Output, answers: _Answers) -> dict[str, Any]:
+def _figures(url: str, output: _Output, answers: _Said) -> dict[str, Any]:
     right = answers.right
     return {
         "output": url,

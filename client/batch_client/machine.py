@@ -16,7 +16,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
+
+from batch_client.errors import ServingError
 
 __all__ = ["cores", "cpu_kind", "device", "free_ports", "gpu_variables", "gpus", "has_address", "is_taken"]
 
@@ -133,13 +136,12 @@ def _listed_by(nvidia_smi: str) -> tuple[tuple[str, str, str], ...]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that were free a moment ago."""
-    free: set[int] = set()
-    while len(free) < count:
-        port = random.SystemRandom().choice(_PORTS)
-        if not is_taken("127.0.0.1", port):
-            free.add(port)
-    return list(free)
+    """Ports of the loopback that were free a moment ago. Raises ServingError where there are not as many."""
+    tried = random.SystemRandom().sample(_PORTS, len(_PORTS))
+    free = list(islice((port for port in tried if not is_taken("127.0.0.1", port)), count))
+    if len(free) < count:
+        raise ServingError(f"{len(free)} ports are free on the loopback, wanted {count}: end what listens there")
+    return free
 
 
 def has_address(address: str) -> bool:

@@ -270,23 +270,24 @@ _LARGEST = float(np.finfo(np.float64).max)
 
 
 def _packing(attributes: Mapping[str, Any]) -> tuple[float, float] | None:
-    found = []
-    for name, default in (("scale_factor", 1), ("add_offset", 0)):
-        value = attributes.get(name, default)
-        value = value[0] if isinstance(value, list) and len(value) == 1 else value  # as xarray takes it
-        if not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
-            return None
-        found.append(float(value))
-    return None if found == [1, 0] else (found[0], found[1])
+    factor, offset = _number(attributes.get("scale_factor", 1)), _number(attributes.get("add_offset", 0))
+    return None if factor is None or offset is None or (factor, offset) == (1, 0) else (factor, offset)
 
 
 def _missing(array: AsyncArray[Any]) -> float | None:
     """The number that stands for missing values (https://cfconventions.org, "Missing data"), as xarray writes it."""
     attributes = array.attrs
-    value: Any = attributes.get("missing_value", attributes.get("_FillValue"))
-    if value is None and array.metadata.zarr_format == 2 and "_ARRAY_DIMENSIONS" in attributes:
-        value = np.asarray(array.metadata.fill_value).item()  # of arrays by others it means chunks that are not there
-    if isinstance(value, str):  # of floats in Zarr 3: a double, in base 64
+    said = [attributes.get("missing_value"), attributes.get("_FillValue")]
+    if array.metadata.zarr_format == 2 and "_ARRAY_DIMENSIONS" in attributes:
+        # Of others' arrays it means chunks that are not there.
+        said.append(np.asarray(array.metadata.fill_value).item())
+    return next((number for number in map(_number, said) if number is not None), None)
+
+
+def _number(value: Any) -> float | None:
+    """What an attribute gives, as xarray takes it; None for what is no finite number."""
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(value, str):  # a _FillValue of floats in Zarr 3: a double, in base 64
         try:
             (value,) = struct.unpack("<d", base64.b64decode(value))
         except (ValueError, struct.error):

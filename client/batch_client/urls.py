@@ -1,4 +1,4 @@
-"""URLs as people give them."""
+"""URLs as people give them. Rule: what can't be a place is refused as it is read, and no secret of one is shown."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ def _require_no_user(url: str, name: str) -> None:
     scheme, netloc = split_url(url)[:2]
     user = netloc.rpartition("@")[0]
     if scheme and (":" in user or (user and scheme not in ("abfs", "abfss"))):  # where a container is
+        instead = "fetch what is there first" if scheme in WEB else "give credentials by the store's variables"
         raise UsageError(f"{name} has a user name or password in its URL, which would be stored in outputs and shown: "
-                         "give credentials by the store's variables")
+                         f"{instead}")
 
 
 def require_path_alone(url: str) -> None:

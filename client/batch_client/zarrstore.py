@@ -191,7 +191,7 @@ class SourceStore(ZarrStore):
             _require_whole(key, meta.size, max(meta.size, least))
 
     def _said_bytes(self, data: memoryview) -> int:
-        """How many bytes an object has to have by what it says itself."""
+        """How many bytes an object has to have by what it says; a shard may have more than its index tells of."""
         if self.blosc:
             return max(BLOSC_SIZE.stop, int.from_bytes(data[BLOSC_SIZE], "little"))
         return data.nbytes if self.index is None else max(data.nbytes, self.index.least_bytes(data))

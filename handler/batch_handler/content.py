@@ -88,8 +88,8 @@ def decode_image(body: Buffer, spec: TensorSpec) -> Array:
     mode, height, width = _picture_of(spec)
     most = 4 * (width + _MARGIN) * (height + _MARGIN) + _BESIDE_PIXELS
     if len(body) > most:
-        raise OipError(f"the picture has {len(body)} bytes, wanted at most {most} for {width} x {height}: save it "
-                       "without what is not pixels", 413)
+        raise OipError(f"the picture has {len(body)} bytes, wanted at most {most}: save it as {width} x "
+                       f"{height}, and without what is not pixels", 413)
     try:
         _check_size(_webp_canvas(body) or (width, height), width, height)
         picture = Image.open(io.BytesIO(body), formats=_IMAGE_FORMATS)

@@ -273,7 +273,8 @@ class Model:
         bound = "runtime eager, or a module that takes any number: a trace keeps len(x), and not x.shape[0]"
         alone = ("a module that takes any number: x.squeeze() drops the axis of a single record, x.squeeze(-1) does "
                  "not")
-        for asked, wanted in ((most, bound), (1, alone)):
+        single = {1: alone} if records < self.description.micro_batch else {}  # what was packed for bulk runs alone
+        for asked, wanted in ({most: bound} | single).items():
             (answer,) = self._scorer.score([Query(tuple(array[:asked] for array in inputs))])
             if isinstance(answer, Failure):
                 raise ModelLoadError(

@@ -119,12 +119,13 @@ async def test_whole_numbers_for_a_model_of_floats_go_as_they_are_and_somebody_i
 
 
 async def test_who_scores_a_number_that_stands_for_missing_values_is_told():
-    source = source_of(records_of(20), (10, 3), attributes={"_FillValue": -1})
+    source = source_of(records_of(20), (10, 3), attributes={"_FillValue": -2147483648})
     for go in (plan_run, execute):
         told, screen, lines = [], Screen(), Screen()
         bar, log = ProgressBar(screen), LogLines(lines)
         await go(spec(), services(SimulatedServer(), source), (bar, log, told.append))
         bar.close()
-        assert [event for event in told if isinstance(event, SourceIsMasked)] == [SourceIsMasked(source.url, -1.0)]
-        assert "-1, which stands for missing values" in screen.text
+        found = [event for event in told if isinstance(event, SourceIsMasked)]
+        assert found == [SourceIsMasked(source.url, -2147483648.0)]
+        assert "-2147483648, which stands for missing values" in screen.text
         assert '"source is masked"' in lines.text

@@ -85,7 +85,8 @@ async def test_the_number_that_xarray_writes_for_missing_values_is_known(
 
 @pytest.mark.parametrize(("attributes", "missing"), [
     ({"missing_value": -1}, -1.0), ({"_FillValue": 255}, 255.0), ({}, None), ({"_FillValue": 10**400}, None),
-    ({"_FillValue": "none"}, None), ({"_FillValue": True}, None), ({"missing_value": [1, 2]}, None),
+    ({"_FillValue": -9, "missing_value": None}, -9.0), ({"_FillValue": [-9]}, -9.0), ({"_FillValue": "none"}, None),
+    ({"_FillValue": True}, None), ({"missing_value": [1, 2]}, None),
 ])
 @pytest.mark.parametrize("zarr_format", [2, 3])
 async def test_a_fill_value_that_only_absent_chunks_have_marks_nothing(tmp_path, zarr_format, attributes, missing):

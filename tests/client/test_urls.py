@@ -110,7 +110,6 @@ def test_a_password_in_a_url_is_refused_and_not_shown(words, place, capfd):
 @pytest.mark.parametrize(("words", "wanted"), [
     (["status", "https://host/x"], "OUTPUT https://host/x: a web server can't list what it holds, and so not what a"),
     (["verify", "http://host/x"], "OUTPUT http://host/x: a web server can't list"),
-    (["show", "https://host/x"], "OUTPUT https://host/x: a web server can't list"),
     (["bench", "model.mar", "https://host/x"], "INPUT https://host/x: a web server can't list"),
     (["bench", "model.mar", "in", "--output", "https://host/x"], "--output https://host/x: a web server can't list"),
     (["run", "https://host/x", "out", *OF_A_RUN], "INPUT https://host/x: a web server can't list what it holds, which"),

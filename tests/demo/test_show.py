@@ -1,7 +1,9 @@
 """`show` over a published output as the layout describes it, in a folder and in S3."""
 
+import functools
 import json
 import resource
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import obstore
@@ -11,10 +13,11 @@ from obstore.store import S3Store
 
 from batch_client.cli import main
 from batch_client.cli.show import _sentence
-from batch_client.gallery import _Answers, _choose
+from batch_client.gallery import _choose, _Said
 from batch_client.layout import MANIFEST_KEY, SUCCESS_KEY
 from batch_client.manifest import ManifestBuilder
 from support.identities import identity_of
+from support.web import in_a_thread
 
 pytest.importorskip("matplotlib")
 
@@ -69,6 +72,15 @@ def test_accuracy_over_the_whole_output(published, capsys):
     assert (found["records"], found["right"], found["without_score"]) == (300, 297, 1)
     assert found["accuracy"] == pytest.approx(0.99)
     assert (published / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_output_on_a_web_server_is_drawn(published, capsys, monkeypatch):
+    """Nothing of it has to be listed."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # who names one so has a network of their own
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=published)
+    with in_a_thread(ThreadingHTTPServer(("127.0.0.1", 0), handler)) as url:
+        assert main(["show", f"{url}/out.zarr", "-o", str(published / "picture.png"), "--json"]) == 0
+    assert figures(capsys)["records"] == COUNT
 
 
 @pytest.mark.parametrize(("records", "right"), [("40:50", 10), ("50:61", 9), ("70:71", 0), ("71:", 269), (":52", 11)])
@@ -259,7 +271,7 @@ def test_records_without_a_score_do_not_hide_those_that_the_model_was_least_sure
     scores = np.linspace(0.9, 0.2, 100).astype(np.float32)
     classes = np.zeros(100, np.int64)
     classes[:20], scores[:20] = -1, np.nan
-    titles = dict(_choose(_Answers(0, 100, classes, scores, None), classes=True)[1:])
+    titles = dict(_choose(_Said(0, 100, classes, scores, None), classes=True)[1:])
     assert titles["the 16 with the lowest best score"] == list(range(99, 83, -1))
     assert titles["16 of 20 without a score"] == list(range(16))
 
@@ -271,7 +283,7 @@ def test_of_one_number_a_record_the_lowest_and_the_highest_are_shown(scored, low
     scores = np.full(100, np.nan, np.float32)
     scores[scored] = np.linspace(40, -7, len(scored))
     classes = np.where(np.isnan(scores), -1, 0)
-    titles = dict(_choose(_Answers(0, 100, classes, scores, None), classes=False)[1:])
+    titles = dict(_choose(_Said(0, 100, classes, scores, None), classes=False)[1:])
     assert titles.get(f"the {min(8, len(scored))} lowest") == lowest
     assert titles.get("the 8 highest") == highest
     assert len(titles) == (lowest is not None) + (highest is not None) + (len(scored) < 100)

@@ -77,6 +77,16 @@ def test_so_is_one_that_takes_no_record_alone(runtime, micro_batch, records, pac
         pack(request)
 
 
+def test_one_that_was_packed_for_bulk_runs_is_served_in_larger_micro_batches_too(packing, unpack, images, tmp_path):
+    torch.save(torch.nn.Linear(36, 1).state_dict(), tmp_path / "one.pt")
+    (tmp_path / "one.py").write_text(ARCH.format(records="x.shape[0]").replace("36, 3", "36, 1").replace(
+        "-1))", "-1)).squeeze()"))
+    directory = unpack(pack(packing("", model=tmp_path / "one.pt", arch=f"{tmp_path}/one.py:Net", micro_batch=4,
+                                    golden={"image": images[:4]})))
+    (score,) = Model.open(directory, Tuning(micro_batch=8)).score([Query((images[:8],), first_row=0)])
+    assert isinstance(score, Score)
+
+
 @pytest.mark.parametrize("records", ["x.shape[0]", "x.size(0)"])
 def test_a_trace_that_takes_any_number_is_served(records, packing, unpack, images):
     opened = Model.open(unpack(pack(packing(records, runtime="torchscript"))))
