@@ -9,6 +9,7 @@ from batch_client.endpoint import EJECT_AFTER, EJECT_MOST_SECONDS, Pool
 from batch_client.errors import MismatchError, ServingError
 from batch_client.events import ServerAway, ServerBack, ServerJoined, ServerLeftOut
 from batch_client.tokens import NoTokenError
+from support.simulated import URL
 
 
 class Clock:
@@ -140,3 +141,21 @@ def test_a_server_that_breaks_for_more_than_a_moment_is_told_once_and_so_is_its_
     answer()
     assert said[1:] == [ServerBack("http://a", away)]
     assert away > 3
+
+
+def test_a_success_forgets_the_refusals_before_it():
+    now = [0.0]
+    pool = Pool((URL,), 4, lambda: now[0], random.Random(1))
+    endpoint = pool.endpoints[0]
+    assert pool.refused(endpoint, 0.0) == 0
+    pool.answered(endpoint, 0.0, 1, 0.0, 0.0, 1)
+    now[0] = 3600.0
+    assert pool.refused(endpoint, now[0]) == 0
+
+
+def test_one_burst_of_resets_is_one_ejection():
+    pool = Pool((URL,), 8, lambda: 10.0, random.Random(1))
+    endpoint = pool.endpoints[0]
+    for _ in range(EJECT_AFTER + 8):
+        pool.broke(endpoint, 9.0, "reset")
+    assert endpoint.ejections == 1

@@ -1,6 +1,7 @@
-"""The view of a ledger says what a dict of all its rows would say, in a few bytes a chunk."""
+"""A view of a ledger says what a dict of its rows would, in a few bytes a chunk; and proofs that can't be written."""
 
 import asyncio
+import dataclasses
 import tracemalloc
 from contextlib import nullcontext
 
@@ -10,15 +11,20 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from batch_client import ledger
-from batch_client.errors import MismatchError, StorageError
+from batch_client.errors import DataError, MismatchError, StorageError
+from batch_client.events import ChunkWritten
 from batch_client.layout import GENERATION_KEY, LEDGER_PREFIX
 from batch_client.ledger import ChunkProof, Ledger, LedgerView, Row, row_json, rows_from_json, segment_of
+from batch_client.pipeline import execute
 from batch_client.place import begin
 from batch_client.removal import remove_output
 from batch_client.storage import MemoryStore
 from batch_client.stringset import StringSet
+from batch_client.transport import HttpReply
 from support.identities import identity_of
+from support.simulated import SimulatedServer
 from support.virtual import virtually
+from support.world import World
 
 GENERATION = "0123456789abcdef"
 UNITS = 40
@@ -274,3 +280,69 @@ async def test_rows_that_gathered_during_a_flush_are_written_in_segments_that_ca
     view = LedgerView(store, UNITS, A)
     await view.refresh()
     assert len(view) == 9
+
+
+@virtually
+async def test_a_flush_whose_answer_was_lost_loses_no_row():
+    class Losing(MemoryStore):
+        lost = True
+
+        async def create(self, key, data):
+            done = await super().create(key, data)
+            if self.lost:
+                self.lost = False
+                raise StorageError("connection reset")
+            return done
+
+    store = Losing()
+    store.objects[GENERATION_KEY] = b"a" * 16
+    ledger = Ledger(store, "a" * 16, "w", lambda: 0.0)
+    rows = [Row(unit, (ChunkProof(f"y/c/{unit}", 1, "0"),), {}, 1, 0, 0) for unit in (0, 1)]
+    await ledger.add(rows[0])
+    with pytest.raises(StorageError, match="connection reset"):
+        await ledger.flush()
+    await ledger.add(rows[1])
+    await ledger.flush()
+    view = LedgerView(store, 2, "a" * 16)
+    await view.refresh()
+    assert [row.unit async for row in view.rows()] == [0, 1]
+
+
+class NoLedger(MemoryStore):
+    """A store that is away whenever a proof is to be written."""
+
+    async def create(self, key, data):
+        if key.startswith(LEDGER_PREFIX):
+            raise StorageError("the store is away")
+        return await super().create(key, data)
+
+
+async def run_without_ledger(server, *observers):
+    world = World(1, server)
+    services = dataclasses.replace(world.services(), output_store=NoLedger("memory://o"))
+    await execute(world.spec(), services, observers)
+
+
+@virtually
+async def test_an_error_that_ends_a_run_is_told_also_where_the_store_is_away():
+    class Refusing(SimulatedServer):
+        def answer(self, body, header_length):
+            if self.requests > 8:
+                return HttpReply(400, {}, b'{"error": "no more"}')
+            return super().answer(body, header_length)
+
+    with pytest.raises(DataError, match="nothing can be scored"):
+        await run_without_ledger(Refusing())
+    with pytest.raises(StorageError, match="the store is away"):
+        await run_without_ledger(SimulatedServer())
+
+
+@virtually
+async def test_a_run_that_is_cancelled_waits_for_no_store():
+    def cancel(event):
+        if isinstance(event, ChunkWritten):
+            task.cancel()
+
+    task = asyncio.ensure_future(run_without_ledger(SimulatedServer(seconds=0.01), cancel))
+    with pytest.raises(asyncio.CancelledError):
+        await task

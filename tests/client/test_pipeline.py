@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import xarray
+import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +23,8 @@ from batch_client.verify import verify_output
 from batch_handler.oip import HEADER_LENGTH, Tensor, decode_reply, encode_reply
 from support.runs import opened, records_of, refused, services, source_of, spec
 from support.simulated import BINARY, SimulatedServer
+from support.virtual import virtually
+from support.world import CHUNK, World
 
 
 async def score(records, chunks=(10, 3), server=None, **options):
@@ -399,3 +402,27 @@ async def test_what_plan_says_is_written_is_what_verify_counts_but_for_the_check
     found = await verify_output(output)
     assert figures["objects_written"] == found.objects
     assert figures["bytes_to_write"] + 4 * found.objects == found.nbytes
+
+
+@virtually
+async def test_a_stop_before_anything_was_scored_writes_nothing():
+    world = World(1)
+    stop = asyncio.Event()
+    stop.set()
+    with pytest.raises(StoppedError):
+        await execute(world.spec(), world.services(), stop=stop)
+    assert world.output.objects == {}
+
+
+@virtually
+async def test_a_chunk_that_somebody_removed_is_read_as_what_no_record_has():
+    """Neither as a number that a model may give, nor as ok."""
+    world = World(1)
+    await world.live()
+    for key in ("record_status/c/1", "y/c/1/0"):
+        del world.output.objects[key]
+    group = zarr.open_group(zarr.storage.MemoryStore({
+        key: zarr.core.buffer.cpu.Buffer.from_bytes(data) for key, data in world.output.objects.items()}), mode="r")
+    assert set(group["record_status"][CHUNK:2 * CHUNK]) == {255}
+    assert np.isnan(group["y"][CHUNK:2 * CHUNK]).all()
+    assert set(group["record_status"][:CHUNK]) == {0}

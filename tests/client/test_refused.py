@@ -14,7 +14,8 @@ from zarr.storage import MemoryStore as ZarrMemory
 from batch_client import pipeline
 from batch_client.cli.options import SERVER_OPTIONS, server_options
 from batch_client.cli.run import _sentence
-from batch_client.errors import DataError, MismatchError, StorageError, UsageError
+from batch_client.errors import DataError, MismatchError, StoppedError, StorageError, UsageError
+from batch_client.events import ChunkWritten, RequestSent
 from batch_client.pipeline import execute, plan_run
 from batch_client.prepare import open_services
 from batch_client.publish import published_manifest
@@ -23,11 +24,12 @@ from batch_client.report import Report
 from batch_client.report.page import render
 from batch_client.spec import Records, RunSpec
 from batch_client.storage import MemoryStore
+from batch_client.transport import HttpReply
 from batch_client.zarrstore import PieceBuffer
 from support.runs import records_of, refused, services, source_of, spec
 from support.simulated import Breaking, SimulatedServer
 from support.virtual import virtually
-from support.world import CHUNK, World
+from support.world import CHUNK, RECORDS, World
 
 
 async def test_a_plan_refuses_what_its_run_would_refuse_before_it_writes():
@@ -273,3 +275,40 @@ async def test_what_needs_no_model_is_refused_before_a_server_starts(kind, optio
         async with open_services(wrong):
             pytest.fail("a server was started")
     assert wanted in str(error.value)
+
+
+@virtually
+async def test_a_source_that_changed_between_two_lives_is_told_before_more_is_scored():
+    world = World(1)
+    stop = asyncio.Event()
+    services = world.services()
+
+    def stop_soon(event):
+        if isinstance(event, ChunkWritten):
+            stop.set()
+
+    with pytest.raises(StoppedError):
+        await execute(world.spec(), services, (stop_soon,), stop)
+    assert any("ledger" in key for key in world.output.objects)
+    world.source.objects["c/0/0"] = world.source.objects["c/1/0"]
+    events = []
+    with pytest.raises(MismatchError, match="chunk c/0/0 changed since it was scored"):
+        await execute(world.spec(), services, (events.append,))
+    assert not any(isinstance(event, RequestSent) for event in events)
+
+
+@virtually
+async def test_a_mended_source_is_advised_only_where_it_is_read_again():
+    """A record that failed in a chunk that is proven stays failed there."""
+    class Fussy(SimulatedServer):
+        def answer(self, body, header_length):
+            bad = any(bytes(world.records[index]) in body[header_length:] for index in (3, 70))
+            return HttpReply(500, {}, b'{"error": "x"}') if bad else super().answer(body, header_length)
+
+    records = np.arange(RECORDS * 3, dtype=np.uint8).reshape(RECORDS, 3)
+    world = World(1, server=Fussy(seconds=0.01), records=records)
+    with pytest.raises(DataError, match=r"; accept them with --max-failed 2, or mend the source$"):
+        await world.live()
+    with pytest.raises(DataError, match=r"held back: 1.* or mend the source and score it into a new OUTPUT, or with "
+                                        r"--overwrite$"):
+        await world.live(max_failed=1)

@@ -54,3 +54,12 @@ def test_plain_http_is_taken_only_where_somebody_means_it():
     with pytest.raises(UsageError, match="anybody on the way could alter what comes over plain HTTP"):
         open_store("http://host/models", environ={})
     open_store("http://host/models", environ={"AWS_ENDPOINT_URL": "http://minio:9000"})
+
+
+@pytest.mark.parametrize(("text", "kind"), [
+    ("Error performing PUT http://s/b/y/c/403/0 in 1ms - Server returned non-2xx status code: 503: slow", StorageError),
+    ("Unable to write /data/credentials/403: No space left on device", StorageError),
+    ("Error performing PUT http://s/b/x in 1ms - Server returned non-2xx status code: 403 Forbidden", CredentialsError),
+])
+def test_what_a_store_said_is_not_looked_for_in_names(text, kind):
+    assert type(_translate(GenericError(text), "writing", "x")) is kind

@@ -20,6 +20,7 @@ from batch_handler.oip import decode_request
 from support.runs import opened, source_of
 from support.simulated import URL, SimulatedServer
 from support.virtual import virtually
+from support.world import World
 
 RAISE, EXIT, HANG, NAN = 1001, 1002, 1003, 1004
 KINDS = {"raise": RAISE, "exit": EXIT, "hang": HANG, "nan": NAN}
@@ -259,3 +260,18 @@ def test_a_record_that_travels_alone_is_judged_by_three_failures_alone():
     assert letters(output)[0]["attempts"] == 3
     assert server.deaths == 2 + 3
     assert server.requests - 2 <= 6
+
+
+@pytest.mark.parametrize("answer", [
+    HttpReply(507, {}, b'{"error": "out of memory"}'), HttpReply(200, {}, b"not a reply at all"),
+])
+@virtually
+async def test_a_record_that_always_gives_the_same_bad_answer_is_found(answer):
+    class Choking(SimulatedServer):
+        def answer(self, body, header_length):
+            return answer if bytes(world.records[37]) in body[header_length:] else super().answer(body, header_length)
+
+    world = World(1, server=Choking(seconds=0.01))
+    world.records[37] = (201, 202, 203)
+    world.source.objects = World(1, records=world.records).source.objects
+    assert (await world.live(max_failed=1)).failed == 1
