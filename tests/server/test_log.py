@@ -1,4 +1,4 @@
-"""A server's log on the disk: a model that prints for weeks does not fill it."""
+"""A server's log: a model that prints for weeks does not fill the disk, and why one did not load is found in it."""
 
 import asyncio
 
@@ -6,6 +6,7 @@ from batch_client import server as server_module
 from batch_client import serving
 from batch_client.server import EmbeddedServer, ServerSettings
 from batch_client.server_foreground import serve_forever
+from batch_client.server_log import load_failure, silent_deaths
 from batch_client.serving import open_servers
 from batch_client.spec import ServerSpec
 
@@ -51,3 +52,34 @@ def handle(rows, context):
     serving.cancel()
     await asyncio.wait([serving])
     assert "".join(told).count("it loads") == 1
+
+
+def log_of(*lines, stream="stdout"):
+    return "".join(f"2026-11-22T23:02:32,253 [INFO ] W-9000-m_1.0-{stream} MODEL_LOG - {line}\n" for line in lines)
+
+
+def test_the_reason_is_the_handlers_not_torchserves():
+    assert load_failure(log_of("Torch worker started.")) is None
+    missing = log_of("Backend worker process died.", "Traceback (most recent call last):",
+                     "ModuleNotFoundError: No module named 'entry'", "",
+                     "During handling of the above exception, another exception occurred:", "",
+                     "ModuleNotFoundError: No module named 'ts.torch_handler.entry'")
+    assert load_failure(missing) == "ModuleNotFoundError: No module named 'entry'"
+    caused = log_of("Backend worker process died.", "KeyError: 'weights'", "",
+                    "The above exception was the direct cause of the following exception:", "",
+                    "batch_handler.errors.ModelError: weights.pt has another SHA-256")
+    assert load_failure(caused) == "batch_handler.errors.ModelError: weights.pt has another SHA-256"
+    no_torch = ("2026-11-22 [WARN ] W-1-m_1.0 BatchAggregator - Load model failed: m, error: Worker died.\n"
+                + log_of("Traceback (most recent call last):", "ModuleNotFoundError: No module named 'torch'",
+                         stream="stderr"))
+    assert load_failure(no_torch) == "ModuleNotFoundError: No module named 'torch'"
+
+
+def test_deaths_are_silent_until_a_worker_says_why():
+    lost = "2026-11-22 [WARN ] W-{}-m_1.0 BatchAggregator - Load model failed: m, error: Worker died.\n"
+    assert silent_deaths(log_of("Torch worker started.")) == 0
+    assert silent_deaths(lost.format(1) + lost.format(2)) == 1
+    silent = lost.format(1) + lost.format(2) + log_of("model_name: m, batchSize: 8") + lost.format(1)
+    assert silent_deaths(silent) == 2
+    assert silent_deaths(silent + log_of("ModuleNotFoundError: No module named 'torch'", stream="stderr")) == 0
+    assert silent_deaths(silent + "Model worker did not respond in given time\n") == 0
