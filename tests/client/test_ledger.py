@@ -1,4 +1,4 @@
-"""The view of a ledger says what a dict of its rows would say, in a few bytes a chunk; proofs that can't be written."""
+"""A view of a ledger says what a dict of its rows would, in a few bytes a chunk; and proofs that can't be written."""
 
 import asyncio
 import dataclasses
