@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ METRICS = ("Batches", "BatchRequests", "BatchRecords", "MicroBatches", "Rejected
 # checksum can't be echoed. Set here, it needs no line in the server's configuration.
 _DECODE = "TS_DECODE_INPUT_REQUEST"
 
+# Of a server batch, before what is left of it is to come again: TorchServe ends a worker, with all that it has, after
+# 120 s. Most bodies take milliseconds; there are pictures of 10 MiB and JSON of 60 MiB that take half a minute.
+_READ_SECONDS = 10.0
 _BUSY = refused(OipError(BUSY.message, BUSY.status))
 
 _log = logging.getLogger(__name__)
@@ -43,15 +46,18 @@ _log = logging.getLogger(__name__)
 class Service:
     """A loaded model behind TorchServe's calling convention."""
 
-    def __init__(self, model: Model, exchange: Exchange, counts: Counts) -> None:
+    def __init__(
+        self, model: Model, exchange: Exchange, counts: Counts, *, now: Callable[[], float] = time.monotonic
+    ) -> None:
         self._model = model
         self._exchange = exchange
         self._counts = counts
+        self._now = now
 
     def handle(self, data: Sequence[Mapping[str, Any]], context: Any) -> list[bytes]:
         """Answer a server batch: one body a row; status, content type and headers go into `context`."""
         before = self._model.micro_batches
-        asked = self._that_fit([self._read(row, context, index) for index, row in enumerate(data)])
+        asked = self._that_fit(list(self._read_in_time(data, context)))
         pending = [item for item in asked if isinstance(item, Pending)]
         scores = iter(self._model.score([item.query for item in pending]))
         sent = sum(item.nbytes for item in pending)
@@ -67,6 +73,11 @@ class Service:
             _send(reply, context, index)
         self._count(context, pending, replies, self._model.micro_batches - before)
         return [reply.body for reply in replies]
+
+    def _read_in_time(self, data: Sequence[Mapping[str, Any]], context: Any) -> Iterator[Pending | Reply]:
+        until = self._now() + _READ_SECONDS
+        for index, row in enumerate(data):
+            yield _BUSY if self._now() > until else self._read(row, context, index)
 
     def _read(self, row: Mapping[str, Any], context: Any, index: int) -> Pending | Reply:
         try:
@@ -127,8 +138,10 @@ def initialize(context: Any) -> None:
         raise
     os.environ[_DECODE] = "false"
     make_lean(sys.modules.get("ts.protocol.otf_message_handler"))
-    # What Pillow says of strangers' broken pictures: each text would be a line in the log, and be kept for good.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+    # What Pillow says of strangers' broken pictures, Python and numpy of npy headers that are read as literals: each
+    # text would be a line in the log, and be kept for good.
+    warnings.filterwarnings("ignore", module=r"PIL\.|batch_handler\.content")
+    warnings.simplefilter("ignore", SyntaxWarning)
     described = model.description
     _log.info(
         "ready: %s %s, %s, fingerprint %s, micro-batches of %d",

@@ -33,7 +33,7 @@ def test_a_picture_has_not_far_more_bytes_than_its_pixels_could_have(kind):
     Image.new("L", (5, 4), 9).save(body, kind)
     padded = body.getvalue().ljust(most, b"\0")
     assert content.decode_image(padded, spec).max() == 9
-    with pytest.raises(OipError, match=f"has {most + 1} bytes, wanted at most {most} for 5 x 4") as caught:
+    with pytest.raises(OipError, match=f"has {most + 1} bytes, wanted at most {most}: save it as 5 x 4,") as caught:
         content.decode_image(padded + b"\0", spec)
     assert caught.value.status == 413
 
@@ -77,16 +77,21 @@ def test_a_number_of_too_many_digits_is_refused_in_our_words(tiny, headers, what
         400, {"error": f"the JSON {what} can't be parsed: an integer has over 4300 digits"})
 
 
-def test_of_broken_pictures_nothing_is_left_in_a_worker_and_its_log(tiny_dir, make_context, monkeypatch):
+def test_of_what_is_broken_nothing_is_left_in_a_worker_and_its_log(tiny_dir, make_context, monkeypatch):
     monkeypatch.setattr(service, "_WORKER", {})
     monkeypatch.setenv("TS_DECODE_INPUT_REQUEST", "true")
-    body = io.BytesIO()
-    Image.new("L", (6, 6)).save(body, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x0f\x01")
-    row, context = {"body": body.getvalue()}, make_context(tiny_dir, {"content-type": "image/jpeg"})
+    picture = io.BytesIO()
+    Image.new("L", (6, 6)).save(picture, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x0f\x01")
+    bodies = [picture.getvalue(), *(
+        b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header for header in (
+            b"{'descr': '|u1', 'fortran_order': False, 'shape': (1if 1else 2, 6, 6)}",
+            b"{'descr': '|u1', 'fortran_order': False, 'shape': (1L, 6L, 6L)}"))]
+    context = make_context(tiny_dir, {"content-type": "image/jpeg"}, *[{"content-type": "application/x-npy"}] * 2)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("default")
         service.handle(None, make_context(tiny_dir))
-        service.handle([row], context)
-        assert not [key for key in vars(TiffImagePlugin).get("__warningregistry__", {}) if key != "version"]
-    assert context.get_response_status(0)[0] == 200
+        service.handle([{"body": body} for body in bodies], context)
+        for module in (TiffImagePlugin, content):
+            assert not [key for key in vars(module).get("__warningregistry__", {}) if key != "version"]
+    assert [context.get_response_status(index)[0] for index in range(3)] == [200, 400, 400]
     assert told == []

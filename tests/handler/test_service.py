@@ -99,6 +99,16 @@ def test_a_server_batch_that_takes_the_model_too_long_together_is_cut(ask, tiny_
     assert "ask again" in json.loads(answers[1][2])["error"]
 
 
+def test_a_server_batch_whose_bodies_take_too_long_to_read_is_cut(ask, tiny):
+    """The first is always read, and one that is begun in time is read to its end."""
+    seconds = iter([0.0, 0.0, 9.0, 31.0, 31.0])
+    server = Service(tiny, Exchange(tiny), Counts(METRICS, seconds=0), now=lambda: next(seconds))
+    row = infer(np.zeros((1, 6, 6), "u1"), {})
+    answers = ask(row, row, row, ({"body": b"{"}, {}), server=server)
+    assert [status for status, _, _ in answers] == [200, 200, 503, 503]
+    assert "ask again" in json.loads(answers[2][2])["error"]
+
+
 def test_what_takes_the_model_no_time_is_answered_behind_whatever_is_slow(ask, tiny_dir):
     class Slow(Model):
         micro_batch_ms = 61_000.0
