@@ -45,9 +45,10 @@ _MARGIN = 512
 # What a picture's body may have beside its pixels, such as a colour profile. Pillow takes half a second for a MiB of
 # empty chunks.
 _BESIDE_PIXELS = 1 << 20
-# Of a JPEG: progressive ones have some ten scans, each of which is decoded over the whole picture, however short it is.
-_MOST_SCANS = 100
-_JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"
+# What takes long however few bytes it has, by a file's first two: a scan of a JPEG is decoded over the whole picture
+# (progressive ones have some ten), and each colour profile of a PNG is inflated (one may be there).
+_COSTLY = {b"\xff\xd8": (b"\xff\xda", "scans"), b"\x89P": (b"iCCP", "colour profiles")}
+_MOST_COSTLY = 100
 # Those that turn or mirror a picture; others have no meaning, and viewers take them as upright too.
 _TURNED = range(2, 9)
 
@@ -93,8 +94,9 @@ def decode_image(body: Buffer, spec: TensorSpec) -> Array:
     if len(body) > most:
         raise OipError(f"the picture has {len(body)} bytes, wanted at most {most}: save it as {width} x "
                        f"{height}, and without what is not pixels", 413)
-    if bytes(body[:2]) == _JPEG and (scans := bytes(body).count(_SCAN)) > _MOST_SCANS:
-        raise OipError(f"the picture has {scans} scans, wanted at most {_MOST_SCANS}: save it anew", 413)
+    mark, what = _COSTLY.get(bytes(body[:2]), (b"", ""))
+    if mark and (found := bytes(body).count(mark)) > _MOST_COSTLY:
+        raise OipError(f"the picture has {found} {what}, wanted at most {_MOST_COSTLY}: save it anew", 413)
     try:
         _check_size(_webp_canvas(body) or (width, height), width, height)
         picture = Image.open(io.BytesIO(body), formats=_IMAGE_FORMATS)

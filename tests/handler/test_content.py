@@ -172,6 +172,19 @@ def test_a_jpeg_of_scans_without_end_is_refused_unread():
     assert caught.value.status == 413
 
 
+def test_a_png_of_profiles_without_end_is_refused_unread():
+    """Each of a KiB may inflate to one MiB."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((4, 5), np.uint8)).save(buffer, "PNG", icc_profile=b"profile")
+    usual = buffer.getvalue()
+    start = usual.index(b"iCCP") - 4
+    profile = usual[start:start + 12 + int.from_bytes(usual[start:start + 4])]
+    assert content.decode_image(usual, GREY).shape == (1, 4, 5)
+    with pytest.raises(OipError, match="has 101 colour profiles, wanted at most 100") as caught:
+        content.decode_image(usual[:start] + profile * 100 + usual[start:], GREY)
+    assert caught.value.status == 413
+
+
 def test_pictures():
     grey = np.arange(20, dtype=np.uint8).reshape(4, 5)
     np.testing.assert_array_equal(content.decode_image(picture(grey), GREY), grey[None])
