@@ -165,10 +165,10 @@ class SourceStore(ZarrStore):
             raise ValueError(f"{key} has 0 bytes")  # which no codec writes, and Blosc's decoder dies of
         if isinstance(byte_range, RangeByteRequest):
             _require_whole(key, blob.data.nbytes, byte_range.end - byte_range.start)
-        elif byte_range is None:
-            _require_whole(key, blob.data.nbytes, self._said_bytes(blob.data))
-        elif self.index is not None and not self.index.checksum:
-            await self._require_end(key, self.index.least_bytes(blob.data))
+        elif self.index is not None:
+            await self._require_indexed(key, blob.data, self.index, whole=byte_range is None)
+        elif self.blosc and byte_range is None:
+            _require_whole(key, blob.data.nbytes, max(BLOSC_SIZE.stop, int.from_bytes(blob.data[BLOSC_SIZE], "little")))
         return prototype.buffer.from_array_like(np.frombuffer(blob.data, np.uint8))
 
     async def _fetch(self, key: str, start: int | None, stop: int | None) -> Blob | None:
@@ -184,17 +184,17 @@ class SourceStore(ZarrStore):
                 raise ValueError(f"{key} has {meta.size} bytes, wanted at least {least}") from None
             raise
 
-    async def _require_end(self, key: str, least: int) -> None:
-        """Where a shard was cut off, what is its end then may look like an index."""
-        meta = await self.store.head(key)
-        if meta is not None:
-            _require_whole(key, meta.size, max(meta.size, least))
-
-    def _said_bytes(self, data: memoryview) -> int:
-        """How many bytes an object has to have by what it says; a shard may have more than its index tells of."""
-        if self.blosc:
-            return max(BLOSC_SIZE.stop, int.from_bytes(data[BLOSC_SIZE], "little"))
-        return data.nbytes if self.index is None else max(data.nbytes, self.index.least_bytes(data))
+    async def _require_indexed(self, key: str, data: memoryview, index: ShardIndex, *, whole: bool) -> None:
+        """That a shard, or what was read of its end, has the chunks that its index tells of."""
+        size = data.nbytes
+        if not whole:
+            # Where a shard was cut off, what is its end then may look like an index.
+            meta = None if index.checksum else await self.store.head(key)
+            if meta is None:
+                return
+            size = meta.size
+        if size < index.least_bytes(data):
+            raise ValueError(f"{key} has {size} bytes, and its index tells of more: cut off, or the index is damaged")
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]

@@ -120,6 +120,8 @@ def _hint(inputs: Sequence[InputSpec], says: str) -> str:
         return "; model_shape (--model-shape, or in the --signature file) says in which shape it takes a record"
     cast = sorted({spec.dtype.name for spec in inputs if spec.cast and not spec.scaled
                    and spec.dtype.kind in "iuf" and spec.dtype != np.float32})
+    if any(spec.dtype.name in ("int16", "uint16") and not spec.scaled for spec in inputs):  # of no use as they are
+        return "; indices, such as of words, are packed as int64 (--input NAME:int64:SHAPE): runs send these so, too"
     if cast:
         return f"; records become float32; cast = false in a --signature file keeps {' and '.join(cast)}"
     kept = sorted({spec.dtype.name for spec in inputs if not spec.cast and spec.dtype.kind in "iu"})

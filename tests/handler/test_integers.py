@@ -89,6 +89,17 @@ def test_a_model_that_wants_floats_and_got_integers_says_how_to_get_them(packing
     assert "takes x: int64 (4,) (as float32 in the model)\n" in said
 
 
+@pytest.mark.parametrize("cast", ["true", "false"])
+def test_indices_of_a_kind_that_no_table_takes_are_told_which_one_to_pack(cast, packing, tmp_path):
+    signature = tmp_path / "words.toml"
+    signature.write_text(f'[[inputs]]\nname = "x"\ndtype = "int16"\nshape = [4]\ncast = {cast}\n')
+    code, said = packing("make_model", "--signature", str(signature))
+    assert code == 65
+    assert said.endswith("; indices, such as of words, are packed as int64 (--input NAME:int64:SHAPE): runs send these "
+                         "so, too\n")
+    assert packing("make_model", "--input", "x:int64:4")[0] == 0
+
+
 def test_an_index_that_a_table_lacks_is_no_matter_of_floats(packing, tmp_path):
     np.save(tmp_path / "golden.npy", np.full((2, 4), 7))
     code, said = packing("make_model", "--golden", str(tmp_path / "golden.npy"))

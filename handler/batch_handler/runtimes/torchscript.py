@@ -38,7 +38,8 @@ def open_torchscript(description: ModelDescription, directory: Path, device: Dev
         # Of what a module may give, a trace can hold a tuple of tensors.
         ordered = OutputsInOrder(module, description.outputs)
         script = _trace(ordered, description.inputs, fixed or description.micro_batch, where, precision)
-    script, optimised = _optimise(script.eval(), where)
+    examples = example_inputs(description.inputs, fixed or description.micro_batch, where)
+    script, optimised = _optimise(script.eval(), examples, where)
     return SlotRuntime(
         script,
         device,
@@ -76,7 +77,7 @@ def _trace(module: Any, inputs: Sequence[InputSpec], records: int, device: torch
         ) from error
 
 
-def _optimise(script: Any, device: torch.device) -> tuple[Any, str]:
+def _optimise(script: Any, examples: Sequence[torch.Tensor], device: torch.device) -> tuple[Any, str]:
     steps: list[tuple[str, Callable[[Any], Any]]] = [("frozen", torch.jit.freeze)]
     if device.type == "cpu":
         # On a GPU it fuses convolutions into cuDNN's own with ReLU, which torch calls with `deterministic` off whatever
@@ -86,12 +87,14 @@ def _optimise(script: Any, device: torch.device) -> tuple[Any, str]:
     for name, step in steps:
         try:
             with _deprecated_but_served():
-                script = step(script)
+                stepped = step(script)
+            with torch.inference_mode():
+                stepped(*examples)  # some kernels that were chosen say only now that they can't
         except RuntimeError as error:
             raise_if_device(error)
             _log.warning("TorchScript stays %s: %s", reached, said(error))
             return script, reached
-        reached = name
+        script, reached = stepped, name
     return script, reached
 
 
