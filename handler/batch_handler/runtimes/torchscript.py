@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,7 @@ def open_torchscript(description: ModelDescription, directory: Path, device: Dev
         # Of what a module may give, a trace can hold a tuple of tensors.
         ordered = OutputsInOrder(module, description.outputs)
         script = _trace(ordered, description.inputs, fixed or description.micro_batch, where, precision)
-    examples = example_inputs(description.inputs, fixed or description.micro_batch, where)
-    script, optimised = _optimise(script.eval(), examples, where)
+    script, optimised = _optimise(script.eval(), description.inputs, fixed or description.micro_batch, where)
     return SlotRuntime(
         script,
         device,
@@ -77,25 +77,30 @@ def _trace(module: Any, inputs: Sequence[InputSpec], records: int, device: torch
         ) from error
 
 
-def _optimise(script: Any, examples: Sequence[torch.Tensor], device: torch.device) -> tuple[Any, str]:
+def _optimise(script: Any, inputs: Sequence[InputSpec], records: int, device: torch.device) -> tuple[Any, str]:
     steps: list[tuple[str, Callable[[Any], Any]]] = [("frozen", torch.jit.freeze)]
     if device.type == "cpu":
         # On a GPU it fuses convolutions into cuDNN's own with ReLU, which torch calls with `deterministic` off whatever
         # is set (ATen/native/cudnn/ConvShared.cpp).
-        steps.append(("optimised", torch.jit.optimize_for_inference))
+        steps.append(("optimised", partial(_optimised, examples=example_inputs(inputs, records, device))))
     reached = "none"
     for name, step in steps:
         try:
             with _deprecated_but_served():
-                stepped = step(script)
-            with torch.inference_mode():
-                stepped(*examples)  # some kernels that were chosen say only now that they can't
+                script = step(script)
         except RuntimeError as error:
             raise_if_device(error)
             _log.warning("TorchScript stays %s: %s", reached, said(error))
             return script, reached
-        script, reached = stepped, name
+        reached = name
     return script, reached
+
+
+def _optimised(script: Any, examples: Sequence[torch.Tensor]) -> Any:
+    optimised = torch.jit.optimize_for_inference(script)
+    with torch.inference_mode():
+        optimised(*examples)  # some kernels that were chosen say only as they run that they can't
+    return optimised
 
 
 @contextmanager
