@@ -52,19 +52,6 @@ def online(opened, images):
     return score.outputs[0]
 
 
-def test_a_graph_that_can_not_run_optimised_is_served_as_it_is(tiny_dir, images, tiny_scores, monkeypatch):
-    """As where a pooling becomes one of oneDNN's, which takes no such sizes and says so when it runs."""
-    def too_much(script):
-        def run(*records):
-            raise RuntimeError("input size is not divisible by the output size is not supported yet")
-        return run
-
-    monkeypatch.setattr(torch.jit, "optimize_for_inference", too_much)
-    opened = Model.open(tiny_dir, Tuning(runtime="torchscript"))
-    assert opened.numerics["optimised"] == "frozen"
-    np.testing.assert_allclose(online(opened, images), tiny_scores, atol=1e-6)
-
-
 @pytest.mark.parametrize("runtime", ["eager", "torchscript", "onnx"])
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_an_exported_program_runs_like_the_module(

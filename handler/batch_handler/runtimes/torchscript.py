@@ -9,7 +9,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def open_torchscript(description: ModelDescription, directory: Path, device: Dev
         # Of what a module may give, a trace can hold a tuple of tensors.
         ordered = OutputsInOrder(module, description.outputs)
         script = _trace(ordered, description.inputs, fixed or description.micro_batch, where, precision)
-    script, optimised = _optimise(script.eval(), description.inputs, fixed or description.micro_batch, where)
+    script, optimised = _optimise(script.eval(), where)
     return SlotRuntime(
         script,
         device,
@@ -77,12 +76,12 @@ def _trace(module: Any, inputs: Sequence[InputSpec], records: int, device: torch
         ) from error
 
 
-def _optimise(script: Any, inputs: Sequence[InputSpec], records: int, device: torch.device) -> tuple[Any, str]:
+def _optimise(script: Any, device: torch.device) -> tuple[Any, str]:
     steps: list[tuple[str, Callable[[Any], Any]]] = [("frozen", torch.jit.freeze)]
     if device.type == "cpu":
         # On a GPU it fuses convolutions into cuDNN's own with ReLU, which torch calls with `deterministic` off whatever
         # is set (ATen/native/cudnn/ConvShared.cpp).
-        steps.append(("optimised", partial(_optimised, examples=example_inputs(inputs, records, device))))
+        steps.append(("optimised", torch.jit.optimize_for_inference))
     reached = "none"
     for name, step in steps:
         try:
@@ -94,13 +93,6 @@ def _optimise(script: Any, inputs: Sequence[InputSpec], records: int, device: to
             return script, reached
         reached = name
     return script, reached
-
-
-def _optimised(script: Any, examples: Sequence[torch.Tensor]) -> Any:
-    optimised = torch.jit.optimize_for_inference(script)
-    with torch.inference_mode():
-        optimised(*examples)  # some kernels that were chosen say only as they run that they can't
-    return optimised
 
 
 @contextmanager
